@@ -1,0 +1,1 @@
+"""The `peft-variator` command line: one file a command."""
