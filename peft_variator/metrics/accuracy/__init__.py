@@ -1,0 +1,1 @@
+"""Metric `accuracy`; load it with `peft_variator.metrics.load("accuracy")`."""

@@ -1,0 +1,1 @@
+"""Metric `fidelity`; load it with `peft_variator.metrics.load("fidelity")`."""

@@ -1,0 +1,1 @@
+"""Metric `nearest_neighbour`; load it with `peft_variator.metrics.load("nearest_neighbour")`."""

@@ -1,0 +1,1 @@
+"""Metric `pearsonr`; load it with `peft_variator.metrics.load("pearsonr")`."""

@@ -1,0 +1,1 @@
+"""Metric `spearmanr`; load it with `peft_variator.metrics.load("spearmanr")`."""

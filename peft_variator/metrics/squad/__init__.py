@@ -1,0 +1,1 @@
+"""Metric `squad`; load it with `peft_variator.metrics.load("squad")`."""
