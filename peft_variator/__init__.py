@@ -4,4 +4,9 @@ Importing this package registers its methods with PEFT, so that `get_peft_model`
 transformers' `load_adapter` know them.
 """
 
+from .tuners.variator import VariatorConfig, VariatorModel, set_compression_ratio
+
+
+__all__ = ["VariatorConfig", "VariatorModel", "set_compression_ratio"]
+
 __version__ = "0.1.0"

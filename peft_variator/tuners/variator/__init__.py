@@ -1,0 +1,11 @@
+"""Variator: plug-and-play compression plugins (Xiao et al. 2023, https://arxiv.org/abs/2310.15724)."""
+
+from ...registration import register_method
+from .config import VariatorConfig
+from .layer import VariatorLayer
+from .model import VariatorModel, set_compression_ratio
+
+
+__all__ = ["VariatorConfig", "VariatorLayer", "VariatorModel", "set_compression_ratio"]
+
+register_method("variator", VariatorConfig, VariatorModel)

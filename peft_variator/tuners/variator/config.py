@@ -1,0 +1,203 @@
+"""Configuration of a Variator plugin."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+from transformers import PreTrainedTokenizerBase
+
+
+__all__ = ["VariatorConfig"]
+
+SCORINGS = ("token", "concat")
+PATCH_GROUPINGS = ("window", "raster")
+
+
+@dataclass
+class VariatorConfig(PeftConfig):
+    """Configuration of Variator, plug-and-play compression plugins around the feed-forward networks of a transformer.
+
+    Based on Xiao et al. 2023, "Variator: Accelerating Pre-trained Models with Plug-and-Play Compression Modules"
+    (https://arxiv.org/abs/2310.15724). `VariatorConfig()` works as it is for every architecture in
+    [`peft_variator.tuners.variator.architectures.FEED_FORWARDS`]; any other one is described by `target_modules` (where
+    a feed-forward network starts), `end_module` (where it ends) and `stack_module` (which module sees the mask).
+
+    Raises:
+        ValueError: a field has a value that no plugin can be built from; the message names the field, the value and
+            what is allowed.
+    """
+
+    target_modules: set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules at which a feed-forward network starts: a list of name suffixes or a regex that matches the "
+            "full name. `None` finds the feed-forward networks of the architecture."
+        },
+    )
+    exclude_modules: set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, as name suffixes or as a regex over the full name."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers that get a plugin. `None` takes all of them."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the ModuleList that `layers_to_transform` counts in. `None` takes the first number in a "
+            "module's name."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules besides the plugin that are trained and saved with it, such as a new head."},
+    )
+    compression_ratio: int = field(
+        default=4,
+        metadata={
+            "help": "k, the number of neighbouring hidden vectors merged into one; `1` is the exact base model."
+        },
+    )
+    ratio_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Compression ratio of the modules whose name ends in (or matches as a regex) the key."},
+    )
+    bottleneck_dim: int = field(
+        default=64, metadata={"help": "Width of the decompressor's hidden layer, in units of vector entries."}
+    )
+    scoring: str = field(
+        default="token",
+        metadata={
+            "help": "How members of a group are weighted: `token` gives one score per token from weights that do not "
+            "depend on k, so that one plugin serves every k; `concat` is the paper's Linear(k·d → k), tied to its k."
+        },
+    )
+    keep_first_tokens: int = field(
+        default=1,
+        metadata={"help": "Number of tokens at the start of each sequence that are never merged (attention sinks)."},
+    )
+    keep_last_tokens: int = field(
+        default=1, metadata={"help": "Number of tokens at the end of each sequence that are never merged."}
+    )
+    keep_token_ids: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Token ids that are never merged, such as separators; see `VariatorConfig.from_tokenizer`."},
+    )
+    patch_grouping: str = field(
+        default="window",
+        metadata={
+            "help": "Which image patches are neighbours: `window` takes the most nearly square block of k patches (2×2 "
+            "for k = 4), `raster` takes k patches in reading order."
+        },
+    )
+    compress_text_tokens: bool = field(
+        default=True, metadata={"help": "Whether the text tokens of a language model are merged."}
+    )
+    compress_image_tokens: bool = field(
+        default=True, metadata={"help": "Whether the image tokens inside a vision-language model's text are merged."}
+    )
+    compress_vision_tower: bool = field(
+        default=True, metadata={"help": "Whether the patches inside a vision model or vision tower are merged."}
+    )
+    end_module: str | None = field(
+        default=None,
+        metadata={
+            "help": "For architectures that are not known: where the feed-forward network ends, named relative to the "
+            "parent of the module it starts at (`output.dense`). `None`: the module it starts at is all of it."
+        },
+    )
+    stack_module: str | None = field(
+        default=None,
+        metadata={
+            "help": "For architectures that are not known: name of the module whose forward takes `input_ids` or "
+            "`inputs_embeds` and the 2-D `attention_mask`. `None`: the innermost `PreTrainedModel` around it."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "`True` starts from plain mean pooling (zero scores, zero decompressor); `False` draws all weights at "
+            "random, which is meant for tests."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.VARIATOR
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform. Name the layers' "
+                "indices in layers_to_transform, or drop layers_pattern."
+            )
+        self._check_ratios()
+        self._check_choices()
+        self._check_counts()
+
+    def _check_ratios(self) -> None:
+        _check_integer("compression_ratio", self.compression_ratio, 1)
+        if not isinstance(self.ratio_pattern, dict):
+            raise ValueError(f"ratio_pattern={self.ratio_pattern!r} has to map module names to ratios.")
+        for name, ratio in self.ratio_pattern.items():
+            _check_integer(f"ratio_pattern[{name!r}]", ratio, 1)
+
+    def _check_choices(self) -> None:
+        for name, allowed in (("scoring", SCORINGS), ("patch_grouping", PATCH_GROUPINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+
+    def _check_counts(self) -> None:
+        _check_integer("bottleneck_dim", self.bottleneck_dim, 1)
+        _check_integer("keep_first_tokens", self.keep_first_tokens, 0)
+        _check_integer("keep_last_tokens", self.keep_last_tokens, 0)
+        self.keep_token_ids = sorted(set(self.keep_token_ids))
+        for token_id in self.keep_token_ids:
+            _check_integer("keep_token_ids", token_id, 0)
+
+    def ratio_of(self, module_name: str) -> int:
+        """The compression ratio that this configuration gives a module.
+
+        Args:
+            module_name: full name of the module in the base model.
+        """
+        for pattern, ratio in self.ratio_pattern.items():
+            if re.match(rf"(.*\.)?({pattern})$", module_name):
+                return ratio
+        return self.compression_ratio
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> VariatorConfig:
+        """A configuration whose `keep_token_ids` are the tokenizer's [CLS], [SEP], [MASK], start and end tokens.
+
+        Padding needs no entry (it is never merged), unknown words are ordinary text.
+
+        Args:
+            tokenizer: tokenizer of the base model.
+            fields: any other field of the configuration.
+
+        Raises:
+            ValueError: `keep_token_ids` was passed too.
+        """
+        if "keep_token_ids" in fields:
+            raise ValueError(
+                f"keep_token_ids={fields['keep_token_ids']!r} was passed to from_tokenizer, which fills that field. Pass "
+                "a tokenizer or token ids, not both."
+            )
+        special = (
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+            tokenizer.mask_token_id,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        )
+        return cls(keep_token_ids=[token_id for token_id in special if token_id is not None], **fields)
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value!r} has to be an integer of at least {minimum}.")

@@ -1,0 +1,219 @@
+"""Forward hooks that tell the plugins of a stack about the call they take part in.
+
+The mask and the labels are arguments of modules far above a feed-forward network, so they are recorded there: by
+`CallRecorder` on every surrounding `PreTrainedModel`, and by `StackHooks` on the stack itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from .call import StackCall, StackKind
+
+
+__all__ = ["CallRecorder", "StackHooks", "hooks_of"]
+
+RECORDED = (
+    "attention_mask",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "logits_to_keep",
+    "past_key_values",
+    "pixel_values",
+    "position_ids",
+)
+
+# Calls of the surrounding models that are under way, outermost first; a thread each, as replicas run in threads.
+_active = threading.local()
+
+
+def _frames() -> list[tuple[nn.Module, dict[str, Any]]]:
+    if not hasattr(_active, "frames"):
+        _active.frames = []
+    return _active.frames
+
+
+def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that say something about its tokens, by name."""
+    names = inspect.signature(module.forward).parameters
+    arguments = dict(zip(names, args, strict=False)) | kwargs
+    return {name: arguments[name] for name in RECORDED if arguments.get(name) is not None}
+
+
+def _close(module: nn.Module) -> None:
+    """Drop the record of a module's call, and of calls inside it that ended in an error."""
+    frames = _frames()
+    for depth in reversed(range(len(frames))):
+        if frames[depth][0] is module:
+            del frames[depth:]
+            return
+
+
+class CallRecorder:
+    """Keeps the arguments of a surrounding model's call while it runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the call."""
+        _frames().append((module, _recorded(module, args, kwargs)))
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the call."""
+        _close(module)
+
+
+class StackHooks:
+    """Hands the plugins of a stack a `StackCall` for as long as a call of the stack runs.
+
+    Args:
+        stack: the module that receives the tokens and their 2-D mask.
+        kind: whether it is an encoder, causal, or a vision encoder.
+        plugin_type: class of the modules inside the stack that have a `call`.
+    """
+
+    def __init__(self, stack: nn.Module, kind: StackKind, plugin_type: type[nn.Module]) -> None:
+        self.stack, self.kind, self.plugin_type = stack, kind, plugin_type
+        self.warned: set[str] = set()
+        self._plugins: list[nn.Module] | None = None
+        self.handles: list[RemovableHandle] = [
+            stack.register_forward_pre_hook(self.before, with_kwargs=True),
+            stack.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def refresh(self) -> None:
+        """Look for the stack's plugins anew, after modules were replaced."""
+        self._plugins = None
+
+    def plugins(self, stack: nn.Module) -> list[nn.Module]:
+        """The plugins inside `stack`, which is this stack or a replica of it made for data parallelism."""
+        if stack is not self.stack or self._plugins is None:
+            found = [module for module in stack.modules() if isinstance(module, self.plugin_type)]
+            if stack is not self.stack:
+                return found
+            self._plugins = found
+        return self._plugins
+
+    @torch.compiler.disable
+    def before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out about the call's tokens and hand that to the plugins."""
+        arguments: dict[str, Any] = {}
+        for _, recorded in _frames():
+            arguments |= recorded
+        arguments |= _recorded(stack, args, kwargs)
+        call = self._call(arguments)
+        for plugin in self.plugins(stack):
+            plugin.call = call  # type: ignore[assignment]  # a plain attribute of `plugin_type`
+
+    @torch.compiler.disable
+    def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Take the call back: outside of it, a plugin's feed-forward network is the base model's."""
+        for plugin in self.plugins(stack):
+            plugin.call = None  # type: ignore[assignment]  # a plain attribute of `plugin_type`
+
+    def _call(self, arguments: dict[str, Any]) -> StackCall | None:
+        surrounding = [module for module, _ in _frames()]
+        call = StackCall(
+            kind=self.kind,
+            arguments=arguments,
+            image_ids=_image_ids(surrounding),
+            shifted_labels=any(_has_language_head(module) for module in surrounding),
+            patch_size=_patch_size(self.stack),
+        )
+        if self.kind == "causal":
+            if call.shape is not None and call.shape[1] == 1:
+                return None  # decoding one token at a time: there is nothing to merge
+            self._warn_about_losses(call)
+        return call
+
+    def _warn_about_losses(self, call: StackCall) -> None:
+        labels = call.arguments.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() == 2 and call.shape == tuple(labels.shape):
+            if bool((labels[:, 1:] != -100).all()):
+                self._warn_once(
+                    "Every token has a label, so every prediction is used and a Variator plugin has nothing to merge. "
+                    "Set the labels of the prompt to -100: only tokens whose prediction is not used are merged."
+                )
+        elif labels is None and self.stack.training and torch.is_grad_enabled():
+            self._warn_once(
+                "A causal model with a Variator plugin is trained without `labels`, so the call counts as the prefill of "
+                "a prompt: all but its last position are merged, and a loss on them would see later tokens. Pass the "
+                "labels to the model."
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+class CheckpointHook:
+    """Gives a block's plugins their call back when gradient checkpointing computes the block again.
+
+    A block that is checkpointed runs a second time during the backward, after other calls may have taken place. A hook
+    on the gradient of its output, which is computed just before, restores the call that the output came from.
+    """
+
+    def __init__(self, block: nn.Module, plugin_type: type[nn.Module]) -> None:
+        self.plugin_type = plugin_type
+        self.handles: list[RemovableHandle] = [block.register_forward_hook(self.after)]
+
+    @torch.compiler.disable
+    def after(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Tie the call to the output."""
+        if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
+            return
+        plugins = [module for module in block.modules() if isinstance(module, self.plugin_type)]
+        call = plugins[0].call if plugins else None
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(_restore, plugins, call))
+
+
+def _restore(plugins: list[nn.Module], call: StackCall | None, gradient: Tensor) -> None:
+    for plugin in plugins:
+        plugin.call = call  # type: ignore[assignment]  # a plain attribute of `plugin_type`
+
+
+def hooks_of(module: nn.Module, hook_type: type) -> Any:
+    """The hook object of a type that is registered on a module, or `None`. Copies of a model have copies of it."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, hook_type):
+            return owner
+    return None
+
+
+def _has_language_head(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+
+
+def _image_ids(surrounding: list[nn.Module]) -> tuple[int, ...]:
+    """Ids that stand for image or video tokens in the text of the surrounding vision-language model."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = (getattr(module.config, name, None) for module in surrounding for name in names if hasattr(module, "config"))
+    return tuple(sorted({token_id for token_id in ids if isinstance(token_id, int)}))
+
+
+def _patch_size(stack: nn.Module) -> tuple[int, int] | None:
+    """Edge of a patch in pixels, `(height, width)`; `None` for stacks without patches."""
+    size = getattr(getattr(stack, "config", None), "patch_size", None)
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,0 +1,251 @@
+"""The plugin itself: merge tokens, run the feed-forward network once per group, expand again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .call import MergeRule, StackCall
+from .config import VariatorConfig
+from .grouping import Grouping
+
+
+__all__ = ["FeedForwardEnd", "PluginModule", "VariatorLayer"]
+
+
+class PluginModule(nn.Module, BaseTunerLayer):
+    """What both ends of a plugin have in common: a wrapped module, and the call of the stack that is under way."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    cast_input_dtype_enabled: bool = True
+    # Set by the stack's hooks while a call runs. Without one, the feed-forward network is the base model's.
+    call: StackCall | None = None
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Raise: a plugin changes how many vectors the network sees, which no weight of the base model can express."""
+        raise NotImplementedError(
+            "A Variator plugin cannot be merged: it changes how many vectors go through the feed-forward network, and no "
+            "weight of the base model can express that. Keep the plugin beside the base model, or call unload()."
+        )
+
+    def unmerge(self) -> NoReturn:
+        """Raise: nothing is ever merged."""
+        self.merge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The wrapped module, with adapters of other methods that it may carry left on it."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        return self.base_layer
+
+
+class FeedForwardEnd(PluginModule):
+    """Wraps the last module of a feed-forward network that has no module of its own.
+
+    Args:
+        base_layer: the module whose output is the network's output.
+        start_name: full name of the module where the network starts.
+    """
+
+    def __init__(self, base_layer: nn.Module, start_name: str) -> None:
+        super().__init__(base_layer)
+        self.start_name = start_name
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the wrapped module on the merged vectors and expand its output, if the start of the network merged."""
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        if self.call is None or self.start_name not in self.call.pending:
+            return output
+        plugin, grouping, inputs = self.call.pending.pop(self.start_name)
+        return plugin.expand(output, inputs, grouping)
+
+
+class VariatorLayer(PluginModule):
+    """A compression plugin around a feed-forward network, or around the module where it starts.
+
+    Compression is the weighted mean of a group (Xiao et al. 2023, section 3.2). Decompression gives each token of the
+    group the network's output plus `up(tanh(down_output(output) + down_input(input)))`, which is the paper's
+    `Linear(2d → r), tanh, Linear(r → d)` on the concatenation of both, with the part of the output computed once per
+    group.
+
+    Args:
+        base_layer: the wrapped module.
+        name: full name of the wrapped module in the base model.
+        hidden_size: d, width of the hidden states.
+        has_end: whether a `FeedForwardEnd` expands, because the network goes on behind the wrapped module.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (
+        "variator_score",
+        "variator_down_input",
+        "variator_down_output",
+        "variator_up",
+    )
+    other_param_names: tuple[str, ...] = ("rules",)
+
+    def __init__(self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool) -> None:
+        super().__init__(base_layer)
+        self.name, self.has_end = name, has_end
+        self.in_features = self.out_features = hidden_size
+        self.rules: dict[str, MergeRule] = {}
+        self.variator_score = nn.ModuleDict()
+        self.variator_down_input = nn.ModuleDict()
+        self.variator_down_output = nn.ModuleDict()
+        self.variator_up = nn.ModuleDict()
+
+    def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
+        """Add a plugin, or build it anew.
+
+        Args:
+            adapter_name: name of the plugin.
+            config: its configuration.
+        """
+        dim, ratio = self.in_features, config.ratio_of(self.name)
+        self.rules[adapter_name] = MergeRule(
+            ratio=ratio,
+            keep_first=config.keep_first_tokens,
+            keep_last=config.keep_last_tokens,
+            keep_ids=tuple(config.keep_token_ids),
+            windows=config.patch_grouping == "window",
+            text=config.compress_text_tokens,
+            images=config.compress_image_tokens,
+        )
+        is_token = config.scoring == "token"
+        self.variator_score[adapter_name] = (
+            nn.Linear(dim, 1, bias=False) if is_token else nn.Linear(ratio * dim, ratio)
+        )
+        self.variator_down_input[adapter_name] = nn.Linear(dim, config.bottleneck_dim, bias=False)
+        self.variator_down_output[adapter_name] = nn.Linear(dim, config.bottleneck_dim)
+        self.variator_up[adapter_name] = nn.Linear(config.bottleneck_dim, dim, bias=False)
+        if config.init_weights:
+            for module in (self.variator_score[adapter_name], self.variator_up[adapter_name]):
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the plugin that is used.
+
+        Raises:
+            ValueError: several plugins are named; a vector can be merged by one of them only.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if sum(name in self.rules for name in names) > 1:
+            raise ValueError(f"Only one Variator plugin can be active, got {list(names)}. Name one of them.")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def set_ratio(self, adapter_name: str, ratio: int) -> None:
+        """Change the compression ratio k of a plugin at run time.
+
+        Raises:
+            ValueError: the plugin's scores are tied to another k.
+        """
+        scored = self.variator_score[adapter_name].out_features
+        if ratio != 1 and self._is_concat(adapter_name) and ratio != scored:
+            raise ValueError(
+                f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring='concat', whose weights map {scored} "
+                f"concatenated vectors to {scored} scores, so it serves {scored} and 1 (the exact base model) only. "
+                "Train a plugin with scoring='token' to change the ratio at run time."
+            )
+        self.rules[adapter_name] = replace(self.rules[adapter_name], ratio=ratio)
+
+    def _is_concat(self, adapter_name: str) -> bool:
+        return self.variator_score[adapter_name].bias is not None
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of the feed-forward network, which has no weight of its own. Quantised ones have neither."""
+        for parameter in base_layer.parameters():
+            return parameter.device, parameter.dtype if parameter.is_floating_point() else None
+        return None, None
+
+    @property
+    def active_plugin(self) -> str | None:
+        """Name of the plugin that is used, or `None` where the base model's network runs."""
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.rules), None)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the feed-forward network, or its start, on merged vectors.
+
+        Args:
+            hidden_states: shape `(batch, length, dim)` or `(batch * length, dim)`.
+
+        Raises:
+            ValueError: the input has another width than the plugin.
+        """
+        plugin = self.active_plugin
+        if plugin is None or self.call is None or self.rules[plugin].ratio == 1:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        if hidden_states.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self.name} got vectors of {hidden_states.shape[-1]} entries, but its Variator plugin is made for the "
+                f"model's hidden size, {self.in_features}. Name the module where the feed-forward network starts in "
+                "target_modules."
+            )
+        grouping = self.call.grouping(self.rules[plugin], hidden_states)
+        if grouping.num_rows == 0 and not self.has_end:
+            return torch.zeros_like(hidden_states)
+        output = self.base_layer(self.compress(hidden_states, grouping, plugin), *args, **kwargs)
+        if not self.has_end:
+            return self.expand(output, hidden_states, grouping)
+        self.call.pending[self.name] = (self, grouping, hidden_states)
+        return output
+
+    def compress(self, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:
+        """Merge each group into one vector.
+
+        Args:
+            hidden_states: shape `(batch, length, dim)` or `(batch * length, dim)`.
+            grouping: the groups.
+            plugin: name of the plugin.
+
+        Returns:
+            Shape `(sequences, rows, dim)`.
+        """
+        score, dtype = self.variator_score[plugin], hidden_states.dtype
+        tokens = hidden_states if hidden_states.dim() == 3 else hidden_states.unsqueeze(0)
+        weight = score.weight.to(dtype)
+        if score.bias is None:
+            return grouping.merge(tokens, linear(tokens, weight), None)
+        return grouping.merge(tokens, None, torch.cat([weight, score.bias.to(dtype).unsqueeze(1)], dim=1))
+
+    def expand(self, output: Tensor, hidden_states: Tensor, grouping: Grouping) -> Tensor:
+        """Give every token of a group the group's output and its own correction; a token by itself has none.
+
+        Args:
+            output: output of the feed-forward network, shape `(sequences, rows, dim)`.
+            hidden_states: its input before merging, shape `(batch, length, dim)` or `(batch * length, dim)`.
+            grouping: the groups.
+
+        Returns:
+            The shape of `hidden_states`; zero at padding.
+        """
+        plugin = self.active_plugin
+        assert plugin is not None  # the forward that merged found one
+        dtype, rows = hidden_states.dtype, output.flatten(0, -2)
+        down_output = self.variator_down_output[plugin]
+        per_row = linear(rows, down_output.weight.to(rows.dtype), down_output.bias.to(rows.dtype))
+        per_token = linear(hidden_states.flatten(0, -2), self.variator_down_input[plugin].weight.to(dtype))
+        # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
+        inner = torch.where(grouping.is_merged, per_token + grouping.spread(per_row), 0).tanh()
+        correction = linear(inner, self.variator_up[plugin].weight.to(inner.dtype))
+        return (grouping.spread(rows) + correction).view(hidden_states.shape)
