@@ -86,9 +86,9 @@ class StackCall:
         grouping = self._groupings[rule]
         if grouping.row_of.numel() * hidden_states.shape[-1] != hidden_states.numel():
             raise ValueError(
-                f"A Variator plugin got hidden states of shape {tuple(hidden_states.shape)}, but the call it belongs to "
-                f"has {grouping.row_of.numel()} tokens. The feed-forward network has to see the whole sequence: set "
-                "`chunk_size_feed_forward=0`, and call it only through the model."
+                f"A Variator plugin got hidden states of shape {tuple(hidden_states.shape)}, but the call it belongs "
+                f"to has {grouping.row_of.numel()} tokens. The feed-forward network has to see the whole sequence: "
+                "set `chunk_size_feed_forward=0`, and call it only through the model."
             )
         return grouping
 

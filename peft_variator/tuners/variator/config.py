@@ -22,8 +22,8 @@ class VariatorConfig(PeftConfig):
 
     Based on Xiao et al. 2023, "Variator: Accelerating Pre-trained Models with Plug-and-Play Compression Modules"
     (https://arxiv.org/abs/2310.15724). `VariatorConfig()` works as it is for every architecture in
-    [`peft_variator.tuners.variator.architectures.FEED_FORWARDS`]; any other one is described by `target_modules` (where
-    a feed-forward network starts), `end_module` (where it ends) and `stack_module` (which module sees the mask).
+    [`peft_variator.tuners.variator.architectures.FEED_FORWARDS`]; any other one is described by `target_modules`
+    (where a feed-forward network starts), `end_module` (where it ends) and `stack_module` (which module sees the mask).
 
     Raises:
         ValueError: a field has a value that no plugin can be built from; the message names the field, the value and
@@ -33,8 +33,8 @@ class VariatorConfig(PeftConfig):
     target_modules: set[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Modules at which a feed-forward network starts: a list of name suffixes or a regex that matches the "
-            "full name. `None` finds the feed-forward networks of the architecture."
+            "help": "Modules at which a feed-forward network starts: a list of name suffixes or a regex that matches "
+            "the full name. `None` finds the feed-forward networks of the architecture."
         },
     )
     exclude_modules: set[str] | str | None = field(
@@ -88,8 +88,8 @@ class VariatorConfig(PeftConfig):
     patch_grouping: str = field(
         default="window",
         metadata={
-            "help": "Which image patches are neighbours: `window` takes the most nearly square block of k patches (2×2 "
-            "for k = 4), `raster` takes k patches in reading order."
+            "help": "Which image patches are neighbours: `window` takes the most nearly square block of k patches "
+            "(2×2 for k = 4), `raster` takes k patches in reading order."
         },
     )
     compress_text_tokens: bool = field(
@@ -118,14 +118,14 @@ class VariatorConfig(PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={
-            "help": "`True` starts from plain mean pooling (zero scores, zero decompressor); `False` draws all weights at "
-            "random, which is meant for tests."
+            "help": "`True` starts from plain mean pooling (zero scores, zero decompressor); `False` draws all "
+            "weights at random, which is meant for tests."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.VARIATOR
+        self.peft_type = PeftType("VARIATOR")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -185,8 +185,8 @@ class VariatorConfig(PeftConfig):
         """
         if "keep_token_ids" in fields:
             raise ValueError(
-                f"keep_token_ids={fields['keep_token_ids']!r} was passed to from_tokenizer, which fills that field. Pass "
-                "a tokenizer or token ids, not both."
+                f"keep_token_ids={fields['keep_token_ids']!r} was passed to from_tokenizer, which fills that field. "
+                "Pass a tokenizer or token ids, not both."
             )
         special = (
             tokenizer.cls_token_id,

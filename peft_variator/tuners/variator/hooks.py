@@ -152,9 +152,9 @@ class StackHooks:
                 )
         elif labels is None and self.stack.training and torch.is_grad_enabled():
             self._warn_once(
-                "A causal model with a Variator plugin is trained without `labels`, so the call counts as the prefill of "
-                "a prompt: all but its last position are merged, and a loss on them would see later tokens. Pass the "
-                "labels to the model."
+                "A causal model with a Variator plugin is trained without `labels`, so the call counts as the prefill "
+                "of a prompt: all but its last position are merged, and a loss on them would see later tokens. Pass "
+                "the labels to the model."
             )
 
     def _warn_once(self, message: str) -> None:
@@ -180,7 +180,7 @@ class CheckpointHook:
         if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
             return
         plugins = [module for module in block.modules() if isinstance(module, self.plugin_type)]
-        call = plugins[0].call if plugins else None
+        call: Any = plugins[0].call if plugins else None
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(_restore, plugins, call))

@@ -37,8 +37,8 @@ class PluginModule(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Raise: a plugin changes how many vectors the network sees, which no weight of the base model can express."""
         raise NotImplementedError(
-            "A Variator plugin cannot be merged: it changes how many vectors go through the feed-forward network, and no "
-            "weight of the base model can express that. Keep the plugin beside the base model, or call unload()."
+            "A Variator plugin cannot be merged: it changes how many vectors go through the feed-forward network, and "
+            "no weight of the base model can express that. Keep the plugin beside the base model, or call unload()."
         )
 
     def unmerge(self) -> NoReturn:
@@ -159,9 +159,9 @@ class VariatorLayer(PluginModule):
         scored = self.variator_score[adapter_name].out_features
         if ratio != 1 and self._is_concat(adapter_name) and ratio != scored:
             raise ValueError(
-                f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring='concat', whose weights map {scored} "
-                f"concatenated vectors to {scored} scores, so it serves {scored} and 1 (the exact base model) only. "
-                "Train a plugin with scoring='token' to change the ratio at run time."
+                f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring='concat', whose weights map "
+                f"{scored} concatenated vectors to {scored} scores, so it serves {scored} and 1 (the exact base "
+                "model) only. Train a plugin with scoring='token' to change the ratio at run time."
             )
         self.rules[adapter_name] = replace(self.rules[adapter_name], ratio=ratio)
 
@@ -171,7 +171,7 @@ class VariatorLayer(PluginModule):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        """Device and dtype of the feed-forward network, which has no weight of its own. Quantised ones have neither."""
+        """Device and dtype of the network's parameters; it has no `weight`, and a quantised one has neither."""
         for parameter in base_layer.parameters():
             return parameter.device, parameter.dtype if parameter.is_floating_point() else None
         return None, None
@@ -197,9 +197,9 @@ class VariatorLayer(PluginModule):
             return self.base_layer(hidden_states, *args, **kwargs)
         if hidden_states.shape[-1] != self.in_features:
             raise ValueError(
-                f"{self.name} got vectors of {hidden_states.shape[-1]} entries, but its Variator plugin is made for the "
-                f"model's hidden size, {self.in_features}. Name the module where the feed-forward network starts in "
-                "target_modules."
+                f"{self.name} got vectors of {hidden_states.shape[-1]} entries, but its Variator plugin is made for "
+                f"the model's hidden size, {self.in_features}. Name the module where the feed-forward network starts "
+                "in target_modules."
             )
         grouping = self.call.grouping(self.rules[plugin], hidden_states)
         if grouping.num_rows == 0 and not self.has_end:
@@ -221,12 +221,11 @@ class VariatorLayer(PluginModule):
         Returns:
             Shape `(sequences, rows, dim)`.
         """
-        score, dtype = self.variator_score[plugin], hidden_states.dtype
         tokens = hidden_states if hidden_states.dim() == 3 else hidden_states.unsqueeze(0)
-        weight = score.weight.to(dtype)
-        if score.bias is None:
+        weight, bias = _parameters(self.variator_score[plugin], tokens.dtype)
+        if bias is None:
             return grouping.merge(tokens, linear(tokens, weight), None)
-        return grouping.merge(tokens, None, torch.cat([weight, score.bias.to(dtype).unsqueeze(1)], dim=1))
+        return grouping.merge(tokens, None, torch.cat([weight, bias.unsqueeze(1)], dim=1))
 
     def expand(self, output: Tensor, hidden_states: Tensor, grouping: Grouping) -> Tensor:
         """Give every token of a group the group's output and its own correction; a token by itself has none.
@@ -241,11 +240,16 @@ class VariatorLayer(PluginModule):
         """
         plugin = self.active_plugin
         assert plugin is not None  # the forward that merged found one
-        dtype, rows = hidden_states.dtype, output.flatten(0, -2)
-        down_output = self.variator_down_output[plugin]
-        per_row = linear(rows, down_output.weight.to(rows.dtype), down_output.bias.to(rows.dtype))
-        per_token = linear(hidden_states.flatten(0, -2), self.variator_down_input[plugin].weight.to(dtype))
+        rows, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
+        per_row = linear(rows, *_parameters(self.variator_down_output[plugin], rows.dtype))
+        per_token = linear(tokens, *_parameters(self.variator_down_input[plugin], tokens.dtype))
         # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
         inner = torch.where(grouping.is_merged, per_token + grouping.spread(per_row), 0).tanh()
-        correction = linear(inner, self.variator_up[plugin].weight.to(inner.dtype))
+        correction = linear(inner, *_parameters(self.variator_up[plugin], inner.dtype))
         return (grouping.spread(rows) + correction).view(hidden_states.shape)
+
+
+def _parameters(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear map in the dtype of its input: the small plugin follows the activations."""
+    assert isinstance(module, nn.Linear)  # what `update_layer` builds
+    return module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype)

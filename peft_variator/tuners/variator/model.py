@@ -111,8 +111,8 @@ class VariatorModel(BaseTuner):
             end_parent, end_module, end_name = _get_submodules(parent, end)
         except AttributeError as error:
             raise ValueError(
-                f"end_module={end!r} was not found beside {key!r}. Name the module relative to the parent of the module "
-                f"where the feed-forward network starts; that has {sorted(dict(parent.named_children()))}."
+                f"end_module={end!r} was not found beside {key!r}. Name the module relative to the parent of the "
+                f"module where the feed-forward network starts; that has {sorted(dict(parent.named_children()))}."
             ) from error
         setattr(end_parent, end_name, FeedForwardEnd(end_module, start_name=key))
 
@@ -196,9 +196,9 @@ def _default_targets(model: nn.Module, config: VariatorConfig) -> str:
     if not sites:
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
-            f"No feed-forward network to compress was found in {type(model).__name__} (model type {model_type!r}). Name "
-            "where one starts in target_modules, where it ends in end_module, and the module that takes the attention "
-            f"mask in stack_module. Modules that may be one: {candidates(model)}. Known model types: "
+            f"No feed-forward network to compress was found in {type(model).__name__} (model type {model_type!r}). "
+            "Name where one starts in target_modules, where it ends in end_module, and the module that takes the "
+            f"attention mask in stack_module. Modules that may be one: {candidates(model)}. Known model types: "
             f"{sorted(FEED_FORWARDS)}."
         )
     if len(sites) == 1:
@@ -225,8 +225,8 @@ def _named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn
     if stack_module == "":
         return "", model
     raise ValueError(
-        f"stack_module={stack_module!r} is no module around {key!r}. Name one of the modules on its path, or '' for the "
-        "model itself."
+        f"stack_module={stack_module!r} is no module around {key!r}. Name one of the modules on its path, or '' for "
+        "the model itself."
     )
 
 
