@@ -1,0 +1,211 @@
+"""What to prune, how much, and by which method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft_variator.sparsity.patterns import Pattern, Target
+
+
+__all__ = ["ALLOCATIONS", "METHODS", "SCORE_ORDERS", "PruningConfig", "check_sparsity"]
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "dsnot")
+ALLOCATIONS = ("uniform", "modality", "ecoflap")
+SCORE_ORDERS = ("zeroth", "first")
+
+
+def check_sparsity(name: str, value: float) -> float:
+    """`value` if it is a fraction in [0, 1); raises ValueError that calls it `name` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"{name}={value!r} is outside [0, 1): it is the fraction of weights removed, 0.5 for half of them. At 1 "
+            "nothing would be left of the layer."
+        )
+    return float(value)
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(allowed)}.")
+
+
+def _check_range(name: str, value: float, lowest: float, what: str) -> None:
+    if not value >= lowest:
+        raise ValueError(f"{name}={value!r} is too small: {what}, at least {lowest}.")
+
+
+@dataclass
+class PruningConfig:
+    """How `prune` prunes. Give one of `sparsity`, `pattern` and `modality_sparsity`.
+
+    Raises:
+        ValueError: a field is outside what its help allows, or two fields contradict each other.
+    """
+
+    method: str = field(default="wanda", metadata={"help": "magnitude, wanda, sparsegpt or dsnot."})
+    sparsity: float | None = field(
+        default=None,
+        metadata={"help": "Fraction of weights removed from the pruned modules, in [0, 1): `0.5` removes half."},
+    )
+    pattern: str | None = field(
+        default=None, metadata={"help": "n:m pattern, n weights kept of every m along the inputs: `2:4`, `4:8`."}
+    )
+    modality_sparsity: dict[str, float | str] | None = field(
+        default=None,
+        metadata={
+            "help": "How much of each modality is removed, a fraction or a pattern: "
+            '`{"vision": 0.4, "language": "2:4"}`. Modalities that are not named stay dense.'
+        },
+    )
+    modalities: Sequence[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modalities that are pruned with `sparsity` or `pattern`. Default: all but the projector, the "
+            "Q-Former and the head."
+        },
+    )
+    modality_modules: dict[str, list[str]] | None = field(
+        default=None,
+        metadata={"help": 'Names modalities by modules, before what is found: `{"vision": ["encoder.image"]}`.'},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to prune: a list of names or of their last parts, or a regex for the whole name. "
+            "Default: every Linear and Conv1D in a block stack; all of them in a model without stacks."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules that are not pruned, written as `target_modules` are."}
+    )
+    allocation: str = field(
+        default="uniform",
+        metadata={
+            "help": "uniform: the same everywhere. modality: by `modality_sparsity`. ecoflap: `sparsity` over all "
+            "pruned modules together, less of it in the blocks that the loss depends on more (arXiv 2310.02998)."
+        },
+    )
+    propagate: bool = field(
+        default=True,
+        metadata={
+            "help": "Measure each block on the outputs of the pruned blocks before it; False: of the dense ones."
+        },
+    )
+    keep_dense: bool = field(
+        default=False, metadata={"help": "Leave the weights as they are and give the masks in the report."}
+    )
+    damping: float = field(
+        default=0.01, metadata={"help": "SparseGPT: share of the mean of the Hessian's diagonal added to it."}
+    )
+    block_size: int = field(
+        default=128,
+        metadata={"help": "SparseGPT: columns whose mask is chosen together; a multiple of the pattern's m."},
+    )
+    initial_method: str = field(
+        default="wanda", metadata={"help": "DSnoT: where its mask comes from, wanda or magnitude."}
+    )
+    max_cycles: int = field(default=100, metadata={"help": "DSnoT: swaps tried in each row at most."})
+    error_threshold: float = field(
+        default=0.1, metadata={"help": "DSnoT: an output whose expected error is at most this is left alone."}
+    )
+    score_order: str = field(
+        default="zeroth",
+        metadata={"help": "ECoFLaP: zeroth (loss differences, forward passes only) or first (gradients)."},
+    )
+    score_batches: int = field(default=8, metadata={"help": "ECoFLaP: calibration batches the scores are taken on."})
+    perturbation: float = field(
+        default=1e-3, metadata={"help": "ECoFLaP, zeroth: standard deviation of the noise on the weights."}
+    )
+    max_block_sparsity: float = field(
+        default=0.8, metadata={"help": "ECoFLaP: no block loses more than this fraction of its weights."}
+    )
+    seed: int = field(default=0, metadata={"help": "ECoFLaP, zeroth: seed of the noise."})
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        _check_choice("score_order", self.score_order, SCORE_ORDERS)
+        _check_choice("initial_method", self.initial_method, ("wanda", "magnitude"))
+        self._check_amount()
+        self._check_allocation()
+        for pattern in self._patterns() if self.method == "sparsegpt" else ():
+            if self.block_size % pattern.group:
+                raise ValueError(
+                    f"block_size={self.block_size} is no multiple of {pattern.group}, as pattern {str(pattern)!r} "
+                    "needs: a group must not straddle two blocks."
+                )
+        _check_range("damping", self.damping, 0.0, "it is a share of the Hessian's diagonal")
+        _check_range("block_size", self.block_size, 1, "it is a number of columns")
+        _check_range("max_cycles", self.max_cycles, 0, "it is a number of swaps")
+        _check_range("error_threshold", self.error_threshold, 0.0, "it is an absolute error")
+        _check_range("score_batches", self.score_batches, 1, "it is a number of batches")
+        if not self.perturbation > 0:
+            raise ValueError(
+                f"perturbation={self.perturbation!r} must be above 0: it scales the noise on the weights."
+            )
+
+    def _check_amount(self) -> None:
+        """One amount is given, and it makes sense."""
+        given = [name for name in ("sparsity", "pattern", "modality_sparsity") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "PruningConfig takes exactly one of sparsity, pattern and modality_sparsity, but got "
+                f"{given or 'none'}. A pattern fixes the sparsity (2:4 removes 0.5), and modality_sparsity takes "
+                "patterns as values too."
+            )
+        if self.sparsity is not None:
+            self.sparsity = check_sparsity("sparsity", self.sparsity)
+        if self.pattern is not None:
+            Pattern.parse(self.pattern)
+        for modality in self.modality_sparsity or {}:
+            self.modality_target(modality)
+
+    def _check_allocation(self) -> None:
+        if self.modality_sparsity is not None and self.allocation == "uniform":
+            self.allocation = "modality"
+        if (self.allocation == "modality") != (self.modality_sparsity is not None):
+            raise ValueError(
+                f"allocation={self.allocation!r} and modality_sparsity={self.modality_sparsity!r} do not go together: "
+                "allocation='modality' takes modality_sparsity, the others take sparsity or pattern."
+            )
+        if self.modalities is not None and self.modality_sparsity is not None:
+            raise ValueError(
+                f"modalities={list(self.modalities)!r} beside modality_sparsity: the keys of modality_sparsity say "
+                "what is pruned. Leave modalities out."
+            )
+        if self.allocation != "ecoflap":
+            return
+        check_sparsity("max_block_sparsity", self.max_block_sparsity)
+        if self.sparsity is None:
+            raise ValueError(
+                "allocation='ecoflap' gives every block another sparsity and needs sparsity, not pattern."
+            )
+        if self.sparsity > self.max_block_sparsity:
+            raise ValueError(
+                f"sparsity={self.sparsity} cannot be reached with max_block_sparsity={self.max_block_sparsity}: every "
+                "block would have to lose more. Raise max_block_sparsity."
+            )
+
+    def modality_target(self, modality: str) -> Target:
+        """What the modules of a modality are pruned to; 0.0 for one that stays dense.
+
+        Raises:
+            ValueError: the value is neither a fraction in [0, 1) nor an n:m pattern.
+        """
+        if self.modality_sparsity is None:
+            return Pattern.parse(self.pattern) if self.pattern is not None else float(self.sparsity or 0.0)
+        value = self.modality_sparsity.get(modality, 0.0)
+        if isinstance(value, str):
+            return Pattern.parse(value)
+        return check_sparsity(f"modality_sparsity[{modality!r}]", value)
+
+    def _patterns(self) -> list[Pattern]:
+        texts = [self.pattern, *(self.modality_sparsity or {}).values()]
+        return [Pattern.parse(text) for text in texts if isinstance(text, str)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON values."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {**values, "modalities": None if self.modalities is None else list(self.modalities)}
