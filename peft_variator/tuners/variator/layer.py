@@ -91,7 +91,7 @@ class VariatorLayer(PluginModule):
     """
 
     adapter_layer_names: tuple[str, ...] = (
-        "variator_score",
+        "variator_scorer",
         "variator_down_input",
         "variator_down_output",
         "variator_up",
@@ -103,7 +103,7 @@ class VariatorLayer(PluginModule):
         self.name, self.has_end = name, has_end
         self.in_features = self.out_features = hidden_size
         self.rules: dict[str, MergeRule] = {}
-        self.variator_score = nn.ModuleDict()
+        self.variator_scorer = nn.ModuleDict()
         self.variator_down_input = nn.ModuleDict()
         self.variator_down_output = nn.ModuleDict()
         self.variator_up = nn.ModuleDict()
@@ -126,14 +126,14 @@ class VariatorLayer(PluginModule):
             images=config.compress_image_tokens,
         )
         is_token = config.scoring == "token"
-        self.variator_score[adapter_name] = (
+        self.variator_scorer[adapter_name] = (
             nn.Linear(dim, 1, bias=False) if is_token else nn.Linear(ratio * dim, ratio)
         )
         self.variator_down_input[adapter_name] = nn.Linear(dim, config.bottleneck_dim, bias=False)
         self.variator_down_output[adapter_name] = nn.Linear(dim, config.bottleneck_dim)
         self.variator_up[adapter_name] = nn.Linear(config.bottleneck_dim, dim, bias=False)
         if config.init_weights:
-            for module in (self.variator_score[adapter_name], self.variator_up[adapter_name]):
+            for module in (self.variator_scorer[adapter_name], self.variator_up[adapter_name]):
                 for parameter in module.parameters():
                     nn.init.zeros_(parameter)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -156,7 +156,7 @@ class VariatorLayer(PluginModule):
         Raises:
             ValueError: the plugin's scores are tied to another k.
         """
-        scored = self.variator_score[adapter_name].out_features
+        scored = self.variator_scorer[adapter_name].out_features
         if ratio != 1 and self._is_concat(adapter_name) and ratio != scored:
             raise ValueError(
                 f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring='concat', whose weights map "
@@ -166,7 +166,7 @@ class VariatorLayer(PluginModule):
         self.rules[adapter_name] = replace(self.rules[adapter_name], ratio=ratio)
 
     def _is_concat(self, adapter_name: str) -> bool:
-        return self.variator_score[adapter_name].bias is not None
+        return self.variator_scorer[adapter_name].bias is not None
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -222,7 +222,7 @@ class VariatorLayer(PluginModule):
             Shape `(sequences, rows, dim)`.
         """
         tokens = hidden_states if hidden_states.dim() == 3 else hidden_states.unsqueeze(0)
-        weight, bias = _parameters(self.variator_score[plugin], tokens.dtype)
+        weight, bias = _parameters(self.variator_scorer[plugin], tokens.dtype)
         if bias is None:
             return grouping.merge(tokens, linear(tokens, weight), None)
         return grouping.merge(tokens, None, torch.cat([weight, bias.unsqueeze(1)], dim=1))
