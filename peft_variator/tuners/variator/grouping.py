@@ -120,6 +120,10 @@ class SharedGrouping(Grouping):
     blocks: Sequence[Block] = ()
 
     def merge(self, tokens: Tensor, scores: Tensor | None, concat: Tensor | None) -> Tensor:
+        # Some models hand their feed-forward networks the flattened batch.
+        length = sum(block.length for block in self.blocks)
+        tokens = tokens.reshape(-1, length, tokens.shape[-1])
+        scores = scores if scores is None else scores.reshape(-1, length, 1)
         return torch.cat([self._merge_block(block, tokens, scores, concat) for block in self.blocks], dim=1)
 
     @staticmethod
