@@ -1,0 +1,152 @@
+"""`peft-variator bench`: how much faster a plugin makes a model, beside how much faster it could."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..profiling import (
+    SHAPES,
+    BenchmarkReport,
+    BenchmarkSettings,
+    check_plotting,
+    count_steps,
+    make_table,
+    run_benchmark,
+    save_plot,
+)
+from ..profiling.inputs import Lengths
+from ..profiling.shapes import Task
+from .errors import reported
+
+
+__all__ = ["bench"]
+
+NEXT = "peft-variator train MODEL --data FILE --ratio 4 --output DIR"
+
+
+def bench(
+    model: Annotated[
+        str, typer.Argument(help=f"Hub name, folder, path of a config.json, or one of: {', '.join(SHAPES)}.")
+    ],
+    ratios: Annotated[str, typer.Option(help="Compression ratios k, with commas between them.")] = "2,4,8",
+    batch: Annotated[int, typer.Option(help="Sequences or images in a batch.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence (128). Not for images.")] = None,
+    lengths: Annotated[
+        Lengths, typer.Option(help="uneven: lengths are drawn from a quarter of --length up, and padded.")
+    ] = "even",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")
+    ] = "float32",
+    device: Annotated[str | None, typer.Option(help="E.g. cpu or cuda:1; left out: a GPU if there is one.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed samples of each setting.")] = 10,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: as torch chooses.")] = None,
+    task: Annotated[Task | None, typer.Option(help="Left out: read off the architecture.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Read only the configuration of MODEL and draw the weights.")
+    ] = False,
+    with_disabled: Annotated[
+        bool, typer.Option("--with-disabled", help="Measure the plugin switched off, too.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights, plugin and inputs.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write samples and figures to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture to this file; needs the extra 'plots'.")] = None,
+) -> None:
+    """Measure how much faster a Variator plugin makes MODEL, and how much of the ideal that is.
+
+    The untouched model and the model with a plugin run in turn in one process. Causal models are measured on a
+    prefill, encoder-decoders on the encoder and one decoder step.
+    """
+    with reported():
+        _check_outputs(json, png)
+        settings = BenchmarkSettings(
+            model=model,
+            ratios=_parse_ratios(ratios),
+            batch=batch,
+            length=length,
+            lengths=lengths,
+            dtype=dtype,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            rounds=rounds,
+            threads=threads,
+            task=task,
+            random_weights=random_weights,
+            with_disabled=with_disabled,
+            seed=seed,
+        )
+        report = _run(settings)
+        _show(report)
+        _write(report, json, png)
+
+
+def _check_outputs(json: Path | None, png: Path | None) -> None:
+    """Find out before the measurement, not after it, that a result could not be written."""
+    for name, path in {"--json": json, "--png": png}.items():
+        if path is not None and path.is_dir():
+            raise ValueError(f"{name} is {str(path)!r}, which is a folder. Name a file in it.")
+    if png is not None:
+        check_plotting()
+
+
+def _parse_ratios(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--ratios is {text!r}; give whole numbers with commas between them, e.g. 2,4,8.")
+    return [int(part) for part in parts]
+
+
+def _command(settings: BenchmarkSettings) -> str:
+    """The command line of these settings, with what differs from the defaults."""
+    words = ["peft-variator", "bench", settings.model]
+    for option in fields(settings)[1:]:
+        value, name = getattr(settings, option.name), "--" + option.name.replace("_", "-")
+        if value is True:
+            words.append(name)
+        elif option.default is MISSING or value != option.default:
+            words += [name, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return shlex.join(words)
+
+
+def _run(settings: BenchmarkSettings) -> BenchmarkReport:
+    columns = [TextColumn("{task.description}"), *Progress.get_default_columns()[1:2]]
+    console = Console(stderr=True)
+    with Progress(*columns, MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task(f"Measuring {settings.model} on {settings.device}", total=count_steps(settings))
+        return run_benchmark(settings, command=_command(settings), on_step=lambda: progress.advance(bar))
+
+
+def _show(report: BenchmarkReport) -> None:
+    console = Console()
+    if not console.is_terminal:
+        # A pipe has no width of its own; rich would fold the figures at 80 columns.
+        console.width = max(console.width, 120)
+    console.print(make_table(report))
+    environment = report.environment
+    busy = environment.get("load_average", 0) / environment["cores"]
+    if environment["device"] == "cpu" and busy > 0.5:
+        console.print(
+            f"[yellow]The machine was busy before the run (load average {environment['load_average']} on "
+            f"{environment['cores']} cores): these figures are not to be trusted. Run again when it is idle.[/]"
+        )
+
+
+def _write(report: BenchmarkReport, json: Path | None, png: Path | None) -> None:
+    console = Console()
+    console.print(
+        "Base and plugin ran in turn in this process; the plugin's weights were random, which costs no speed."
+    )
+    if json is not None:
+        report.save(json)
+        console.print(f"Wrote {json}.", soft_wrap=True)
+    if png is not None:
+        save_plot(report, png)
+        console.print(f"Wrote {png}.", soft_wrap=True)
+    console.print(f"Again: {report.command}", soft_wrap=True, highlight=False)
+    console.print(f"Next, train a plugin that keeps the quality: {NEXT}", soft_wrap=True, highlight=False)

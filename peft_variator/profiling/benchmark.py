@@ -1,0 +1,167 @@
+"""One benchmark from its settings to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..tuners.variator import VariatorConfig
+from .compare import compare
+from .environment import describe_environment
+from .inputs import Lengths, make_inputs, make_lengths
+from .models import build_model, find_task, load_config, share_weights
+from .report import BenchmarkReport
+from .shapes import Task
+from .timing import num_threads
+
+
+__all__ = ["BenchmarkSettings", "count_steps", "run_benchmark"]
+
+DEFAULT_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is measured.
+
+    Args:
+        model: a name in `SHAPES`, the path of a `config.json`, a folder with a model, or a model's name on the Hub.
+        ratios: compression ratios k of the plugin.
+        batch: sequences or images.
+        length: tokens of the longest sequence, 128 if `None`; images have none.
+        lengths: `"even"`, or `"uneven"` for lengths from a quarter of `length` up, padded.
+        dtype: name of a torch dtype, of weights and activations.
+        device: name of a torch device.
+        rounds: timed samples of each setting, at least 2.
+        threads: CPU threads; `None` leaves torch's choice.
+        task: how the model is used; `None` reads it off the architecture.
+        random_weights: draw the weights even if there are pretrained ones.
+        with_disabled: measure the plugin switched off, too.
+        seed: of weights, plugin and inputs.
+    """
+
+    model: str
+    ratios: list[int]
+    batch: int = 8
+    length: int | None = None
+    lengths: Lengths = "even"
+    dtype: str = "float32"
+    device: str = "cpu"
+    rounds: int = 10
+    threads: int | None = None
+    task: Task | None = None
+    random_weights: bool = False
+    with_disabled: bool = False
+    seed: int = 0
+
+    def resolved(self, config: PreTrainedConfig) -> BenchmarkSettings:
+        """These settings with `task` and `length` filled in.
+
+        Raises:
+            ValueError: a length was given for images, or the task is not known.
+        """
+        task = self.task or find_task(self.model, config)
+        if task != "vision":
+            return replace(self, task=task, length=DEFAULT_LENGTH if self.length is None else self.length)
+        if self.length is not None or self.lengths != "even":
+            raise ValueError(
+                f"{self.model} takes images, whose number of patches follows from the model's image size. Leave "
+                "length and lengths out."
+            )
+        return replace(self, task=task)
+
+
+def count_steps(settings: BenchmarkSettings) -> int:
+    """How often `run_benchmark` calls its `on_step`."""
+    return (1 + len(settings.ratios) + settings.with_disabled) * (1 + settings.rounds)
+
+
+def run_benchmark(
+    settings: BenchmarkSettings, *, command: str = "", on_step: Callable[[], object] = lambda: None
+) -> BenchmarkReport:
+    """Measure a base and a Variator plugin on it in turn, in this process.
+
+    The plugin's weights are drawn at random, so that no part of it could be skipped for being zero, and have the dtype
+    of the base.
+
+    Args:
+        settings: what to measure.
+        command: how the benchmark was started, for the report.
+        on_step: called after each step, `count_steps(settings)` times.
+
+    Raises:
+        ValueError: a setting is out of range, or the model cannot take a plugin.
+        OSError: the model is not found.
+    """
+    device, dtype = _find_device(settings.device), getattr(torch, settings.dtype)
+    config = load_config(settings.model)
+    settings = settings.resolved(config)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with num_threads(settings.threads):
+        environment = describe_environment(device)
+        inputs = _make_inputs(settings, config, dtype, device, generator)
+        base, plugin = _build(settings, config, dtype, device)
+        measured = compare(
+            base,
+            plugin,
+            inputs,
+            settings.ratios,
+            rounds=settings.rounds,
+            device=device,
+            with_disabled=settings.with_disabled,
+            on_step=on_step,
+        )
+    return BenchmarkReport(
+        model=settings.model,
+        settings=asdict(settings),
+        environment=environment,
+        command=command,
+        base_parameters=_count(base.parameters()),
+        added_parameters=_count(get_peft_model_state_dict(plugin, save_embedding_layers=False).values()),
+        base=measured[0],
+        plugins=measured[1:],
+    )
+
+
+def _find_device(name: str) -> torch.device:
+    try:
+        # A tensor, since torch.device accepts devices that are not there.
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name!r} cannot be used: {error}") from error
+
+
+def _make_inputs(
+    settings: BenchmarkSettings,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    assert settings.task is not None  # resolved
+    lengths = make_lengths(settings.batch, settings.length or 1, settings.lengths, generator)
+    inputs = make_inputs(config, settings.task, lengths, dtype=dtype, generator=generator)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _build(
+    settings: BenchmarkSettings, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, PeftModel]:
+    """The base, and a second set of modules over the same weights with a plugin."""
+    assert settings.task is not None  # resolved
+    torch.manual_seed(settings.seed)
+    base = build_model(
+        settings.model, config, settings.task, dtype=dtype, device=device, random_weights=settings.random_weights
+    )
+    plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False), autocast_adapter_dtype=False)
+    return base, plugin.eval()
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,92 @@
+"""Random inputs of a given shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .shapes import Task
+
+
+__all__ = ["Lengths", "make_inputs", "make_lengths", "without_padding"]
+
+Lengths = Literal["even", "uneven"]
+
+
+def make_lengths(batch: int, length: int, lengths: Lengths, generator: torch.Generator) -> Tensor:
+    """Numbers of real tokens, int64 of shape (batch,).
+
+    Args:
+        batch: number of sequences.
+        length: tokens of the longest one, which is the first.
+        lengths: `"even"` gives all of them `length`; `"uneven"` draws the others uniformly, from a quarter of it up.
+        generator: source of randomness.
+
+    Raises:
+        ValueError: `batch` or `length` is below 1.
+    """
+    for name, value in {"batch": batch, "length": length}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if lengths == "even":
+        return torch.full((batch,), length)
+    drawn = torch.randint(max(1, length // 4), length + 1, (batch,), generator=generator)
+    drawn[0] = length
+    return drawn
+
+
+def make_inputs(
+    config: PreTrainedConfig, task: Task, lengths: Tensor, *, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    """Keyword arguments of one forward, on the CPU.
+
+    Text is drawn uniformly from the vocabulary without its special tokens and comes with an attention mask, as from a
+    tokenizer; padding is on the right, for causal models on the left. A causal model is asked for what `generate` asks
+    for in its first step: the cache and the logits of the last position. A sequence-to-sequence model is asked for the
+    first decoder step.
+
+    Args:
+        config: the model's configuration.
+        task: how it is used.
+        lengths: number of real tokens of each sequence, shape (batch,); of images only the batch counts.
+        dtype: type of images.
+        generator: source of randomness.
+
+    Raises:
+        ValueError: the longest sequence is longer than the model's positions.
+    """
+    if task == "vision":
+        height, width = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
+        pixels = torch.randn(len(lengths), config.num_channels, height, width, generator=generator)
+        return {"pixel_values": pixels.to(dtype)}
+    inputs: dict[str, Any] = dict(_make_text(config, lengths, generator, left=task == "causal"))
+    if task == "causal":
+        inputs |= {"use_cache": True, "logits_to_keep": 1}
+    if task == "seq2seq":
+        inputs["decoder_input_ids"] = torch.full((len(lengths), 1), config.decoder_start_token_id)
+    return inputs
+
+
+def _make_text(
+    config: PreTrainedConfig, lengths: Tensor, generator: torch.Generator, *, left: bool
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, int64 of shape (batch, longest)."""
+    facts = config.get_text_config().to_dict()
+    longest = int(lengths.max())
+    if longest > (facts.get("max_position_embeddings") or longest):
+        raise ValueError(f"length is {longest}; the model has {facts['max_position_embeddings']} positions.")
+    special = {value for name, value in facts.items() if name.endswith("_token_id") and isinstance(value, int)}
+    words = torch.tensor([token for token in range(facts["vocab_size"]) if token not in special])
+    tokens = words[torch.randint(len(words), (len(lengths), longest), generator=generator)]
+    mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
+    mask = mask.flip(1) if left else mask
+    return {"input_ids": tokens.masked_fill(mask == 0, facts.get("pad_token_id") or 0), "attention_mask": mask}
+
+
+def without_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs with every padded position taken for a real token."""
+    return {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}

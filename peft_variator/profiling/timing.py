@@ -1,0 +1,154 @@
+"""Timing several callables side by side, so that a machine that speeds up or slows down does so for all of them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+
+__all__ = ["Candidate", "Spread", "num_threads", "speedup", "time_alternately"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample.
+
+    Args:
+        low: first quartile.
+        median: second quartile.
+        high: third quartile.
+    """
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Quartiles of at least two `values`, interpolated as NumPy does by default."""
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time.
+
+    Args:
+        name: shown in reports.
+        run: the work.
+        setting: entered before and left after each sample, outside the measured time: where a switch is thrown.
+    """
+
+    name: str
+    run: Callable[[], object]
+    setting: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+@contextmanager
+def num_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use `threads` CPU threads inside the block; `None` leaves the number alone.
+
+    Raises:
+        ValueError: `threads` is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; it must be at least 1.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_alternately(
+    candidates: Sequence[Candidate],
+    rounds: int,
+    *,
+    device: torch.device,
+    min_seconds: float = 0.2,
+    on_sample: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds a call of each candidate, one sample a round, all candidates in every round.
+
+    Every second round goes through the candidates backwards, so that a steady drift within a round favours none of
+    them. A sample is the mean over as many calls in a row as fill `min_seconds` (one call if it takes longer). Before
+    the first round each candidate runs twice: once to warm up and once to find that number. Garbage collection is off
+    while the clock runs, and the device is waited for before the clock starts and before it stops.
+
+    Args:
+        candidates: what to time; names must differ.
+        rounds: samples of each candidate, at least 2.
+        device: where the work runs; anything but the CPU is synchronised.
+        min_seconds: seconds that a sample takes at least.
+        on_sample: called after each sample, for progress: `rounds * len(candidates)` times.
+
+    Returns:
+        For each name the samples in the order of the rounds, in seconds a call.
+
+    Raises:
+        ValueError: fewer than 2 rounds, or two candidates of one name.
+    """
+    if rounds < 2:
+        raise ValueError(f"rounds is {rounds}; quartiles need at least 2.")
+    samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    if len(samples) != len(candidates):
+        raise ValueError(f"Candidates need names of their own, not {[candidate.name for candidate in candidates]}.")
+    calls = {candidate.name: _calls_to_fill(candidate, min_seconds, device) for candidate in candidates}
+    for index in range(rounds):
+        for candidate in reversed(candidates) if index % 2 else candidates:
+            samples[candidate.name].append(_sample(candidate, calls[candidate.name], device))
+            on_sample()
+    return samples
+
+
+def speedup(base: Sequence[float], other: Sequence[float]) -> Spread:
+    """How many times faster `other` is than `base`: quartiles of the quotients round by round.
+
+    Quotients within a round are free of what changes from round to round (clock rate, other work on the machine).
+
+    Args:
+        base: seconds of the base, one a round.
+        other: seconds of the other in the same rounds.
+    """
+    return Spread.of([slow / fast for slow, fast in zip(base, other, strict=True)])
+
+
+def _calls_to_fill(candidate: Candidate, min_seconds: float, device: torch.device) -> int:
+    _sample(candidate, 1, device)
+    return max(1, math.ceil(min_seconds / _sample(candidate, 1, device)))
+
+
+def _sample(candidate: Candidate, calls: int, device: torch.device) -> float:
+    """Mean seconds of `calls` calls in a row."""
+    with candidate.setting(), _garbage_collection_off():
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            candidate.run()
+        _synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+
+@contextmanager
+def _garbage_collection_off() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
