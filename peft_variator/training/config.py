@@ -1,0 +1,103 @@
+"""Arguments of the distillation trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+__all__ = ["DistillationConfig"]
+
+HIDDEN_LOSSES = ("last", "all")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """`TrainingArguments` with the weights of the losses that tie a student to its dense teacher.
+
+    The loss is `hidden_weight` · hidden-state loss + `logits_weight` · KL + `task_weight` · task loss. Every part is a
+    mean over real tokens (predictions, labels) of the whole accumulated batch on all processes, so it does not depend
+    on how that batch was cut up. Three defaults differ from `TrainingArguments`: `learning_rate` 2e-3,
+    `lr_scheduler_type` "cosine" and `warmup_steps` 0.1 (a tenth of the steps), which suit adapters that start from
+    zero; everything else keeps its meaning and its default.
+
+    Raises:
+        ValueError: a weight is negative, all weights are zero, or another field has a value that is not allowed.
+    """
+
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate; 2e-3 suits fresh plugins."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule after the warm-up."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Linear warm-up: a number of steps, or below 1 a fraction of all steps."}
+    )
+    hidden_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the hidden-state loss: the mean squared error to the teacher's hidden states divided "
+            "by their variance over real tokens, so that 1.0 is what predicting their mean would give."
+        },
+    )
+    logits_weight: float = field(
+        default=0.0, metadata={"help": "Weight of KL(teacher ‖ student) over the logits of used predictions, in nats."}
+    )
+    task_weight: float = field(default=0.0, metadata={"help": "Weight of the model's own loss on the labels."})
+    hidden_loss: str = field(
+        default="all",
+        metadata={
+            "help": "`all` compares the output of every layer, each by its own variance, and averages; `last` "
+            "compares the last hidden states only, as in the paper."
+        },
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both softmaxes in the KL, which is multiplied by its square."}
+    )
+    ratios: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Compression ratios for one Variator plugin that serves many: one is drawn for every optimizer "
+            "step, from `seed` and the step alone. `None` trains at the ratio the plugin has."
+        },
+    )
+    base_dropout: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the frozen base keeps its dropout in the student. `False` turns it off (the adapter's "
+            "own dropout stays): the teacher has none, and noise that no adapter can undo only hides the error."
+        },
+    )
+    variance_samples: int = field(
+        default=64,
+        metadata={"help": "Number of training examples from which the variances of the hidden states are measured."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_weights()
+        if self.hidden_loss not in HIDDEN_LOSSES:
+            raise ValueError(f"hidden_loss={self.hidden_loss!r} is not one of {', '.join(map(repr, HIDDEN_LOSSES))}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} has to be greater than 0.")
+        if self.variance_samples < 1:
+            raise ValueError(f"variance_samples={self.variance_samples} has to be at least 1.")
+        self._check_ratios()
+
+    def _check_weights(self) -> None:
+        names = ("hidden_weight", "logits_weight", "task_weight")
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} has to be 0 or greater.")
+        if not any(getattr(self, name) for name in names):
+            raise ValueError(f"{', '.join(names)} are all 0, so there is nothing to train for. Set one above 0.")
+
+    def _check_ratios(self) -> None:
+        if self.ratios is None:
+            return
+        if not self.ratios:
+            raise ValueError("ratios=[] holds nothing to draw from. Name ratios of 2 or more, or leave it None.")
+        for ratio in self.ratios:
+            if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 2:
+                raise ValueError(
+                    f"ratios={self.ratios!r} holds {ratio!r}; every ratio has to be an integer of at least 2 (at 1 "
+                    "the plugin is not used, so there is nothing to train)."
+                )

@@ -1,0 +1,71 @@
+"""Which compression ratio an optimizer step trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from ..tuners.variator import VariatorLayer
+from .adapters import TrainedAdapters
+
+
+__all__ = ["TrainedRatios", "sample_ratio"]
+
+
+def sample_ratio(ratios: Sequence[int], seed: int, step: int) -> int:
+    """Draw the ratio of a step.
+
+    It depends on nothing but the arguments, so all processes, all micro-batches of the step and a run that was resumed
+    at the step draw the same one.
+
+    Args:
+        ratios: compression ratios to draw from, each equally likely.
+        seed: seed of the run.
+        step: number of optimizer steps done before this one.
+    """
+    return random.Random(f"compression ratio, seed {seed}, step {step}").choice(ratios)
+
+
+class TrainedRatios:
+    """The ratios of the Variator plugin that a run trains.
+
+    Args:
+        adapters: the adapters that are trained.
+        ratios: the ratios to train for.
+
+    Raises:
+        ValueError: no Variator plugin is trained, or the plugin cannot serve one of the ratios.
+    """
+
+    def __init__(self, adapters: TrainedAdapters, ratios: Sequence[int]) -> None:
+        self.choices = tuple(ratios)
+        self._plugins = [
+            (layer, name) for layer, names in adapters.layers if isinstance(layer, VariatorLayer) for name in names
+        ]
+        if not self._plugins:
+            raise ValueError(
+                f"ratios={list(ratios)} is for Variator plugins, and the model trains none. Set ratios=None."
+            )
+        with self.restored():
+            for ratio in ratios:
+                self.set(ratio)
+
+    def set(self, ratio: int) -> None:
+        """Let every module of the plugin compress by `ratio`.
+
+        Raises:
+            ValueError: the plugin's scores are tied to another ratio (`scoring="concat"`).
+        """
+        for layer, name in self._plugins:
+            layer.set_ratio(name, ratio)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Give every module the ratio back that it had before."""
+        before = [layer.rules[name].ratio for layer, name in self._plugins]
+        try:
+            yield
+        finally:
+            for (layer, name), ratio in zip(self._plugins, before, strict=True):
+                layer.set_ratio(name, ratio)
