@@ -27,9 +27,11 @@ class PluginModule(nn.Module, BaseTunerLayer):
     # Set by the stack's hooks while a call runs. Without one, the feed-forward network is the base model's.
     call: StackCall | None = None
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.base_layer = base_layer
+        # What PEFT asks of its layers; here the width of a token's vector on either side of the plugin.
+        self.in_features = self.out_features = hidden_size
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -60,10 +62,11 @@ class FeedForwardEnd(PluginModule):
     Args:
         base_layer: the module whose output is the network's output.
         start_name: full name of the module where the network starts.
+        hidden_size: d, width of the hidden states.
     """
 
-    def __init__(self, base_layer: nn.Module, start_name: str) -> None:
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, start_name: str, hidden_size: int) -> None:
+        super().__init__(base_layer, hidden_size)
         self.start_name = start_name
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,9 +102,8 @@ class VariatorLayer(PluginModule):
     other_param_names: tuple[str, ...] = ("rules",)
 
     def __init__(self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool) -> None:
-        super().__init__(base_layer)
+        super().__init__(base_layer, hidden_size)
         self.name, self.has_end = name, has_end
-        self.in_features = self.out_features = hidden_size
         self.rules: dict[str, MergeRule] = {}
         self.variator_scorer = nn.ModuleDict()
         self.variator_down_input = nn.ModuleDict()
@@ -145,10 +147,18 @@ class VariatorLayer(PluginModule):
         Raises:
             ValueError: several plugins are named; a vector can be merged by one of them only.
         """
+        self.check_choice(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def check_choice(self, adapter_names: str | list[str]) -> None:
+        """Raise where several of the named plugins are on this layer.
+
+        Raises:
+            ValueError: several plugins are named; a vector can be merged by one of them only.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if sum(name in self.rules for name in names) > 1:
             raise ValueError(f"Only one Variator plugin can be active, got {list(names)}. Name one of them.")
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def set_ratio(self, adapter_name: str, ratio: int) -> None:
         """Change the compression ratio k of a plugin at run time.

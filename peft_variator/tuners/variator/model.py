@@ -95,9 +95,9 @@ class VariatorModel(BaseTuner):
         """Put a plugin's modules where a feed-forward network starts and ends, and hooks where its mask is known."""
         owner_name, owner = owner_of(self.model, key)
         feed_forward = _feed_forward(owner, key, config)
-        if feed_forward.end is not None:
-            self._wrap_end(parent, feed_forward.end, key)
         hidden_size = _hidden_size(owner, target, key)
+        if feed_forward.end is not None:
+            self._wrap_end(parent, feed_forward.end, key, hidden_size)
         layer = VariatorLayer(target, key, hidden_size, has_end=feed_forward.end is not None)
         self._replace_module(parent, target_name, layer, target)
         stack_name, stack = owner_name, owner
@@ -106,7 +106,7 @@ class VariatorModel(BaseTuner):
         self._install_hooks(stack_name, stack, key, feed_forward)
         return layer
 
-    def _wrap_end(self, parent: nn.Module, end: str, key: str) -> None:
+    def _wrap_end(self, parent: nn.Module, end: str, key: str, hidden_size: int) -> None:
         try:
             end_parent, end_module, end_name = _get_submodules(parent, end)
         except AttributeError as error:
@@ -114,7 +114,7 @@ class VariatorModel(BaseTuner):
                 f"end_module={end!r} was not found beside {key!r}. Name the module relative to the parent of the "
                 f"module where the feed-forward network starts; that has {sorted(dict(parent.named_children()))}."
             ) from error
-        setattr(end_parent, end_name, FeedForwardEnd(end_module, start_name=key))
+        setattr(end_parent, end_name, FeedForwardEnd(end_module, key, hidden_size))
 
     def _install_hooks(self, stack_name: str, stack: nn.Module, key: str, feed_forward: FeedForward) -> None:
         if hooks_of(stack, StackHooks) is None:
@@ -131,6 +131,17 @@ class VariatorModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version reads `child.weight`, which a feed-forward network does not have.
         setattr(parent, child_name, new_module)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the plugin that is used; several may be named where they are on different layers.
+
+        Raises:
+            ValueError: two of them share a layer. No layer has changed then.
+        """
+        for module in self.model.modules():
+            if isinstance(module, VariatorLayer):
+                module.check_choice(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _check_merge_allowed(self) -> NoReturn:
         """Refuse to merge, before any layer is touched."""
@@ -197,8 +208,8 @@ def _default_targets(model: nn.Module, config: VariatorConfig) -> str:
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
             f"No feed-forward network to compress was found in {type(model).__name__} (model type {model_type!r}). "
-            "Name where one starts in target_modules, where it ends in end_module, and the module that takes the "
-            f"attention mask in stack_module. Modules that may be one: {candidates(model)}. Known model types: "
+            "Please specify `target_modules` (where one starts), `end_module` (where it ends) and `stack_module` (the "
+            f"module that takes the attention mask). Modules that may be one: {candidates(model)}. Known model types: "
             f"{sorted(FEED_FORWARDS)}."
         )
     if len(sites) == 1:
