@@ -55,6 +55,7 @@ FEED_FORWARDS: dict[str, FeedForward] = {
     "gemma3_text": _DECODER_MLP,
     "gpt2": _GPT2_MLP,
     "gpt_neox": _DECODER_MLP,
+    "gptj": _GPT2_MLP,
     "llama": _DECODER_MLP,
     "mbart": _BART_ENCODER,
     "mistral": _DECODER_MLP,

@@ -78,11 +78,10 @@ class StackCall:
             hidden_states: its input, shape `(batch, length, dim)` or `(batch * length, dim)`.
 
         Raises:
-            ValueError: the hidden states do not have the length that the call's arguments tell.
+            ValueError: the hidden states do not have the length that the call's arguments tell, or nothing tells it.
         """
         if rule not in self._groupings:
-            shape = self.shape or (hidden_states.shape[0], hidden_states.shape[-2])
-            self._groupings[rule] = self._group(rule, shape, hidden_states.device)
+            self._groupings[rule] = self._group(rule, self.shape or _shape_of(hidden_states), hidden_states.device)
         grouping = self._groupings[rule]
         if grouping.row_of.numel() * hidden_states.shape[-1] != hidden_states.numel():
             raise ValueError(
@@ -246,6 +245,16 @@ class StackCall:
         elif kept_logits:
             used[:, -kept_logits:] = True
         return used | _last(real, 1, shape, device)
+
+
+def _shape_of(hidden_states: Tensor) -> tuple[int, int]:
+    if hidden_states.dim() != 3:
+        raise ValueError(
+            f"A Variator plugin cannot tell which of the hidden states of shape {tuple(hidden_states.shape)} belong to one "
+            "sequence: the call has no input_ids, inputs_embeds or attention_mask of shape (batch, length). Pass one of "
+            "them to the model, or name the module that takes them in stack_module."
+        )
+    return hidden_states.shape[0], hidden_states.shape[1]
 
 
 def _last(real: Tensor | None, count: int, shape: tuple[int, int], device: torch.device) -> Tensor:
