@@ -23,7 +23,8 @@ class VariatorConfig(PeftConfig):
     Based on Xiao et al. 2023, "Variator: Accelerating Pre-trained Models with Plug-and-Play Compression Modules"
     (https://arxiv.org/abs/2310.15724). `VariatorConfig()` works as it is for every architecture in
     [`peft_variator.tuners.variator.architectures.FEED_FORWARDS`]; any other one is described by `target_modules`
-    (where a feed-forward network starts), `end_module` (where it ends) and `stack_module` (which module sees the mask).
+    (where a feed-forward network starts), `end_module` (where it ends) and `stack_module` (which module sees the
+    mask).
 
     Raises:
         ValueError: a field has a value that no plugin can be built from; the message names the field, the value and

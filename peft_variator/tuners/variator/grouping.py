@@ -62,6 +62,17 @@ class Block:
             return list(block.unbind(2))
         return [column for row in block.unbind(2) for column in row.unbind(3)]
 
+    def add_(self, tokens: Tensor, rows: Tensor) -> None:
+        """Add to every member of a group the group's row, in place.
+
+        Args:
+            tokens: shape `(batch, length, dim)`.
+            rows: shape `(batch, groups, dim)`.
+        """
+        block = tokens[:, self.start : self.start + self.length].unflatten(1, self.shape)
+        grid = [count for extent in self.shape[::2] for count in (extent, 1)]
+        block.add_(rows.unflatten(1, grid))
+
     def rows(self, first: int, device: torch.device) -> Tensor:
         """The row of each token, for rows numbered from `first`; shape `(length,)`."""
         numbers = torch.arange(first, first + self.groups, device=device)
@@ -112,6 +123,18 @@ class Grouping:
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
         return rows.index_select(0, self.row_of)
 
+    def add_rows_(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Add to each token the vector of its row, in place.
+
+        Args:
+            tokens: shape `(batch * length, dim)`.
+            rows: shape `(num_rows, dim)`.
+
+        Returns:
+            `tokens`.
+        """
+        return tokens.add_(self.spread(rows))
+
 
 @dataclass
 class SharedGrouping(Grouping):
@@ -141,6 +164,16 @@ class SharedGrouping(Grouping):
         for member, weight in zip(members[1:], weights[1:], strict=True):
             merged = torch.addcmul(merged, member, weight)
         return merged.flatten(1, -2)
+
+    def add_rows_(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        per_sequence = sum(block.groups for block in self.blocks)
+        by_sequence = rows.view(rows.shape[0] // per_sequence, per_sequence, -1)
+        target, first = tokens.view(by_sequence.shape[0], -1, tokens.shape[-1]), 0
+        for block in self.blocks:
+            own = by_sequence[:, first : first + block.groups]
+            block.add_(target, own)
+            first += block.groups
+        return tokens
 
 
 def _concat_scores(members: list[Tensor], concat: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class VariatorLayer(PluginModule):
         # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
         inner = torch.where(grouping.is_merged, per_token + grouping.spread(per_row), 0).tanh()
         correction = linear(inner, *_parameters(self.variator_up[plugin], inner.dtype))
-        return (grouping.spread(rows) + correction).view(hidden_states.shape)
+        return grouping.add_rows_(correction, rows.to(correction.dtype)).view(hidden_states.shape)
 
 
 def _parameters(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
