@@ -4,9 +4,10 @@ Importing this package registers its methods with PEFT, so that `get_peft_model`
 transformers' `load_adapter` know them.
 """
 
+from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel
 from .tuners.variator import VariatorConfig, VariatorModel, set_compression_ratio
 
 
-__all__ = ["VariatorConfig", "VariatorModel", "set_compression_ratio"]
+__all__ = ["SparseLoraConfig", "SparseLoraModel", "VariatorConfig", "VariatorModel", "set_compression_ratio"]
 
 __version__ = "0.1.0"

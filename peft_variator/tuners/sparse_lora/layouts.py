@@ -1,0 +1,105 @@
+"""How each class of base layer keeps its weight: one entry a class, so that packed bases can add theirs.
+
+Everything in `sparse_lora` sees a weight as a matrix of shape (out_features, in_features). A `WeightLayout` says how
+to get that matrix, and the mask M of the weights that pruning kept, from the tensors that a base layer really holds.
+Its functions take tensors and not the module, so that a backward can rebuild the weight from what autograd saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+
+__all__ = ["WeightLayout", "find_layout", "get_layout", "register_layout"]
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Accessors for the weight of one class of base layers.
+
+    Args:
+        name: unique name; compiled graphs refer to the layout by it.
+        tensors: base layer -> the frozen tensors its weight is made of; the first has the weight's dtype and device.
+        shape: these tensors -> (out_features, in_features).
+        weight: these tensors -> the weight, (out_features, in_features); a view where possible.
+        kept: these tensors -> the mask M, bool (out_features, in_features), True where the weight was not pruned.
+        flatten: a tensor shaped like the layer's own weight -> (out_features, in_features).
+        write: puts a matrix (out_features, in_features) into the base layer. Zeros of the matrix must stay zeros.
+    """
+
+    name: str
+    tensors: Callable[[nn.Module], list[torch.Tensor]]
+    shape: Callable[[list[torch.Tensor]], torch.Size]
+    weight: Callable[[list[torch.Tensor]], torch.Tensor]
+    kept: Callable[[list[torch.Tensor]], torch.Tensor]
+    flatten: Callable[[torch.Tensor], torch.Tensor]
+    write: Callable[[nn.Module, torch.Tensor], None]
+
+
+_BY_CLASS: dict[type[nn.Module], WeightLayout] = {}
+_BY_NAME: dict[str, WeightLayout] = {}
+
+
+def register_layout(base_class: type[nn.Module], layout: WeightLayout) -> None:
+    """Let SparseLoRA wrap `base_class` and its subclasses. The same entry may be registered again.
+
+    Raises:
+        ValueError: another layout has this name.
+    """
+    if _BY_NAME.get(layout.name, layout) != layout:
+        raise ValueError(f"A weight layout named {layout.name!r} is already registered. Choose another name.")
+    _BY_NAME[layout.name] = layout
+    _BY_CLASS[base_class] = layout
+
+
+def get_layout(name: str) -> WeightLayout:
+    """The layout registered under `name`."""
+    return _BY_NAME[name]
+
+
+def find_layout(base_layer: nn.Module) -> WeightLayout | None:
+    """The layout of the closest registered base class of `base_layer`, or None where its weight can't be adapted."""
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        # the out_proj of nn.MultiheadAttention: its weight is read and its forward never called
+        return None
+    for base_class in type(base_layer).__mro__:
+        if base_class in _BY_CLASS:
+            return _BY_CLASS[base_class]
+    return None
+
+
+def _dense_layout(
+    name: str,
+    flatten: Callable[[torch.Tensor], torch.Tensor],
+    unflatten: Callable[[torch.Tensor, torch.Size], torch.Tensor],
+) -> WeightLayout:
+    """Layout of a layer with one dense `weight`; `unflatten` gives a matrix the shape of that weight."""
+
+    def write(base_layer: nn.Module, matrix: torch.Tensor) -> None:
+        weight = base_layer.get_parameter("weight")
+        with torch.no_grad():
+            # in place: tied weights stay tied, and a backward that still needs the old weight raises
+            weight.copy_(unflatten(matrix, weight.shape))
+
+    return WeightLayout(
+        name=name,
+        tensors=lambda base_layer: [base_layer.get_parameter("weight")],
+        shape=lambda tensors: flatten(tensors[0]).shape,
+        weight=lambda tensors: flatten(tensors[0]),
+        kept=lambda tensors: flatten(tensors[0]).ne(0),
+        flatten=flatten,
+        write=write,
+    )
+
+
+register_layout(nn.Linear, _dense_layout("linear", lambda weight: weight, lambda matrix, shape: matrix))
+register_layout(Conv1D, _dense_layout("conv1d", lambda weight: weight.t(), lambda matrix, shape: matrix.t()))
+register_layout(
+    nn.Conv2d, _dense_layout("conv2d", lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
+)

@@ -1,0 +1,92 @@
+"""Masks on disk: one bit a weight, and a fingerprint of the weight that a mask was made for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+__all__ = ["fingerprint", "matches_fingerprint", "pack_mask", "unpack_mask"]
+
+_PROJECTIONS = 8
+_ROWS_AT_ONCE = 1024  # bounds the float64 copy of a large weight
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a mask to one bit a weight, in the layout of the `bitmask` of sparse-24-bitmask checkpoints.
+
+    Args:
+        mask: bool (rows, columns).
+
+    Returns:
+        uint8 (rows, ceil(columns / 8)); bit i of byte j stands for column 8·j + i (little bit order), the bits beyond
+        the last column are 0.
+    """
+    rows, columns = mask.shape
+    bits = F.pad(mask.to(torch.uint8), (0, -columns % 8)).reshape(rows, -(-columns // 8), 8)
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return bits.mul_(powers).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """The inverse of `pack_mask`: uint8 (rows, ceil(columns / 8)) -> bool (rows, columns)."""
+    # Each byte looks up its eight bools as one int64: several times faster than shifting bits apart.
+    eight_bools = _bools_of_a_byte(packed.device).take(packed.long())
+    return eight_bools.view(torch.bool)[:, :columns]
+
+
+@lru_cache(maxsize=8)
+def _bools_of_a_byte(device: torch.device) -> torch.Tensor:
+    """int64 (256,): the eight bits of every byte as bools, side by side in memory."""
+    bytes_ = torch.arange(256, device=device).unsqueeze(1)
+    bits = bytes_.bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
+    return bits.to(torch.bool).view(torch.int64).flatten()
+
+
+def fingerprint(weight: torch.Tensor) -> torch.Tensor:
+    """What identifies a weight, also after a cast to another floating dtype.
+
+    A hash would change with every cast. These are sums that rounding hardly moves and another weight does: the
+    resolution of the dtype, the Frobenius norm, and eight projections uᵀWv on fixed random signs.
+
+    Args:
+        weight: floating point (rows, columns).
+
+    Returns:
+        int64 (10,): bits of float64 numbers, so that casting a model's floating tensors leaves them alone.
+    """
+    weight = weight.detach()
+    if weight.device.type == "mps":
+        weight = weight.cpu()  # no float64 there
+    left = _signs(weight.shape[0], seed=0).to(weight.device)
+    right = _signs(weight.shape[1], seed=1).to(weight.device)
+    sums = torch.zeros(1 + _PROJECTIONS, dtype=torch.float64, device=weight.device)
+    for rows, signs in zip(weight.split(_ROWS_AT_ONCE), left.split(_ROWS_AT_ONCE), strict=True):
+        rows = rows.double()
+        sums[0] += rows.square().sum()
+        sums[1:] += (rows @ right).mul_(signs).sum(dim=0)
+    sums[0].sqrt_()
+    resolution = sums.new_tensor([torch.finfo(weight.dtype).eps])
+    return torch.cat([resolution, sums]).view(torch.int64)
+
+
+def matches_fingerprint(stored: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `weight` (rows, columns) is the one `stored` was taken from, up to a cast to another dtype.
+
+    In the same dtype a relative difference of 1e-9 is told apart; across dtypes, one of about twice the resolution of
+    the coarser dtype (1.6 % of the norm for bfloat16).
+    """
+    expected = stored.cpu().view(torch.float64)
+    found = fingerprint(weight).cpu().view(torch.float64)
+    resolution = max(expected[0].item(), found[0].item())
+    tolerance = 1e-9 if expected[0] == found[0] else 2 * resolution
+    return bool(((expected[1:] - found[1:]).abs() <= tolerance * expected[1]).all())
+
+
+@lru_cache(maxsize=64)
+def _signs(count: int, seed: int) -> torch.Tensor:
+    """float64 (count, 8) of ±1, the same on every machine: NumPy never changes the stream of RandomState."""
+    return torch.from_numpy(np.random.RandomState(seed).choice([-1.0, 1.0], size=(count, _PROJECTIONS)))

@@ -1,0 +1,167 @@
+"""The tuner model of SparseLoRA, and the way masks reach it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import SparseLoraConfig
+from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
+from .layouts import find_layout
+
+
+__all__ = ["SparseLoraModel", "attach_masks"]
+
+_NAMES_SHOWN = 5
+
+
+class SparseLoraModel(BaseTuner):
+    """LoRA under the mask of a pruned model (He et al. 2024, arXiv 2404.02424).
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_variator import SparseLoraConfig
+
+        >>> model = get_peft_model(pruned_model, SparseLoraConfig(r=8))
+        >>> ...  # train
+        >>> merged = model.merge_and_unload()  # as sparse as before
+        ```
+    """
+
+    # Not "sparse_lora_": PEFT and others look for prefixes as substrings, and that one contains LoRA's "lora_". The
+    # prefix is the name of the method and "_", as transformers' `delete_adapter` expects.
+    prefix = "sparse_low_rank_"
+    tuner_layer_cls = SparseLoraLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: SparseLoraConfig, model_config: dict[str, Any]) -> SparseLoraConfig:
+        """Without target modules: all linear layers, the default of the paper and no matter what the architecture."""
+        if peft_config.target_modules is None:
+            peft_config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return peft_config
+
+    def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
+        """Resolve "all-linear" here: PEFT's own reading of it leaves out classes added with `register_layout`."""
+        target_modules = peft_config.target_modules
+        if isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _maybe_include_all_linear_layers(peft_config, model)
+            peft_config.target_modules = set(peft_config.target_modules or ()) | _registered_linears(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, with one warning for all modules in which the mask would mask nothing."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.peft_config[adapter_name].mask == "weight":
+            _warn_about_dense(_layers_of(model, adapter_name), adapter_name)
+
+    def _create_and_replace(
+        self,
+        peft_config: SparseLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
+        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
+        rank = peft_config.rank_pattern.get(rank_key, peft_config.r)
+        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        if isinstance(target, SparseLoraLayer):
+            target.update_layer(adapter_name, peft_config, rank, alpha)
+            return
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer_class = SparseLoraConv2d if isinstance(base_layer, nn.Conv2d) else SparseLoraLinear
+        new_module = layer_class(target, current_key)
+        new_module.update_layer(adapter_name, peft_config, rank, alpha)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's version reads the `weight` of the base layer, which packed ones don't have, to find its device."""
+        setattr(parent, child_name, new_module)
+
+    def attach_masks(self, masks: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
+        """See [`attach_masks`]."""
+        attach_masks(self, masks, adapter_name)
+
+
+def attach_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
+    """Hand the masks of a pruned model to an adapter that was created with `mask="stored"`.
+
+    They are saved with the adapter, one bit a weight, with a fingerprint of the base weight each one is for. Modules
+    of the adapter without a mask keep every weight, about which one warning says so.
+
+    Args:
+        model: a `PeftModel`, a `SparseLoraModel`, or a transformers model after `add_adapter`.
+        masks: name of the module in the base model -> bool mask of the shape of its weight, True where it is kept.
+        adapter_name: the adapter.
+
+    Raises:
+        TypeError: a mask is not bool.
+        ValueError: there is no such adapter; it stores no masks; a mask is for a module that it does not adapt, which
+            would stay dense; or a mask has the wrong shape.
+    """
+    layers = _layers_of(_base_model(model), adapter_name)
+    if not layers:
+        raise ValueError(f"The model has no SparseLoRA adapter named {adapter_name!r}. Add one, or name another.")
+    unknown = sorted(masks.keys() - layers.keys())
+    if unknown:
+        raise ValueError(
+            f"Adapter {adapter_name!r} does not adapt {len(unknown)} of the {len(masks)} masked modules, which would "
+            f"stay dense: {_shorten(unknown)}. Create it with SparseLoraConfig(target_modules=list(masks))."
+        )
+    for name, layer in layers.items():
+        layer.attach_mask(adapter_name, masks.get(name))
+    _warn_about_dense(layers, adapter_name)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseLoraLayer]:
+    """The layers that have this adapter, by the name their module has in the base model."""
+    return {
+        name.replace(".base_layer", ""): module  # inside the layer of another tuner
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLoraLayer) and adapter_name in module.sparse_low_rank_A
+    }
+
+
+def _registered_linears(model: nn.Module) -> set[str]:
+    """Names of the linear layers of classes that PEFT does not know, outside of other adapters."""
+    known = (nn.Linear, Conv1D, nn.Conv2d)
+    return {
+        name
+        for name, module in model.named_modules()
+        if find_layout(module) is not None and not isinstance(module, known) and not name.endswith(".base_layer")
+    }
+
+
+def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) -> None:
+    dense = [name for name, layer in layers.items() if layer.masks_nothing(adapter_name)]
+    if dense:
+        warnings.warn(
+            f"Nothing is masked in {len(dense)} of the {len(layers)} modules of adapter {adapter_name!r}: none of "
+            f"their weights is pruned, so they are fine-tuned as with plain LoRA: {_shorten(dense)}.",
+            stacklevel=2,
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
