@@ -250,9 +250,9 @@ class StackCall:
 def _shape_of(hidden_states: Tensor) -> tuple[int, int]:
     if hidden_states.dim() != 3:
         raise ValueError(
-            f"A Variator plugin cannot tell which of the hidden states of shape {tuple(hidden_states.shape)} belong to "
-            "one sequence: the call has no input_ids, inputs_embeds or attention_mask of shape (batch, length). Pass one "
-            "of them to the model, or name the module that takes them in stack_module."
+            f"A Variator plugin cannot tell which of the hidden states of shape {tuple(hidden_states.shape)} belong "
+            "to one sequence: the call has no input_ids, inputs_embeds or attention_mask of shape (batch, length). "
+            "Pass one of them to the model, or name the module that takes them in stack_module."
         )
     return hidden_states.shape[0], hidden_states.shape[1]
 
