@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["check_new_folder", "new_folder", "replacing", "write_text"]
 
 
 @contextmanager
@@ -33,3 +34,43 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` in UTF-8, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_new_folder(path: str | Path) -> None:
+    """Raise FileExistsError unless `path` is free for a new folder: nothing is there, or an empty folder."""
+    target = Path(path)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise FileExistsError(
+            f"{str(target)!r} already exists and is not empty. Name another output folder, or remove this one first."
+        )
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, to fill; on success it gets the name `path`, else it goes away.
+
+    A process that is killed leaves only the temporary folder, `.NAME.partial-*`.
+
+    Args:
+        path: the folder to make. Missing parents are made.
+
+    Raises:
+        FileExistsError: a file or a folder that is not empty is at `path`.
+    """
+    check_new_folder(path)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
+        yield temporary
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

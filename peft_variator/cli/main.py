@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .inspect import inspect_command
+from .prune import prune_command
 
 
 __all__ = ["app"]
@@ -18,6 +20,8 @@ def main() -> None:
 
 
 app.command()(bench)
+app.command("inspect")(inspect_command)
+app.command("prune")(prune_command)
 
 if __name__ == "__main__":
     app()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from peft_variator.sparsity.targets import PrunableModule
+from .targets import PrunableModule
 
 
 __all__ = ["spread_budgets", "water_fill"]
@@ -19,9 +19,9 @@ def water_fill(
     """Sparsity of each block so that together they lose `sparsity` of their weights.
 
     A block keeps at least 1 - `highest` of its weights. What else is kept is shared out in proportion to the blocks'
-    scores; a block that is full takes no more and the rest goes to the others (ECoFLaP, arXiv 2310.02998, section 3.2:
-    the sparsity of a part follows its share of the global importance). Unlike in the released code the level is solved
-    for, so the target is met to rounding instead of by rounds of additions with a repair.
+    scores; a block that is full takes no more and the rest goes to the others (the coarse step of ECoFLaP, arXiv
+    2310.02998: how much a part keeps follows its share of the global importance). Unlike in the released code the
+    level is solved for, so the target is met to rounding instead of by rounds of additions with a repair.
 
     Args:
         scores: block -> importance summed over its weights, >= 0.

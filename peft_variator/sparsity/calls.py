@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from peft_variator.sparsity.modalities import innermost
+from .modalities import innermost
 
 
 __all__ = ["Batch", "Call", "Capture", "Chain", "capture", "find_chains", "hooked", "run_block", "run_model"]

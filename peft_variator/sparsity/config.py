@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from peft_variator.sparsity.patterns import Pattern, Target
+from .patterns import Pattern, Target
 
 
 __all__ = ["ALLOCATIONS", "METHODS", "SCORE_ORDERS", "PruningConfig", "check_sparsity"]

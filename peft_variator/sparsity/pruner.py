@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from peft_variator.sparsity.allocation import spread_budgets, water_fill
-from peft_variator.sparsity.calibration import check_batches
-from peft_variator.sparsity.calls import Batch
-from peft_variator.sparsity.config import PruningConfig
-from peft_variator.sparsity.methods import METHODS
-from peft_variator.sparsity.patterns import Pattern, apply_mask
-from peft_variator.sparsity.report import ModuleSparsity, SparsityReport, count_module
-from peft_variator.sparsity.scoring import block_scores
-from peft_variator.sparsity.statistics import Statistics
-from peft_variator.sparsity.targets import PrunableModule, find_prunable, find_targets
-from peft_variator.sparsity.walk import walk_blocks
-from peft_variator.sparsity.weights import apply_matrix, read_matrix, replace_matrix
+from .allocation import spread_budgets, water_fill
+from .calibration import check_batches
+from .calls import Batch
+from .config import PruningConfig
+from .methods import METHODS
+from .patterns import Pattern, apply_mask
+from .report import ModuleSparsity, SparsityReport, count_module
+from .scoring import block_scores
+from .statistics import Statistics
+from .targets import PrunableModule, find_prunable, find_targets
+from .walk import walk_blocks
+from .weights import apply_matrix, read_matrix, replace_matrix
 
 
 __all__ = ["measure_sparsity", "prune"]
@@ -141,7 +142,8 @@ def prune(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
-        bar = stack.enter_context(Progress(*columns, transient=True, disable=not progress))
+        console = Console(stderr=True)
+        bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not progress))
         if config.allocation == "ecoflap":
             targets = _allocate(model, targets, batches, config, bar)
         task = bar.add_task(f"pruning ({config.method})", total=len(targets))

@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from peft_variator.sparsity.patterns import Pattern, meets_pattern
+from ..files import replacing, write_text
+from .patterns import Pattern, meets_pattern
 
 
 __all__ = ["GROUPINGS", "ModuleSparsity", "SparsityReport", "count_module"]
@@ -163,10 +164,7 @@ class SparsityReport:
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON to `path`; the file is whole or not there."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.partial")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load_json(cls, path: str | os.PathLike[str]) -> SparsityReport:
@@ -195,4 +193,5 @@ class SparsityReport:
         axes.set(ylim=(0, 100), ylabel="zeros (%)", xlabel=by, title=f"{self.sparsity:.1%} of the weights are zero")
         axes.set_xticks(range(len(rows)), [row.name.rpartition(".")[2] for row in rows], rotation=90, fontsize=7)
         axes.legend()
-        figure.savefig(path, dpi=150)
+        with replacing(Path(path)) as temporary:
+            figure.savefig(temporary, dpi=150)

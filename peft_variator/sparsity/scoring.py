@@ -12,10 +12,10 @@ from accelerate.utils.modeling import has_offloaded_params
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from peft_variator.sparsity.calls import Batch, run_model
-from peft_variator.sparsity.config import PruningConfig
-from peft_variator.sparsity.targets import PrunableModule
-from peft_variator.sparsity.weights import apply_matrix, read_matrix
+from .calls import Batch, run_model
+from .config import PruningConfig
+from .targets import PrunableModule
+from .weights import apply_matrix, read_matrix
 
 
 __all__ = ["block_scores", "first_order_scores", "zeroth_order_scores"]

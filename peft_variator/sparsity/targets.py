@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from peft_variator.sparsity.config import PruningConfig
-from peft_variator.sparsity.modalities import DEFAULT_OFF, Modalities, block_stacks, innermost
-from peft_variator.sparsity.patterns import Pattern, Target, check_width
+from .config import PruningConfig
+from .modalities import DEFAULT_OFF, Modalities, block_stacks, innermost
+from .patterns import Pattern, Target, check_width
 
 
 __all__ = ["PrunableModule", "find_prunable", "find_targets", "matches"]
@@ -62,7 +63,8 @@ def find_prunable(model: nn.Module, named: Mapping[str, list[str]] | None = None
     blocks = [block for stack in block_stacks(model).values() for block in stack]
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
+        # the out_proj of nn.MultiheadAttention is no layer: its weight is read and its forward never called
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear):
             block = innermost(name, blocks)
             found.append(PrunableModule(name, module, block or name, modalities.of(name), block is not None))
     return found
@@ -137,8 +139,8 @@ def find_targets(model: nn.Module, config: PruningConfig) -> list[PrunableModule
         present = sorted({target.modality for target in prunable})
         raise ValueError(
             f"Nothing to prune: target_modules={config.target_modules!r} and "
-            f"exclude_modules={config.exclude_modules!r} leave no Linear or Conv1D of a pruned modality. The model has "
-            f"{present}; {sorted(DEFAULT_OFF)} are pruned only when named in modalities or modality_sparsity."
+            f"exclude_modules={config.exclude_modules!r} leave no Linear or Conv1D of a pruned modality. The model "
+            f"has {present}; {sorted(DEFAULT_OFF)} are pruned only when named in modalities or modality_sparsity."
         )
     targets = [replace(target, target=config.modality_target(target.modality)) for target in wanted]
     for target in targets:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_variator.sparsity.calls import Batch, Capture, Chain, capture, find_chains, hooked, run_block
-from peft_variator.sparsity.modalities import block_stacks
-from peft_variator.sparsity.statistics import Statistics
-from peft_variator.sparsity.targets import PrunableModule
+from .calls import Batch, Capture, Chain, capture, find_chains, hooked, run_block
+from .modalities import block_stacks
+from .statistics import Statistics
+from .targets import PrunableModule
 
 
 __all__ = ["walk_blocks"]

@@ -13,7 +13,7 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_variator.sparsity.targets import PrunableModule
+from .targets import PrunableModule
 
 
 __all__ = ["apply_matrix", "read_matrix", "replace_matrix"]

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from peft_variator.sparsity.config import PruningConfig
-from peft_variator.sparsity.methods.dsnot import dsnot_refine
-from peft_variator.sparsity.methods.magnitude import magnitude_mask
-from peft_variator.sparsity.methods.sparsegpt import sparsegpt_prune
-from peft_variator.sparsity.methods.wanda import wanda_mask
-from peft_variator.sparsity.patterns import Target, apply_mask
-from peft_variator.sparsity.statistics import GramStatistics, InputStatistics, Statistics
+from ..config import PruningConfig
+from ..patterns import Target, apply_mask
+from ..statistics import GramStatistics, InputStatistics, Statistics
+from .dsnot import dsnot_refine
+from .magnitude import magnitude_mask
+from .sparsegpt import sparsegpt_prune
+from .wanda import wanda_mask
 
 
 __all__ = ["METHODS", "Method", "dsnot_refine", "magnitude_mask", "sparsegpt_prune", "wanda_mask"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_variator.sparsity.patterns import Pattern, Target
-from peft_variator.sparsity.statistics import InputStatistics
+from ..patterns import Pattern, Target
+from ..statistics import InputStatistics
 
 
 __all__ = ["dsnot_refine"]
@@ -34,7 +34,7 @@ def dsnot_refine(
     max_cycles: int = 100,
     threshold: float = 0.1,
 ) -> Tensor:
-    """Refine `mask` by growing and pruning one weight a row in each cycle; no weight changes its value (section 3.2).
+    """Refine `mask` by growing and pruning one weight a row in each cycle; no weight changes its value.
 
     With the error e = E[sum over pruned j of W_ij X_j] of output i, a cycle grows the pruned weight with the largest
     sign(e) * W_ij * E[X_j] / Var(X_j) (the paper's growing criterion), then prunes, among the kept weights whose loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_variator.sparsity.patterns import Target, select
+from ..patterns import Target, select
 
 
 __all__ = ["magnitude_mask", "magnitude_scores"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_variator.sparsity.patterns import Pattern, Target, apply_mask, check_width, keep_largest, select
+from ..patterns import Pattern, Target, apply_mask, check_width, keep_largest, select
 
 
 __all__ = ["inverse_hessian_factor", "sparsegpt_prune"]
@@ -39,7 +39,7 @@ def inverse_hessian_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 def _block_mask(weight: Tensor, diagonal: Tensor, lost: int) -> Tensor:
-    """Mask of one block of columns, all rows compared: w^2 / [H^-1]_jj, equation 3."""
+    """Mask of one block of columns, all rows compared by the error that losing a weight makes, w^2 / [H^-1]_jj."""
     scores = (weight.square() / diagonal.square()).reshape(1, -1)
     return keep_largest(scores, lost).view_as(weight)
 

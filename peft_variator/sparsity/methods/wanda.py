@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peft_variator.sparsity.patterns import Target, select
+from ..patterns import Target, select
 
 
 __all__ = ["wanda_mask", "wanda_scores"]
