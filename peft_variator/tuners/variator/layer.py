@@ -141,25 +141,6 @@ class VariatorLayer(PluginModule):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the plugin that is used.
-
-        Raises:
-            ValueError: several plugins are named; a vector can be merged by one of them only.
-        """
-        self.check_choice(adapter_names)
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-
-    def check_choice(self, adapter_names: str | list[str]) -> None:
-        """Raise where several of the named plugins are on this layer.
-
-        Raises:
-            ValueError: several plugins are named; a vector can be merged by one of them only.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if sum(name in self.rules for name in names) > 1:
-            raise ValueError(f"Only one Variator plugin can be active, got {list(names)}. Name one of them.")
-
     def set_ratio(self, adapter_name: str, ratio: int) -> None:
         """Change the compression ratio k of a plugin at run time.
 
@@ -188,10 +169,17 @@ class VariatorLayer(PluginModule):
 
     @property
     def active_plugin(self) -> str | None:
-        """Name of the plugin that is used, or `None` where the base model's network runs."""
-        if self.disable_adapters:
-            return None
-        return next((name for name in self.active_adapters if name in self.rules), None)
+        """Name of the plugin that is used, or `None` where the base model's network runs.
+
+        Raises:
+            ValueError: several plugins of this layer are active; a vector can be merged by one of them only.
+        """
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.rules]
+        if len(names) > 1:
+            raise ValueError(
+                f"Only one Variator plugin can be active on {self.name}, got {names}. Call set_adapter with one of them."
+            )
+        return names[0] if names else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the feed-forward network, or its start, on merged vectors.

@@ -132,17 +132,6 @@ class VariatorModel(BaseTuner):
         # PEFT's own version reads `child.weight`, which a feed-forward network does not have.
         setattr(parent, child_name, new_module)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the plugin that is used; several may be named where they are on different layers.
-
-        Raises:
-            ValueError: two of them share a layer. No layer has changed then.
-        """
-        for module in self.model.modules():
-            if isinstance(module, VariatorLayer):
-                module.check_choice(adapter_name)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-
     def _check_merge_allowed(self) -> NoReturn:
         """Refuse to merge, before any layer is touched."""
         next(module for module in self.model.modules() if isinstance(module, PluginModule)).merge()
