@@ -177,7 +177,8 @@ class VariatorLayer(PluginModule):
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.rules]
         if len(names) > 1:
             raise ValueError(
-                f"Only one Variator plugin can be active on {self.name}, got {names}. Call set_adapter with one of them."
+                f"Only one Variator plugin can be active on {self.name!r}, got {names}. Call set_adapter with one of "
+                "them."
             )
         return names[0] if names else None
 
