@@ -1,0 +1,288 @@
+"""The one list of tiny models that the tests of the Variator tuner run over. Random weights, no files, no network."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    CLIPTextModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SiglipTextModel,
+    SiglipVisionModel,
+    T5EncoderModel,
+)
+
+
+VOCABULARY = 99
+FIRST_WORD = 10  # smaller ids are special tokens
+IMAGE_TOKEN = 9
+
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+DECODER = {key: TEXT[key] for key in TEXT if "dropout" not in key} | {"num_key_value_heads": 2, "head_dim": 8}
+MOE = DECODER | {"num_experts_per_tok": 2, "num_local_experts": 4}
+T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "initializer_factor": 1.0,
+}
+BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 24,
+    "patch_size": 4,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+TOWER = {key: VISION[key] for key in VISION if "dropout" not in key}
+CLIP = {
+    "text_config": DECODER | {"eos_token_id": 2, "max_position_embeddings": 64},
+    "vision_config": TOWER,
+    "projection_dim": 16,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model.
+
+    Args:
+        name: name of the test.
+        model_type: transformers' name of the architecture.
+        auto: class that builds the model from a configuration.
+        config: fields of the configuration.
+        kind: what the stack that is compressed is: `encoder`, `causal`, `vision`, `dual` (text and image) or `vlm`.
+        prefix: number of tokens before the patches of an image.
+        zero_positions: whether to zero the position embeddings, of models that take no position ids: only then is the
+            base model itself indifferent to padding on the left.
+    """
+
+    name: str
+    model_type: str
+    auto: Any
+    config: dict[str, Any] = field(hash=False)
+    kind: str
+    prefix: int = 0
+    zero_positions: bool = False
+
+    @functools.cached_property
+    def _prototype(self) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config))
+        builder = getattr(self.auto, "from_config", None) or self.auto._from_config
+        model = builder(getattr(config, _PART.get(self.auto, ""), config), attn_implementation="eager").eval()
+        for name, parameter in model.named_parameters():
+            with torch.no_grad():
+                _strengthen(name, parameter, self.zero_positions)
+        return model
+
+    def build(self) -> PreTrainedModel:
+        """A fresh model, alike in every call."""
+        return copy.deepcopy(self._prototype)
+
+    def inputs(self, batch: int = 2, length: int = 11, seed: int = 0) -> dict[str, Tensor]:
+        """Arguments of a call without padding."""
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randn(batch, 3, 24, 24, generator=generator)
+        ids = torch.randint(FIRST_WORD, VOCABULARY, (batch, length), generator=generator)
+        if self.kind == "vision":
+            return {"pixel_values": pixels}
+        if self.kind == "dual":
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        if self.kind == "vlm":
+            ids = torch.cat([ids[:, :3], torch.full((batch, 36), IMAGE_TOKEN), ids[:, 3:]], dim=1)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        if self.is_seq2seq:
+            return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+        return {"input_ids": ids}
+
+    @property
+    def is_seq2seq(self) -> bool:
+        return self.auto is AutoModelForSeq2SeqLM
+
+
+_PART = {
+    CLIPTextModel: "text_config",
+    CLIPVisionModel: "vision_config",
+    SiglipTextModel: "text_config",
+    SiglipVisionModel: "vision_config",
+}
+
+
+def _strengthen(name: str, parameter: nn.Parameter, zero_positions: bool) -> None:
+    """Weights so large that a feed-forward network matters; a transformer at its usual start hides most mistakes."""
+    if zero_positions and "position" in name:
+        parameter.zero_()
+    elif parameter.dim() > 1:
+        parameter.normal_(std=0.25)
+    else:
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Every floating-point tensor that a call returns, by name."""
+    with torch.no_grad():
+        output = model(**inputs)
+    return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+ENCODERS = [
+    Case("bert", "bert", AutoModel, TEXT, "encoder"),
+    Case("roberta", "roberta", AutoModel, TEXT, "encoder"),
+    Case("xlm-roberta", "xlm-roberta", AutoModel, TEXT, "encoder"),
+    Case(
+        "distilbert",
+        "distilbert",
+        AutoModel,
+        {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "pad_token_id": 0},
+        "encoder",
+        zero_positions=True,
+    ),
+    Case("mpnet", "mpnet", AutoModel, TEXT, "encoder"),
+    Case("electra", "electra", AutoModel, TEXT | {"embedding_size": 16}, "encoder"),
+    Case("deberta-v2", "deberta-v2", AutoModel, TEXT | {"relative_attention": True}, "encoder", zero_positions=True),
+    Case("modernbert", "modernbert", AutoModel, TEXT | {"global_attn_every_n_layers": 2}, "encoder"),
+    Case("albert", "albert", AutoModel, TEXT | {"embedding_size": 16}, "encoder"),
+]
+TASK_HEADS = [
+    Case("bert-mlm", "bert", AutoModelForMaskedLM, TEXT, "encoder"),
+    Case("bert-sequence", "bert", AutoModelForSequenceClassification, TEXT, "encoder"),
+    Case("bert-token", "bert", AutoModelForTokenClassification, TEXT, "encoder"),
+    Case("bert-qa", "bert", AutoModelForQuestionAnswering, TEXT, "encoder"),
+    Case("modernbert-sequence", "modernbert", AutoModelForSequenceClassification, TEXT, "encoder"),
+    Case("llama-sequence", "llama", AutoModelForSequenceClassification, DECODER, "causal"),
+    Case("llama-token", "llama", AutoModelForTokenClassification, DECODER, "causal"),
+    Case("vit-classes", "vit", AutoModelForImageClassification, VISION, "vision", prefix=1),
+]
+SEQ2SEQ = [
+    Case("t5", "t5", AutoModelForSeq2SeqLM, T5, "encoder"),
+    Case("flan-t5", "t5", AutoModelForSeq2SeqLM, T5 | {"feed_forward_proj": "gated-gelu"}, "encoder"),
+    Case("mt5", "mt5", AutoModelForSeq2SeqLM, T5 | {"feed_forward_proj": "gated-gelu"}, "encoder"),
+    Case("bart", "bart", AutoModelForSeq2SeqLM, BART, "encoder", zero_positions=True),
+    Case("mbart", "mbart", AutoModelForSeq2SeqLM, BART, "encoder", zero_positions=True),
+]
+ENCODERS_OF_SEQ2SEQ = [Case("t5-encoder", "t5", T5EncoderModel, T5, "encoder")]
+CAUSAL = [
+    Case("llama", "llama", AutoModelForCausalLM, DECODER, "causal"),
+    Case("mistral", "mistral", AutoModelForCausalLM, DECODER | {"sliding_window": 8}, "causal"),
+    Case("qwen2", "qwen2", AutoModelForCausalLM, DECODER, "causal"),
+    Case("qwen3", "qwen3", AutoModelForCausalLM, DECODER, "causal"),
+    Case("gemma2", "gemma2", AutoModelForCausalLM, DECODER | {"sliding_window": 8}, "causal"),
+    Case("gemma3", "gemma3_text", AutoModelForCausalLM, DECODER | {"sliding_window": 8}, "causal"),
+    Case("phi3", "phi3", AutoModelForCausalLM, DECODER, "causal"),
+    Case(
+        "gpt2",
+        "gpt2",
+        AutoModelForCausalLM,
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 128}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+        "causal",
+    ),
+    Case("opt", "opt", AutoModelForCausalLM, DECODER | {"ffn_dim": 48, "word_embed_proj_dim": 32}, "causal"),
+    Case("gpt-neox", "gpt_neox", AutoModelForCausalLM, DECODER, "causal"),
+    Case("smollm3", "smollm3", AutoModelForCausalLM, DECODER, "causal"),
+    Case("mixtral", "mixtral", AutoModelForCausalLM, MOE, "causal"),
+    Case(
+        "qwen3-moe",
+        "qwen3_moe",
+        AutoModelForCausalLM,
+        MOE | {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+        "causal",
+    ),
+]
+VISIONS = [
+    Case("vit", "vit", AutoModel, VISION, "vision", prefix=1),
+    Case("deit", "deit", AutoModel, VISION, "vision", prefix=2),
+    Case("dinov2", "dinov2", AutoModel, VISION, "vision", prefix=1),
+    Case(
+        "dinov2-registers",
+        "dinov2_with_registers",
+        AutoModel,
+        VISION | {"num_register_tokens": 3},
+        "vision",
+        prefix=4,
+    ),
+    Case("clip-vision", "clip", CLIPVisionModel, CLIP, "vision", prefix=1),
+    Case("siglip-vision", "siglip", SiglipVisionModel, {"vision_config": TOWER}, "vision"),
+]
+TEXT_TOWERS = [
+    Case("clip-text", "clip", CLIPTextModel, CLIP, "causal"),
+    Case("siglip-text", "siglip", SiglipTextModel, {"text_config": DECODER}, "encoder", zero_positions=True),
+]
+DUAL = [
+    Case("clip", "clip", AutoModel, CLIP, "dual", prefix=1),
+    Case("siglip", "siglip", AutoModel, {"text_config": DECODER, "vision_config": TOWER}, "dual"),
+]
+LLAVA = Case(
+    "llava",
+    "llava",
+    AutoModelForImageTextToText,
+    {
+        "text_config": DECODER | {"model_type": "llama"},
+        "vision_config": TOWER | {"model_type": "clip_vision_model"},
+        "image_token_id": IMAGE_TOKEN,
+        "image_token_index": IMAGE_TOKEN,
+        "vision_feature_layer": -1,
+    },
+    "vlm",
+    prefix=1,
+)
+TEXT_CASES = [*ENCODERS, *ENCODERS_OF_SEQ2SEQ, *SEQ2SEQ, *CAUSAL, *TEXT_TOWERS]
+ALL = [*TEXT_CASES, *TASK_HEADS, *VISIONS, *DUAL, LLAVA]
+BERT, LLAMA = ENCODERS[0], CAUSAL[0]
+
+
+def by_name(case: Case) -> str:
+    """Name of a parametrised test."""
+    return case.name
