@@ -1,0 +1,196 @@
+"""The packed form of a 2:4 weight, as pure tensor functions: pack, unpack, read the mask, check.
+
+A weight is 2:4 when at most two of every four consecutive inputs of a row are non-zero (arXiv 2104.08378). Its packed
+form is the tensor layout of `sparse-24-bitmask` checkpoints:
+
+- `compressed` (out_features, in_features / 2): the two kept values of every group of four, in column order;
+- `bitmask` uint8 (out_features, ceil(in_features / 8)): bit i of byte j says whether column 8·j + i is kept (little
+  bit order), exactly two bits in every group of four, the bits beyond the last column 0;
+- `shape` int64 (2, 1): out_features and in_features.
+
+That is 0.5625 of the bytes of a 16-bit weight, 0.53125 of a 32-bit one. A group with fewer than two non-zero weights
+keeps zeros in its free places. Every zero is stored, and comes back, as +0.0: 2:4 kernels read a stored -0.0 as a
+value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bits import bools, fill_groups, kept_places, mask_width, nonzero_bits, overfull, row_blocks, two_kept
+
+
+__all__ = [
+    "LayoutError",
+    "PackedWeight",
+    "check_bitmask",
+    "check_packed",
+    "gather_kept",
+    "is_two_four",
+    "pack",
+    "unpack",
+    "unpack_mask",
+]
+
+_PACKABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class LayoutError(ValueError):
+    """A weight that is not 2:4, or packed tensors that do not follow the layout."""
+
+
+class PackedWeight(NamedTuple):
+    """The three tensors of a packed weight; see the module for their shapes."""
+
+    compressed: Tensor
+    bitmask: Tensor
+    shape: Tensor
+
+
+def pack(weight: Tensor, name: str = "weight") -> PackedWeight:
+    """Pack a dense 2:4 weight; `unpack` gives it back bit for bit, except that -0.0 becomes +0.0.
+
+    Args:
+        weight: (out_features, in_features), float32, bfloat16, float16 or float64, in_features a multiple of four.
+            Infinities and NaN are values like any other.
+        name: what to call the weight in an error.
+
+    Raises:
+        LayoutError: the weight has another shape or dtype, or some group of four has more than two non-zero weights;
+            the message names the row and the columns.
+    """
+    _check_packable(weight, name)
+    out_features, in_features = weight.shape
+    compressed = weight.new_empty(out_features, in_features // 2)
+    bitmask = torch.empty(out_features, mask_width(in_features), dtype=torch.uint8, device=weight.device)
+    for rows in row_blocks(out_features, in_features):
+        bits = nonzero_bits(weight[rows])
+        if overfull(bits).any():
+            raise LayoutError(_overfull_message(name, weight[rows], rows.start))
+        bitmask[rows] = fill_groups(bits, in_features)
+        compressed[rows] = gather_kept(weight[rows], bitmask[rows])
+    return PackedWeight(compressed, bitmask, torch.tensor([[out_features], [in_features]], device=weight.device))
+
+
+def unpack(compressed: Tensor, bitmask: Tensor, in_features: int, out: Tensor | None = None) -> Tensor:
+    """The dense weight of packed tensors that `check_bitmask` accepts.
+
+    Args:
+        compressed: (out_features, in_features / 2), any dtype.
+        bitmask: uint8 (out_features, ceil(in_features / 8)).
+        in_features: inputs of the weight; the bitmask alone does not tell where the last byte ends.
+        out: where to write, contiguous (out_features, in_features) of the dtype of `compressed`; else a new tensor.
+
+    Returns:
+        (out_features, in_features), zeros +0.0.
+    """
+    if out is None:
+        out = compressed.new_empty(compressed.shape[0], in_features)
+    # Bits are moved instead of numbers: it is the same for every dtype, and copies of bfloat16 may rewrite NaNs.
+    integer = _INTEGER_OF_SIZE[compressed.element_size()]
+    source, target = compressed.contiguous().view(integer), out.view(integer)
+    for rows in row_blocks(out.shape[0], in_features):
+        places = kept_places(bitmask[rows], in_features)
+        groups = target[rows].view(-1, 2 * places.shape[1])
+        groups.zero_().scatter_(1, places, source[rows].view(places.shape))
+    return out
+
+
+def gather_kept(weight: Tensor, bitmask: Tensor) -> Tensor:
+    """The values of a dense weight at the places that a bitmask keeps, with every zero +0.0.
+
+    Args:
+        weight: (rows, in_features).
+        bitmask: uint8 (rows, ceil(in_features / 8)) with two bits in every group of four.
+
+    Returns:
+        (rows, in_features / 2) of the dtype of `weight`.
+    """
+    in_features = weight.shape[1]
+    kept = weight.new_empty(weight.shape[0], in_features // 2)
+    integer = _INTEGER_OF_SIZE[weight.element_size()]  # see unpack
+    source, target = weight.view(integer), kept.view(integer)
+    for rows in row_blocks(weight.shape[0], in_features):
+        places = kept_places(bitmask[rows], in_features)
+        target[rows] = source[rows].reshape(-1, 2 * places.shape[1]).gather(1, places).view(-1, in_features // 2)
+    target.masked_fill_(kept == 0, 0)
+    return kept
+
+
+def unpack_mask(bitmask: Tensor, in_features: int) -> Tensor:
+    """The mask of kept weights, bool (out_features, in_features), from uint8 (out_features, ceil(in_features / 8))."""
+    return bools(bitmask)[:, :in_features]
+
+
+def is_two_four(weight: Tensor) -> bool:
+    """Whether `pack` accepts the weight: a matrix, inputs in whole groups of four, at most two non-zero in each."""
+    if weight.ndim != 2 or weight.dtype not in _PACKABLE or weight.shape[1] == 0 or weight.shape[1] % 4:
+        return False
+    return not any(overfull(nonzero_bits(weight[rows])).any() for rows in row_blocks(*weight.shape))
+
+
+def check_packed(packed: PackedWeight, name: str) -> None:
+    """Raise LayoutError unless the three tensors follow the layout; `name` is the module that they belong to."""
+    compressed, bitmask, size = packed.compressed, packed.bitmask, packed.shape.flatten().tolist()
+    if len(size) != 2 or min(size) < 0 or size[1] == 0 or size[1] % 4:
+        raise LayoutError(f"{name}.shape holds {size}, but a packed weight has two sizes, the second a multiple of 4.")
+    if bitmask.dtype != torch.uint8:
+        raise LayoutError(f"{name}.bitmask is {bitmask.dtype}, but a bitmask is torch.uint8.")
+    wanted = {"compressed": (size[0], size[1] // 2), "bitmask": (size[0], mask_width(size[1]))}
+    for part, tensor in (("compressed", compressed), ("bitmask", bitmask)):
+        if tuple(tensor.shape) != wanted[part]:
+            raise LayoutError(
+                f"{name}.{part} has shape {tuple(tensor.shape)}, but a 2:4 weight of {size[0]}×{size[1]} has "
+                f"{wanted[part]}."
+            )
+    check_bitmask(bitmask, size[1], f"{name}.bitmask")
+
+
+def check_bitmask(bitmask: Tensor, in_features: int, name: str = "bitmask") -> None:
+    """Raise LayoutError unless every group of four keeps exactly two weights and the bits past the end are 0.
+
+    Args:
+        bitmask: uint8 (out_features, ceil(in_features / 8)).
+        in_features: inputs of the weight, a multiple of four.
+        name: what to call the tensor in the error, which also names the row.
+    """
+    for rows in row_blocks(len(bitmask), in_features):
+        wrong = two_kept(bitmask[rows], in_features).logical_not_().any(dim=1)
+        if wrong.any():
+            row = rows.start + int(wrong.nonzero()[0])
+            raise LayoutError(f"{name}, row {row}: {_wrong_bits(bitmask[row], in_features)}")
+
+
+def _check_packable(weight: Tensor, name: str) -> None:
+    if weight.ndim != 2 or weight.dtype not in _PACKABLE:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PACKABLE)
+        raise LayoutError(
+            f"{name} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but only matrices of {dtypes} can be "
+            "packed."
+        )
+    if weight.shape[1] == 0 or weight.shape[1] % 4:
+        raise LayoutError(f"{name} has {weight.shape[1]} inputs, which do not fill groups of 4, so it can't be 2:4.")
+
+
+def _overfull_message(name: str, block: Tensor, first_row: int) -> str:
+    counts = (block != 0).view(len(block), -1, 4).sum(dim=-1)
+    row, group = (counts > 2).nonzero()[0].tolist()
+    return (
+        f"{name}, row {first_row + row}: columns {4 * group} to {4 * group + 3} have {int(counts[row, group])} "
+        "non-zero weights, but 2:4 allows 2 of every 4. Prune the model to 2:4 first, or leave this module dense."
+    )
+
+
+def _wrong_bits(row: Tensor, in_features: int) -> str:
+    counts = unpack_mask(row.unsqueeze(0), in_features).view(-1, 4).sum(dim=1).tolist()
+    group = next((index for index, count in enumerate(counts) if count != 2), None)
+    if group is None:
+        return f"bits are set past the last column, {in_features - 1}. The file is damaged."
+    return (
+        f"columns {4 * group} to {4 * group + 3} keep {counts[group]} weights, but a 2:4 bitmask keeps exactly 2 of "
+        "every 4. The file is damaged, or the model is not 2:4."
+    )
