@@ -117,7 +117,8 @@ class Case:
     zero_positions: bool = False
 
     @functools.cached_property
-    def _prototype(self) -> PreTrainedModel:
+    def prototype(self) -> PreTrainedModel:
+        """The model to copy from; nothing may change it."""
         torch.manual_seed(0)
         config = AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config))
         builder = getattr(self.auto, "from_config", None) or self.auto._from_config
@@ -129,7 +130,7 @@ class Case:
 
     def build(self) -> PreTrainedModel:
         """A fresh model, alike in every call."""
-        return copy.deepcopy(self._prototype)
+        return copy.deepcopy(self.prototype)
 
     def inputs(self, batch: int = 2, length: int = 11, seed: int = 0) -> dict[str, Tensor]:
         """Arguments of a call without padding."""
@@ -189,7 +190,7 @@ ENCODERS = [
         "encoder",
         zero_positions=True,
     ),
-    Case("mpnet", "mpnet", AutoModel, TEXT, "encoder"),
+    Case("mpnet", "mpnet", AutoModel, TEXT | {"pad_token_id": 1}, "encoder"),
     Case("electra", "electra", AutoModel, TEXT | {"embedding_size": 16}, "encoder"),
     Case("deberta-v2", "deberta-v2", AutoModel, TEXT | {"relative_attention": True}, "encoder", zero_positions=True),
     Case("modernbert", "modernbert", AutoModel, TEXT | {"global_attn_every_n_layers": 2}, "encoder"),
