@@ -78,19 +78,23 @@ class SparseLoraLayer(MaskedLayer):
                 f"NaN or infinity in the merged weight of {self.module_name!r}: one of the adapters {names} seems to "
                 "be broken. The base weight was left as it was."
             )
-        self.sparse_low_rank_pruned_values = weight[~kept] if self._packed_mask(names) is not None else None
+        self.sparse_low_rank_dense_weight = weight.clone() if self._packed_mask(names) is not None else None
         self.sparse_low_rank_merged_mask = pack_mask(kept)
         self.layout.write(self.get_base_layer(), merged)
         self.merged_adapters = names
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged adapters out of the base layer: every zero comes back exactly, W to its rounding."""
+        """Take all merged adapters out of the base layer.
+
+        Every zero comes back exactly and the other weights to the rounding of their dtype; with a stored mask, all of
+        the dense W bit for bit.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.layout.write(self.get_base_layer(), self._original_weight())
-        self.sparse_low_rank_merged_mask = self.sparse_low_rank_pruned_values = None
+        self.sparse_low_rank_merged_mask = self.sparse_low_rank_dense_weight = None
         self.merged_adapters = []
 
 

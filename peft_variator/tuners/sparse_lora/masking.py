@@ -12,7 +12,7 @@ from .config import SparseLoraConfig
 from .functional import kept_weights
 from .low_rank import LowRankLayer
 from .masks import fingerprint, matches_fingerprint, pack_mask, unpack_mask
-from .merging import unmerge_update
+from .merging import merge_update
 
 
 __all__ = ["MaskedLayer"]
@@ -27,11 +27,12 @@ class MaskedLayer(LowRankLayer):
         super().__init__(base_layer, module_name)
         self.sparse_low_rank_mask = BufferDict(persistent=True)  # packed M, for adapters that store theirs
         self.sparse_low_rank_source = BufferDict(persistent=True)  # fingerprint of the W it is for, 0 until attached
-        # Only while merged: M, which can't be read from the merged weight, and what W has where M is False.
+        # Only while merged: the packed M, which can't be read from the merged weight, and, for stored masks, W itself:
+        # the merged weight has lost its pruned part, and the fingerprint would not know a W that has been rounded.
         self.sparse_low_rank_merged_mask: torch.Tensor | None
-        self.sparse_low_rank_pruned_values: torch.Tensor | None
+        self.sparse_low_rank_dense_weight: torch.Tensor | None
         self.register_buffer("sparse_low_rank_merged_mask", None, persistent=False)
-        self.register_buffer("sparse_low_rank_pruned_values", None, persistent=False)
+        self.register_buffer("sparse_low_rank_dense_weight", None, persistent=False)
         self._checked: set[tuple[str, ...]] = set()  # groups of adapters whose stored masks were found to fit
         self.register_load_state_dict_post_hook(_check_loaded_masks)
 
@@ -138,11 +139,13 @@ class MaskedLayer(LowRankLayer):
 
     def _original_weight(self) -> torch.Tensor:
         """W, (out, in), as it was before merging."""
+        if self.sparse_low_rank_dense_weight is not None:
+            return self.sparse_low_rank_dense_weight
         weight = self.layout.weight(self._base_tensors()).detach()
         if self.sparse_low_rank_merged_mask is None:
             return weight
         kept = unpack_mask(self.sparse_low_rank_merged_mask, self.in_features)
-        return unmerge_update(weight, self._update(self.merged_adapters), kept, self.sparse_low_rank_pruned_values)
+        return merge_update(weight, -self._update(self.merged_adapters), kept)
 
 
 def _check_loaded_masks(layer: MaskedLayer, incompatible_keys: object) -> None:

@@ -1,11 +1,11 @@
-"""Merging an update into a pruned weight and taking it out again, with every zero where it was."""
+"""Merging an update into a pruned weight, with every zero where it was."""
 
 from __future__ import annotations
 
 import torch
 
 
-__all__ = ["merge_update", "unmerge_update"]
+__all__ = ["merge_update"]
 
 
 def merge_update(weight: torch.Tensor, update: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -13,7 +13,8 @@ def merge_update(weight: torch.Tensor, update: torch.Tensor, kept: torch.Tensor)
 
     The zeros of the result are the zeros of the mask, all of them +0.0: kernels for n:m sparsity have been seen to
     return garbage for -0.0. A weight that the update happens to cancel would be one zero more, and would look pruned
-    from then on; it becomes the smallest positive number of its dtype instead.
+    from then on; it becomes the smallest positive number of its dtype instead. So merging -ΔW brings back every zero
+    of W exactly, and the other weights to the rounding of their dtype.
 
     Args:
         weight: W, (out, in).
@@ -26,24 +27,6 @@ def merge_update(weight: torch.Tensor, update: torch.Tensor, kept: torch.Tensor)
     merged = (weight.to(update.dtype) + update).to(weight.dtype)
     merged = merged.masked_fill((merged == 0) & (weight != 0), _smallest(weight.dtype))
     return torch.where(kept & (merged != 0), merged, 0.0)
-
-
-def unmerge_update(
-    merged: torch.Tensor, update: torch.Tensor, kept: torch.Tensor, pruned_values: torch.Tensor | None
-) -> torch.Tensor:
-    """W from the result of `merge_update`: every zero exactly, the other weights to the rounding of their dtype.
-
-    Args:
-        merged: (out, in).
-        update: the merged ΔW, (out, in), in float32 or float64.
-        kept: M, bool (out, in).
-        pruned_values: what W had where M is False, in row-major order, or None where that was 0.
-
-    Returns:
-        (out, in), in the dtype of `merged`.
-    """
-    weight = merge_update(merged, -update, kept)
-    return weight if pruned_values is None else weight.masked_scatter(~kept, pruned_values)
 
 
 def _smallest(dtype: torch.dtype) -> float:

@@ -1,0 +1,209 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse_lora_cases import plain_weight
+from torch.nn import functional as F
+
+from peft_variator.tuners.sparse_lora.functional import effective_weight, kept_weights, masked_linear
+from peft_variator.tuners.sparse_lora.masks import pack_mask
+
+
+def make(rows=6, columns=10, rank=3, shape=(4,), dtype=torch.float64, seed=0, bias=True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    mask = torch.rand(rows, columns, generator=generator) < 0.5
+    tensors = {
+        "x": normal(*shape, columns),
+        "a": normal(rank, columns),
+        "b": normal(rows, rank),
+        "weight": normal(rows, columns),
+        "mask": mask,
+        "grad": normal(*shape, rows),
+    }
+    if bias:
+        tensors["bias"] = normal(rows)
+    return tensors
+
+
+def run(tensors: dict[str, torch.Tensor], compute: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    """The result and the gradients of x, A, B and the bias."""
+    leaves = [tensors[name].clone().requires_grad_() for name in ("x", "a", "b", "bias") if name in tensors]
+    y = compute(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, tensors["grad"])]
+
+
+def plain(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def compute(x, a, b, bias=None):
+        weight = plain_weight(tensors["weight"], tensors["mask"], [(1.0, a, b)])
+        y = x @ weight.t()
+        return y if bias is None else y + bias
+
+    return run(tensors, compute)
+
+
+def ours(
+    tensors: dict[str, torch.Tensor], recompute: bool, stored: bool, layout: str = "linear"
+) -> list[torch.Tensor]:
+    weight = tensors["weight"] if stored else torch.where(tensors["mask"], tensors["weight"], 0.0)
+    packed = pack_mask(tensors["mask"]) if stored else None
+    base = [weight.t().contiguous() if layout == "conv1d" else weight]
+    return run(tensors, lambda x, a, b, bias=None: masked_linear(x, a, b, bias, packed, layout, base, recompute))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 20),
+    rank=st.integers(1, 4),
+    shape=st.sampled_from([(), (0,), (1,), (5,), (2, 3), (2, 0, 3), (2, 3, 2)]),
+    bias=st.booleans(),
+    recompute=st.booleans(),
+    stored=st.booleans(),
+    layout=st.sampled_from(["linear", "conv1d"]),
+    seed=st.integers(0, 1000),
+)
+def test_values_and_gradients_are_those_of_autograd(
+    rows, columns, rank, shape, bias, recompute, stored, layout, seed
+) -> None:
+    tensors = make(rows, columns, rank, shape, seed=seed, bias=bias)
+    for found, expected in zip(ours(tensors, recompute, stored, layout), plain(tensors), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_every_dtype_is_right_within_its_rounding(dtype: torch.dtype, recompute: bool) -> None:
+    tensors = make(rows=33, columns=65, rank=4, shape=(2, 9), dtype=dtype)
+    exact = plain({name: tensor.double() if name != "mask" else tensor for name, tensor in tensors.items()})
+    for found, expected in zip(ours(tensors, recompute, stored=True), exact, strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    tensors = make(rows=3, columns=5, rank=2, shape=(2,))
+    packed = pack_mask(tensors["mask"])
+    leaves = [tensors[name].requires_grad_() for name in ("x", "a", "b", "bias")]
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, bias: masked_linear(x, a, b, bias, packed, "linear", [tensors["weight"]]), leaves
+    )
+
+
+def test_dropping_the_mask_in_the_backward_would_be_noticed() -> None:
+    tensors = make()
+    biased = tensors["grad"].t() @ tensors["x"] @ tensors["a"].t()
+    assert not torch.allclose(ours(tensors, True, True)[3], biased)
+    exact = (tensors["grad"].t() @ tensors["x"] * tensors["mask"]) @ tensors["a"].t()
+    torch.testing.assert_close(ours(tensors, True, True)[3], exact)
+
+
+def saved_bytes(tensors: dict[str, torch.Tensor], recompute: bool, stored: bool) -> int:
+    """Bytes that autograd keeps beyond the arguments of the call."""
+    weight = tensors["weight"] if stored else torch.where(tensors["mask"], tensors["weight"], 0.0)
+    packed = pack_mask(tensors["mask"]) if stored else None
+    leaves = [tensors[name].clone().requires_grad_() for name in ("x", "a", "b", "bias")]
+    known = {tensor.data_ptr() for tensor in (*leaves, weight, packed) if tensor is not None}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in known:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        masked_linear(*leaves, packed, "linear", [weight], recompute)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_recompute_keeps_nothing_of_the_size_of_the_weight(stored: bool) -> None:
+    tensors = make(rows=30, columns=40)
+    assert saved_bytes(tensors, recompute=True, stored=stored) == 0
+    assert saved_bytes(tensors, recompute=False, stored=stored) == 30 * 40 * 8
+
+
+def test_the_input_is_not_kept_for_a_frozen_adapter() -> None:
+    tensors = make()
+    x = tensors["x"].clone().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = masked_linear(x, tensors["a"], tensors["b"], None, None, "linear", [tensors["weight"]])
+    assert not any(tensor.shape == x.shape for tensor in kept)
+    effective = tensors["weight"] + tensors["b"] @ tensors["a"]
+    torch.testing.assert_close(torch.autograd.grad(y, x, tensors["grad"])[0], tensors["grad"] @ effective)
+
+
+def test_only_the_adapter_needs_gradients() -> None:
+    tensors = make()
+    a, b = (tensors[name].clone().requires_grad_() for name in "ab")
+    y = masked_linear(tensors["x"], a, b, None, None, "linear", [tensors["weight"]])
+    y.backward(tensors["grad"])
+    expected = tensors["b"].t() @ (tensors["grad"].t() @ tensors["x"])
+    torch.testing.assert_close(a.grad, expected)
+
+
+def test_a_weight_changed_before_the_backward_raises() -> None:
+    tensors = make()
+    b = tensors["b"].clone().requires_grad_()
+    y = masked_linear(tensors["x"], tensors["a"], b, None, None, "linear", [tensors["weight"]])
+    tensors["weight"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    tensors = make()
+    b = tensors["b"].clone().requires_grad_()
+    y = masked_linear(tensors["x"], tensors["a"], b, None, None, "linear", [tensors["weight"]])
+    (first,) = torch.autograd.grad(y.square().sum(), b, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_autocast_around_the_backward_changes_nothing() -> None:
+    tensors = make(dtype=torch.float32)
+    expected = ours(tensors, recompute=True, stored=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ours(tensors, recompute=True, stored=True)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_effective_weight_and_its_gradients(stored: bool) -> None:
+    tensors = make()
+    weight = tensors["weight"] if stored else torch.where(tensors["mask"], tensors["weight"], 0.0)
+    packed = pack_mask(tensors["mask"]) if stored else None
+    results = []
+    for compute in (
+        lambda a, b: effective_weight(a, b, packed, "linear", [weight]),
+        lambda a, b: plain_weight(weight, tensors["mask"], [(1.0, a, b)]),
+    ):
+        a, b = (tensors[name].clone().requires_grad_() for name in "ab")
+        result = compute(a, b)
+        gradients = torch.autograd.grad(F.linear(tensors["x"], result).square().sum(), (a, b))
+        results.append([result.detach(), *gradients])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_kept_weights_count_negative_zero_as_pruned() -> None:
+    weight = torch.tensor([[0.0, -0.0, 1.0, torch.nan]])
+    assert kept_weights(None, "linear", [weight]).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_operators_for_compiled_graphs_are_sound(recompute: bool) -> None:
+    tensors = make(dtype=torch.float32)
+    packed = pack_mask(tensors["mask"])
+    arguments = (tensors["x"], tensors["a"], tensors["b"], None, packed, "linear", [tensors["weight"]], not recompute)
+    torch.library.opcheck(torch.ops.peft_variator.masked_linear.default, arguments)
+    empty = torch.empty(0)
+    backward = (tensors["grad"], tensors["x"], *arguments[1:3], packed, empty, "linear", [tensors["weight"]], True)
+    torch.library.opcheck(torch.ops.peft_variator.masked_linear_backward.default, backward)
