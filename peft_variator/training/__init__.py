@@ -1,7 +1,8 @@
 """Training of plugins and adapters against a dense teacher."""
 
 from .config import DistillationConfig
+from .loading import load_plugin
 from .trainer import DistillationTrainer
 
 
-__all__ = ["DistillationConfig", "DistillationTrainer"]
+__all__ = ["DistillationConfig", "DistillationTrainer", "load_plugin"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,17 +26,44 @@ def _containers(layer: AdapterLayer) -> Iterator[nn.ModuleDict | nn.ParameterDic
         yield attrgetter(name)(layer)
 
 
-def _trained_names(layer: AdapterLayer) -> set[str]:
-    names = set()
-    for container in _containers(layer):
-        for name, entry in container.items():
-            if any(parameter.requires_grad for parameter in _parameters(entry)):
-                names.add(name)
-    return names
-
-
 def _parameters(entry: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return list(entry.parameters()) if isinstance(entry, nn.Module) else [entry]
+
+
+def _adapter_parameters(layer: AdapterLayer) -> list[nn.Parameter]:
+    """Parameters of all adapters of a layer, trained or not."""
+    return [p for container in _containers(layer) for entry in container.values() for p in _parameters(entry)]
+
+
+def _trained_names(layer: AdapterLayer) -> set[str]:
+    """Names of a layer's adapters that require gradients."""
+    entries = [(name, entry) for container in _containers(layer) for name, entry in container.items()]
+    return {name for name, entry in entries if any(parameter.requires_grad for parameter in _parameters(entry))}
+
+
+def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """Layers with adapters, by name; those inside of a wrapper of PEFT's are handled by it."""
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer) and not (wrapped and name.startswith(wrapped)):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                wrapped += (f"{name}.",)
+            yield name, module
+
+
+def _is_own(model: nn.Module, name: str, layer: AdapterLayer) -> bool:
+    """Whether a layer belongs to the adapters of a `PeftModel` itself, rather than to one that its base came with."""
+    if not isinstance(model, PeftModel):
+        return True
+    if isinstance(layer, BaseTunerLayer):
+        tuner: Any = model.base_model
+        return isinstance(layer, tuner.tuner_layer_cls)
+    # Not every method has these fields.
+    field = "trainable_token_indices" if isinstance(layer, TrainableTokensWrapper) else "modules_to_save"
+    wanted = [getattr(model.peft_config[adapter], field, None) for adapter in model.active_adapters]
+    if isinstance(layer, TrainableTokensWrapper):
+        return any(wanted)
+    return any(f".{name}".endswith(f".{module}") for modules in wanted for module in modules or ())
 
 
 class TrainedAdapters:
@@ -42,7 +71,9 @@ class TrainedAdapters:
 
     A layer can hold several adapters, and a model several kinds of them under the same name (a task LoRA loaded by
     transformers and a plugin around it are both called "default"), so neither names nor `PeftModel.disable_adapter`
-    can tell which ones to leave out for the teacher: what is trained can.
+    can tell which ones to leave out for the teacher: what is trained can. Adapters that the base of a `PeftModel` came
+    with are frozen, with a warning if they were trainable: PEFT leaves heads (`modules_to_save`) trainable even where
+    an adapter is loaded for inference.
 
     Args:
         model: a PEFT model, or a transformers model with adapters.
@@ -52,23 +83,29 @@ class TrainedAdapters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
         # `Any`: PEFT's base classes for layers are mix-ins that do not say they are modules.
-        self.layers: list[tuple[Any, set[str]]] = [
-            (layer, names) for layer in layers if (names := _trained_names(layer))
-        ]
+        self.layers: list[tuple[Any, set[str]]] = []
+        frozen: list[str] = []
+        for name, layer in _adapter_layers(model):
+            names = _trained_names(layer)
+            if names and _is_own(model, name, layer):
+                self.layers.append((layer, names))
+            elif names:
+                frozen.append(name)
+                for parameter in _adapter_parameters(layer):
+                    parameter.requires_grad_(False)
+        if frozen:
+            warnings.warn(
+                f"{len(frozen)} layers with trainable adapters that the base model came with are frozen now, the "
+                f"first is {frozen[0]!r}: only the adapter of the PeftModel itself is trained.",
+                stacklevel=2,
+            )
         if not self.layers:
             raise ValueError(
                 f"{type(model).__name__} has no trainable adapter, so there is no student to train. Add one with "
                 "get_peft_model, or load it with is_trainable=True."
             )
-        self._parameters = [
-            parameter
-            for layer, _ in self.layers
-            for container in _containers(layer)
-            for entry in container.values()
-            for parameter in _parameters(entry)
-        ]
+        self._parameters = [parameter for layer, _ in self.layers for parameter in _adapter_parameters(layer)]
 
     def shared_with_teacher(self, model: nn.Module) -> list[str]:
         """Names of trainable parameters that belong to no adapter, and so would change the teacher as well."""

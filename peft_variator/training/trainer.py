@@ -235,10 +235,12 @@ class DistillationTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        ignored = {"loss", *(ignore_keys or self.model.config.keys_to_ignore_at_inference)}
-        predictions = tuple(value for name, value in outputs.items() if name not in ignored)
         if prediction_loss_only:
             return loss, None, None
+        if ignore_keys is None:
+            # Only some configurations have this attribute; the default is that of `Trainer`.
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
+        predictions = tuple(value for name, value in outputs.items() if name not in [*ignore_keys, "loss"])
         return loss, predictions[0] if len(predictions) == 1 else predictions, None
 
     def evaluation_loop(

@@ -1,0 +1,120 @@
+"""Loading a plugin onto another head of the model that it was trained on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import load_peft_weights
+from torch import nn
+
+
+__all__ = ["load_plugin"]
+
+PREFIX = "base_model.model."
+
+
+def load_plugin(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = True
+) -> PeftModel:
+    """Put a saved adapter on a model that may have another head than the one it was trained with, and make it active.
+
+    A plugin trained on `BertModel` names its tensors `encoder.layer.0…`, one for `BertForSequenceClassification` names
+    them `bert.encoder.layer.0…`. The part of the names that differs is found by looking for the plugin's modules in
+    the model; everything else is `PeftModel.from_pretrained` and `PeftModel.load_adapter`.
+
+    Args:
+        model: the base model, or a `PeftModel` that gets one more adapter of its kind. A task LoRA that
+            `model.load_adapter` has put on the base stays where it is.
+        path: folder of the adapter, or its name on the Hub.
+        adapter_name: name that it gets.
+        is_trainable: whether it is to be trained further, as in the second stage of a plugin.
+
+    Raises:
+        ValueError: the model has no modules, or modules of more than one part, that the adapter fits; not every tensor
+            of the adapter was loaded; or the model is offloaded to disk, where PEFT would overwrite its files.
+    """
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ValueError(
+            "The model is partly offloaded to disk, and loading an adapter onto it makes PEFT rewrite the offloaded "
+            "files, which may be those of the model itself. Load the model without disk offload first."
+        )
+    path = os.fspath(path)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftConfig.from_pretrained(path).peft_type]
+    weights = load_peft_weights(path, device="cpu")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    mapping = _find_renaming(
+        _adapted_modules(weights, prefix), {name for name, _ in base.named_modules() if name}, path
+    )
+    if isinstance(model, PeftModel):
+        model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+    else:
+        model = PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
+    _check_loaded(model, adapter_name, {_renamed(name, mapping) for name in weights}, path)
+    return model
+
+
+def _adapted_modules(names: Iterable[str], prefix: str) -> set[str]:
+    """Names of the modules that have an adapter, as they were in the model it was saved from."""
+    pattern = re.compile(rf"{re.escape(PREFIX)}(.+?)\.{re.escape(prefix)}")
+    return {found[1] for name in names if (found := pattern.match(name))}
+
+
+def _find_renaming(adapted: set[str], modules: set[str], path: str) -> dict[str, str]:
+    """What to replace at the start of the adapted modules' names, as PEFT's `key_mapping`; empty if nothing."""
+    if adapted and adapted <= modules:
+        return {}
+    beginnings = {_beginnings(name, module) for name in sorted(adapted)[:1] for module in modules}
+    fitting = [
+        (old, new)
+        for old, new in sorted(beginnings)
+        if not _has_index(old + new) and {_moved(name, old, new) for name in adapted} <= modules
+    ]
+    if len(fitting) != 1:
+        places = "in several places: " + ", ".join(repr(new) for _, new in fitting) if fitting else "nowhere"
+        raise ValueError(
+            f"The adapter in {path} belongs to modules such as {min(adapted, default='(none)')!r}, which fit this "
+            f"model {places}. Load it onto the model, or the part of a model, that it was trained with."
+        )
+    old, new = fitting[0]
+    # Only the adapted modules are moved: a head that was saved with the adapter keeps its name.
+    following = sorted({re.escape(name.removeprefix(old).split(".")[0]) for name in adapted})
+    return {rf"^{re.escape(old)}(?=(?:{'|'.join(following)})\.)": new}
+
+
+def _beginnings(name: str, module: str) -> tuple[str, str]:
+    """What is left of both names without the path that they both end in."""
+    own, other = name.split("."), module.split(".")
+    while own and other and own[-1] == other[-1]:
+        own.pop()
+        other.pop()
+    return "".join(f"{part}." for part in own), "".join(f"{part}." for part in other)
+
+
+def _has_index(beginning: str) -> bool:
+    """Whether a layer's number is part of it: layers are not moved."""
+    return any(part.isdecimal() for part in beginning.split("."))
+
+
+def _moved(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else ""
+
+
+def _renamed(name: str, mapping: dict[str, str]) -> str:
+    for pattern, replacement in mapping.items():
+        name = PREFIX + re.sub(pattern, replacement, name.removeprefix(PREFIX))
+    return name
+
+
+def _check_loaded(model: PeftModel, adapter_name: str, saved: set[str], path: str) -> None:
+    loaded = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    if loaded != saved:
+        raise ValueError(
+            f"The adapter in {path} does not fit the model: it lacks {sorted(loaded - saved)[:3]} and has "
+            f"{sorted(saved - loaded)[:3]} that the model does not take ({len(loaded ^ saved)} in all). Load it onto "
+            "the architecture it was trained with."
+        )

@@ -1,0 +1,74 @@
+"""Fields of the training arguments, and the draw of ratios."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from peft_variator.training import DistillationConfig
+from peft_variator.training.ratios import sample_ratio
+
+
+def test_only_three_defaults_of_training_arguments_change() -> None:
+    ours = {field.name: field for field in fields(DistillationConfig)}
+    changed = {
+        field.name: ours[field.name].default
+        for field in fields(TrainingArguments)
+        if ours[field.name].default != field.default and field.default is not MISSING
+    }
+    assert changed == {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+
+
+def test_every_field_has_a_help() -> None:
+    own = {field.name for field in fields(DistillationConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert own == {
+        "base_dropout",
+        "hidden_loss",
+        "hidden_weight",
+        "logits_weight",
+        "ratios",
+        "task_weight",
+        "temperature",
+        "variance_samples",
+    }
+    assert all(field.metadata["help"] for field in fields(DistillationConfig) if field.name in own)
+
+
+def test_fields_are_read_from_a_command_line(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--ratios", "2", "4", "--hidden_loss", "last", "--logits_weight", "0.5"]
+    (config,) = HfArgumentParser(DistillationConfig).parse_args_into_dataclasses(words)
+    assert (config.ratios, config.hidden_loss, config.logits_weight) == ([2, 4], "last", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hidden_weight": -1.0}, r"hidden_weight=-1.0 has to be 0 or greater"),
+        ({"logits_weight": -0.1}, r"logits_weight=-0.1 has to be 0 or greater"),
+        ({"hidden_weight": 0.0}, r"hidden_weight, logits_weight, task_weight are all 0"),
+        ({"hidden_loss": "first"}, r"hidden_loss='first' is not one of 'last', 'all'"),
+        ({"temperature": 0.0}, r"temperature=0.0 has to be greater than 0"),
+        ({"variance_samples": 0}, r"variance_samples=0 has to be at least 1"),
+        ({"ratios": []}, r"ratios=\[\] holds nothing to draw from"),
+        ({"ratios": [4, 1]}, r"ratios=\[4, 1\] holds 1; every ratio has to be an integer of at least 2"),
+        ({"ratios": [2.5]}, r"holds 2.5"),
+        ({"ratios": [True]}, r"holds True"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillationConfig(output_dir=str(tmp_path), **wrong)
+
+
+def test_ratios_are_drawn_from_seed_and_step_alone() -> None:
+    drawn = [sample_ratio([2, 4, 8], 7, step) for step in range(300)]
+    assert drawn == [sample_ratio([2, 4, 8], 7, step) for step in range(300)]
+    assert drawn != [sample_ratio([2, 4, 8], 8, step) for step in range(300)]
+    counts = Counter(drawn)
+    assert set(counts) == {2, 4, 8}
+    assert min(counts.values()) > 70
