@@ -47,6 +47,7 @@ def bench(
     ] = "float32",
     device: Annotated[str | None, typer.Option(help="E.g. cpu or cuda:1; left out: a GPU if there is one.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed samples of each setting.")] = 10,
+    min_seconds: Annotated[float, typer.Option(help="Short calls are repeated to fill a sample of so many.")] = 0.2,
     threads: Annotated[int | None, typer.Option(help="CPU threads; left out: as torch chooses.")] = None,
     task: Annotated[Task | None, typer.Option(help="Left out: read off the architecture.")] = None,
     random_weights: Annotated[
@@ -75,6 +76,7 @@ def bench(
             dtype=dtype,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             rounds=rounds,
+            min_seconds=min_seconds,
             threads=threads,
             task=task,
             random_weights=random_weights,

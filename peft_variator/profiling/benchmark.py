@@ -39,6 +39,7 @@ class BenchmarkSettings:
         dtype: name of a torch dtype, of weights and activations.
         device: name of a torch device.
         rounds: timed samples of each setting, at least 2.
+        min_seconds: seconds that a sample takes at least; short calls are repeated.
         threads: CPU threads; `None` leaves torch's choice.
         task: how the model is used; `None` reads it off the architecture.
         random_weights: draw the weights even if there are pretrained ones.
@@ -54,6 +55,7 @@ class BenchmarkSettings:
     dtype: str = "float32"
     device: str = "cpu"
     rounds: int = 10
+    min_seconds: float = 0.2
     threads: int | None = None
     task: Task | None = None
     random_weights: bool = False
@@ -114,6 +116,7 @@ def run_benchmark(
             settings.ratios,
             rounds=settings.rounds,
             device=device,
+            min_seconds=settings.min_seconds,
             with_disabled=settings.with_disabled,
             on_step=on_step,
         )
@@ -145,7 +148,8 @@ def _make_inputs(
     generator: torch.Generator,
 ) -> dict[str, Any]:
     assert settings.task is not None  # resolved
-    lengths = make_lengths(settings.batch, settings.length or 1, settings.lengths, generator)
+    length = 1 if settings.length is None else settings.length
+    lengths = make_lengths(settings.batch, length, settings.lengths, generator)
     inputs = make_inputs(config, settings.task, lengths, dtype=dtype, generator=generator)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 

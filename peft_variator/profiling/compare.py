@@ -47,6 +47,7 @@ def compare(
     *,
     rounds: int,
     device: torch.device,
+    min_seconds: float = 0.2,
     with_disabled: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> list[Measurement]:
@@ -63,6 +64,7 @@ def compare(
         ratios: compression ratios k.
         rounds: samples of each, at least 2.
         device: where the models are.
+        min_seconds: seconds that a sample takes at least.
         with_disabled: measure the plugin switched off too, to see what its wrappers cost.
         on_step: called once for the FLOPs and memory of each setting and once for each timed sample.
 
@@ -84,7 +86,7 @@ def compare(
                 facts[candidate.name] = flops, unpacked, peak_memory(candidate.run, device)
             on_step()
     everything = [candidate for candidates in groups.values() for candidate in candidates]
-    samples = time_alternately(everything, rounds, device=device, on_sample=on_step)
+    samples = time_alternately(everything, rounds, device=device, min_seconds=min_seconds, on_sample=on_step)
     return [Measurement(name, *facts[name], seconds) for name, seconds in samples.items()]
 
 

@@ -67,7 +67,7 @@ def make_inputs(
     if task == "causal":
         inputs |= {"use_cache": True, "logits_to_keep": 1}
     if task == "seq2seq":
-        inputs["decoder_input_ids"] = torch.full((len(lengths), 1), config.decoder_start_token_id)
+        inputs["decoder_input_ids"] = torch.zeros(len(lengths), 1, dtype=torch.long)
     return inputs
 
 

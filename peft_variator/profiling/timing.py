@@ -101,11 +101,12 @@ def time_alternately(
     samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     if len(samples) != len(candidates):
         raise ValueError(f"Candidates need names of their own, not {[candidate.name for candidate in candidates]}.")
-    calls = {candidate.name: _calls_to_fill(candidate, min_seconds, device) for candidate in candidates}
-    for index in range(rounds):
-        for candidate in reversed(candidates) if index % 2 else candidates:
-            samples[candidate.name].append(_sample(candidate, calls[candidate.name], device))
-            on_sample()
+    with _garbage_collection_off():
+        calls = {candidate.name: _calls_to_fill(candidate, min_seconds, device) for candidate in candidates}
+        for index in range(rounds):
+            for candidate in reversed(candidates) if index % 2 else candidates:
+                samples[candidate.name].append(_sample(candidate, calls[candidate.name], device))
+                on_sample()
     return samples
 
 
@@ -128,7 +129,9 @@ def _calls_to_fill(candidate: Candidate, min_seconds: float, device: torch.devic
 
 def _sample(candidate: Candidate, calls: int, device: torch.device) -> float:
     """Mean seconds of `calls` calls in a row."""
-    with candidate.setting(), _garbage_collection_off():
+    # With automatic collection off all that the last sample made is young, so this is complete, and quick.
+    gc.collect(0)
+    with candidate.setting():
         _synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):

@@ -1,0 +1,142 @@
+"""`peft-variator bench` as it is typed."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from peft_variator.cli import bench as bench_module
+from peft_variator.cli.main import app
+from peft_variator.profiling import BenchmarkReport, plot
+
+
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 40,
+}
+T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 512, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+CONFIGS = {
+    "encoder": {"model_type": "bert", **TEXT},
+    "causal": {"model_type": "llama", **TEXT, "num_key_value_heads": 1},
+    "seq2seq": T5,
+    "vision": {"model_type": "vit", **TEXT, "image_size": 16, "patch_size": 4},
+}
+QUICK = ["--ratios", "4", "--batch", "2", "--rounds", "2", "--min-seconds", "0", "--threads", "1", "--device", "cpu"]
+
+
+def invoke(*words):
+    """Run the command; error messages and tables come out as one line of words."""
+    done = CliRunner().invoke(app, ["bench", *map(str, words)])
+    return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(name):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(CONFIGS[name]))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_every_task(config, tmp_path, task):
+    length = [] if task == "vision" else ["--length", 13]
+    status, out, err = invoke(config(task), *QUICK, *length, "--json", tmp_path / "out.json")
+    assert status == 0, err
+    report = BenchmarkReport.load(tmp_path / "out.json")
+    assert report.settings["task"] == task
+    assert [plugin.name for plugin in report.plugins] == ["k = 4"]
+    assert report.plugins[0].flops < report.base.flops
+    assert f"k = 4 {report.flops_saved(report.plugins[0]):.1%}" in out
+
+
+def test_what_is_printed_and_written(config, tmp_path):
+    model, files = config("encoder"), [tmp_path / "out.json", tmp_path / "out.png"]
+    options = [*QUICK, "--length", 13, "--lengths", "uneven", "--dtype", "bfloat16", "--seed", 3, "--with-disabled"]
+    status, out, err = invoke(model, *options, "--json", files[0], "--png", files[1])
+    assert status == 0, err
+    report = BenchmarkReport.load(files[0])
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert [plugin.name for plugin in report.plugins] == ["k = 4", "plugin off"]
+    assert report.settings["dtype"] == "bfloat16"
+    assert report.command == (
+        f"peft-variator bench {model} --ratios 4 --batch 2 --length 13 --lengths uneven --dtype bfloat16 --rounds 2 "
+        "--min-seconds 0.0 --threads 1 --with-disabled --seed 3"
+    )
+    for expected in ("uneven lengths, bfloat16", f"Wrote {files[0]}. Wrote {files[1]}.", f"Again: {report.command}"):
+        assert expected in out
+    assert out.endswith("peft-variator train MODEL --data FILE --ratio 4 --output DIR ")
+
+
+def test_the_printed_command_gives_the_same_settings(config, tmp_path):
+    options = [*QUICK, "--length", 13, "--lengths", "uneven", "--seed", 3]
+    assert invoke(config("encoder"), *options, "--json", tmp_path / "first.json")[0] == 0
+    first = BenchmarkReport.load(tmp_path / "first.json")
+    words = first.command.split()
+    assert words[:2] == ["peft-variator", "bench"]
+    assert invoke(*words[2:], "--json", tmp_path / "second.json")[0] == 0
+    second = BenchmarkReport.load(tmp_path / "second.json")
+    assert second.settings == first.settings
+    assert second.command == first.command
+    assert second.base.flops == first.base.flops
+
+
+@pytest.mark.parametrize(("load_average", "warned"), [(1.9, True), (0.3, False)])
+def test_a_busy_machine_is_told(config, monkeypatch, load_average, warned):
+    run_benchmark = bench_module.run_benchmark
+
+    def run(*args, **kwargs):
+        report = run_benchmark(*args, **kwargs)
+        report.environment.update(load_average=load_average, cores=2)
+        return report
+
+    monkeypatch.setattr(bench_module, "run_benchmark", run)
+    status, out, _ = invoke(config("encoder"), *QUICK)
+    assert status == 0
+    assert ("load average 1.9 on 2 cores): these figures are not to be trusted" in out) is warned
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ratios", "2;4"], "--ratios is '2;4'; give whole numbers with commas between them"),
+        (["--ratios", ""], "--ratios is ''; give whole numbers"),
+        (["--ratios", "0"], "compression_ratio=0 has to be an integer of at least 1"),
+        (["--ratios", "4,4"], "names of their own"),
+        (["--rounds", "1"], "rounds is 1; quartiles need at least 2"),
+        (["--batch", "0"], "batch is 0; it must be at least 1"),
+        (["--device", "abacus"], "The device 'abacus' cannot be used"),
+        (["--json", "."], "--json is '.', which is a folder. Name a file in it."),
+    ],
+)
+def test_bad_options(config, options, message):
+    status, out, err = invoke(config("encoder"), *QUICK, "--length", 4, *options)
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_images_have_no_length(config):
+    status, _, err = invoke(config("vision"), *QUICK, "--length", 4)
+    assert status == 1
+    assert "takes images, whose number of patches follows from the model's image size" in err
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    status, _, err = invoke(tmp_path / "nothing", *QUICK)
+    assert status == 1
+    assert "Error: " in err
+    assert str(tmp_path / "nothing") in err
+
+
+def test_a_picture_without_matplotlib(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    status, _, err = invoke(config("encoder"), *QUICK, "--png", tmp_path / "out.png")
+    assert status == 1
+    assert "pip install 'peft-variator[plots]'" in err

@@ -1,0 +1,156 @@
+"""Counted FLOPs against formulas written out by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import grouped_mm, scaled_dot_product_attention
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+
+from peft_variator.profiling import count_flops
+
+
+class Call(nn.Module):
+    """A module whose forward is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, **inputs):
+        return self.function(**inputs)
+
+
+def ones(*shape, dtype=torch.float32):
+    return torch.ones(shape, dtype=dtype)
+
+
+OPERATIONS = {
+    "linear": (nn.functional.linear, {"input": ones(3, 5, 7), "weight": ones(11, 7)}, 2 * 15 * 7 * 11),
+    "matmul": (torch.matmul, {"input": ones(4, 3, 5), "other": ones(4, 5, 2)}, 2 * 4 * 3 * 5 * 2),
+    "mv": (torch.mv, {"input": ones(3, 5), "vec": ones(5)}, 2 * 15),
+    "addmv": (torch.addmv, {"input": ones(3), "mat": ones(3, 5), "vec": ones(5)}, 2 * 15),
+    "dot": (torch.dot, {"input": ones(5), "tensor": ones(5)}, 2 * 5),
+    "conv2d": (
+        torch.conv2d,
+        {"input": ones(2, 3, 8, 8), "weight": ones(4, 3, 2, 2), "stride": 2},
+        2 * 2 * 4 * 16 * 12,
+    ),
+    "elementwise": (torch.add, {"input": ones(9), "other": ones(9)}, 0),
+    "interpolation": (
+        nn.functional.interpolate,
+        {"input": ones(1, 1, 4, 4), "scale_factor": 2, "mode": "bilinear"},
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_operation(name):
+    function, inputs, expected = OPERATIONS[name]
+    assert count_flops(Call(function), inputs) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [None, "causal", "tensor"])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_on_cpu_is_counted(dtype, mask, key_heads):
+    """2 products of (length, head_dim, keys) in each of the query's heads, whatever the mask."""
+    inputs = {
+        "query": ones(2, 4, 6, 8, dtype=dtype),
+        "key": ones(2, key_heads, 6, 8, dtype=dtype),
+        "value": ones(2, key_heads, 6, 8, dtype=dtype),
+        "is_causal": mask == "causal",
+        "enable_gqa": key_heads != 4,
+        "attn_mask": ones(2, 1, 6, 6, dtype=torch.bool) if mask == "tensor" else None,
+    }
+    assert count_flops(Call(scaled_dot_product_attention), inputs) == 2 * 2 * (2 * 4) * 6 * 6 * 8
+
+
+def test_experts_are_counted():
+    inputs = {
+        "mat_a": ones(32, 16, dtype=torch.bfloat16),
+        "mat_b": ones(4, 16, 8, dtype=torch.bfloat16),
+        "offs": torch.tensor([8, 16, 24, 32], dtype=torch.int32),
+    }
+    assert count_flops(Call(grouped_mm), inputs) == 2 * 32 * 16 * 8
+
+
+def linear(tokens, inner, outer):
+    return 2 * tokens * inner * outer
+
+
+def test_bert():
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=40, vocab_size=31
+    )
+    batch, length = 2, 7
+    tokens = batch * length
+    layer = 4 * linear(tokens, 16, 16) + 2 * linear(tokens, 16, 40) + 2 * 2 * batch * length * length * 16
+    inputs = {"input_ids": torch.ones(batch, length, dtype=torch.long)}
+    assert count_flops(BertModel(config).eval(), inputs) == 3 * layer + linear(batch, 16, 16)
+
+
+def test_llama_prefill():
+    config = LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        vocab_size=31,
+    )
+    batch, length = 2, 5
+    tokens = batch * length
+    projections = 2 * linear(tokens, 16, 16) + 2 * linear(tokens, 16, 8)
+    layer = projections + 3 * linear(tokens, 16, 24) + 2 * 2 * batch * length * length * 16
+    model = LlamaForCausalLM(config).eval()
+    inputs = {"input_ids": torch.ones(batch, length, dtype=torch.long), "logits_to_keep": 1}
+    assert count_flops(model, inputs) == 2 * layer + linear(batch, 16, 31)
+
+
+def test_vit():
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=40,
+        image_size=8,
+        patch_size=4,
+        num_channels=3,
+    )
+    tokens = 4 + 1
+    layer = 4 * linear(tokens, 16, 16) + 2 * linear(tokens, 16, 40) + 2 * 2 * tokens * tokens * 16
+    patches = linear(4, 3 * 4 * 4, 16)
+    inputs = {"pixel_values": torch.ones(1, 3, 8, 8)}
+    assert count_flops(ViTModel(config, add_pooling_layer=False).eval(), inputs) == layer + patches
+
+
+def test_what_is_built_once_is_not_counted():
+    built = []
+
+    def lazy(x):
+        if not built:
+            built.append(x @ x)
+        return x @ built[0]
+
+    assert count_flops(Call(lazy), {"x": ones(3, 3)}) == 2 * 27
+
+
+def test_no_gradient_is_recorded_and_the_mode_stays():
+    model = nn.Sequential(nn.Linear(3, 3))
+    outputs = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    assert count_flops(model.train(), {"input": ones(1, 3)}) == 18
+    assert model.training
+    assert not any(output.requires_grad for output in outputs)
+
+
+def test_a_product_without_a_formula_is_refused():
+    inputs = {"input": ones(32, 16, dtype=torch.int8), "mat2": ones(16, 8, dtype=torch.int8)}
+    with pytest.raises(ValueError, match="No FLOP formula is known for aten._int_mm, so Call would seem cheaper"):
+        count_flops(Call(torch._int_mm), inputs)
+
+
+def test_counting_works_inside_inference_mode():
+    with torch.inference_mode():
+        assert count_flops(nn.Linear(3, 5), {"input": ones(2, 3)}) == 60
