@@ -176,7 +176,9 @@ def masked_linear(
     Returns:
         (..., out), in the dtype of `x`.
     """
-    return _MaskedLinear.apply(x, a, b, bias, packed_mask, layout, recompute, *base)
+    # Flattened out here: autograd refuses to change a view in place that a custom function returned, as DeBERTa does.
+    flat = _MaskedLinear.apply(x.reshape(-1, x.shape[-1]), a, b, bias, packed_mask, layout, recompute, *base)
+    return flat.view(*x.shape[:-1], b.shape[0])
 
 
 class _EffectiveWeight(torch.autograd.Function):
