@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch.utils.checkpoint import checkpoint
 
 from .functional import effective_weight, masked_linear
+from .layouts import dense_weight
 from .masking import MaskedLayer
 from .masks import pack_mask
 from .merging import merge_update
@@ -140,5 +141,5 @@ class SparseLoraConv2d(SparseLoraLayer):
         base_layer = self.get_base_layer()
         with self._onloaded():
             weight = effective_weight(a, b, packed_mask, self.layout_name, self._base_tensors())
-            weight = weight.reshape(base_layer.get_parameter("weight").shape)
+            weight = weight.reshape(dense_weight(base_layer).shape)
             return torch.func.functional_call(base_layer, {"weight": weight}, (x,))
