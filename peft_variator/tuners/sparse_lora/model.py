@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -56,7 +62,8 @@ class SparseLoraModel(BaseTuner):
         target_modules = peft_config.target_modules
         if isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _maybe_include_all_linear_layers(peft_config, model)
-            peft_config.target_modules = set(peft_config.target_modules or ()) | _registered_linears(model)
+            linears = set(peft_config.target_modules or ()) | _registered_linears(model)
+            peft_config.target_modules = _in_chosen_layers(peft_config, linears)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, with one warning for all modules in which the mask would mask nothing."""
@@ -151,6 +158,25 @@ def _registered_linears(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if find_layout(module) is not None and not isinstance(module, known) and not name.endswith(".base_layer")
     }
+
+
+def _in_chosen_layers(peft_config: SparseLoraConfig, names: set[str]) -> set[str]:
+    """The names in the layers of `layers_to_transform`, which PEFT does not look at for full names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if peft_config.layers_to_transform is None:
+        return names
+    by_suffix = copy.copy(peft_config)
+    by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
+    chosen = {name for name in names if check_target_module_exists(by_suffix, name)}
+    if not chosen:
+        raise ValueError(
+            f"layers_to_transform={peft_config.layers_to_transform!r} with layers_pattern={peft_config.layers_pattern!r} "
+            f"is none of the layers of {_shorten(sorted(names))}. Indices count from 0 in the list that layers_pattern names."
+        )
+    return chosen
 
 
 def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) -> None:
