@@ -136,7 +136,7 @@ def test_safe_merge_catches_what_is_not_finite(value: float, masked: bool) -> No
     weight = layer.weight.clone()
     column = int((weight[0] == 0).nonzero()[0]) if masked else int(weight[0].nonzero()[0])
     layer.sparse_low_rank_A["two"].data[:, column] = value
-    with pytest.raises(ValueError, match=r"NaN or infinity in the merged weight of 'module'.*\['one', 'two'\]"):
+    with pytest.raises(ValueError, match=r"NaNs detected.* adapter one, two seems.*'module' is not finite"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.weight, weight)
     assert not layer.merged
@@ -146,7 +146,7 @@ def test_safe_merge_catches_an_overflow_of_the_dtype() -> None:
     layer = make_layer(torch.float16)
     layer.sparse_low_rank_A["one"].data.fill_(300)
     layer.sparse_low_rank_B["one"].data.fill_(300)
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="NaNs detected"):
         layer.merge(safe_merge=True)
 
 

@@ -76,8 +76,8 @@ class SparseLoraLayer(MaskedLayer):
         merged = merge_update(weight, update, kept)
         if safe_merge and not (update.isfinite().all() and merged.isfinite().all()):
             raise ValueError(
-                f"NaN or infinity in the merged weight of {self.module_name!r}: one of the adapters {names} seems to "
-                "be broken. The base weight was left as it was."
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: the merged "
+                f"weight of {self.module_name!r} is not finite. The base weight was left as it was."
             )
         self.sparse_low_rank_dense_weight = weight.clone() if self._packed_mask(names) is not None else None
         self.sparse_low_rank_merged_mask = pack_mask(kept)
