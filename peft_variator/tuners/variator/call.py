@@ -117,11 +117,11 @@ class StackCall:
 
     def _group_text(self, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Grouping:
         real = self._real(shape)
-        may_merge, breaks = self._may_merge(rule, real, shape, device), self._breaks(rule, shape, device)
-        pattern = may_merge if breaks is None else may_merge.long() + 2 * breaks
-        if real is None and bool((pattern == pattern[:1]).all()):
+        starts = self._text_starts(real, shape)
+        may_merge, breaks = self._may_merge(rule, real, starts, shape, device), self._breaks(rule, starts, shape)
+        if real is None and breaks is None and shape[0] and bool((may_merge == may_merge[:1]).all()):
             runs = [(len(list(run)), flag) for flag, run in groupby(may_merge[0].tolist())]
-            grouping = share_blocks(runs, rule.ratio, shape[0], device) if breaks is None else None
+            grouping = share_blocks(runs, rule.ratio, shape[0], device)
             if grouping is not None:
                 return grouping
         starts_run = ~may_merge if breaks is None else breaks | ~may_merge
@@ -147,46 +147,82 @@ class StackCall:
         cache = self.arguments.get("past_key_values")
         return 0 if cache is None or self.kind != "causal" else int(cache.get_seq_length())
 
-    def _real(self, shape: tuple[int, int]) -> Tensor | None:
-        """Which tokens of this call are no padding, shape `(batch, length)`; `None` where all are real."""
+    @property
+    def _mask(self) -> Tensor | None:
+        """The attention mask, with 2 or 4 dimensions."""
         mask = self.arguments.get("attention_mask")
         if isinstance(mask, Mapping):
-            # Models with several kinds of attention take one 4-D mask each; their diagonals agree.
-            mask = next((value for value in mask.values() if value is not None), None)
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+            # One 4-D mask for each kind of attention; the one without a window shows most of the cache. Where one of
+            # them may be left out, no token is padding.
+            masks = list(mask.values())
+            mask = None if any(each is None for each in masks) else max(masks, key=lambda each: each.shape[-1])
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() not in (2, 4)):
             raise ValueError(
                 f"A Variator plugin cannot read an attention mask of type {type(mask).__name__}"
                 f"{f' and shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else ''}. Pass a 2-D mask of shape "
                 "(batch, length), or a 4-D one."
             )
-        if mask.dim() == 4:
-            mask = _mask_diagonal(mask, self.past_length, shape[1])
-        real = mask[:, -shape[1] :].bool()
+        return mask
+
+    def _real(self, shape: tuple[int, int]) -> Tensor | None:
+        """Which tokens of this call are no padding, shape `(batch, length)`; `None` where all are real."""
+        mask = self._mask
+        if mask is None:
+            return None
+        if mask.dim() == 2:
+            real = mask[:, -shape[1] :].bool()
+        else:
+            own = self._attends(mask, shape[1])
+            real = own[:, 0] if own.shape[1] == 1 else own.diagonal(dim1=1, dim2=2)
         return None if bool(real.all()) else real.expand(shape)
 
-    def _positions(self, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """The place of each token among the real ones of its sequence, cached tokens counted in; `(batch, length)`."""
-        positions = self._position_ids(shape)
-        if positions is not None:
-            return positions
-        mask = self.arguments.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return (torch.arange(shape[1], device=device) + self.past_length).expand(shape)
-        return (mask.long().cumsum(1) - 1)[:, -shape[1] :].expand(shape)
+    def _attends(self, mask: Tensor, length: int) -> Tensor:
+        """Which tokens of this call attend to which, from a 4-D mask; shape `(batch, length or 1, length)`."""
+        first = min(self.past_length, mask.shape[-1] - length)  # a cache with a window holds less than it has seen
+        return _is_allowed(mask)[..., first : first + length]
 
-    def _position_ids(self, shape: tuple[int, int]) -> Tensor | None:
-        """Position ids of causal models, which start at 0 in every sequence; encoders have offsets of their own."""
-        positions = self.arguments.get("position_ids")
-        if self.kind != "causal" or not isinstance(positions, Tensor) or positions.dim() != 2:
+    def _places(
+        self, real: Tensor | None, starts: Tensor | None, shape: tuple[int, int], device: torch.device
+    ) -> Tensor:
+        """The place of each token among the real ones of its text, cached ones counted in; shape `(batch, length)`.
+
+        Position ids do not tell it: they may count padding too, or start anywhere.
+        """
+        mask = self._mask
+        if mask is not None and mask.dim() == 2:
+            places = (mask.long().cumsum(1) - 1)[:, -shape[1] :].expand(shape)
+        elif mask is not None and self.kind == "causal" and mask.shape[2] == shape[1]:
+            places = (_is_allowed(mask).sum(-1) - 1).expand(shape)
+        elif real is not None:
+            places = self.past_length + real.long().cumsum(1) - 1
+        else:
+            places = (torch.arange(shape[1], device=device) + self.past_length).expand(shape)
+        return places if starts is None else places - torch.where(starts, places, 0).cummax(1).values
+
+    def _text_starts(self, real: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """Where the next one of several texts packed into a sequence starts, `(batch, length)`; `None` if nowhere."""
+        mask, positions = self._mask, self.arguments.get("position_ids")
+        if mask is not None and mask.dim() == 4 and mask.shape[2] == shape[1]:
+            attends = self._attends(mask, shape[1]).diagonal(offset=-1, dim1=1, dim2=2)
+            starts = torch.nn.functional.pad(~attends, (1, 0)).expand(shape)
+            starts = starts if real is None else starts & real & real.roll(1, 1)
+        elif real is None and self.kind == "causal" and isinstance(positions, Tensor) and positions.dim() == 2:
+            starts = torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0)).expand(shape)
+        else:
             return None
-        return positions.expand(shape)
+        return starts if bool(starts.any()) else None
 
-    def _may_merge(self, rule: MergeRule, real: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    def _may_merge(
+        self,
+        rule: MergeRule,
+        real: Tensor | None,
+        starts: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> Tensor:
         """Which tokens may share a row, shape `(batch, length)`."""
-        may_merge = self._positions(shape, device) >= rule.keep_first
-        may_merge &= ~_last(real, max(rule.keep_last, 0), shape, device)
+        may_merge = self._places(real, starts, shape, device) >= rule.keep_first
+        may_merge &= ~_last(real, rule.keep_last, shape, device)
         ids = self._token_ids(shape)
         if rule.keep_ids and ids is not None:
             may_merge &= ~torch.isin(ids, torch.tensor(rule.keep_ids, device=ids.device))
@@ -199,19 +235,17 @@ class StackCall:
         elif not rule.text:
             may_merge &= False
         if self.kind == "causal":
-            may_merge &= ~self.used_predictions(real, shape, device)
+            may_merge &= ~_and_before(self.used_predictions(real, shape, device), real, rule.keep_last)
         return may_merge if real is None else may_merge & real
 
-    def _breaks(self, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-        """Tokens that start a packed sequence or a stretch of text or image; `None` where there are none."""
-        breaks = torch.zeros(shape, dtype=torch.bool, device=device)
-        positions = self._position_ids(shape)
-        if positions is not None:
-            breaks[:, 1:] |= positions[:, 1:] <= positions[:, :-1]
+    def _breaks(self, rule: MergeRule, starts: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+        """Tokens that start a packed text or a stretch of text or image; `None` where there are none."""
+        breaks = starts
         if self.image_ids and rule.text and rule.images and self._token_ids(shape) is not None:
             is_image = self._is_image(shape)
-            breaks[:, 1:] |= is_image[:, 1:] != is_image[:, :-1]
-        return breaks if bool(breaks.any()) else None
+            edges = torch.nn.functional.pad(is_image[:, 1:] != is_image[:, :-1], (1, 0))
+            breaks = edges if breaks is None else breaks | edges
+        return breaks if breaks is not None and bool(breaks.any()) else None
 
     def _token_ids(self, shape: tuple[int, int]) -> Tensor | None:
         ids = self.arguments.get("input_ids")
@@ -229,22 +263,37 @@ class StackCall:
     def used_predictions(self, real: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
         """Positions of a causal model whose own prediction is used, shape `(batch, length)`.
 
-        They come from `labels` in training (position j - 1 where label j is not -100), else from `logits_to_keep`,
+        They come from the labels in training (position j - 1 where label j is not -100), else from `logits_to_keep`,
         which generation sets; a plain call uses the prediction of the last real token only.
         """
         used = torch.zeros(shape, dtype=torch.bool, device=device)
-        labels, kept_logits = self.arguments.get("labels"), self.arguments.get("logits_to_keep")
-        if isinstance(labels, Tensor) and tuple(labels.shape) == shape:
-            if self.shifted_labels:
-                used[:, :-1] = labels[:, 1:] != -100
-            else:
-                used |= labels != -100
-            return used
+        labels, kept_logits = self.labels(shape), self.arguments.get("logits_to_keep")
+        if labels is not None:
+            return labels != -100
         if isinstance(kept_logits, Tensor):
             used[:, kept_logits] = True
         elif kept_logits:
             used[:, -kept_logits:] = True
         return used | _last(real, 1, shape, device)
+
+    def labels(self, shape: tuple[int, int]) -> Tensor | None:
+        """What each position is trained to predict, -100 for nothing; shape `(batch, length)`, `None` without labels."""
+        shifted, labels = self.arguments.get("shift_labels"), self.arguments.get("labels")
+        if isinstance(shifted, Tensor) and tuple(shifted.shape) == shape:
+            return shifted
+        if not isinstance(labels, Tensor) or tuple(labels.shape) != shape:
+            return None
+        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if self.shifted_labels else labels
+
+    def uses_every_prediction(self) -> bool:
+        """Whether labels leave no token of the call to merge: all real ones but the last of a sequence have one."""
+        shape = self.shape
+        labels = None if shape is None else self.labels(shape)
+        if shape is None or labels is None:
+            return False
+        real = self._real(shape)
+        is_free = (labels == -100) & ~_last(real, 1, shape, labels.device)
+        return not bool((is_free if real is None else is_free & real).any())
 
 
 def _shape_of(hidden_states: Tensor) -> tuple[int, int]:
@@ -264,13 +313,19 @@ def _last(real: Tensor | None, count: int, shape: tuple[int, int], device: torch
     return real & (real.flip(1).long().cumsum(1).flip(1) <= count)
 
 
-def _mask_diagonal(mask: Tensor, past_length: int, length: int) -> Tensor:
-    """Which tokens are real according to a 4-D mask: those that attend to themselves.
+def _and_before(used: Tensor, real: Tensor | None, count: int) -> Tensor:
+    """The tokens marked in `used`, each with the `count - 1` real ones before it; shape `(batch, length)`.
 
-    Args:
-        mask: shape `(batch, 1, length, past + length or more)`, boolean, or 0 where attention is allowed.
-        past_length: number of cached tokens.
-        length: number of tokens in this call.
+    The last token of a prompt is the first whose prediction is used, so this is where `keep_last_tokens` count from.
     """
-    own = mask[:, 0, :, past_length : past_length + length].diagonal(dim1=-2, dim2=-1)
-    return own if own.dtype == torch.bool else own == 0
+    if count <= 1:
+        return used
+    rank = torch.ones_like(used).cumsum(1) if real is None else real.long().cumsum(1)
+    beyond = rank.new_full((), used.shape[1] + count)
+    next_used = torch.where(used, rank, beyond).flip(1).cummin(1).values.flip(1)
+    return next_used - rank < count
+
+
+def _is_allowed(mask: Tensor) -> Tensor:
+    """Where a 4-D mask allows attention, shape `(batch, queries, keys)`: True, or 0 to be added to the scores."""
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0

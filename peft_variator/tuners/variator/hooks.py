@@ -31,6 +31,7 @@ RECORDED = (
     "past_key_values",
     "pixel_values",
     "position_ids",
+    "shift_labels",
 )
 
 # Calls of the surrounding models that are under way, outermost first; a thread each, as replicas run in threads.
@@ -117,8 +118,9 @@ class StackHooks:
         for _, recorded in _frames():
             arguments |= recorded
         arguments |= _recorded(stack, args, kwargs)
-        call = self._call(arguments)
-        for plugin in self.plugins(stack):
+        plugins = self.plugins(stack)
+        call = self._call(arguments) if any(plugin.merges for plugin in plugins) else None
+        for plugin in plugins:
             plugin.call = call  # type: ignore[assignment]  # a plain attribute of `plugin_type`
 
     @torch.compiler.disable
@@ -143,19 +145,21 @@ class StackHooks:
         return call
 
     def _warn_about_losses(self, call: StackCall) -> None:
-        labels = call.arguments.get("labels")
-        if isinstance(labels, Tensor) and labels.dim() == 2 and call.shape == tuple(labels.shape):
-            if bool((labels[:, 1:] != -100).all()):
-                self._warn_once(
-                    "Every token has a label, so every prediction is used and a Variator plugin has nothing to merge. "
-                    "Set the labels of the prompt to -100: only tokens whose prediction is not used are merged."
-                )
-        elif labels is None and self.stack.training and torch.is_grad_enabled():
+        if call.uses_every_prediction():
+            self._warn_once(
+                "Every token has a label, so every prediction is used and a Variator plugin has nothing to merge. "
+                "Set the labels of the prompt to -100: only tokens whose prediction is not used are merged."
+            )
+        elif call.arguments.get("labels") is None and self._trains_a_language_head(call):
             self._warn_once(
                 "A causal model with a Variator plugin is trained without `labels`, so the call counts as the prefill "
                 "of a prompt: all but its last position are merged, and a loss on them would see later tokens. Pass "
                 "the labels to the model."
             )
+
+    def _trains_a_language_head(self, call: StackCall) -> bool:
+        asked_for = call.arguments.get("logits_to_keep") is not None
+        return call.shifted_labels and not asked_for and self.stack.training and torch.is_grad_enabled()
 
     def _warn_once(self, message: str) -> None:
         if message not in self.warned:

@@ -36,6 +36,11 @@ class PluginModule(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 
+    @property
+    def merges(self) -> bool:
+        """Whether this module needs to know of a call: a plugin of a ratio above 1 is active on it."""
+        return False
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Raise: a plugin changes how many vectors the network sees, which no weight of the base model can express."""
         raise NotImplementedError(
@@ -181,6 +186,11 @@ class VariatorLayer(PluginModule):
                 "them."
             )
         return names[0] if names else None
+
+    @property
+    def merges(self) -> bool:
+        plugin = self.active_plugin
+        return plugin is not None and self.rules[plugin].ratio > 1
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the feed-forward network, or its start, on merged vectors.
