@@ -105,13 +105,13 @@ def _parse_ratios(text: str) -> list[int]:
 
 
 def _command(settings: BenchmarkSettings) -> str:
-    """The command line of these settings, with what differs from the defaults."""
+    """The command line of these settings: what differs from the defaults, and the device, whose default depends."""
     words = ["peft-variator", "bench", settings.model]
     for option in fields(settings)[1:]:
         value, name = getattr(settings, option.name), "--" + option.name.replace("_", "-")
         if value is True:
             words.append(name)
-        elif option.default is MISSING or value != option.default:
+        elif option.name == "device" or option.default is MISSING or value != option.default:
             words += [name, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join(words)
 

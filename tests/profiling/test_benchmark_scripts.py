@@ -1,0 +1,158 @@
+"""The scripts in benchmarks/: what they run, and the page they write."""
+
+import importlib.util
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from peft_variator.cli import bench as bench_module
+from peft_variator.cli.main import app
+from peft_variator.profiling import SHAPES, BenchmarkReport, Measurement
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+render = load_script("render")
+run_all = load_script("run_all")
+PAGE = f"# Title\n\n{render.BEGIN}\nold\n{render.END}\n\nThe end.\n"
+
+
+def make_report(model="some-model", length=128, unpacked=None, threads=2):
+    return BenchmarkReport(
+        model=model,
+        settings={"batch": 8, "length": length, "lengths": "even", "task": "encoder", "dtype": "float32", "rounds": 3},
+        environment={"cpu": "a CPU", "threads": threads, "torch": "2.13", "transformers": "5.23", "peft": "0.21"},
+        command=f"peft-variator bench {model}",
+        base_parameters=1_000_000,
+        added_parameters=12_345,
+        base=Measurement("base", 2_000_000_000, unpacked and 2_000_000_000, 3_000_000, [0.30, 0.60, 0.45]),
+        plugins=[
+            Measurement("k = 4", 1_000_000_000, unpacked, 1_500_000, [0.15, 0.40, 0.25]),
+            Measurement("plugin off", 2_000_000_000, unpacked and 2_000_000_000, 3_000_000, [0.30, 0.60, 0.45]),
+        ],
+    )
+
+
+def run_render(tmp_path, *options):
+    arguments = ["--results", tmp_path, "--page", tmp_path / "page.md", *options]
+    application = typer.Typer()
+    application.command()(render.main)
+    return CliRunner().invoke(application, [str(argument) for argument in arguments])
+
+
+def test_rows():
+    lines = render.render([make_report()]).splitlines()
+    assert lines[0] == "### a CPU, threads: 2, float32 (torch 2.13, transformers 5.23, peft 0.21)"
+    header, rule, row, off = lines[2:6]
+    assert header.count("|") == rule.count("|") == row.count("|") == off.count("|")
+    assert row == (
+        "| some-model | 8×128 | 4 | 50.0% | 2.00× | 1.80× [1.65–1.90] | 0.90 | 450 [375–525] | 250 [200–325] "
+        "| 3.0 MB | 1.5 MB | 12,345 |"
+    )
+    assert off.startswith("| some-model | 8×128 | plugin off | 0.0% | 1.00× | 1.00× [1.00–1.00] | 1.00 |")
+    assert lines[-3:] == ["```sh", "peft-variator bench some-model", "```"]
+
+
+def test_machines_and_padded_batches_have_tables_of_their_own():
+    text = render.render(
+        [
+            make_report("b", threads=8),
+            make_report("c", unpacked=1_600_000_000),
+            make_report("a"),
+            make_report("d", None),
+        ]
+    )
+    assert text.count("### ") == 2
+    assert text.count("| model | input | k |") == 3
+    assert text.count("pads computed") == 1
+    assert [line.split()[1] for line in text.splitlines() if "| 4 |" in line] == ["a", "d", "c", "b"]
+    assert "| c | 8×128 | 4 | 50.0% | 2.00× | 1.80× [1.65–1.90] | 0.90 | 1.25× | 1.44 |" in text
+    assert "| d | 8 images | 4 |" in text
+
+
+def test_the_page_is_written_between_its_markers(tmp_path):
+    (tmp_path / "page.md").write_text(PAGE)
+    make_report().save(tmp_path / "one.json")
+    assert run_render(tmp_path, "--check").exit_code == 1
+    assert (tmp_path / "page.md").read_text() == PAGE
+    assert run_render(tmp_path).exit_code == 0
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# Title\n\n" + render.BEGIN)
+    assert page.endswith(render.END + "\n\nThe end.\n")
+    assert "old" not in page
+    assert "| some-model |" in page
+    assert run_render(tmp_path, "--check").exit_code == 0
+    make_report("other").save(tmp_path / "two.json")
+    done = run_render(tmp_path, "--check")
+    assert done.exit_code == 1
+    assert "is out of date. Run: python benchmarks/render.py" in done.output
+
+
+@pytest.mark.parametrize("page", ["", render.BEGIN, render.END + render.BEGIN, PAGE + render.END])
+def test_a_page_without_its_markers(page):
+    with pytest.raises(ValueError, match="must have the lines .* once each, in this order"):
+        render.replace_between_markers(page, "new")
+
+
+def test_the_committed_page_shows_the_committed_results():
+    reports = [BenchmarkReport.load(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    assert render.replace_between_markers(page, render.render(reports)) == page
+
+
+@pytest.mark.parametrize("name", [*run_all.CPU_CASES, *run_all.GPU_CASES])
+def test_every_case_is_understood_by_the_command(name, monkeypatch):
+    seen = []
+
+    def stop(settings):
+        seen.append(settings)
+        raise ValueError("stopped before measuring")
+
+    monkeypatch.setattr(bench_module, "_run", stop)
+    words = run_all.command(name)
+    done = CliRunner().invoke(app, words[1:])
+    assert "stopped before measuring" in done.stderr, done.output
+    settings = seen[0]
+    assert settings.model in SHAPES
+    expected = f"{settings.model}-{settings.batch}" + (f"x{settings.length}" if settings.length else "")
+    expected += "-uneven" if settings.lengths == "uneven" else ""
+    assert name == ("gpu-" if settings.device == "cuda" else "") + expected
+    assert words[-2:] == ["--json", str(ROOT / "benchmarks" / "results" / f"{name}.json")]
+
+
+def test_cases_are_listed_without_running(monkeypatch, capsys):
+    monkeypatch.setattr(run_all.subprocess, "run", None)
+    run_all.main(["bert-base-2x512"], list_only=True)
+    assert capsys.readouterr().out == f"[1/1] {shlex.join(run_all.command('bert-base-2x512'))}\n"
+
+
+def test_cases_run_in_turn_and_then_the_page_is_rendered(monkeypatch):
+    ran = []
+    monkeypatch.setattr(run_all.subprocess, "run", lambda words, check: ran.append((words, check)))
+    run_all.main(gpu=True)
+    assert [words for words, _ in ran[:-1]] == [run_all.command(name) for name in run_all.GPU_CASES]
+    assert ran[-1][0][1:] == [str(ROOT / "benchmarks" / "render.py")]
+    assert all(check for _, check in ran)
+
+
+def test_unknown_case():
+    with pytest.raises(typer.BadParameter, match="There is no case 'bert'. Choose from: bert-base-8x128"):
+        run_all.command("bert")
+
+
+def test_reports_of_another_machine_are_not_mixed():
+    one = make_report()
+    other = replace(one, environment={**one.environment, "torch": "2.14"})
+    assert render.render([one, other]).count("### ") == 2
