@@ -34,16 +34,19 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
 def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """The inverse of `pack_mask`: uint8 (rows, ceil(columns / 8)) -> bool (rows, columns)."""
     # Each byte looks up its eight bools as one int64: several times faster than shifting bits apart.
-    eight_bools = _bools_of_a_byte(packed.device).take(packed.long())
+    table = _bools_of_bytes if torch.compiler.is_compiling() else _cached_bools_of_bytes
+    eight_bools = table(packed.device).take(packed.long())
     return eight_bools.view(torch.bool)[:, :columns]
 
 
-@lru_cache(maxsize=8)
-def _bools_of_a_byte(device: torch.device) -> torch.Tensor:
+def _bools_of_bytes(device: torch.device) -> torch.Tensor:
     """int64 (256,): the eight bits of every byte as bools, side by side in memory."""
-    bytes_ = torch.arange(256, device=device).unsqueeze(1)
-    bits = bytes_.bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
+    all_bytes = torch.arange(256, device=device).unsqueeze(1)
+    bits = all_bytes.bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
     return bits.to(torch.bool).view(torch.int64).flatten()
+
+
+_cached_bools_of_bytes = lru_cache(maxsize=8)(_bools_of_bytes)
 
 
 def fingerprint(weight: torch.Tensor) -> torch.Tensor:

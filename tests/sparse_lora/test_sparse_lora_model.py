@@ -1,0 +1,265 @@
+import copy
+import re
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from sparse_lora_cases import CASES, build, outputs, plain_model, plain_weight, randomize_
+from torch import nn
+
+from peft_variator import SparseLoraConfig
+from peft_variator.tuners.sparse_lora import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
+
+
+def make(name: str, **fields) -> PeftModel:
+    """An adapter with random weights on a pruned model."""
+    return randomize_(get_peft_model(build(name), SparseLoraConfig(**{**CASES[name].targets, **fields})))
+
+
+def layers_of(model: nn.Module) -> dict[str, SparseLoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLoraLayer)}
+
+
+def losses(model: nn.Module, name: str) -> torch.Tensor:
+    return outputs(model, CASES[name]).float().square().mean()
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_model_is_the_formula(name: str, recompute: bool) -> None:
+    model = make(name, recompute=recompute)
+    layers = layers_of(model.get_base_model())
+
+    def effective(module_name: str) -> torch.Tensor | None:
+        if module_name not in layers:
+            return None
+        layer = layers[module_name]
+        weight = layer.layout.weight([layer.weight])
+        a, b = layer.sparse_low_rank_A["default"], layer.sparse_low_rank_B["default"]
+        matrix = plain_weight(weight, weight != 0, [(1.0, a, b)])
+        return matrix.t() if layer.layout_name == "conv1d" else matrix.reshape(layer.weight.shape)
+
+    expected = plain_model(build(name), effective)
+    torch.testing.assert_close(outputs(model, CASES[name]), outputs(expected, CASES[name]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_moves_every_adapter_parameter_and_no_other(name: str) -> None:
+    model = make(name).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    losses(model, name).backward()
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) != ("sparse_low_rank_" in key), key
+
+
+def test_the_patch_embedding_is_adapted() -> None:
+    kinds = {type(layer) for layer in layers_of(make("vit")).values()}
+    assert kinds == {SparseLoraLinear, SparseLoraConv2d}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_keys_are_exactly_a_and_b(name: str, tmp_path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    expected = {
+        f"base_model.model.{layer_name}.sparse_low_rank_{matrix}"
+        for layer_name in layers_of(model.get_base_model())
+        for matrix in "AB"
+    }
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == expected
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_save_and_load(name: str, low_cpu_mem_usage: bool, tmp_path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        build(name), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(outputs(loaded, CASES[name]), outputs(model, CASES[name]))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_auto_peft_model(tmp_path) -> None:
+    base = build("bert")
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = randomize_(get_peft_model(base, SparseLoraConfig(task_type="SEQ_CLS")))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(outputs(loaded, CASES["bert"]), outputs(model.eval(), CASES["bert"]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_load_adapter(name: str, tmp_path) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    loaded = build(name)
+    loaded.load_adapter(str(tmp_path), adapter_name="other")
+    assert torch.equal(outputs(loaded, CASES[name]), outputs(model, CASES[name]))
+    loaded.disable_adapters()
+    assert torch.equal(outputs(loaded, CASES[name]), outputs(build(name), CASES[name]))
+
+
+def test_disabled_is_the_base_bit_for_bit() -> None:
+    model = make("bert")
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, CASES["bert"]), outputs(build("bert"), CASES["bert"]))
+    assert not torch.equal(outputs(model, CASES["bert"]), outputs(build("bert"), CASES["bert"]))
+
+
+def test_deepcopy() -> None:
+    model = make("bert")
+    clone = copy.deepcopy(model)
+    assert torch.equal(outputs(clone, CASES["bert"]), outputs(model, CASES["bert"]))
+    randomize_(clone).merge_adapter()
+    assert not any(layer.merged for layer in layers_of(model).values())
+
+
+def test_two_adapters_are_switched_and_active_together() -> None:
+    model = make("bert")
+    first = outputs(model, CASES["bert"])
+    model.add_adapter("second", SparseLoraConfig(r=2, init_lora_weights=False))
+    assert torch.equal(outputs(model, CASES["bert"]), first)
+    model.set_adapter("second")
+    second = outputs(model, CASES["bert"])
+    assert not torch.allclose(first, second)
+    model.base_model.set_adapter(["default", "second"])
+    both = outputs(model, CASES["bert"])
+    model.merge_adapter()
+    torch.testing.assert_close(outputs(model, CASES["bert"]), both)
+    model.unmerge_adapter()
+    model.base_model.set_adapter("default")
+    torch.testing.assert_close(outputs(model, CASES["bert"]), first)
+
+
+def test_adapter_names_that_contain_one_another() -> None:
+    model = make("bert")
+    expected = outputs(model, CASES["bert"])
+    model.add_adapter("defaul", SparseLoraConfig(r=2, init_lora_weights=False))
+    model.add_adapter("default2", SparseLoraConfig(r=3, init_lora_weights=False))
+    assert torch.equal(outputs(model, CASES["bert"]), expected)
+    model.delete_adapter("defaul")
+    assert torch.equal(outputs(model, CASES["bert"]), expected)
+    keys = get_peft_model_state_dict(model, adapter_name="default2")
+    assert all(value.shape[0 if key.endswith("A") else 1] == 3 for key, value in keys.items())
+
+
+def test_rank_and_alpha_patterns() -> None:
+    model = get_peft_model(
+        build("bert"), SparseLoraConfig(r=4, lora_alpha=8, rank_pattern={"query": 2}, alpha_pattern={"layer.0.*": 6})
+    )
+    layers = layers_of(model.get_base_model())
+    first = layers["bert.encoder.layer.0.attention.self.query"]
+    assert (first.rank["default"], first.scaling["default"]) == (2, 3.0)
+    last = layers["bert.encoder.layer.1.attention.self.value"]
+    assert (last.rank["default"], last.scaling["default"]) == (4, 2.0)
+
+
+def test_target_exclude_and_layers() -> None:
+    model = get_peft_model(
+        build("bert"),
+        SparseLoraConfig(target_modules=["query", "dense"], exclude_modules=["pooler.dense"], layers_to_transform=[1]),
+    )
+    names = layers_of(model.get_base_model()).keys()
+    assert names == {
+        f"bert.encoder.layer.1.{name}"
+        for name in ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+    }
+
+
+def test_modules_to_save_are_trained_and_saved_whole(tmp_path) -> None:
+    model = make("bert", modules_to_save=["classifier"])
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key for key in saved if "classifier" in key} == {
+        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
+    }
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert torch.equal(outputs(loaded, CASES["bert"]), outputs(model, CASES["bert"]))
+
+
+@pytest.mark.parametrize(("bias", "trained"), [("all", {"LayerNorm", "dense"}), ("lora_only", {"dense"})])
+def test_biases_are_trained_and_saved(bias: str, trained: set[str], tmp_path) -> None:
+    model = make("bert", target_modules=["output.dense"], bias=bias)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "bias" in name]
+    assert trained <= {part for name in names for part in name.split(".")}
+    assert ("LayerNorm" in " ".join(names)) == (bias == "all")
+    losses(model, "bert").backward()
+    dense = layers_of(model.get_base_model())["bert.encoder.layer.0.output.dense"]
+    assert dense.bias.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    assert any(key.endswith("output.dense.base_layer.bias") for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_a_dense_model_works_and_warns_once_for_all_modules() -> None:
+    with pytest.warns(UserWarning) as record:
+        model = randomize_(get_peft_model(build("bert", pruned=False), SparseLoraConfig()))
+    messages = [str(warning.message) for warning in record if "Nothing is masked" in str(warning.message)]
+    assert len(messages) == 1
+    assert "Nothing is masked in 14 of the 14 modules of adapter 'default'" in messages[0]
+    losses(model, "bert").backward()
+
+
+def test_one_dense_module_among_pruned_ones_is_named() -> None:
+    base = build("bert")
+    base.bert.pooler.dense.weight.data.fill_(1)
+    with pytest.warns(UserWarning, match=re.escape("in 1 of the 14 modules") + ".*: bert.pooler.dense"):
+        get_peft_model(base, SparseLoraConfig())
+
+
+def test_a_second_adapter_warns_for_itself() -> None:
+    with pytest.warns(UserWarning, match="adapter 'default'"):
+        model = get_peft_model(build("bert", pruned=False), SparseLoraConfig())
+    with pytest.warns(UserWarning, match="adapter 'second'"):
+        model.add_adapter("second", SparseLoraConfig(target_modules=["query"]))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_checkpointing_gives_the_same_gradients(name: str, recompute: bool, use_reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(name, recompute=recompute)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads() if hasattr(model.get_base_model(), "get_input_embeddings") else None
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        (losses(model, name) + 2 * losses(model, name)).backward()  # two forwards before one backward
+        gradients.append({key: value.grad for key, value in model.named_parameters() if value.requires_grad})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_a_whole_model(dtype: torch.dtype) -> None:
+    model = make("bert")
+    expected = losses(model, "bert")
+    expected.backward()
+    exact = {key: value.grad.clone() for key, value in model.named_parameters() if value.requires_grad}
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = losses(model, "bert")
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad - exact[key]).norm() < 0.1 * exact[key].norm() + 1e-4, key
+
+
+def test_generation_with_a_cache_is_that_of_the_merged_model() -> None:
+    model = make("llama")
+    tokens = CASES["llama"].inputs["input_ids"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    generated = model.generate(input_ids=tokens, **settings)
+    merged = model.merge_and_unload()
+    assert torch.equal(generated, merged.generate(input_ids=tokens, **settings))
