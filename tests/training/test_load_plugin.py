@@ -1,0 +1,130 @@
+"""A plugin trained on one head of a model is loaded onto another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPVisionModel
+
+from peft_variator import VariatorConfig
+from peft_variator.training import load_plugin
+
+
+@pytest.fixture
+def saved(plugin_model, tmp_path: Path):
+    """Saves a plugin of random weights made on a model; gives the folder."""
+
+    def save(name: str, **fields) -> Path:
+        model = plugin_model(name, init_weights=False, **fields)
+        folder = tmp_path / f"plugin of {name}"
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def tensors(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tensor]:
+    marked = {
+        name: value for name, value in model.named_parameters() if f".{adapter}." in name and "variator_" in name
+    }
+    return {name.partition("encoder.layer")[2].replace(f".{adapter}", ""): value for name, value in marked.items()}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("bert", "bert-classifier"), ("bert-classifier", "bert"), ("bert", "bert")]
+)
+def test_a_plugin_moves_between_heads(base_model, saved, source: str, target: str) -> None:
+    folder = saved(source)
+    model = load_plugin(base_model(target), folder)
+    wanted = load_file(folder / "adapter_model.safetensors")
+    got = tensors(model)
+    assert len(got) == len(wanted) > 0
+    for name, value in wanted.items():
+        assert got[name.partition("encoder.layer")[2]].equal(value)
+    assert all(parameter.requires_grad == ("variator_" in name) for name, parameter in model.named_parameters())
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_a_plugin_joins_another_one(base_model, plugin_model, saved, is_trainable: bool) -> None:
+    folder = saved("bert")
+    model = load_plugin(plugin_model("bert-classifier"), folder, adapter_name="second", is_trainable=is_trainable)
+    assert model.active_adapters == ["second"]
+    alone = load_plugin(base_model("bert-classifier"), folder)
+    ids = torch.arange(5, 25).unsqueeze(0)
+    assert model.eval()(ids).logits.equal(alone.eval()(ids).logits)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == (
+        {name for name, _ in model.named_parameters() if ".second." in name} if is_trainable else set()
+    )
+
+
+def test_a_task_lora_on_the_base_stays(base_model, saved, tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    get_peft_model(base_model("bert-classifier"), lora).save_pretrained(tmp_path / "task")
+    base = base_model("bert-classifier")
+    base.load_adapter(tmp_path / "task", adapter_name="task")
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with_lora = base.eval()(ids).logits
+    model = load_plugin(base, saved("bert"), adapter_name="plugin").eval()
+    model.set_compression_ratio(1)
+    assert model(ids).logits.equal(with_lora)
+
+
+def test_a_saved_head_keeps_its_name(base_model, saved, tmp_path: Path) -> None:
+    folder = saved("bert-classifier", modules_to_save=["classifier"])
+    weights = load_file(folder / "adapter_model.safetensors")
+    headless = {name.replace("bert.encoder", "encoder"): value for name, value in weights.items()}
+    save_file(headless, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = load_plugin(base_model("bert-classifier"), folder)
+    assert (
+        model.get_base_model()
+        .classifier.modules_to_save["default"]
+        .weight.equal(weights["base_model.model.classifier.weight"])
+    )
+
+
+def test_a_plugin_of_another_architecture_is_refused(base_model, saved) -> None:
+    with pytest.raises(ValueError, match=r"belongs to modules such as 'encoder.layer.0.intermediate'.*model nowhere"):
+        load_plugin(base_model("t5"), saved("bert"))
+
+
+def test_a_plugin_of_fewer_layers_is_refused(saved) -> None:
+    deeper = BertModel(
+        BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    )
+    with pytest.raises(ValueError, match=r"does not fit the model: it lacks .*encoder.layer.2"):
+        load_plugin(deeper, saved("bert"))
+
+
+def test_a_plugin_that_fits_two_towers_is_refused(tmp_path: Path) -> None:
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = tower | {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=tower | {"vocab_size": 50, "max_position_embeddings": 20}, vision_config=vision)
+    source = get_peft_model(CLIPVisionModel(config.vision_config), VariatorConfig())
+    source.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    stripped = {"base_model.model.layers." + name.partition("layers.")[2]: value for name, value in names.items()}
+    save_file(stripped, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"in several places: 'text_model.encoder.', 'vision_model.encoder.'"):
+        load_plugin(CLIPModel(config), tmp_path)
+
+
+def test_layers_are_not_moved(base_model, saved) -> None:
+    folder = saved("bert", layers_to_transform=[1])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["layers_to_transform"] == [1]
+    model = load_plugin(base_model("bert-classifier"), folder)
+    assert all("layer.1." in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_model_on_disk_is_refused(base_model, saved) -> None:
+    base = base_model("bert")
+    base.hf_device_map = {"embeddings": "cpu", "encoder": "disk"}
+    with pytest.raises(ValueError, match="partly offloaded to disk"):
+        load_plugin(base, saved("bert"))
