@@ -124,8 +124,8 @@ def _load(model: str, dtype: str, device_map: str, offload_folder: str) -> PreTr
     )
     if info["missing_keys"]:
         raise ValueError(
-            f"{model!r} does not hold all weights of a {cls.__name__}: {sorted(info['missing_keys'])[:3]} are missing and "
-            "would be random. It may be stored in another format; convert it first."
+            f"{model!r} does not hold all weights of a {cls.__name__}: {sorted(info['missing_keys'])[:3]} are missing "
+            "and would be random. It may be stored in another format; convert it first."
         )
     return loaded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,12 @@ def _files(path: Path) -> list[Path]:
             "the model with transformers and save it with save_pretrained."
         )
     return files
+
+
+def _natural(entry: ModuleSparsity) -> list[tuple[bool, int, str]]:
+    """Sort key of names in which layer 10 comes after layer 2; files hold their tensors in alphabetical order."""
+    parts = re.split(r"(\d+)", entry.name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _slices(tensor: Any, shape: list[int], transposed: bool, group: int) -> Iterator[Tensor]:
@@ -137,4 +144,5 @@ def inspect_checkpoint(path: str | os.PathLike[str], pattern: str | None = None)
     entries = [entry for file in files for entry in _count_file(file, place_of, wanted)]
     if not entries:
         raise ValueError(f"{str(root)!r} holds no weight of a linear layer.")
+    entries.sort(key=_natural)
     return SparsityReport(entries, {"path": str(root), "structure": "config.json" if by_config else "tensor names"})

@@ -94,7 +94,7 @@ class SparsityReport:
     """The zeros of a model's weights. Made by `prune`, `measure_sparsity` and `inspect_checkpoint`.
 
     Attributes:
-        modules: one entry a weight, in the order of the model.
+        modules: one entry a weight, in the order of the model, or sorted by name for a checkpoint on disk.
         source: what was measured or how it was pruned, plain JSON values.
         masks: module name -> bool mask of the weight's own shape, on the CPU, True where kept; filled by
             `prune` with `keep_dense=True` only. Not part of the JSON.

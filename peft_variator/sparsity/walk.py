@@ -51,7 +51,9 @@ class _Collector:
         with hooked({name: target.module for name, target in self._targets.items()}, self._count):
             yield
         for name, target in self._targets.items():
-            self.statistics.setdefault(name, self._kind(target.width, torch.device("cpu"))).check(name)
+            if name not in self.statistics:
+                self.statistics[name] = self._kind(target.width, torch.device("cpu"))
+            self.statistics[name].check(name)
 
 
 def _trim(chain: Chain, targets: TargetsByBlock) -> Chain | None:
