@@ -84,8 +84,8 @@ def bench(
             seed=seed,
         )
         report = _run(settings)
-        _show(report)
         _write(report, json, png)
+        _show(report)
 
 
 def _check_outputs(json: Path | None, png: Path | None) -> None:
@@ -124,6 +124,15 @@ def _run(settings: BenchmarkSettings) -> BenchmarkReport:
         return run_benchmark(settings, command=_command(settings), on_step=lambda: progress.advance(bar))
 
 
+def _write(report: BenchmarkReport, json: Path | None, png: Path | None) -> None:
+    if json is not None:
+        report.save(json)
+        typer.echo(f"Wrote {json}.")
+    if png is not None:
+        save_plot(report, png)
+        typer.echo(f"Wrote {png}.")
+
+
 def _show(report: BenchmarkReport) -> None:
     console = Console()
     if not console.is_terminal:
@@ -131,24 +140,12 @@ def _show(report: BenchmarkReport) -> None:
         console.width = max(console.width, 120)
     console.print(make_table(report))
     environment = report.environment
-    busy = environment.get("load_average", 0) / environment["cores"]
-    if environment["device"] == "cpu" and busy > 0.5:
-        console.print(
-            f"[yellow]The machine was busy before the run (load average {environment['load_average']} on "
-            f"{environment['cores']} cores): these figures are not to be trusted. Run again when it is idle.[/]"
+    if environment["device"] == "cpu" and environment.get("load_average", 0) > environment["cores"] / 2:
+        typer.secho(
+            f"The machine was busy before the run (load average {environment['load_average']} on "
+            f"{environment['cores']} cores): these figures are not to be trusted. Run again when it is idle.",
+            fg="yellow",
         )
-
-
-def _write(report: BenchmarkReport, json: Path | None, png: Path | None) -> None:
-    console = Console()
-    console.print(
-        "Base and plugin ran in turn in this process; the plugin's weights were random, which costs no speed."
-    )
-    if json is not None:
-        report.save(json)
-        console.print(f"Wrote {json}.", soft_wrap=True)
-    if png is not None:
-        save_plot(report, png)
-        console.print(f"Wrote {png}.", soft_wrap=True)
-    console.print(f"Again: {report.command}", soft_wrap=True, highlight=False)
-    console.print(f"Next, train a plugin that keeps the quality: {NEXT}", soft_wrap=True, highlight=False)
+    typer.echo("Base and plugin ran in turn in one process. The plugin's weights were random, which costs no speed.")
+    typer.echo(f"Again: {report.command}")
+    typer.echo(f"Next, train a plugin that keeps the quality: {NEXT}")

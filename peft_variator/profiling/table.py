@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich import box
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from .report import BenchmarkReport, Measurement
@@ -20,7 +21,9 @@ def make_table(report: BenchmarkReport) -> Table:
         report: the figures.
     """
     padded = report.base.flops_unpacked is not None
-    table = Table(title=report.title, caption=_caption(report, padded), caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=escape(report.title), caption=_caption(report, padded), caption_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("")
     headers = ["FLOPs\nsaved", "ideal\nspeed-up", "measured\nspeed-up", "measured\n/ ideal"]
     headers += ["ideal,\npads\ncomputed", "measured\n/ that"] if padded else []

@@ -69,7 +69,7 @@ def test_what_is_printed_and_written(config, tmp_path):
         f"peft-variator bench {model} --ratios 4 --batch 2 --length 13 --lengths uneven --dtype bfloat16 --device cpu "
         "--rounds 2 --min-seconds 0.0 --threads 1 --with-disabled --seed 3"
     )
-    for expected in ("uneven lengths, bfloat16", f"Wrote {files[0]}. Wrote {files[1]}.", f"Again: {report.command}"):
+    for expected in ("uneven lengths, bfloat16", f"Wrote {files[0]}. Wrote {files[1]}. ", f"Again: {report.command}"):
         assert expected in out
     assert out.endswith("peft-variator train MODEL --data FILE --ratio 4 --output DIR ")
 

@@ -206,6 +206,10 @@ def test_table_of_a_padded_batch():
     assert "spends FLOPs on padding" in text
 
 
+def test_names_are_no_markup():
+    assert "models/[bold]x, encoder" in render(replace(make_report(), model="models/[bold]x"), 80)
+
+
 def test_title_of_images():
     report = make_report()
     assert (
