@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .functional import effective_weight, masked_linear
-from .layouts import dense_weight
 from .masking import MaskedLayer
 from .masks import pack_mask
 from .merging import merge_update
@@ -137,9 +137,9 @@ class SparseLoraConv2d(SparseLoraLayer):
     def _convolve(
         self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, packed_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The base layer's own forward, with the effective weight in the place of its weight."""
+        """The base layer's own convolution, padding included, with the effective weight."""
         base_layer = self.get_base_layer()
+        assert isinstance(base_layer, nn.Conv2d)  # what the model makes this layer for
         with self._onloaded():
             weight = effective_weight(a, b, packed_mask, self.layout_name, self._base_tensors())
-            weight = weight.reshape(dense_weight(base_layer).shape)
-            return torch.func.functional_call(base_layer, {"weight": weight}, (x,))
+            return base_layer._conv_forward(x, weight.reshape(base_layer.weight.shape), base_layer.bias)

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 
-__all__ = ["WeightLayout", "dense_weight", "find_layout", "get_layout", "register_layout"]
+__all__ = ["WeightLayout", "find_layout", "get_layout", "register_layout"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def find_layout(base_layer: nn.Module) -> WeightLayout | None:
     return None
 
 
-def dense_weight(base_layer: nn.Module) -> torch.Tensor:
+def _dense_weight(base_layer: nn.Module) -> torch.Tensor:
     """The `weight` of a base layer. Not always a parameter: inside FSDP it is a view of a flat one."""
     weight = base_layer.weight
     assert isinstance(weight, torch.Tensor)  # what the classes of `_dense_layout` have
@@ -89,14 +89,14 @@ def _dense_layout(
     """Layout of a layer with one dense `weight`; `unflatten` gives a matrix the shape of that weight."""
 
     def write(base_layer: nn.Module, matrix: torch.Tensor) -> None:
-        weight = dense_weight(base_layer)
+        weight = _dense_weight(base_layer)
         with torch.no_grad():
             # in place: tied weights stay tied, and a backward that still needs the old weight raises
             weight.copy_(unflatten(matrix, weight.shape))
 
     return WeightLayout(
         name=name,
-        tensors=lambda base_layer: [dense_weight(base_layer)],
+        tensors=lambda base_layer: [_dense_weight(base_layer)],
         shape=lambda tensors: flatten(tensors[0]).shape,
         weight=lambda tensors: flatten(tensors[0]),
         kept=lambda tensors: flatten(tensors[0]).ne(0),

@@ -173,8 +173,9 @@ def _in_chosen_layers(peft_config: SparseLoraConfig, names: set[str]) -> set[str
     chosen = {name for name in names if check_target_module_exists(by_suffix, name)}
     if not chosen:
         raise ValueError(
-            f"layers_to_transform={peft_config.layers_to_transform!r} with layers_pattern={peft_config.layers_pattern!r} "
-            f"is none of the layers of {_shorten(sorted(names))}. Indices count from 0 in the list that layers_pattern names."
+            f"layers_to_transform={peft_config.layers_to_transform!r}, layers_pattern={peft_config.layers_pattern!r}: "
+            f"none of {_shorten(sorted(names))} is in these layers. Indices count from 0 in the list that layers_pattern "
+            "names."
         )
     return chosen
 
