@@ -51,6 +51,8 @@ class StackCall:
         image_ids: token ids that stand for an image's tokens.
         shifted_labels: whether `labels` are next-token labels (a language-model head) rather than one a token.
         patch_size: edge of a patch in pixels, of vision encoders.
+        past_length: number of tokens that the key-value cache of a causal stack held before the call, padding
+            included. It has to be read before the first layer adds to the cache.
     """
 
     kind: StackKind
@@ -58,6 +60,7 @@ class StackCall:
     image_ids: tuple[int, ...] = ()
     shifted_labels: bool = True
     patch_size: tuple[int, int] | None = None
+    past_length: int = 0
     pending: dict[str, Any] = field(default_factory=dict)
     _groupings: dict[MergeRule, Grouping] = field(default_factory=dict)
 
@@ -140,12 +143,6 @@ class StackCall:
         starts_run[1:] |= ~may[:-1] | (row[1:] != row[:-1])
         starts_run[:1] = True
         return pack(group_runs(starts_run, may, rule.ratio), token_of, rule.ratio, batch * length)
-
-    @property
-    def past_length(self) -> int:
-        """Number of tokens that the key-value cache of a causal stack holds before this call, padding included."""
-        cache = self.arguments.get("past_key_values")
-        return 0 if cache is None or self.kind != "causal" else int(cache.get_seq_length())
 
     @property
     def _mask(self) -> Tensor | None:
@@ -277,7 +274,7 @@ class StackCall:
         return used | _last(real, 1, shape, device)
 
     def labels(self, shape: tuple[int, int]) -> Tensor | None:
-        """What each position is trained to predict, -100 for nothing; shape `(batch, length)`, `None` without labels."""
+        """What each position is trained to predict, -100 for nothing, `(batch, length)`; `None` without labels."""
         shifted, labels = self.arguments.get("shift_labels"), self.arguments.get("labels")
         if isinstance(shifted, Tensor) and tuple(shifted.shape) == shape:
             return shifted

@@ -141,6 +141,8 @@ class StackHooks:
         if self.kind == "causal":
             if call.shape is not None and call.shape[1] == 1:
                 return None  # decoding one token at a time: there is nothing to merge
+            cache = arguments.get("past_key_values")
+            call.past_length = 0 if cache is None else int(cache.get_seq_length())
             self._warn_about_losses(call)
         return call
 
