@@ -1,7 +1,16 @@
-"""2:4 bases: read them, keep them packed, train above them, write them."""
+"""2:4 bases: read them, keep them packed, train above them, write them.
 
+Importing the package makes transformers know packed models, see `Sparse24Config`.
+"""
+
+from .checkpoint import CheckpointError
+from .config import Sparse24Config
 from .layout import LayoutError
 from .linear import Sparse24Linear
+from .load import load_base
+from .quantizer import Sparse24Quantizer, register
 
 
-__all__ = ["LayoutError", "Sparse24Linear"]
+__all__ = ["CheckpointError", "LayoutError", "Sparse24Config", "Sparse24Linear", "Sparse24Quantizer", "load_base"]
+
+register()

@@ -93,9 +93,13 @@ def _tables(device: torch.device) -> _Tables:
     in_byte = [places[low] + [4 + place for place in places[high]] for low, high in halves]
     with torch.inference_mode(False):  # the tables outlive the inference mode that they may first be needed in
         return _Tables(
-            bools=torch.tensor([[byte >> bit & 1 for bit in range(8)] for byte in range(256)]).to(device, torch.uint8),
-            filled=torch.tensor([sum(1 << place for place in row) for row in in_byte]).to(device, torch.uint8),
-            overfull=torch.tensor([max(len(kept[low]), len(kept[high])) > 2 for low, high in halves]).to(device),
-            places_in_byte=torch.tensor(in_byte).to(device),
-            places_in_nibble=torch.tensor(places).to(device),
+            bools=_byte_table([[byte >> bit & 1 for bit in range(8)] for byte in range(256)], device),
+            filled=_byte_table([sum(1 << place for place in row) for row in in_byte], device),
+            overfull=_byte_table([max(len(kept[low]), len(kept[high])) > 2 for low, high in halves], device).bool(),
+            places_in_byte=torch.tensor(in_byte, device=device),
+            places_in_nibble=torch.tensor(places, device=device),
         )
+
+
+def _byte_table(rows: list, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.uint8, device=device)

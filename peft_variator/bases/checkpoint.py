@@ -1,0 +1,177 @@
+"""Reading safetensors checkpoints tensor by tensor: what is in them, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
+
+
+__all__ = [
+    "CHECKSUM_METADATA",
+    "DTYPE_NAMES",
+    "INDEX_NAME",
+    "WEIGHTS_NAME",
+    "Checkpoint",
+    "CheckpointError",
+    "StoredTensor",
+    "checksum",
+]
+
+DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
+"""torch dtype -> what safetensors calls it."""
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CHECKSUM_METADATA = "crc32"
+"""Key of the safetensors metadata that holds the checksums of a file's tensors, as JSON {tensor name: checksum}."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read, or does not hold what it says; the message names file and tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint.
+
+    Args:
+        name: its key.
+        file: the safetensors file it is in.
+        dtype: its dtype as safetensors calls it, for example `"BF16"`.
+        shape: its shape.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Its values. The memory is that of the file: it is read when touched, and given back with the tensor."""
+        # One handle a tensor: a handle kept open would keep every page that was touched.
+        with _open(self.file) as handle:
+            return handle.get_tensor(self.name)
+
+    def __str__(self) -> str:
+        return f"{self.file}, tensor {self.name}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint's files, by name, and the checksums that the files give."""
+
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    checksums: dict[str, str]
+
+    @classmethod
+    def from_files(cls, files: Iterable[str | os.PathLike[str]]) -> Checkpoint:
+        """Read the headers of safetensors files.
+
+        Raises:
+            CheckpointError: a file is missing, is no whole safetensors file, or holds a tensor that another one does.
+        """
+        paths = tuple(Path(file) for file in files)
+        tensors: dict[str, StoredTensor] = {}
+        checksums: dict[str, str] = {}
+        for path in paths:
+            if path.suffix != ".safetensors":
+                raise CheckpointError(
+                    f"{path} is not a safetensors file. Load the model and save it with save_pretrained first."
+                )
+            with _open(path) as handle:
+                checksums.update(_read_checksums(path, handle.metadata()))
+                for name in handle.keys():  # noqa: SIM118: a handle is no dict
+                    if name in tensors:
+                        raise CheckpointError(f"{path}: tensor {name} is also in {tensors[name].file}.")
+                    view = handle.get_slice(name)
+                    tensors[name] = StoredTensor(name, path, view.get_dtype(), tuple(view.get_shape()))
+        return cls(paths, tensors, checksums)
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> Checkpoint:
+        """Read the headers of the checkpoint in a directory, one file or sharded with an index.
+
+        Raises:
+            CheckpointError: there is no safetensors checkpoint, or index and files disagree.
+        """
+        folder = Path(directory)
+        index = folder / INDEX_NAME
+        if not index.exists():
+            if not (folder / WEIGHTS_NAME).exists():
+                raise CheckpointError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
+            return cls.from_files([folder / WEIGHTS_NAME])
+        weight_map = _read_index(index)
+        checkpoint = cls.from_files(folder / name for name in sorted(set(weight_map.values())))
+        for name, file in weight_map.items():
+            if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != file:
+                raise CheckpointError(f"{index}: tensor {name} is not in {file}. The checkpoint is incomplete.")
+        return checkpoint
+
+    def check_checksums(self) -> None:
+        """Read every tensor and compare it with its checksum.
+
+        Raises:
+            CheckpointError: a tensor has no checksum or another one; the message names file and tensor.
+        """
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            for stored, actual in zip(
+                self.tensors.values(), pool.map(_checksum_of_stored, self.tensors.values()), strict=True
+            ):
+                if stored.name not in self.checksums:
+                    raise CheckpointError(f"{stored} has no checksum, but config.json says that every tensor has one.")
+                if self.checksums[stored.name] != actual:
+                    raise CheckpointError(
+                        f"{stored}: its values do not match their checksum ({actual}, expected "
+                        f"{self.checksums[stored.name]}). The file is damaged; copy or download it again."
+                    )
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's dtype, shape and bytes, in eight hexadecimal digits."""
+    start = zlib.crc32(f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f"{zlib.crc32(data.numpy().data, start):08x}"
+
+
+def _checksum_of_stored(stored: StoredTensor) -> str:
+    return checksum(stored.read())
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} can't be read as a safetensors file: {error}") from error
+
+
+def _read_checksums(file: Path, metadata: dict[str, str] | None) -> dict[str, str]:
+    text = (metadata or {}).get(CHECKSUM_METADATA)
+    try:
+        checksums = {} if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: the checksums in its metadata are not JSON: {error}") from error
+    if not isinstance(checksums, dict):
+        raise CheckpointError(f"{file}: the checksums in its metadata are a {type(checksums).__name__}, not a dict.")
+    return checksums
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index with a weight_map: {error!r}") from error
+    for name, file in files.items():
+        if Path(file).name != file:
+            raise CheckpointError(f"{index}: tensor {name} is in {file!r}, which is not a file beside the index.")
+    return files

@@ -1,0 +1,57 @@
+"""Whether a checkpoint has every parameter of a model: what is missing would be random, with a mere warning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from .checkpoint import Checkpoint, CheckpointError
+from .names import KeyNames
+from .plan import PlannedWeight
+
+
+__all__ = ["check_complete"]
+
+
+def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, planned: Iterable[PlannedWeight]) -> None:
+    """Check that no parameter would be left without weights.
+
+    A new head is no error: a layer may be missing where the checkpoint was saved from another class, if all of it is.
+
+    Args:
+        model: dense model.
+        checkpoint: its files.
+        planned: the weights that are not stored as plain dense tensors.
+
+    Raises:
+        CheckpointError: naming the parameters that are missing.
+    """
+    names = KeyNames(model)
+    loaded = {target for key in checkpoint.tensors for target in names.targets(key)}
+    loaded |= {weight.parameter for weight in planned}
+    missing = _missing(model, loaded)
+    if type(model).__name__ not in (model.config.architectures or ()):
+        layers_with_weights = {name.rpartition(".")[0] for name in loaded}
+        missing = [name for name in missing if name.rpartition(".")[0] in layers_with_weights]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(
+            f"{', '.join(map(str, checkpoint.files))}: {shown} of {type(model).__name__} missing. The checkpoint is "
+            "incomplete; the parameters would be random."
+        )
+
+
+def _missing(model: PreTrainedModel, loaded: set[str]) -> list[str]:
+    """Parameters that are neither loaded, nor tied to one that is, nor declared optional by the model."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    sources = {tied.get(name, name) for name in loaded}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in loaded
+        and tied.get(name, name) not in sources
+        and not any(re.search(pattern, name) for pattern in optional)
+    ]
