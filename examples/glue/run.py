@@ -27,6 +27,8 @@ from peft_variator.profiling import count_flops, describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = [*TASKS, "squad"]
+# The task itself is learned once; the seeds of a run are those of the plugin's adaptation.
+TASK_SEED = 0
 console = Console()
 
 
@@ -39,12 +41,12 @@ class Runs:
         self.base = str(get_model_path())
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base)
 
-    def task_model(self, problem: Problem, name: str, seed: int) -> Path:
-        """Folder of the base that knows the task, made on first use."""
-        folder = self.work / "tasks" / f"{name}-seed{seed}"
+    def task_model(self, problem: Problem, name: str) -> Path:
+        """Folder of the base that knows the task, made on first use and shared by all runs of the task."""
+        folder = self.work / "tasks" / f"{name}-seed{TASK_SEED}"
         if not (folder / "config.json").is_file():
-            console.print(f"[bold]{name}[/bold], seed {seed}: learning the task with LoRA")
-            learn_task(problem, self.base, self.tokenizer, seed, folder)
+            console.print(f"[bold]{name}[/bold]: learning the task with LoRA")
+            learn_task(problem, self.base, self.tokenizer, TASK_SEED, folder)
         return folder
 
     def plugin(self, variant_name: str, variant: Variant) -> Path | None:
@@ -68,7 +70,7 @@ def run(runs: Runs, name: str, variant_name: str, seed: int) -> dict[str, Any]:
     variant, start = VARIANTS[variant_name], time.monotonic()
     plugin = runs.plugin(variant_name, variant)
     problem = load_problem(runs.data, name, runs.tokenizer)
-    task_folder = runs.task_model(problem, name, seed)
+    task_folder = runs.task_model(problem, name)
     torch.manual_seed(seed)
     console.print(f"[bold]{name}[/bold], seed {seed}, {variant_name}: adapting the plugin to the task")
     output = runs.work / "adapted" / f"{name}-{variant_name}-seed{seed}"

@@ -31,7 +31,7 @@ class Task:
         header: whether the first line names the columns.
         num_labels: number of classes; 1 for a score.
         epochs: passes over the training rows when the task is learned.
-        seeds: how many seeds are run; small sets need several.
+        seeds: how many seeds the plugin is adapted with; small sets need several.
     """
 
     train: str
