@@ -89,7 +89,7 @@ def run(runs: Runs, name: str, variant_name: str, seed: int) -> dict[str, Any]:
         "pretraining_steps": runs.pretraining_steps if variant.is_pretrained else 0,
         "rows": [_measure(runs, model, problem, ratio) for ratio in (1, *variant.ratios)],
         "minutes": (time.monotonic() - start) / 60,
-        "environment": describe_environment(torch.device("cpu"), torch.float32),
+        "environment": describe_environment(torch.device("cpu")),
     }
 
 

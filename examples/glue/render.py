@@ -1,0 +1,150 @@
+"""Render the results as tables and a plot into the documentation.
+
+python examples/glue/render.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peft_variator.files import replacing, write_text
+
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
+RATIOS = (2, 4, 8)
+Run = dict[str, Any]
+
+
+def _load(folder: Path, pattern: str) -> list[Run]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(pattern))]
+
+
+def _row(run: Run, ratio: int) -> dict[str, float]:
+    return next(row for row in run["rows"] if row["ratio"] == ratio)
+
+
+def _saved(run: Run, ratio: int) -> float:
+    return 100 * (1 - _row(run, ratio)["flops"] / _row(run, 1)["flops"])
+
+
+def _drop(run: Run, ratio: int) -> float:
+    return _row(run, 1)["score"] - _row(run, ratio)["score"]
+
+
+def _with_spread(values: list[float], digits: int = 2) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main_table(runs: list[Run], speeds: dict[str, dict[int, dict[str, float]]]) -> str:
+    """Score of the base and loss of points, FLOPs saved and speed-up at each ratio, a row a task."""
+    by_task: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_task[run["task"]].append(run)
+    rows = [_task_row(name, group, speeds.get(name, {})) for name, group in by_task.items()]
+    drops = {
+        ratio: [statistics.fmean(_drop(run, ratio) for run in group) for group in by_task.values()] for ratio in RATIOS
+    }
+    mean = ["**mean**", "", "", *(f"**{statistics.fmean(drops[ratio]):+.2f}**" for ratio in RATIOS), "", "", ""]
+    head = ["task", "metric", "base", *(f"lost at k = {ratio}" for ratio in RATIOS)]
+    head += ["FLOPs saved at 2 / 4 / 8", "speed-up at 2 / 4 / 8", "seeds"]
+    return _table(head, [*rows, mean])
+
+
+def _task_row(name: str, runs: list[Run], speed: dict[int, dict[str, float]]) -> list[str]:
+    saved = " / ".join(f"{_saved(runs[0], ratio):.0f} %" for ratio in RATIOS)
+    faster = " / ".join(f"{speed[ratio]['median']:.2f}×" for ratio in RATIOS) if speed else "not measured"
+    lost = [_with_spread([_drop(run, ratio) for run in runs]) for ratio in RATIOS]
+    base = f"{_row(runs[0], 1)['score']:.2f}"
+    return [name, runs[0]["metric"], base, *lost, saved, faster, str(len(runs))]
+
+
+def ablation_table(runs: list[Run]) -> str:
+    """Points lost by every variant on the tasks on which all of them were run, seed 0."""
+    seed_zero = [run for run in runs if run["seed"] == 0]
+    variants = list(dict.fromkeys(run["variant"] for run in seed_zero))
+    tasks = [
+        task
+        for task in dict.fromkeys(run["task"] for run in seed_zero)
+        if {run["variant"] for run in seed_zero if run["task"] == task} == set(variants)
+    ]
+    found = {(run["variant"], run["task"]): run for run in seed_zero}
+    head = ["variant", *(f"{task}, k = {ratio}" for task in tasks for ratio in RATIOS)]
+    rows = [
+        [variant, *(_ablation_cell(found[variant, task], ratio) for task in tasks for ratio in RATIOS)]
+        for variant in sorted(variants, key=lambda name: (name != "main", name))
+    ]
+    return _table(head, rows)
+
+
+def _ablation_cell(run: Run, ratio: int) -> str:
+    return f"{_drop(run, ratio):+.2f}" if any(row["ratio"] == ratio for row in run["rows"]) else "–"
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    """Points lost against FLOPs saved, a line a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    by_task: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_task[run["task"]].append(run)
+    for name, group in by_task.items():
+        lost = [statistics.fmean(_drop(run, ratio) for run in group) for ratio in RATIOS]
+        axes.plot([_saved(group[0], ratio) for ratio in RATIOS], lost, marker="o", label=name)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="FLOPs saved, %  (k = 2, 4, 8 from left to right)", ylabel="points lost against the base")
+    axes.set_title("One plugin for all-MiniLM-L6-v2, three ratios")
+    axes.legend(frameon=False, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+
+
+def _replace_between(text: str, marker: str, content: str) -> str:
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if start not in text or end not in text:
+        raise ValueError(f"The page has no {start} … {end} to put the table between.")
+    before, rest = text.split(start, 1)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}"
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = HERE / "results",
+    page: Annotated[Path, typer.Option(help="The page to fill in.")] = DOCS / "glue.md",
+) -> None:
+    """Fill in the page."""
+    runs = _load(results, "*-seed*.json")
+    main_runs = [run for run in runs if run["variant"] == "main"]
+    if not main_runs:
+        raise typer.BadParameter(f"{results} holds no results; run examples/glue/run.py first.")
+    speeds = {
+        run["task"]: {int(ratio): spread for ratio, spread in run["speedup"].items()}
+        for run in _load(results, "*-speed.json")
+    }
+    text = page.read_text(encoding="utf-8")
+    text = _replace_between(text, "results", main_table(main_runs, speeds))
+    text = _replace_between(text, "ablation", ablation_table(runs))
+    write_text(page, text)
+    plot(main_runs, DOCS / "images" / "glue.png")
+    print(f"Wrote {page} and {DOCS / 'images' / 'glue.png'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
