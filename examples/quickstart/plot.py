@@ -30,8 +30,8 @@ def save_plot(results: Results, path: str | Path) -> None:
     environment = results.environment
     figure.suptitle("all-MiniLM-L6-v2 with one plugin for every ratio k, on held-out text")
     figure.supxlabel(
-        f"{environment['cpu']}, threads: {environment['threads']}; torch {environment['torch']}; bars are quartiles of "
-        "the speed-up and standard errors of shares",
+        f"{environment['cpu']}, threads: {environment['threads']}; torch {environment['torch']}; bars are quartiles "
+        "of the speed-up and standard errors of shares",
         fontsize=8,
         color="#555555",
     )
