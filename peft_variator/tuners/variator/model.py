@@ -66,12 +66,15 @@ class VariatorModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: VariatorConfig, key: str) -> Any:
         """PEFT's matching, with `layers_to_transform` honoured for a regex too, since that is what the default is."""
-        found = check_target_module_exists(peft_config, key)
-        if found and isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
-            by_name = copy.copy(peft_config)
-            by_name.target_modules = {key.rpartition(".")[2]}
-            return check_target_module_exists(by_name, key)
-        return found
+        anywhere = copy.copy(peft_config)
+        anywhere.layers_to_transform = None
+        found = check_target_module_exists(anywhere, key)
+        if not found or peft_config.layers_to_transform is None:
+            return found
+        by_layer = copy.copy(peft_config)
+        by_layer.target_modules = {key.rpartition(".")[2]}
+        # PEFT looks for a layer's number behind two names, but a stack by itself has just one: `layers.0.mlp`.
+        return check_target_module_exists(by_layer, f"model.{key}")
 
     def _create_and_replace(
         self,
@@ -148,38 +151,35 @@ class VariatorModel(BaseTuner):
                         handle.remove()
         return model
 
-    def set_compression_ratio(self, ratio: int, adapter_name: str | None = None) -> None:
+    def set_compression_ratio(self, k: int, adapter_name: str | None = None) -> None:
         """Change the compression ratio k of a plugin; see [`set_compression_ratio`]."""
-        set_compression_ratio(self.model, ratio, adapter_name)
+        set_compression_ratio(self.model, k, adapter_name)
 
 
-def set_compression_ratio(model: nn.Module, ratio: int, adapter_name: str | None = None) -> None:
+def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
     """Change the compression ratio k at run time, for every module of a plugin, those of `ratio_pattern` included.
 
     The saved configuration keeps the ratio that the plugin was made with.
 
     Args:
         model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
-        ratio: k, from 1 (the exact base model) upwards.
+        k: the ratio, from 1 (the exact base model) upwards.
         adapter_name: which plugin; `None`: the active one.
 
     Raises:
-        ValueError: `ratio` is not a positive integer, the model has no such plugin, or the plugin's scores are tied to
+        ValueError: `k` is not a positive integer, the model has no such plugin, or the plugin's scores are tied to
             another ratio (`scoring="concat"`).
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
-        raise ValueError(f"compression_ratio={ratio!r} has to be an integer of at least 1.")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"compression_ratio={k!r} has to be an integer of at least 1.")
     layers = [module for module in model.modules() if isinstance(module, VariatorLayer)]
     available = sorted({name for layer in layers for name in layer.rules})
     chosen = [(layer, name) for layer in layers for name in layer.rules if _is_chosen(layer, name, adapter_name)]
     if not chosen:
-        raise ValueError(
-            f"The model has no Variator plugin {adapter_name!r}. "
-            if adapter_name is not None
-            else "The model has no active Variator plugin. " + f"Its plugins are {available}."
-        )
+        missing = "active Variator plugin" if adapter_name is None else f"Variator plugin {adapter_name!r}"
+        raise ValueError(f"The model has no {missing}. Its plugins are {available}.")
     for layer, name in chosen:
-        layer.set_ratio(name, ratio)
+        layer.set_ratio(name, k)
 
 
 def _is_chosen(layer: VariatorLayer, name: str, adapter_name: str | None) -> bool:
@@ -188,12 +188,14 @@ def _is_chosen(layer: VariatorLayer, name: str, adapter_name: str | None) -> boo
 
 def _default_targets(model: nn.Module, config: VariatorConfig) -> str:
     """A regex for the feed-forward networks of a known architecture."""
-    sites: dict[str, tuple[FeedForward, nn.Module]] = {}
+    stacks: dict[str, FeedForward] = {}
+    names = []
     for name, feed_forward in find_feed_forwards(model):
         owner_name, owner = owner_of(model, name)
         if config.compress_vision_tower or _stack_kind(owner, feed_forward) != "vision":
-            sites[owner_name] = (feed_forward, owner)
-    if not sites:
+            stacks[owner_name] = feed_forward
+            names.append(name)
+    if not names:
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
             f"No feed-forward network to compress was found in {type(model).__name__} (model type {model_type!r}). "
@@ -201,10 +203,24 @@ def _default_targets(model: nn.Module, config: VariatorConfig) -> str:
             f"module that takes the attention mask). Modules that may be one: {candidates(model)}. Known model types: "
             f"{sorted(FEED_FORWARDS)}."
         )
-    if len(sites) == 1:
-        return next(rf"(?:.*\.)?{feed_forward.start}" for feed_forward, _ in sites.values())
-    # Towers of a composite model are told apart by their names.
-    return "|".join(rf"(?:.*\.)?{re.escape(name)}\.(?:.*\.)?{row.start}" for name, (row, _) in sorted(sites.items()))
+    return _regex_for(model, names, stacks)
+
+
+def _regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward]) -> str:
+    """The most general regex that matches `names` and no other module, so that the plugin fits other heads too.
+
+    Args:
+        model: the base model.
+        names: full names of the feed-forward networks.
+        stacks: the row of the table for each of the models around them, by full name.
+    """
+    anywhere = "|".join(sorted({rf"(?:.*\.)?{row.start}" for row in stacks.values()}))
+    ends = {re.escape(name.rpartition(".")[2]): row for name, row in stacks.items() if name}
+    in_stacks = "|".join(rf"(?:.*\.)?{end}\.(?:.*\.)?{row.start}" for end, row in sorted(ends.items()))
+    for regex in (anywhere, in_stacks):
+        if {name for name, _ in model.named_modules() if re.fullmatch(regex, name)} == set(names):
+            return regex
+    return "|".join(map(re.escape, names))
 
 
 def _feed_forward(owner: nn.Module, key: str, config: VariatorConfig) -> FeedForward:
