@@ -5,12 +5,22 @@ Importing the package makes transformers know packed models, see `Sparse24Config
 
 from .checkpoint import CheckpointError
 from .config import Sparse24Config
+from .convert import pack_checkpoint, unpack_checkpoint
 from .layout import LayoutError
 from .linear import Sparse24Linear
 from .load import load_base
 from .quantizer import Sparse24Quantizer, register
 
 
-__all__ = ["CheckpointError", "LayoutError", "Sparse24Config", "Sparse24Linear", "Sparse24Quantizer", "load_base"]
+__all__ = [
+    "CheckpointError",
+    "LayoutError",
+    "Sparse24Config",
+    "Sparse24Linear",
+    "Sparse24Quantizer",
+    "load_base",
+    "pack_checkpoint",
+    "unpack_checkpoint",
+]
 
 register()

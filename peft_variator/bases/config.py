@@ -61,17 +61,26 @@ class Sparse24Config(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Sparse24Config | tuple[Sparse24Config, dict[str, Any]]:
-        """Read the entry of config.json; see `to_dict`."""
-        fields = dict(config_dict.get("sparsity_config", {}))
+        """`from_entry`, as transformers calls it."""
+        config = cls.from_entry(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Sparse24Config:
+        """Read the entry of config.json; see `to_dict`.
+
+        Raises:
+            ValueError: it is not the entry of a packed 2:4 model.
+        """
+        fields = dict(entry.get("sparsity_config", {}))
         structure = fields.pop("sparsity_structure", "2:4")
         unknown = fields.keys() - {"targets", "ignore", "unpacked", "format", "checksums"}
-        if unknown or structure != "2:4" or "sparsity_config" not in config_dict:
+        if unknown or structure != "2:4" or "sparsity_config" not in entry:
             raise ValueError(
-                f"quantization_config={config_dict} is no entry of a packed 2:4 model: it has a sparsity_config with "
+                f"quantization_config={entry} is no entry of a packed 2:4 model: it has a sparsity_config with "
                 "sparsity_structure '2:4' and fields of Sparse24Config alone."
             )
-        config = cls(**{name: value for name, value in fields.items() if name != "ignore" or value is not None})
-        return (config, kwargs) if return_unused_kwargs else config
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of config.json."""

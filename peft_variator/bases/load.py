@@ -56,6 +56,7 @@ def load_base(
         entry = translate_compressed_tensors(entry).to_dict()
     entry["sparsity_config"]["unpacked"] = unpacked
     config.quantization_config = entry
+    vars(config).pop("compression_config", None)
     return auto_class.from_pretrained(path, config=config, **kwargs)
 
 

@@ -115,7 +115,7 @@ def _find_parameter(stored: StoredWeight, names: KeyNames) -> str | None:
 
 def _choose_action(stored: StoredWeight, module: nn.Module, free_linear: bool, rules: Rules) -> Action | None:
     if not free_linear:
-        return None if stored.layout == "dense" and not stored.quantized else "dense"
+        return None if stored.plain else "dense"
     if stored.layout == "sparse-24-bitmask":
         return "as_is" if stored.as_is else "packed"
     required = rules.requires(module, stored.module)
@@ -127,12 +127,11 @@ def _choose_action(stored: StoredWeight, module: nn.Module, free_linear: bool, r
             return "packed"
         if required:
             stored.read_packed(torch.float32)  # raises with the row
-    return None if stored.layout == "dense" and not stored.quantized else "dense"
+    return None if stored.plain else "dense"
 
 
 def _stores_two_four(stored: StoredWeight) -> bool:
-    plain = stored.layout == "dense" and not stored.quantized
-    return is_two_four(stored.main.read() if plain else stored.read_dense(torch.float32))
+    return is_two_four(stored.main.read() if stored.plain else stored.read_dense(torch.float32))
 
 
 def _is_free_linear(model: PreTrainedModel, module: nn.Module, parameter: str) -> bool:

@@ -57,6 +57,16 @@ class StoredWeight:
         return self.main.dtype in ("F8_E4M3", "I8")
 
     @property
+    def plain(self) -> bool:
+        """Whether the weight is one dense tensor without a scale."""
+        return self.layout == "dense" and not self.quantized
+
+    @property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """All parts, the one with the values first."""
+        return (self.main, *(part for part in self.parts.values() if part is not self.main))
+
+    @property
     def as_is(self) -> bool:
         """Whether `Sparse24Linear` can take the tensors under the names they have."""
         names = {part: stored.name for part, stored in self.parts.items()}

@@ -6,7 +6,9 @@ import typer
 
 from .bench import bench
 from .inspect import inspect_command
+from .pack import pack_command
 from .prune import prune_command
+from .unpack import unpack_command
 
 
 __all__ = ["app"]
@@ -21,7 +23,9 @@ def main() -> None:
 
 app.command()(bench)
 app.command("inspect")(inspect_command)
+app.command("pack")(pack_command)
 app.command("prune")(prune_command)
+app.command("unpack")(unpack_command)
 
 if __name__ == "__main__":
     app()
