@@ -1,168 +1,49 @@
-"""Tiny models with random weights and random token lists. Weights are large, so that a plugin's error is not tiny."""
+"""What the tests of training have in common; see `training_cases`."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-    set_seed,
-)
+from training_cases import build_base, build_plugin, collate_batch, make_examples
+from transformers import PreTrainedModel
 
-from peft_variator import VariatorConfig
 from peft_variator.training import DistillationConfig
 
 
-VOCABULARY = 60
-
-BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-}
-LLAMA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-}
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.4}
-T5 = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "initializer_factor": 1.0,
-    "decoder_start_token_id": 0,
-}
-VIT = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "initializer_range": 0.4,
-    "num_labels": 3,
-}
-
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "bert": lambda: BertModel(BertConfig(**BERT)),
-    "bert-classifier": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**VIT)),
-}
+@pytest.fixture(scope="session", autouse=True)
+def quick_collection() -> None:
+    """Let `gc.collect`, which every `Trainer.train` calls, pass over what the imports have made."""
+    gc.freeze()
 
 
 @pytest.fixture
 def base_model() -> Callable[[str], PreTrainedModel]:
-    """Builds the base model of a name, always the same one."""
-
-    def build(name: str) -> PreTrainedModel:
-        set_seed(0)
-        return MODELS[name]()
-
-    return build
+    """Builds the base model of a name."""
+    return build_base
 
 
 @pytest.fixture
-def plugin_model(base_model: Callable[[str], PreTrainedModel]) -> Callable[..., PeftModel]:
-    """Builds a base model with a Variator plugin, always the same one."""
-
-    def build(name: str, **fields: Any) -> PeftModel:
-        return get_peft_model(base_model(name), VariatorConfig(**{"bottleneck_dim": 4, **fields}))
-
-    return build
-
-
-def _texts(count: int, seed: int) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(6, 30, (count,), generator=generator).tolist()
-    return [{"input_ids": torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()} for length in lengths]
+def plugin_model() -> Callable[..., PeftModel]:
+    """Builds a base model with a Variator plugin."""
+    return build_plugin
 
 
 @pytest.fixture
 def examples() -> Callable[..., list[dict[str, Any]]]:
-    """Makes random examples for a model: 6 to 29 tokens with the labels that its head takes, or images."""
-
-    def make(name: str, count: int = 16, seed: int = 0, labels: bool = True) -> list[dict[str, Any]]:
-        if name == "vit":
-            generator = torch.Generator().manual_seed(seed)
-            images = [torch.randn(3, 16, 16, generator=generator) for _ in range(count)]
-            return [
-                {"pixel_values": image} | ({"labels": index % 3} if labels else {})
-                for index, image in enumerate(images)
-            ]
-        texts = _texts(count, seed)
-        if not labels or name == "bert":
-            return texts
-        for index, text in enumerate(texts):
-            ids = text["input_ids"]
-            prompt = len(ids) // 2
-            if name == "bert-classifier":
-                text["labels"] = index % 3
-            elif name == "t5":
-                text["input_ids"], text["labels"] = ids[:prompt], ids[prompt:]
-            else:
-                text["labels"] = [-100] * prompt + ids[prompt:]
-        return texts
-
-    return make
-
-
-def pad(rows: list[list[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    """Makes random examples for a model."""
+    return make_examples
 
 
 @pytest.fixture
 def collate() -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """Pads the examples of a batch to the longest."""
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-        inputs: dict[str, Tensor] = {}
-        if "pixel_values" in batch[0]:
-            inputs["pixel_values"] = torch.stack([example["pixel_values"] for example in batch])
-        else:
-            ids = [example["input_ids"] for example in batch]
-            inputs["input_ids"] = pad(ids, 0)
-            inputs["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
-        if "labels" in batch[0]:
-            labels = [example["labels"] for example in batch]
-            inputs["labels"] = pad(labels, -100) if isinstance(labels[0], list) else torch.tensor(labels)
-        return inputs
-
-    return collate
+    return collate_batch
 
 
 @pytest.fixture
