@@ -1,9 +1,11 @@
 import pytest
 import torch
 from peft import get_peft_model
-from sparse_lora_cases import CASES, build, outputs, random_masks, randomize_
+from sparse_lora_cases import CASES, SMALL, outputs, prune_, random_masks, randomize_
 from test_sparse_lora_layer import make_base, make_layer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLinear, attach_masks
@@ -67,11 +69,23 @@ def test_autocast_inside_a_compiled_graph() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_whole_model_with_gradient_checkpointing() -> None:
-    model = randomize_(get_peft_model(build("llama"), SparseLoraConfig()))
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
+def test_gradient_checkpointing_inside_a_compiled_graph() -> None:
+    base, x = make_base("linear")
+    layer = make_layer(base)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    expected = step(layer, layer, x)
+    found = step(torch.compile(forward, backend="aot_eager", fullgraph=True), layer, x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_whole_model_in_one_graph() -> None:
+    torch.manual_seed(0)
+    base = prune_(LlamaForCausalLM(LlamaConfig(vocab_size=40, **{**SMALL, "num_hidden_layers": 1})))
+    model = randomize_(get_peft_model(base, SparseLoraConfig()))
 
     def gradients(forward) -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -79,7 +93,7 @@ def test_a_whole_model_with_gradient_checkpointing() -> None:
         return {name: value.grad.clone() for name, value in model.named_parameters() if value.requires_grad}
 
     expected = gradients(model)
-    for name, gradient in gradients(torch.compile(model, backend="aot_eager")).items():
+    for name, gradient in gradients(torch.compile(model, backend="aot_eager", fullgraph=True)).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-8)
 
 
@@ -98,5 +112,3 @@ def test_masks_that_nobody_checked_yet_are_checked_outside_of_the_graph() -> Non
     torch._dynamo.reset()
     with pytest.raises(ValueError, match="was made for another base"):
         torch.compile(peft_model, backend="aot_eager")(x)
-
-

@@ -194,11 +194,13 @@ def test_biases_are_trained_and_saved(bias: str, trained: set[str], tmp_path) ->
     dense = layers_of(model.get_base_model())["bert.encoder.layer.0.output.dense"]
     assert dense.bias.grad.abs().sum() > 0
     model.save_pretrained(tmp_path)
-    assert any(key.endswith("output.dense.base_layer.bias") for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert any(
+        key.endswith("output.dense.base_layer.bias") for key in load_file(tmp_path / "adapter_model.safetensors")
+    )
 
 
 def test_a_dense_model_works_and_warns_once_for_all_modules() -> None:
-    with pytest.warns(UserWarning) as record:
+    with pytest.warns(UserWarning, match="Nothing is masked") as record:
         model = randomize_(get_peft_model(build("bert", pruned=False), SparseLoraConfig()))
     messages = [str(warning.message) for warning in record if "Nothing is masked" in str(warning.message)]
     assert len(messages) == 1

@@ -25,9 +25,7 @@ def target_names(name: str) -> list[str]:
 def make(name: str, **fields) -> PeftModel:
     """A dense model with an adapter that stores random masks."""
     names = target_names(name)
-    model = get_peft_model(
-        build(name, pruned=False), SparseLoraConfig(mask="stored", target_modules=names, **fields)
-    )
+    model = get_peft_model(build(name, pruned=False), SparseLoraConfig(mask="stored", target_modules=names, **fields))
     attach_masks(model, random_masks(build(name), names))
     return randomize_(model)
 

@@ -127,7 +127,7 @@ class SparseLoraConv2d(SparseLoraLayer):
         dtype = self._compute_dtype(x)
         with self._onloaded():
             packed_mask = self._packed_mask(adapter_names)
-        a, b = self._factors(adapter_names, dtype)
+            a, b = self._factors(adapter_names, dtype)
         x = self._cast_input_dtype(x, dtype)
         if self._recomputes(adapter_names) and torch.is_grad_enabled():
             # stops as soon as the effective weight is there again, before the convolution

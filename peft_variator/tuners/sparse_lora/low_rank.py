@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -97,13 +98,18 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
     def _base_tensors(self) -> list[torch.Tensor]:
         return self.layout.tensors(self.get_base_layer())
 
-    def _onloaded(self) -> AbstractContextManager[None]:
-        """Brings an offloaded base weight to its device: the hook that does it sits on a forward we don't call."""
-        if any(tensor.is_meta for tensor in self._base_tensors()):
-            return align_module_device(self.get_base_layer())
-        return nullcontext()
+    def _onloaded(self) -> AbstractContextManager[Any]:
+        """Brings in what accelerate has offloaded: its hooks sit on forwards that are not called here."""
+        modules = (self.get_base_layer(), self.sparse_low_rank_A, self.sparse_low_rank_B)
+        if not any(parameter.is_meta for module in modules for parameter in module.parameters(recurse=False)):
+            return nullcontext()
+        stack = ExitStack()
+        for module in modules:
+            stack.enter_context(align_module_device(module))
+        return stack
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        """PEFT looks for a `weight`, which packed base layers don't have."""
-        tensor = self.layout.tensors(base_layer)[0]
-        return tensor.device, tensor.dtype
+        """PEFT looks for a `weight`, which packed layers don't have, and puts adapters of offloaded ones on meta."""
+        with self._onloaded():
+            tensor = self._base_tensors()[0]
+            return tensor.device, tensor.dtype

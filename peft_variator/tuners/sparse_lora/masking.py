@@ -87,10 +87,12 @@ class MaskedLayer(LowRankLayer):
         return matrix
 
     def masks_nothing(self, adapter_name: str) -> bool:
-        """Whether M of the adapter keeps every weight. An offloaded weight is not looked at and gives False."""
-        if any(tensor.is_meta for tensor in self._base_tensors()):
-            return False
-        return bool(self._kept([adapter_name]).all())
+        """Whether M of the adapter keeps every weight. A weight that is not there yet (meta device) gives False."""
+        with self._onloaded():
+            return not self._is_meta() and bool(self._kept([adapter_name]).all())
+
+    def _is_meta(self) -> bool:
+        return any(tensor.is_meta for tensor in self._base_tensors())
 
     def _kept(self, adapter_names: Sequence[str]) -> torch.Tensor:
         packed_mask = self._packed_mask(adapter_names)
@@ -151,8 +153,10 @@ class MaskedLayer(LowRankLayer):
 def _check_loaded_masks(layer: MaskedLayer, incompatible_keys: object) -> None:
     """After a state dict was loaded: a mask for another base raises now and not in the first forward."""
     layer._checked.clear()
-    if any(tensor.is_meta for tensor in layer._base_tensors()):
+    attached = [name for name, source in layer.sparse_low_rank_source.items() if source.any()]
+    if not attached:
         return
-    for adapter_name, source in layer.sparse_low_rank_source.items():
-        if source.any():
-            layer._check_masks((adapter_name,))
+    with layer._onloaded():
+        for adapter_name in attached:
+            if not layer._is_meta():
+                layer._check_masks((adapter_name,))

@@ -174,8 +174,8 @@ def _in_chosen_layers(peft_config: SparseLoraConfig, names: set[str]) -> set[str
     if not chosen:
         raise ValueError(
             f"layers_to_transform={peft_config.layers_to_transform!r}, layers_pattern={peft_config.layers_pattern!r}: "
-            f"none of {_shorten(sorted(names))} is in these layers. Indices count from 0 in the list that layers_pattern "
-            "names."
+            f"none of {_shorten(sorted(names))} is in these layers. Indices count from 0 in the list that "
+            "layers_pattern names."
         )
     return chosen
 
