@@ -49,6 +49,7 @@ class StackCall:
         kind: whether the stack is an encoder, causal, or a vision encoder.
         arguments: the arguments of the call, those of the surrounding models included.
         image_ids: token ids that stand for an image's tokens.
+        image_tokens: which tokens stand for an image's, where embeddings take the place of ids; `(batch, length)`.
         shifted_labels: whether `labels` are next-token labels (a language-model head) rather than one a token.
         patch_size: edge of a patch in pixels, of vision encoders.
         past_length: number of tokens that the key-value cache of a causal stack held before the call, padding
@@ -58,6 +59,7 @@ class StackCall:
     kind: StackKind
     arguments: Mapping[str, Any]
     image_ids: tuple[int, ...] = ()
+    image_tokens: Tensor | None = None
     shifted_labels: bool = True
     patch_size: tuple[int, int] | None = None
     past_length: int = 0
@@ -238,8 +240,8 @@ class StackCall:
     def _breaks(self, rule: MergeRule, starts: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
         """Tokens that start a packed text or a stretch of text or image; `None` where there are none."""
         breaks = starts
-        if self.image_ids and rule.text and rule.images and self._token_ids(shape) is not None:
-            is_image = self._is_image(shape)
+        if self.image_ids and rule.text and rule.images:
+            is_image = self._is_image(shape, must_differ=False)
             edges = torch.nn.functional.pad(is_image[:, 1:] != is_image[:, :-1], (1, 0))
             breaks = edges if breaks is None else breaks | edges
         return breaks if breaks is not None and bool(breaks.any()) else None
@@ -248,14 +250,19 @@ class StackCall:
         ids = self.arguments.get("input_ids")
         return ids if isinstance(ids, Tensor) and tuple(ids.shape) == shape else None
 
-    def _is_image(self, shape: tuple[int, int]) -> Tensor:
+    def _is_image(self, shape: tuple[int, int], must_differ: bool = True) -> Tensor:
+        """Which tokens belong to an image, shape `(batch, length)`."""
         ids = self._token_ids(shape)
-        if ids is None:
+        if ids is not None:
+            return torch.isin(ids, torch.tensor(self.image_ids, device=ids.device))
+        is_image = self.image_tokens
+        if is_image is None or tuple(is_image.shape) != shape or (must_differ and not bool(is_image.any())):
             raise ValueError(
-                "compress_text_tokens and compress_image_tokens differ, but this call has no input_ids that tell text "
-                "from image tokens. Pass input_ids, or set both fields to the same value."
+                "A Variator plugin cannot tell text from image tokens: the call has no input_ids, and its "
+                "inputs_embeds have no placeholders of an image. Pass input_ids, or set compress_text_tokens and "
+                "compress_image_tokens to False."
             )
-        return torch.isin(ids, torch.tensor(self.image_ids, device=ids.device))
+        return is_image
 
     def used_predictions(self, real: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
         """Positions of a causal model whose own prediction is used, shape `(batch, length)`.

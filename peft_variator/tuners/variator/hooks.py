@@ -131,10 +131,11 @@ class StackHooks:
 
     def _call(self, arguments: dict[str, Any]) -> StackCall | None:
         surrounding = [module for module, _ in _frames()]
+        image_ids = _image_ids(surrounding)
         call = StackCall(
             kind=self.kind,
             arguments=arguments,
-            image_ids=_image_ids(surrounding),
+            image_ids=image_ids,
             shifted_labels=any(_has_language_head(module) for module in surrounding),
             patch_size=_patch_size(self.stack),
         )
@@ -143,6 +144,7 @@ class StackHooks:
                 return None  # decoding one token at a time: there is nothing to merge
             cache = arguments.get("past_key_values")
             call.past_length = 0 if cache is None else int(cache.get_seq_length())
+            call.image_tokens = _image_tokens(image_ids) if image_ids and "input_ids" not in arguments else None
             self._warn_about_losses(call)
         return call
 
@@ -215,6 +217,17 @@ def _image_ids(surrounding: list[nn.Module]) -> tuple[int, ...]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     ids = (getattr(module.config, name, None) for module in surrounding for name in names if hasattr(module, "config"))
     return tuple(sorted({token_id for token_id in ids if isinstance(token_id, int)}))
+
+
+def _image_tokens(image_ids: tuple[int, ...]) -> Tensor | None:
+    """Which of the embeddings that a vision-language model was called with are placeholders; `(batch, length)`."""
+    for module, recorded in _frames():
+        embeddings = recorded.get("inputs_embeds")
+        if embeddings is not None and isinstance(module, PreTrainedModel):
+            with torch.no_grad():
+                places = module.get_input_embeddings()(torch.tensor(image_ids, device=embeddings.device))
+                return (embeddings.unsqueeze(2) == places.to(embeddings)).all(-1).any(-1)
+    return None
 
 
 def _patch_size(stack: nn.Module) -> tuple[int, int] | None:

@@ -1,0 +1,108 @@
+"""Image patches are merged in windows or in reading order; class, distillation and register tokens never are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_variator import VariatorConfig
+
+from .cases import DUAL, TASK_HEADS, VISIONS, Case, by_name
+from .reference import feed_forward_of, plugin_output, text_groups, watch, window_groups
+
+
+CASES = {case.name: case for case in [*VISIONS, *TASK_HEADS]}
+
+
+def with_plugin(case: Case, **fields: Any) -> PeftModel:
+    torch.manual_seed(1)
+    model = get_peft_model(case.build(), VariatorConfig(init_weights=False, bottleneck_dim=8, **fields))
+    for name, parameter in model.named_parameters():
+        if "variator_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def check(model: PeftModel, inputs: dict[str, Any], groups: list[list[int]]) -> None:
+    with torch.no_grad():
+        seen_networks = watch(model, lambda: model(**inputs))
+        assert len(seen_networks) == 2
+        for seen in seen_networks:
+            batch = seen.inputs.shape[0]
+            assert seen.rows == batch * len(groups)
+            assert sorted(position for group in groups for position in group) == [*range(seen.inputs.shape[1])]
+            network = feed_forward_of(model, seen)
+            expected = plugin_output(seen.layer, network, seen.inputs, [groups] * batch, "default")
+            atol = 1e-5 * float(expected.abs().max().clamp(min=1))
+            torch.testing.assert_close(seen.outputs, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("scoring", ["token", "concat"])
+@pytest.mark.parametrize(
+    ("ratio", "window"), [(2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (1, 5)), (6, (2, 3)), (8, (2, 4)), (64, (8, 8))]
+)
+@pytest.mark.parametrize("case", VISIONS, ids=by_name)
+def test_windows(case: Case, ratio: int, window: tuple[int, int], scoring: str) -> None:
+    """The 6 × 6 patches of these images are no multiple of every window."""
+    model = with_plugin(case, compression_ratio=ratio, scoring=scoring)
+    check(model, case.inputs(2), window_groups(case.prefix, 6, 6, *window))
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 5, 100])
+@pytest.mark.parametrize("case", VISIONS, ids=by_name)
+def test_raster_order(case: Case, ratio: int) -> None:
+    model = with_plugin(case, compression_ratio=ratio, patch_grouping="raster")
+    check(model, case.inputs(2), text_groups([True] * (36 + case.prefix), range(case.prefix), ratio))
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 32), (28, 20), (20, 20), (4, 4), (4, 28)])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "siglip-vision", "clip-vision"])
+def test_images_of_another_size(name: str, height: int, width: int) -> None:
+    case = CASES[name]
+    model = with_plugin(case)
+    inputs = {"pixel_values": torch.randn(2, 3, height, width)}
+    if name != "dinov2":
+        inputs["interpolate_pos_encoding"] = True
+    check(model, inputs, window_groups(case.prefix, height // 4, width // 4, 2, 2))
+
+
+def test_kept_text_tokens_do_not_touch_images() -> None:
+    """keep_first_tokens and keep_last_tokens are about text: the class token is kept without them."""
+    model = with_plugin(CASES["deit"], keep_first_tokens=0, keep_last_tokens=5)
+    check(model, CASES["deit"].inputs(2), window_groups(2, 6, 6, 2, 2))
+
+
+def test_image_classification_trains_with_labels() -> None:
+    model = with_plugin(CASES["vit-classes"]).train()
+    output = model(**CASES["vit-classes"].inputs(2), labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    # The class token alone is classified: what the last layer gives the patches is not used.
+    first = [p.grad for name, p in model.named_parameters() if "variator_" in name and "layers.0." in name]
+    assert len(first) == 5
+    assert all(gradient is not None and gradient.any() for gradient in first)
+
+
+@pytest.mark.parametrize("case", DUAL, ids=by_name)
+def test_both_towers_of_a_dual_encoder(case: Case) -> None:
+    model = with_plugin(case)
+    rows = [seen.rows for seen in watch(model, lambda: model(**case.inputs(2, 14)))]
+    assert sorted(rows) == sorted([2 * (1 + 3 + 1)] * 2 + [2 * (9 + case.prefix)] * 2)
+    text_only = with_plugin(case, compress_vision_tower=False)
+    assert [seen.rows for seen in watch(text_only, lambda: text_only(**case.inputs(2, 14)))] == [2 * (1 + 3 + 1)] * 2
+    images_only = with_plugin(case, compress_text_tokens=False)
+    rows = [seen.rows for seen in watch(images_only, lambda: images_only(**case.inputs(2, 14)))]
+    assert sorted(rows) == sorted([2 * 14] * 2 + [2 * (9 + case.prefix)] * 2)
+
+
+@pytest.mark.parametrize("case", DUAL, ids=by_name)
+def test_features_of_each_tower_alone(case: Case) -> None:
+    model, inputs = with_plugin(case), case.inputs(2, 14)
+    with torch.no_grad():
+        both = model(**inputs)
+        image = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        text = model.get_text_features(input_ids=inputs["input_ids"]).pooler_output
+    for own, shared in ((image, both.image_embeds), (text, both.text_embeds)):
+        torch.testing.assert_close(own / own.norm(dim=-1, keepdim=True), shared, rtol=0, atol=1e-5)
