@@ -4,10 +4,20 @@ Importing this package registers its methods with PEFT, so that `get_peft_model`
 transformers' `load_adapter` know them.
 """
 
+from .bases import Sparse24Config, Sparse24Linear, load_base
 from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel
 from .tuners.variator import VariatorConfig, VariatorModel, set_compression_ratio
 
 
-__all__ = ["SparseLoraConfig", "SparseLoraModel", "VariatorConfig", "VariatorModel", "set_compression_ratio"]
+__all__ = [
+    "Sparse24Config",
+    "Sparse24Linear",
+    "SparseLoraConfig",
+    "SparseLoraModel",
+    "VariatorConfig",
+    "VariatorModel",
+    "load_base",
+    "set_compression_ratio",
+]
 
 __version__ = "0.1.0"

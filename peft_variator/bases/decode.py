@@ -57,7 +57,7 @@ def decode_packed(layout: Layout, parts: Parts, dtype: torch.dtype, name: str) -
         LayoutError: the weight is not 2:4, or the parts don't fit together.
     """
     if layout != "sparse-24-bitmask":
-        return pack(decode_dense(layout, parts, dtype, name), name)
+        return pack(decode_dense(layout, parts, dtype, name), f"{name}.weight" if layout == "dense" else name)
     packed = PackedWeight(parts["compressed"], parts["bitmask"], parts["shape"])
     check_packed(packed, name)
     values = packed.compressed

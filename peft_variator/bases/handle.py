@@ -22,6 +22,9 @@ class PackedWeightHandle(Tensor):
     be lost: an update of a packed weight has to keep its zeros.
     """
 
+    # transformers draws every weight that has no such mark when it is done loading; see check_complete
+    _is_hf_initialized = True
+
     _compressed: Tensor
     _bitmask: Tensor
 

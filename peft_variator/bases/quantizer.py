@@ -151,8 +151,6 @@ def _replace_layers(model: PreTrainedModel, planned: Iterable[PlannedWeight], co
             shape = torch.empty(weight.stored.parts["shape"].shape, dtype=torch.int64, device="meta")
             layer.shape = nn.Parameter(shape, requires_grad=False)
         layer.bias = dense.bias
-        # transformers draws what has no such mark; there is nothing to draw: check_complete has seen all weights
-        layer.__dict__["_is_hf_initialized"] = True
         layers[dense] = layer.train(dense.training)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in layers:
