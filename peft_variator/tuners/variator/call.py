@@ -48,6 +48,8 @@ class StackCall:
     Args:
         kind: whether the stack is an encoder, causal, or a vision encoder.
         arguments: the arguments of the call, those of the surrounding models included.
+        choices: the plugin and its rule of every module that merges in this call, by the module's name. Later changes
+            do not touch them, so that a layer that is computed again in the backward does the same again.
         image_ids: token ids that stand for an image's tokens.
         image_tokens: which tokens stand for an image's, where embeddings take the place of ids; `(batch, length)`.
         shifted_labels: whether `labels` are next-token labels (a language-model head) rather than one a token.
@@ -58,6 +60,7 @@ class StackCall:
 
     kind: StackKind
     arguments: Mapping[str, Any]
+    choices: Mapping[str, tuple[str, MergeRule]]
     image_ids: tuple[int, ...] = ()
     image_tokens: Tensor | None = None
     shifted_labels: bool = True

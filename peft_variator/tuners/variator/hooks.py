@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .call import StackCall, StackKind
+from .call import MergeRule, StackCall, StackKind
+from .layer import PluginModule, VariatorLayer
 
 
-__all__ = ["CallRecorder", "StackHooks", "hooks_of"]
+__all__ = ["CallRecorder", "CheckpointHook", "StackHooks", "hooks_of"]
 
 RECORDED = (
     "attention_mask",
@@ -86,13 +88,12 @@ class StackHooks:
     Args:
         stack: the module that receives the tokens and their 2-D mask.
         kind: whether it is an encoder, causal, or a vision encoder.
-        plugin_type: class of the modules inside the stack that have a `call`.
     """
 
-    def __init__(self, stack: nn.Module, kind: StackKind, plugin_type: type[nn.Module]) -> None:
-        self.stack, self.kind, self.plugin_type = stack, kind, plugin_type
+    def __init__(self, stack: nn.Module, kind: StackKind) -> None:
+        self.stack, self.kind = stack, kind
         self.warned: set[str] = set()
-        self._plugins: list[nn.Module] | None = None
+        self._plugins: list[PluginModule] | None = None
         self.handles: list[RemovableHandle] = [
             stack.register_forward_pre_hook(self.before, with_kwargs=True),
             stack.register_forward_hook(self.after, always_call=True),
@@ -102,10 +103,10 @@ class StackHooks:
         """Look for the stack's plugins anew, after modules were replaced."""
         self._plugins = None
 
-    def plugins(self, stack: nn.Module) -> list[nn.Module]:
+    def plugins(self, stack: nn.Module) -> list[PluginModule]:
         """The plugins inside `stack`, which is this stack or a replica of it made for data parallelism."""
         if stack is not self.stack or self._plugins is None:
-            found = [module for module in stack.modules() if isinstance(module, self.plugin_type)]
+            found = [module for module in stack.modules() if isinstance(module, PluginModule)]
             if stack is not self.stack:
                 return found
             self._plugins = found
@@ -119,22 +120,27 @@ class StackHooks:
             arguments |= recorded
         arguments |= _recorded(stack, args, kwargs)
         plugins = self.plugins(stack)
-        call = self._call(arguments) if any(plugin.merges for plugin in plugins) else None
+        choices = {plugin.name: plugin.choice for plugin in plugins if isinstance(plugin, VariatorLayer)}
+        active = {name: choice for name, choice in choices.items() if choice is not None}
+        call = self._call(arguments, active) if active else None
         for plugin in plugins:
-            plugin.call = call  # type: ignore[assignment]  # a plain attribute of `plugin_type`
+            plugin.call = call
 
     @torch.compiler.disable
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Take the call back: outside of it, a plugin's feed-forward network is the base model's."""
-        for plugin in self.plugins(stack):
-            plugin.call = None  # type: ignore[assignment]  # a plain attribute of `plugin_type`
+        plugins = self.plugins(stack)
+        tie(plugins, output)
+        for plugin in plugins:
+            plugin.call = None
 
-    def _call(self, arguments: dict[str, Any]) -> StackCall | None:
+    def _call(self, arguments: dict[str, Any], choices: dict[str, tuple[str, MergeRule]]) -> StackCall | None:
         surrounding = [module for module, _ in _frames()]
         image_ids = _image_ids(surrounding)
         call = StackCall(
             kind=self.kind,
             arguments=arguments,
+            choices=choices,
             image_ids=image_ids,
             shifted_labels=any(_has_language_head(module) for module in surrounding),
             patch_size=_patch_size(self.stack),
@@ -174,29 +180,56 @@ class StackHooks:
 class CheckpointHook:
     """Gives a block's plugins their call back when gradient checkpointing computes the block again.
 
-    A block that is checkpointed runs a second time during the backward, after other calls may have taken place. A hook
-    on the gradient of its output, which is computed just before, restores the call that the output came from.
+    The stack's hooks do the same for all plugins at once. Where layers are on several devices, their backwards run in
+    several threads, and each block has to look after its own.
     """
 
-    def __init__(self, block: nn.Module, plugin_type: type[nn.Module]) -> None:
-        self.plugin_type = plugin_type
+    def __init__(self, block: nn.Module) -> None:
         self.handles: list[RemovableHandle] = [block.register_forward_hook(self.after)]
 
     @torch.compiler.disable
     def after(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Tie the call to the output."""
-        if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
-            return
-        plugins = [module for module in block.modules() if isinstance(module, self.plugin_type)]
-        call: Any = plugins[0].call if plugins else None
-        for tensor in output if isinstance(output, tuple) else (output,):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+        if block.gradient_checkpointing and block.training:
+            tie([module for module in block.modules() if isinstance(module, PluginModule)], output)
+
+
+def tie(plugins: list[PluginModule], output: Any) -> None:
+    """Have a call restored when the backward reaches what it gave.
+
+    A layer that is checkpointed runs a second time during the backward, after other calls may have taken place. The
+    gradient of a later tensor is computed just before, so a hook on that restores the call that the tensor came from.
+
+    Args:
+        plugins: plugins inside the module that was called.
+        output: what the module gave.
+    """
+    call = plugins[0].call if plugins and torch.is_grad_enabled() else None
+    if call is not None:
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
                 tensor.register_hook(partial(_restore, plugins, call))
 
 
-def _restore(plugins: list[nn.Module], call: StackCall | None, gradient: Tensor) -> None:
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
+
+
+def _restore(plugins: list[PluginModule], call: StackCall, gradient: Tensor) -> None:
+    if plugins[0].call is None:
+        # Behind the backward, a plugin is outside of any call again.
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, plugins))
     for plugin in plugins:
-        plugin.call = call  # type: ignore[assignment]  # a plain attribute of `plugin_type`
+        plugin.call = call
+
+
+def _forget(plugins: list[PluginModule]) -> None:
+    for plugin in plugins:
+        plugin.call = None
 
 
 def hooks_of(module: nn.Module, hook_type: type) -> Any:

@@ -36,11 +36,6 @@ class PluginModule(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 
-    @property
-    def merges(self) -> bool:
-        """Whether this module needs to know of a call: a plugin of a ratio above 1 is active on it."""
-        return False
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Raise: a plugin changes how many vectors the network sees, which no weight of the base model can express."""
         raise NotImplementedError(
@@ -79,8 +74,8 @@ class FeedForwardEnd(PluginModule):
         output = self.base_layer(hidden_states, *args, **kwargs)
         if self.call is None or self.start_name not in self.call.pending:
             return output
-        plugin, grouping, inputs = self.call.pending.pop(self.start_name)
-        return plugin.expand(output, inputs, grouping)
+        start, grouping, inputs, plugin = self.call.pending.pop(self.start_name)
+        return start.expand(output, inputs, grouping, plugin)
 
 
 class VariatorLayer(PluginModule):
@@ -188,9 +183,10 @@ class VariatorLayer(PluginModule):
         return names[0] if names else None
 
     @property
-    def merges(self) -> bool:
+    def choice(self) -> tuple[str, MergeRule] | None:
+        """The plugin that merges and its rule; `None` where the base model's network runs, as with a ratio of 1."""
         plugin = self.active_plugin
-        return plugin is not None and self.rules[plugin].ratio > 1
+        return None if plugin is None or self.rules[plugin].ratio == 1 else (plugin, self.rules[plugin])
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the feed-forward network, or its start, on merged vectors.
@@ -201,8 +197,8 @@ class VariatorLayer(PluginModule):
         Raises:
             ValueError: the input has another width than the plugin.
         """
-        plugin = self.active_plugin
-        if plugin is None or self.call is None or self.rules[plugin].ratio == 1:
+        choice = None if self.call is None else self.call.choices.get(self.name)
+        if self.call is None or choice is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         if hidden_states.shape[-1] != self.in_features:
             raise ValueError(
@@ -210,13 +206,14 @@ class VariatorLayer(PluginModule):
                 f"the model's hidden size, {self.in_features}. Name the module where the feed-forward network starts "
                 "in target_modules."
             )
-        grouping = self.call.grouping(self.rules[plugin], hidden_states)
+        plugin, rule = choice
+        grouping = self.call.grouping(rule, hidden_states)
         if grouping.num_rows == 0 and not self.has_end:
             return torch.zeros_like(hidden_states)
         output = self.base_layer(self.compress(hidden_states, grouping, plugin), *args, **kwargs)
         if not self.has_end:
-            return self.expand(output, hidden_states, grouping)
-        self.call.pending[self.name] = (self, grouping, hidden_states)
+            return self.expand(output, hidden_states, grouping, plugin)
+        self.call.pending[self.name] = (self, grouping, hidden_states, plugin)
         return output
 
     def compress(self, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:
@@ -236,19 +233,18 @@ class VariatorLayer(PluginModule):
             return grouping.merge(tokens, linear(tokens, weight), None)
         return grouping.merge(tokens, None, torch.cat([weight, bias.unsqueeze(1)], dim=1))
 
-    def expand(self, output: Tensor, hidden_states: Tensor, grouping: Grouping) -> Tensor:
+    def expand(self, output: Tensor, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:
         """Give every token of a group the group's output and its own correction; a token by itself has none.
 
         Args:
             output: output of the feed-forward network, shape `(sequences, rows, dim)`.
             hidden_states: its input before merging, shape `(batch, length, dim)` or `(batch * length, dim)`.
             grouping: the groups.
+            plugin: name of the plugin.
 
         Returns:
             The shape of `hidden_states`; zero at padding.
         """
-        plugin = self.active_plugin
-        assert plugin is not None  # the forward that merged found one
         rows, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
         per_row = linear(rows, *_parameters(self.variator_down_output[plugin], rows.dtype))
         per_token = linear(tokens, *_parameters(self.variator_down_input[plugin], tokens.dtype))

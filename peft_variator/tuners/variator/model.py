@@ -121,7 +121,7 @@ class VariatorModel(BaseTuner):
 
     def _install_hooks(self, stack_name: str, stack: nn.Module, key: str, feed_forward: FeedForward) -> None:
         if hooks_of(stack, StackHooks) is None:
-            StackHooks(stack, _stack_kind(stack, feed_forward), PluginModule)
+            StackHooks(stack, _stack_kind(stack, feed_forward))
         for name, module in self.model.named_modules():
             is_around = not name or stack_name == name or stack_name.startswith(f"{name}.")
             is_model = not name or isinstance(module, PreTrainedModel)
@@ -129,7 +129,7 @@ class VariatorModel(BaseTuner):
                 CallRecorder(module)
             is_block = isinstance(module, GradientCheckpointingLayer) and key.startswith(f"{name}.")
             if is_block and hooks_of(module, CheckpointHook) is None:
-                CheckpointHook(module, PluginModule)
+                CheckpointHook(module)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version reads `child.weight`, which a feed-forward network does not have.
