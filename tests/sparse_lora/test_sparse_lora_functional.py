@@ -7,8 +7,12 @@ from hypothesis import strategies as st
 from sparse_lora_cases import plain_weight
 from torch.nn import functional as F
 
-from peft_variator.tuners.sparse_lora.functional import effective_weight, kept_weights, masked_linear
+from peft_variator.tuners.sparse_lora.functional import effective_weight, masked_linear
+from peft_variator.tuners.sparse_lora.kernels import kept_weights
 from peft_variator.tuners.sparse_lora.masks import pack_mask
+
+
+SCALE = 1.5
 
 
 def make(rows=6, columns=10, rank=3, shape=(4,), dtype=torch.float64, seed=0, bias=True) -> dict[str, torch.Tensor]:
@@ -40,7 +44,7 @@ def run(tensors: dict[str, torch.Tensor], compute: Callable[..., torch.Tensor]) 
 
 def plain(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     def compute(x, a, b, bias=None):
-        weight = plain_weight(tensors["weight"], tensors["mask"], [(1.0, a, b)])
+        weight = plain_weight(tensors["weight"], tensors["mask"], [(SCALE, a, b)])
         y = x @ weight.t()
         return y if bias is None else y + bias
 
@@ -53,7 +57,9 @@ def ours(
     weight = tensors["weight"] if stored else torch.where(tensors["mask"], tensors["weight"], 0.0)
     packed = pack_mask(tensors["mask"]) if stored else None
     base = [weight.t().contiguous() if layout == "conv1d" else weight]
-    return run(tensors, lambda x, a, b, bias=None: masked_linear(x, a, b, bias, packed, layout, base, recompute))
+    return run(
+        tensors, lambda x, a, b, bias=None: masked_linear(x, [a], [b], [SCALE], bias, packed, layout, base, recompute)
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -86,20 +92,52 @@ def test_every_dtype_is_right_within_its_rounding(dtype: torch.dtype, recompute:
         assert (found.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
+def test_several_adapters_of_different_rank_and_scale() -> None:
+    tensors = make()
+    other = make(rank=5, seed=1)
+    packed = pack_mask(tensors["mask"])
+    results = []
+    for compute in (
+        lambda x, a, b: masked_linear(x, a, b, [1.5, -0.3], None, packed, "linear", [tensors["weight"]]),
+        lambda x, a, b: x @ plain_weight(tensors["weight"], tensors["mask"], list(zip([1.5, -0.3], a, b, strict=True))).t(),
+    ):
+        x = tensors["x"].clone().requires_grad_()
+        a, b = ([source[name].clone().requires_grad_() for source in (tensors, other)] for name in "ab")
+        y = compute(x, a, b)
+        results.append([y.detach(), *torch.autograd.grad(y, [x, *a, *b], tensors["grad"])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_float32_adapters_on_a_bfloat16_base_keep_no_casts_of_theirs(recompute: bool) -> None:
+    tensors = make(rows=64, columns=40, dtype=torch.bfloat16)
+    leaves = {name: tensors[name].float().requires_grad_() for name in "ab"}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = masked_linear(
+            tensors["x"], [leaves["a"]], [leaves["b"]], [SCALE], None, None, "linear", [tensors["weight"]], recompute
+        )
+    known = {tensor.data_ptr() for tensor in (*tensors.values(), *leaves.values())}
+    assert sum(tensor.nbytes for tensor in kept if tensor.data_ptr() not in known) == (0 if recompute else 64 * 40 * 2)
+    y.float().sum().backward()
+    assert leaves["a"].grad.dtype == torch.float32
+
+
 def test_gradients_agree_with_finite_differences() -> None:
     tensors = make(rows=3, columns=5, rank=2, shape=(2,))
     packed = pack_mask(tensors["mask"])
     leaves = [tensors[name].requires_grad_() for name in ("x", "a", "b", "bias")]
     assert torch.autograd.gradcheck(
-        lambda x, a, b, bias: masked_linear(x, a, b, bias, packed, "linear", [tensors["weight"]]), leaves
+        lambda x, a, b, bias: masked_linear(x, [a], [b], [SCALE], bias, packed, "linear", [tensors["weight"]]), leaves
     )
 
 
 def test_dropping_the_mask_in_the_backward_would_be_noticed() -> None:
     tensors = make()
-    biased = tensors["grad"].t() @ tensors["x"] @ tensors["a"].t()
+    biased = SCALE * tensors["grad"].t() @ tensors["x"] @ tensors["a"].t()
     assert not torch.allclose(ours(tensors, True, True)[3], biased)
-    exact = (tensors["grad"].t() @ tensors["x"] * tensors["mask"]) @ tensors["a"].t()
+    exact = SCALE * (tensors["grad"].t() @ tensors["x"] * tensors["mask"]) @ tensors["a"].t()
     torch.testing.assert_close(ours(tensors, True, True)[3], exact)
 
 
@@ -117,7 +155,8 @@ def saved_bytes(tensors: dict[str, torch.Tensor], recompute: bool, stored: bool)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        masked_linear(*leaves, packed, "linear", [weight], recompute)
+        x, a, b, bias = leaves
+        masked_linear(x, [a], [b], [SCALE], bias, packed, "linear", [weight], recompute)
     return sum(kept.values())
 
 
@@ -133,25 +172,25 @@ def test_the_input_is_not_kept_for_a_frozen_adapter() -> None:
     x = tensors["x"].clone().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        y = masked_linear(x, tensors["a"], tensors["b"], None, None, "linear", [tensors["weight"]])
+        y = masked_linear(x, [tensors["a"]], [tensors["b"]], [SCALE], None, None, "linear", [tensors["weight"]])
     assert not any(tensor.shape == x.shape for tensor in kept)
-    effective = tensors["weight"] + tensors["b"] @ tensors["a"]
+    effective = tensors["weight"] + SCALE * tensors["b"] @ tensors["a"]
     torch.testing.assert_close(torch.autograd.grad(y, x, tensors["grad"])[0], tensors["grad"] @ effective)
 
 
 def test_only_the_adapter_needs_gradients() -> None:
     tensors = make()
     a, b = (tensors[name].clone().requires_grad_() for name in "ab")
-    y = masked_linear(tensors["x"], a, b, None, None, "linear", [tensors["weight"]])
+    y = masked_linear(tensors["x"], [a], [b], [SCALE], None, None, "linear", [tensors["weight"]])
     y.backward(tensors["grad"])
-    expected = tensors["b"].t() @ (tensors["grad"].t() @ tensors["x"])
+    expected = SCALE * tensors["b"].t() @ (tensors["grad"].t() @ tensors["x"])
     torch.testing.assert_close(a.grad, expected)
 
 
 def test_a_weight_changed_before_the_backward_raises() -> None:
     tensors = make()
     b = tensors["b"].clone().requires_grad_()
-    y = masked_linear(tensors["x"], tensors["a"], b, None, None, "linear", [tensors["weight"]])
+    y = masked_linear(tensors["x"], [tensors["a"]], [b], [SCALE], None, None, "linear", [tensors["weight"]])
     tensors["weight"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -160,7 +199,7 @@ def test_a_weight_changed_before_the_backward_raises() -> None:
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     tensors = make()
     b = tensors["b"].clone().requires_grad_()
-    y = masked_linear(tensors["x"], tensors["a"], b, None, None, "linear", [tensors["weight"]])
+    y = masked_linear(tensors["x"], [tensors["a"]], [b], [SCALE], None, None, "linear", [tensors["weight"]])
     (first,) = torch.autograd.grad(y.square().sum(), b, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -182,8 +221,8 @@ def test_effective_weight_and_its_gradients(stored: bool) -> None:
     packed = pack_mask(tensors["mask"]) if stored else None
     results = []
     for compute in (
-        lambda a, b: effective_weight(a, b, packed, "linear", [weight]),
-        lambda a, b: plain_weight(weight, tensors["mask"], [(1.0, a, b)]),
+        lambda a, b: effective_weight([a], [b], [SCALE], packed, "linear", [weight], torch.float64),
+        lambda a, b: plain_weight(weight, tensors["mask"], [(SCALE, a, b)]),
     ):
         a, b = (tensors[name].clone().requires_grad_() for name in "ab")
         result = compute(a, b)
@@ -202,8 +241,8 @@ def test_kept_weights_count_negative_zero_as_pruned() -> None:
 def test_operators_for_compiled_graphs_are_sound(recompute: bool) -> None:
     tensors = make(dtype=torch.float32)
     packed = pack_mask(tensors["mask"])
-    arguments = (tensors["x"], tensors["a"], tensors["b"], None, packed, "linear", [tensors["weight"]], not recompute)
+    update = ([tensors["a"], tensors["a"][:2]], [tensors["b"], tensors["b"][:, :2]], [SCALE, 2.0])
+    arguments = (tensors["x"], *update, None, packed, "linear", [tensors["weight"]], not recompute)
     torch.library.opcheck(torch.ops.peft_variator.masked_linear.default, arguments)
-    empty = torch.empty(0)
-    backward = (tensors["grad"], tensors["x"], *arguments[1:3], packed, empty, "linear", [tensors["weight"]], True)
+    backward = (tensors["grad"], tensors["x"], *update, packed, torch.empty(0), "linear", [tensors["weight"]], True)
     torch.library.opcheck(torch.ops.peft_variator.masked_linear_backward.default, backward)

@@ -103,16 +103,17 @@ class SparseLoraLinear(SparseLoraLayer):
     """SparseLoRA on a linear layer: nn.Linear, Conv1D, or one registered with `register_layout`."""
 
     def _masked_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        dtype = self._compute_dtype(x)
+        x = self._cast_input_dtype(x, self._compute_dtype(x))
         with self._onloaded():
             packed_mask = self._packed_mask(adapter_names)
-            a, b = self._factors(adapter_names, dtype)
+            a, b, scales = self._factors(adapter_names)
             bias: torch.Tensor | None = self.bias
             return masked_linear(
-                x=self._cast_input_dtype(x, dtype),
+                x=x,
                 a=a,
                 b=b,
-                bias=None if bias is None else bias.to(dtype),
+                scales=scales,
+                bias=None if bias is None else bias.to(x.dtype),
                 packed_mask=packed_mask,
                 layout=self.layout_name,
                 base=self._base_tensors(),
@@ -124,22 +125,18 @@ class SparseLoraConv2d(SparseLoraLayer):
     """SparseLoRA on a convolution, such as the patch embedding of a vision transformer."""
 
     def _masked_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        dtype = self._compute_dtype(x)
-        with self._onloaded():
-            packed_mask = self._packed_mask(adapter_names)
-            a, b = self._factors(adapter_names, dtype)
-        x = self._cast_input_dtype(x, dtype)
+        x = self._cast_input_dtype(x, self._compute_dtype(x))
         if self._recomputes(adapter_names) and torch.is_grad_enabled():
             # stops as soon as the effective weight is there again, before the convolution
-            return checkpoint(self._convolve, x, a, b, packed_mask, use_reentrant=False, preserve_rng_state=False)
-        return self._convolve(x, a, b, packed_mask)
+            return checkpoint(self._convolve, x, adapter_names, use_reentrant=False, preserve_rng_state=False)
+        return self._convolve(x, adapter_names)
 
-    def _convolve(
-        self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, packed_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """The base layer's own convolution, padding included, with the effective weight."""
         base_layer = self.get_base_layer()
         assert isinstance(base_layer, nn.Conv2d)  # what the model makes this layer for
         with self._onloaded():
-            weight = effective_weight(a, b, packed_mask, self.layout_name, self._base_tensors())
+            packed_mask = self._packed_mask(adapter_names)
+            a, b, scales = self._factors(adapter_names)
+            weight = effective_weight(a, b, scales, packed_mask, self.layout_name, self._base_tensors(), x.dtype)
             return base_layer._conv_forward(x, weight.reshape(base_layer.weight.shape), base_layer.bias)

@@ -83,17 +83,20 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         if init_lora_weights is False:
             nn.init.kaiming_uniform_(self.sparse_low_rank_B[adapter_name], a=math.sqrt(5))
 
-    def _factors(self, adapter_names: Sequence[str], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """s·A (Σ rank, in) and B (out, Σ rank) of several adapters side by side: their product is Σ s·B·A."""
-        a = torch.cat([self.sparse_low_rank_A[name] * self.scaling[name] for name in adapter_names])
-        b = torch.cat([self.sparse_low_rank_B[name] for name in adapter_names], dim=1)
-        return a.to(dtype), b.to(dtype)
+    def _factors(self, adapter_names: Sequence[str]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+        """A, B and s of each of these adapters."""
+        a = [self.sparse_low_rank_A[name] for name in adapter_names]
+        b = [self.sparse_low_rank_B[name] for name in adapter_names]
+        return a, b, [self.scaling[name] for name in adapter_names]
 
     @torch.no_grad()
     def _update(self, adapter_names: Sequence[str]) -> torch.Tensor:
         """Σ s·B·A, (out, in), in float32 or better."""
-        a, b = self._factors(adapter_names, torch.promote_types(self._base_tensors()[0].dtype, torch.float32))
-        return b @ a
+        dtype = torch.promote_types(self._base_tensors()[0].dtype, torch.float32)
+        total = self.sparse_low_rank_B[adapter_names[0]].new_zeros(self.out_features, self.in_features, dtype=dtype)
+        for a, b, scale in zip(*self._factors(adapter_names), strict=True):
+            total.addmm_(b.to(dtype), a.to(dtype), alpha=scale)
+        return total
 
     def _base_tensors(self) -> list[torch.Tensor]:
         return self.layout.tensors(self.get_base_layer())

@@ -1,0 +1,152 @@
+"""What the forward and the backward of a masked linear product compute, as plain functions and as operators.
+
+Arguments, the same throughout, flat because operators of compiled graphs take no structures:
+
+- `a`, `b`, `scales`: A (rank, in), B (out, rank) and s of each adapter;
+- `layout`, `base`: name of the `WeightLayout` of the base weight W, and the frozen tensors W is made of;
+- `packed_mask`: the mask M, uint8 (out, ceil(in / 8)), or None to read it from W.
+
+All products run in one dtype, that of x or of its gradient, whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .layouts import get_layout
+from .masks import unpack_mask
+
+
+__all__ = [
+    "backward",
+    "backward_op",
+    "forward",
+    "forward_op",
+    "kept_weights",
+    "masked_sum",
+    "update_gradients",
+]
+
+
+def kept_weights(packed_mask: Tensor | None, layout: str, base: list[Tensor]) -> Tensor:
+    """The mask M, bool (out, in), True where the weight was not pruned."""
+    if packed_mask is None:
+        return get_layout(layout).kept(base)
+    return unpack_mask(packed_mask, columns=get_layout(layout).shape(base)[1])
+
+
+def _side_by_side(a: list[Tensor], b: list[Tensor], scales: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """s·A (Σ rank, in) and B (out, Σ rank) of all adapters: their product is Σ s·B·A."""
+    scaled = [matrix * scale for matrix, scale in zip(a, scales, strict=True)]
+    return torch.cat(scaled).to(dtype), torch.cat(b, dim=1).to(dtype)
+
+
+def masked_sum(
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    kept: Tensor,
+    layout: str,
+    base: list[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The effective weight (W + Σ s·B·A) ⊙ M, (out, in)."""
+    scaled_a, all_b = _side_by_side(a, b, scales, dtype)
+    # A product and not a masked_fill, which is several times slower on CPUs. The -0.0 that it leaves are of no
+    # consequence here; merging, which stores the zeros, makes them +0.0.
+    return torch.addmm(get_layout(layout).weight(base).to(dtype), all_b, scaled_a).mul_(kept)
+
+
+def update_gradients(grad_weight: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
+    """Gradients of every A, then of every B, from that of the masked sum, (out, in), with the mask applied."""
+    scaled_a, all_b = _side_by_side(a, b, scales, grad_weight.dtype)
+    ranks = [matrix.shape[0] for matrix in a]
+    grad_a = (all_b.t() @ grad_weight).split(ranks)
+    grad_b = (grad_weight @ scaled_a.t()).split(ranks, dim=1)
+    scaled = [grad * scale for grad, scale in zip(grad_a, scales, strict=True)]
+    return [grad.to(matrix.dtype, copy=True) for grad, matrix in zip([*scaled, *grad_b], [*a, *b], strict=True)]
+
+
+def forward(
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    bias: Tensor | None,
+    packed_mask: Tensor | None,
+    layout: str,
+    base: list[Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (tokens, out) of x (tokens, in) and, where `keep` asks for it, the effective weight, else an empty tensor."""
+    with torch.autocast(x.device.type, enabled=False):
+        kept = kept_weights(packed_mask, layout, base)
+        weight = masked_sum(a, b, scales, kept, layout, base, x.dtype)
+        return F.linear(x, weight, bias), weight if keep else x.new_empty(0)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    packed_mask: Tensor | None,
+    weight: Tensor,
+    layout: str,
+    base: list[Tensor],
+    needs_x: bool,
+) -> list[Tensor]:
+    """Gradient of x (empty unless `needs_x`), then of every A and every B (none of them if x is None).
+
+    `grad` is the gradient of y, (tokens, out), and `weight` the effective weight if the forward kept it, else empty.
+    """
+    with torch.autocast(grad.device.type, enabled=False):
+        kept = kept_weights(packed_mask, layout, base)
+        grad_x = grad.new_empty(0)
+        if needs_x:
+            grad_x = grad @ (weight if weight.numel() else masked_sum(a, b, scales, kept, layout, base, grad.dtype))
+        if x is None:
+            return [grad_x]
+        return [grad_x, *update_gradients((grad.t() @ x).mul_(kept), a, b, scales)]
+
+
+# For torch.compile the two are opaque operators: its partitioner would find the effective weight in forward and
+# backward, compute it once and keep it in between. Called eagerly, the plain functions have less overhead.
+forward_op = torch.library.custom_op("peft_variator::masked_linear", forward, mutates_args=())
+backward_op = torch.library.custom_op("peft_variator::masked_linear_backward", backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _forward_shapes(
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    bias: Tensor | None,
+    packed_mask: Tensor | None,
+    layout: str,
+    base: list[Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = b[0].shape[0], a[0].shape[1]
+    return x.new_empty((x.shape[0], rows)), x.new_empty((rows, columns) if keep else 0)
+
+
+@backward_op.register_fake
+def _backward_shapes(
+    grad: Tensor,
+    x: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    packed_mask: Tensor | None,
+    weight: Tensor,
+    layout: str,
+    base: list[Tensor],
+    needs_x: bool,
+) -> list[Tensor]:
+    grad_x = grad.new_empty((grad.shape[0], a[0].shape[1]) if needs_x else 0)
+    return [grad_x] if x is None else [grad_x, *(torch.empty_like(matrix) for matrix in (*a, *b))]
