@@ -61,8 +61,8 @@ class _KeepNames(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """Tensors by pattern, which is their name, -> the same."""
-        return {name: tensors[0] if isinstance(tensors, list) else tensors for name, tensors in input_dict.items()}
+        """Tensors by pattern, which is their name, anchored or not, -> tensors by name."""
+        return {pattern.removeprefix("^"): tensors[0] for pattern, tensors in input_dict.items()}
 
     @property
     def reverse_op(self) -> ConversionOps:
