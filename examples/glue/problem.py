@@ -28,14 +28,14 @@ class Problem(Protocol):
 
     Attributes:
         metric: name of the score.
-        head: name of the model's new head.
+        new_modules: names of the modules that are trained in full, because they are new or fit the new head.
         epochs: passes over the training rows when the task is learned.
         train: features to train on.
         test: features to test on.
     """
 
     metric: str
-    head: str
+    new_modules: tuple[str, ...]
     epochs: int
     train: Features
     test: Features
@@ -50,7 +50,7 @@ class Problem(Protocol):
 class SentenceProblem:
     """A task of single sentences or pairs."""
 
-    head = "classifier"
+    new_modules = ("classifier", "pooler")
 
     def __init__(self, data: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task = TASKS[name]
@@ -83,7 +83,7 @@ class SentenceProblem:
 class SquadProblem:
     """Extractive question answering."""
 
-    head, metric, epochs = "qa_outputs", "f1", 1
+    new_modules, metric, epochs = ("qa_outputs",), "f1", 1
 
     def __init__(self, data: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         train, self.questions = read_questions(data)

@@ -66,8 +66,10 @@ VARIANTS: dict[str, Variant] = {
 
 
 def learn_task(problem: Problem, base: str, tokenizer: PreTrainedTokenizerBase, seed: int, output: Path) -> None:
-    """Fine-tune the base on a task with LoRA and save the merged model, which is the plugin's base and teacher."""
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=[problem.head])
+    """Fine-tune the base on a task with LoRA (r = 16 on query and value, as in the paper) and save the merged model, which is the plugin's base and teacher."""
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=["query", "value"], modules_to_save=list(problem.new_modules)
+    )
     model = get_peft_model(problem.load(base), config)
     arguments = TrainingArguments(
         num_train_epochs=problem.epochs, learning_rate=1e-3, **_common(output / "runs", seed)
@@ -125,7 +127,7 @@ def adapt(
         model = load_plugin(task_model, plugin)
     arguments = DistillationConfig(
         max_steps=steps,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         hidden_loss=variant.hidden_loss,
         logits_weight=0.0 if task_model.config.num_labels == 1 else 1.0,
         ratios=list(variant.ratios),
