@@ -66,7 +66,10 @@ VARIANTS: dict[str, Variant] = {
 
 
 def learn_task(problem: Problem, base: str, tokenizer: PreTrainedTokenizerBase, seed: int, output: Path) -> None:
-    """Fine-tune the base on a task with LoRA (r = 16 on query and value, as in the paper) and save the merged model, which is the plugin's base and teacher."""
+    """Fine-tune the base on a task with LoRA and save the merged model, which is the plugin's base and teacher.
+
+    As in the paper, LoRA has r = 16 and sits on query and value.
+    """
     config = LoraConfig(
         r=16, lora_alpha=32, target_modules=["query", "value"], modules_to_save=list(problem.new_modules)
     )
