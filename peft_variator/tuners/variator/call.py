@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .grouping import Grouping, group_runs, pack, share_blocks, share_patches
+from .masks import last_tokens, places, real_tokens, single_mask, text_starts, with_those_before
 
 
 __all__ = ["MergeRule", "StackCall", "StackKind"]
@@ -67,16 +69,34 @@ class StackCall:
     patch_size: tuple[int, int] | None = None
     past_length: int = 0
     pending: dict[str, Any] = field(default_factory=dict)
-    _groupings: dict[MergeRule, Grouping] = field(default_factory=dict)
+    _groupings: dict[tuple[MergeRule, torch.device], Grouping] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """The argument that tells how many tokens the text in this call has, and the device of the call's masks."""
+        if self.kind == "vision":
+            return None
+        for name, dims in (("input_ids", 2), ("inputs_embeds", 3), ("attention_mask", 2)):
+            tokens = self.arguments.get(name)
+            if isinstance(tokens, Tensor) and tokens.dim() == dims:
+                return tokens
+        return None
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """`(batch, length)` of the text in this call; `None` where only the hidden states tell."""
-        for name in ("input_ids", "inputs_embeds", "attention_mask"):
-            tokens = self.arguments.get(name)
-            if isinstance(tokens, Tensor) and tokens.dim() >= 2 and self.kind != "vision":
-                return tokens.shape[0], tokens.shape[1]
-        return None
+        tokens = self.tokens
+        return None if tokens is None else (tokens.shape[0], tokens.shape[1])
+
+    def prepare(self) -> None:
+        """Make the groupings of all modules, if the arguments suffice, so that no layer has to.
+
+        Raises:
+            ValueError: a mask cannot be read, or text cannot be told from images.
+        """
+        if self.tokens is not None:
+            for rule in {rule for _, rule in self.choices.values()}:
+                self._grouping_on(self.tokens.device, rule, None)
 
     def grouping(self, rule: MergeRule, hidden_states: Tensor) -> Grouping:
         """The groups for one module.
@@ -88,9 +108,7 @@ class StackCall:
         Raises:
             ValueError: the hidden states do not have the length that the call's arguments tell, or nothing tells it.
         """
-        if rule not in self._groupings:
-            self._groupings[rule] = self._group(rule, self.shape or _shape_of(hidden_states), hidden_states.device)
-        grouping = self._groupings[rule]
+        grouping = self._grouping_on(hidden_states.device, rule, hidden_states)
         if grouping.row_of.numel() * hidden_states.shape[-1] != hidden_states.numel():
             raise ValueError(
                 f"A Variator plugin got hidden states of shape {tuple(hidden_states.shape)}, but the call it belongs "
@@ -98,6 +116,18 @@ class StackCall:
                 "set `chunk_size_feed_forward=0`, and call it only through the model."
             )
         return grouping
+
+    def _grouping_on(self, device: torch.device, rule: MergeRule, hidden_states: Tensor | None) -> Grouping:
+        """The grouping on the device of a layer, which need not be that of the arguments."""
+        if (rule, device) not in self._groupings:
+            tokens = self.tokens
+            if tokens is None:
+                assert hidden_states is not None  # `prepare` asks only where the arguments suffice
+                grouping = self._group(rule, _shape_of(hidden_states), device)
+            else:
+                grouping = self._group(rule, (tokens.shape[0], tokens.shape[1]), tokens.device)
+            self._groupings[rule, device] = _on(device, grouping)
+        return self._groupings[rule, device]
 
     def _group(self, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Grouping:
         if self.kind == "vision":
@@ -124,9 +154,15 @@ class StackCall:
         return (height, width) if height * width <= length else None
 
     def _group_text(self, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Grouping:
-        real = self._real(shape)
-        starts = self._text_starts(real, shape)
-        may_merge, breaks = self._may_merge(rule, real, starts, shape, device), self._breaks(rule, starts, shape)
+        mask = single_mask(self.arguments.get("attention_mask"))
+        real = real_tokens(mask, shape, self.past_length)
+        positions = self.arguments.get("position_ids") if self.kind == "causal" else None
+        starts = text_starts(mask, positions, real, shape, self.past_length)
+        place = places(mask, real, shape, self.past_length, device)
+        if starts is not None:
+            place = place - torch.where(starts, place, 0).cummax(1).values
+        may_merge = self._may_merge(rule, real, place >= rule.keep_first, shape, device)
+        breaks = self._breaks(rule, starts, shape)
         if real is None and breaks is None and shape[0] and bool((may_merge == may_merge[:1]).all()):
             runs = [(len(list(run)), flag) for flag, run in groupby(may_merge[0].tolist())]
             grouping = share_blocks(runs, rule.ratio, shape[0], device)
@@ -149,82 +185,11 @@ class StackCall:
         starts_run[:1] = True
         return pack(group_runs(starts_run, may, rule.ratio), token_of, rule.ratio, batch * length)
 
-    @property
-    def _mask(self) -> Tensor | None:
-        """The attention mask, with 2 or 4 dimensions."""
-        mask = self.arguments.get("attention_mask")
-        if isinstance(mask, Mapping):
-            # One 4-D mask for each kind of attention; the one without a window shows most of the cache. Where one of
-            # them may be left out, no token is padding.
-            masks = list(mask.values())
-            mask = None if any(each is None for each in masks) else max(masks, key=lambda each: each.shape[-1])
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() not in (2, 4)):
-            raise ValueError(
-                f"A Variator plugin cannot read an attention mask of type {type(mask).__name__}"
-                f"{f' and shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else ''}. Pass a 2-D mask of shape "
-                "(batch, length), or a 4-D one."
-            )
-        return mask
-
-    def _real(self, shape: tuple[int, int]) -> Tensor | None:
-        """Which tokens of this call are no padding, shape `(batch, length)`; `None` where all are real."""
-        mask = self._mask
-        if mask is None:
-            return None
-        if mask.dim() == 2:
-            real = mask[:, -shape[1] :].bool()
-        else:
-            own = self._attends(mask, shape[1])
-            real = own[:, 0] if own.shape[1] == 1 else own.diagonal(dim1=1, dim2=2)
-        return None if bool(real.all()) else real.expand(shape)
-
-    def _attends(self, mask: Tensor, length: int) -> Tensor:
-        """Which tokens of this call attend to which, from a 4-D mask; shape `(batch, length or 1, length)`."""
-        first = min(self.past_length, mask.shape[-1] - length)  # a cache with a window holds less than it has seen
-        return _is_allowed(mask)[..., first : first + length]
-
-    def _places(
-        self, real: Tensor | None, starts: Tensor | None, shape: tuple[int, int], device: torch.device
-    ) -> Tensor:
-        """The place of each token among the real ones of its text, cached ones counted in; shape `(batch, length)`.
-
-        Position ids do not tell it: they may count padding too, or start anywhere.
-        """
-        mask = self._mask
-        if mask is not None and mask.dim() == 2:
-            places = (mask.long().cumsum(1) - 1)[:, -shape[1] :].expand(shape)
-        elif mask is not None and self.kind == "causal" and mask.shape[2] == shape[1]:
-            places = (_is_allowed(mask).sum(-1) - 1).expand(shape)
-        elif real is not None:
-            places = self.past_length + real.long().cumsum(1) - 1
-        else:
-            places = (torch.arange(shape[1], device=device) + self.past_length).expand(shape)
-        return places if starts is None else places - torch.where(starts, places, 0).cummax(1).values
-
-    def _text_starts(self, real: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-        """Where the next one of several texts packed into a sequence starts, `(batch, length)`; `None` if nowhere."""
-        mask, positions = self._mask, self.arguments.get("position_ids")
-        if mask is not None and mask.dim() == 4 and mask.shape[2] == shape[1]:
-            attends = self._attends(mask, shape[1]).diagonal(offset=-1, dim1=1, dim2=2)
-            starts = torch.nn.functional.pad(~attends, (1, 0)).expand(shape)
-            starts = starts if real is None else starts & real & real.roll(1, 1)
-        elif real is None and self.kind == "causal" and isinstance(positions, Tensor) and positions.dim() == 2:
-            starts = torch.nn.functional.pad(positions[:, 1:] <= positions[:, :-1], (1, 0)).expand(shape)
-        else:
-            return None
-        return starts if bool(starts.any()) else None
-
     def _may_merge(
-        self,
-        rule: MergeRule,
-        real: Tensor | None,
-        starts: Tensor | None,
-        shape: tuple[int, int],
-        device: torch.device,
+        self, rule: MergeRule, real: Tensor | None, is_later: Tensor, shape: tuple[int, int], device: torch.device
     ) -> Tensor:
-        """Which tokens may share a row, shape `(batch, length)`."""
-        may_merge = self._places(real, starts, shape, device) >= rule.keep_first
-        may_merge &= ~_last(real, rule.keep_last, shape, device)
+        """Which tokens may share a row, shape `(batch, length)`. `is_later`: those behind `keep_first_tokens`."""
+        may_merge = is_later & ~last_tokens(real, rule.keep_last, shape, device)
         ids = self._token_ids(shape)
         if rule.keep_ids and ids is not None:
             may_merge &= ~torch.isin(ids, torch.tensor(rule.keep_ids, device=ids.device))
@@ -237,7 +202,8 @@ class StackCall:
         elif not rule.text:
             may_merge &= False
         if self.kind == "causal":
-            may_merge &= ~_and_before(self.used_predictions(real, shape, device), real, rule.keep_last)
+            # The last token of a prompt is the first whose prediction is used: `keep_last_tokens` count from there.
+            may_merge &= ~with_those_before(self.used_predictions(real, shape, device), real, rule.keep_last)
         return may_merge if real is None else may_merge & real
 
     def _breaks(self, rule: MergeRule, starts: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
@@ -245,7 +211,7 @@ class StackCall:
         breaks = starts
         if self.image_ids and rule.text and rule.images:
             is_image = self._is_image(shape, must_differ=False)
-            edges = torch.nn.functional.pad(is_image[:, 1:] != is_image[:, :-1], (1, 0))
+            edges = pad(is_image[:, 1:] != is_image[:, :-1], (1, 0))
             breaks = edges if breaks is None else breaks | edges
         return breaks if breaks is not None and bool(breaks.any()) else None
 
@@ -281,7 +247,7 @@ class StackCall:
             used[:, kept_logits] = True
         elif kept_logits:
             used[:, -kept_logits:] = True
-        return used | _last(real, 1, shape, device)
+        return used | last_tokens(real, 1, shape, device)
 
     def labels(self, shape: tuple[int, int]) -> Tensor | None:
         """What each position is trained to predict, -100 for nothing, `(batch, length)`; `None` without labels."""
@@ -290,7 +256,7 @@ class StackCall:
             return shifted
         if not isinstance(labels, Tensor) or tuple(labels.shape) != shape:
             return None
-        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if self.shifted_labels else labels
+        return pad(labels[:, 1:], (0, 1), value=-100) if self.shifted_labels else labels
 
     def uses_every_prediction(self) -> bool:
         """Whether labels leave no token of the call to merge: all real ones but the last of a sequence have one."""
@@ -298,8 +264,8 @@ class StackCall:
         labels = None if shape is None else self.labels(shape)
         if shape is None or labels is None:
             return False
-        real = self._real(shape)
-        is_free = (labels == -100) & ~_last(real, 1, shape, labels.device)
+        real = real_tokens(single_mask(self.arguments.get("attention_mask")), shape, self.past_length)
+        is_free = (labels == -100) & ~last_tokens(real, 1, shape, labels.device)
         return not bool((is_free if real is None else is_free & real).any())
 
 
@@ -313,26 +279,11 @@ def _shape_of(hidden_states: Tensor) -> tuple[int, int]:
     return hidden_states.shape[0], hidden_states.shape[1]
 
 
-def _last(real: Tensor | None, count: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """The last `count` real tokens of each sequence, shape `(batch, length)`."""
-    if real is None:
-        return (torch.arange(shape[1], device=device) >= shape[1] - count).expand(shape)
-    return real & (real.flip(1).long().cumsum(1).flip(1) <= count)
-
-
-def _and_before(used: Tensor, real: Tensor | None, count: int) -> Tensor:
-    """The tokens marked in `used`, each with the `count - 1` real ones before it; shape `(batch, length)`.
-
-    The last token of a prompt is the first whose prediction is used, so this is where `keep_last_tokens` count from.
-    """
-    if count <= 1:
-        return used
-    rank = torch.ones_like(used).cumsum(1) if real is None else real.long().cumsum(1)
-    beyond = rank.new_full((), used.shape[1] + count)
-    next_used = torch.where(used, rank, beyond).flip(1).cummin(1).values.flip(1)
-    return next_used - rank < count
-
-
-def _is_allowed(mask: Tensor) -> Tensor:
-    """Where a 4-D mask allows attention, shape `(batch, queries, keys)`: True, or 0 to be added to the scores."""
-    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+def _on(device: torch.device, grouping: Grouping) -> Grouping:
+    """The grouping with its index tensors on a device."""
+    moved: dict[str, Any] = {
+        name: value.to(device)
+        for name, value in vars(grouping).items()
+        if isinstance(value, Tensor) and value.device != device
+    }
+    return replace(grouping, **moved) if moved else grouping

@@ -152,6 +152,7 @@ class StackHooks:
             call.past_length = 0 if cache is None else int(cache.get_seq_length())
             call.image_tokens = _image_tokens(image_ids) if image_ids and "input_ids" not in arguments else None
             self._warn_about_losses(call)
+        call.prepare()
         return call
 
     def _warn_about_losses(self, call: StackCall) -> None:
