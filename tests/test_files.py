@@ -27,3 +27,13 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_reads_the_old_file_meanwhile_keeps_reading_it(tmp_path):
+    """The new file takes the name of the old one; it is not written over its bytes."""
+    path = tmp_path / "b.txt"
+    write_text(path, "old")
+    with path.open() as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"

@@ -91,6 +91,10 @@ def test_empty_and_not_finite(load, name):
         load(name, predictions=[1.0], references=[math.inf])
 
 
+def test_f1_of_a_label_that_never_occurs(load):
+    assert load("f1", predictions=[0, 0], references=[0, 0]) == {"f1": 0}
+
+
 def test_f1_refuses_what_is_not_binary(load):
     with pytest.raises(ValueError, match=r"\[0, 1, 2\] with pos_label=1 are not a binary problem"):
         load("f1", predictions=[0, 1], references=[2, 1])
