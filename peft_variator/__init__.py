@@ -5,7 +5,7 @@ transformers' `load_adapter` know them.
 """
 
 from .bases import Sparse24Config, Sparse24Linear, load_base
-from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel
+from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel, attach_masks
 from .tuners.variator import VariatorConfig, VariatorModel, set_compression_ratio
 
 
@@ -16,6 +16,7 @@ __all__ = [
     "SparseLoraModel",
     "VariatorConfig",
     "VariatorModel",
+    "attach_masks",
     "load_base",
     "set_compression_ratio",
 ]

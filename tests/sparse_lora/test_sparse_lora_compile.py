@@ -50,7 +50,7 @@ def test_a_compiled_layer_keeps_no_effective_weight_either(recompute: bool) -> N
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compiled(torch.randn(4, 40))
+        compiled(torch.randn(4, 40, requires_grad=True))
     assert len(kept) == (0 if recompute else 1)
 
 

@@ -99,7 +99,9 @@ def test_several_adapters_of_different_rank_and_scale() -> None:
     results = []
     for compute in (
         lambda x, a, b: masked_linear(x, a, b, [1.5, -0.3], None, packed, "linear", [tensors["weight"]]),
-        lambda x, a, b: x @ plain_weight(tensors["weight"], tensors["mask"], list(zip([1.5, -0.3], a, b, strict=True))).t(),
+        lambda x, a, b: (
+            x @ plain_weight(tensors["weight"], tensors["mask"], list(zip([1.5, -0.3], a, b, strict=True))).t()
+        ),
     ):
         x = tensors["x"].clone().requires_grad_()
         a, b = ([source[name].clone().requires_grad_() for source in (tensors, other)] for name in "ab")
@@ -116,7 +118,15 @@ def test_float32_adapters_on_a_bfloat16_base_keep_no_casts_of_theirs(recompute: 
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = masked_linear(
-            tensors["x"], [leaves["a"]], [leaves["b"]], [SCALE], None, None, "linear", [tensors["weight"]], recompute
+            tensors["x"].requires_grad_(),
+            [leaves["a"]],
+            [leaves["b"]],
+            [SCALE],
+            None,
+            None,
+            "linear",
+            [tensors["weight"]],
+            recompute,
         )
     known = {tensor.data_ptr() for tensor in (*tensors.values(), *leaves.values())}
     assert sum(tensor.nbytes for tensor in kept if tensor.data_ptr() not in known) == (0 if recompute else 64 * 40 * 2)

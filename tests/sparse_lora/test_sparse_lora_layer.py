@@ -125,7 +125,7 @@ def test_recompute_decides_what_autograd_keeps(name: str, recompute: bool) -> No
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
+        layer(x.requires_grad_())
     assert len(kept) == (0 if recompute else 1)
 
 

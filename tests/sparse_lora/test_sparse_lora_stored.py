@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from sparse_lora_cases import CASES, WEIGHTED, build, outputs, random_masks, randomize_
 from torch import nn
 
-from peft_variator import SparseLoraConfig, SparseLoraModel
-from peft_variator.tuners.sparse_lora import SparseLoraLayer, attach_masks
+from peft_variator import SparseLoraConfig, SparseLoraModel, attach_masks
+from peft_variator.sparsity import PruningConfig, prune
+from peft_variator.tuners.sparse_lora import SparseLoraLayer
 
 
 FILE = "adapter_model.safetensors"
@@ -288,3 +289,14 @@ def test_halving_a_model_leaves_masks_and_fingerprints_alone() -> None:
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     outputs(model, CASES["bert"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_masks_of_a_pruning_report_go_in_as_they_are(name: str) -> None:
+    base = build(name, pruned=False)
+    report = prune(base, PruningConfig(method="magnitude", pattern="2:4", keep_dense=True))
+    model = get_peft_model(base, SparseLoraConfig(mask="stored", target_modules=list(report.masks)))
+    attach_masks(model, report.masks)
+    merged = randomize_(model).merge_and_unload()
+    for key, mask in report.masks.items():
+        assert torch.equal(merged.get_submodule(key).weight != 0, mask)

@@ -36,7 +36,8 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         a, b, base = _split(tensors, len(scales))
         forward = kernels.forward_op if torch.compiler.is_compiling() else kernels.forward
-        y, weight = forward(x, a, b, scales, bias, packed_mask, layout, base, not recompute)
+        keep = ctx.needs_input_grad[0] and not recompute  # only the gradient of x needs the effective weight
+        y, weight = forward(x, a, b, scales, bias, packed_mask, layout, base, keep)
         trains = any(ctx.needs_input_grad[6:])
         ctx.save_for_backward(x if trains else None, packed_mask, weight, *tensors)
         ctx.layout, ctx.scales = layout, scales
