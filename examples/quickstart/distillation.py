@@ -29,7 +29,7 @@ MAX_WORDS = 100
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with the steps, the last logged loss, and the time that is left."""
+    """A bar with the steps, the last logged loss, and the time that is left; where no bar can move, lines."""
 
     def __init__(self, console: Console) -> None:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
@@ -55,8 +55,12 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs and "loss" in logs:
-            self.progress.update(self.task, description=f"Training, loss {float(logs['loss']):.3f}")
+        if not logs or "loss" not in logs:
+            return
+        loss = f"loss {float(logs['loss']):.3f}"
+        self.progress.update(self.task, description=f"Training, {loss}")
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(f"Step {state.global_step} of {state.max_steps}, {loss}", highlight=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from results import Results, Row
 from rich import box
 from rich.table import Table
@@ -45,17 +47,29 @@ def _cells(row: Row) -> list[str]:
 
 def make_notes(results: Results) -> list[str]:
     """What the figures are, and what they were measured on."""
-    settings, text, environment = results.settings, results.text, results.environment
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("peft-variator", "peft", "torch", "transformers"))
+    settings, seconds, parameters = results.settings, results.seconds, results.parameters
     return [
         f"Speed-up: medians (quartiles) of {settings['rounds']} rounds, base and plugin in turn, "
         f"{settings['timed_batch']} sequences of {settings['max_tokens']} tokens, no padding, float32.",
-        f"Cosine: mean (quartiles) over {text['held_out_paragraphs']} held-out paragraphs; same neighbour: share of "
-        "them whose nearest other paragraph is the base's (± standard error).",
-        f"Plugin: {results.parameters['plugin']:,} parameters beside {results.parameters['base']:,} of the base; "
+        f"Cosine: mean (quartiles) over {results.text['held_out_paragraphs']} held-out paragraphs; same neighbour: "
+        "share of them whose nearest other paragraph is the base's (± standard error).",
+        f"Plugin: {parameters['plugin']:,} parameters beside {parameters['base']:,} of the base; "
         f"{settings['steps']} steps of {settings['batch_size']} passages, seed {settings['seed']}, "
-        f"{results.seconds['training']:.0f} s of training in a run of {results.seconds['total']:.0f} s.",
-        f"{environment['cpu']}, threads: {environment['threads']}, load average {environment['load_average']} before "
-        f"the run; Python {environment['python']}, {versions}; {environment['date']}.",
+        f"{seconds['training']:.0f} s of training in a run of {seconds['total']:.0f} s.",
+        *_machine_notes(results.environment),
         f"Command: {results.command}",
     ]
+
+
+def _machine_notes(environment: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("peft-variator", "peft", "torch", "transformers"))
+    # Windows tells no load average.
+    load = environment.get("load_average", 0)
+    notes = [
+        f"{environment['cpu']}, {environment['cores']} cores, threads: {environment['threads']}, load average {load} "
+        f"before the run; {environment['date']}.",
+        f"Python {environment['python']}, {versions}.",
+    ]
+    if load > environment["cores"] / 2:
+        notes.append("The machine was busy before the run: its times and speed-ups are not to be trusted.")
+    return notes

