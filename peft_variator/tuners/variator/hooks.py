@@ -188,13 +188,13 @@ class CheckpointHook:
     def __init__(self, block: nn.Module) -> None:
         self.handles: list[RemovableHandle] = [block.register_forward_hook(self.after)]
 
-    @torch.compiler.disable
     def after(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Tie the call to the output."""
         if block.gradient_checkpointing and block.training:
             tie([module for module in block.modules() if isinstance(module, PluginModule)], output)
 
 
+@torch.compiler.disable
 def tie(plugins: list[PluginModule], output: Any) -> None:
     """Have a call restored when the backward reaches what it gave.
 

@@ -1,8 +1,8 @@
 """What an attention mask tells of a call's tokens, as pure functions: which are real, and where texts start.
 
 A mask has shape `(batch, cached + length)`, or `(batch, heads, queries, keys)` and is True (or 0, to be added to the
-scores) where attention is allowed. `shape` is the `(batch, length)` of the tokens of the call, and `past_length` the number of
-cached tokens before them, padding included.
+scores) where attention is allowed. `shape` is the `(batch, length)` of the tokens of the call, and `past_length` the
+number of cached tokens before them, padding included.
 """
 
 from __future__ import annotations
