@@ -16,7 +16,7 @@ __all__ = ["check_complete"]
 
 
 def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, planned: Iterable[PlannedWeight]) -> None:
-    """Check that no parameter would be left without weights.
+    """Check that no parameter would be left without weights, or get numbers of another kind.
 
     A new head is no error: a layer may be missing where the checkpoint was saved from another class, if all of it is.
 
@@ -26,9 +26,11 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, planned: Iter
         planned: the weights that are not stored as plain dense tensors.
 
     Raises:
-        CheckpointError: naming the parameters that are missing.
+        CheckpointError: naming the parameters.
     """
     names = KeyNames(model)
+    planned = list(planned)
+    _check_kinds(model, checkpoint, names, planned)
     loaded = {target for key in checkpoint.tensors for target in names.targets(key)}
     loaded |= {weight.parameter for weight in planned}
     missing = _missing(model, loaded)
@@ -55,3 +57,16 @@ def _missing(model: PreTrainedModel, loaded: set[str]) -> list[str]:
         and tied.get(name, name) not in sources
         and not any(re.search(pattern, name) for pattern in optional)
     ]
+
+
+def _check_kinds(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: KeyNames, planned: Iterable[PlannedWeight]
+) -> None:
+    """transformers would load integers for a floating point parameter without a word."""
+    decoded = {part.name for weight in planned for part in weight.stored.parts.values()}
+    for stored in checkpoint.tensors.values():
+        parameter = None if stored.name in decoded else names.parameter(stored.name)
+        if parameter is None or stored.dtype.startswith(("F", "BF")):
+            continue
+        if model.get_parameter_or_buffer(parameter).is_floating_point():
+            raise CheckpointError(f"{stored} has dtype {stored.dtype}, but {parameter} holds floating point numbers.")

@@ -28,6 +28,7 @@ Layout = Literal["sparse-24-bitmask", "sparse-bitmask", "dense"]
 Parts = Mapping[str, Tensor]
 """The tensors of a stored weight by part: `"compressed"`, `"bitmask"`, `"weight_scale"` and so on."""
 
+_FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.int8)
 
 
@@ -37,9 +38,13 @@ def check_parts(layout: Layout, parts: Parts, name: str) -> None:
     Raises:
         LayoutError: naming the tensor, as a part of `name`, and, where there is one, the row.
     """
+    main = "weight" if layout == "dense" else "compressed"
+    if parts[main].dtype not in (*_FLOATING_DTYPES, *_QUANTIZED_DTYPES):
+        raise LayoutError(f"{name}.{main} is {parts[main].dtype}, which is no dtype of a weight.")
+    if "shape" in parts and parts["shape"].dtype != torch.int64:
+        raise LayoutError(f"{name}.shape is {parts['shape'].dtype}, but sizes are torch.int64.")
     _CHECKS[layout](parts, name)
-    values = parts["weight" if layout == "dense" else "compressed"]
-    if values.dtype in _QUANTIZED_DTYPES and "weight_scale" not in parts:
+    if parts[main].dtype in _QUANTIZED_DTYPES and "weight_scale" not in parts:
         raise LayoutError(f"{name} holds 8-bit values, but {name}.weight_scale is missing.")
     zero_point = parts.get("weight_zero_point")
     if zero_point is not None and zero_point.float().any():

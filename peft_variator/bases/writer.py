@@ -82,18 +82,19 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        complete = error is None and not self._pending
         with self._file:
-            if error is None:
-                if self._pending:
-                    raise ValueError(f"{sorted(self._pending)[0]} of {self._path} was announced and not written.")
+            if complete:
                 self._file.seek(0)
                 self._file.write(self._header())
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        if error is None:
+        if complete:
             os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink()
+            return
+        self._temporary.unlink()
+        if error is None:
+            raise ValueError(f"{sorted(self._pending)[0]} of {self._path} was announced and not written.")
 
     def _header(self) -> bytes:
         """Length and JSON, padded to a multiple of eight; as long before the checksums are known as after."""

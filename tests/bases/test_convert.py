@@ -1,0 +1,281 @@
+"""Packing and unpacking on disk: bit for bit, in constant memory, whole or not at all, taken up where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from peft_variator.bases import CheckpointError, pack_checkpoint, unpack_checkpoint, writer
+from peft_variator.cli.main import app
+
+from .models import contents, logits, tiny_bert, tiny_llama
+from .reference import reference_pack, same_bits, two_four
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture
+def sharded_dir(dense_dir, tmp_path) -> Path:
+    AutoModelForCausalLM.from_pretrained(dense_dir).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    return tmp_path / "sharded"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_bit_for_bit(tmp_path, dtype):
+    tiny_llama().to(dtype).save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    (tmp_path / "dense" / "1_Pooling").mkdir()
+    (tmp_path / "dense" / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "dense" / "pytorch_model.bin").write_text("not to be copied")
+    before = contents(tmp_path / "dense")
+    report = pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    assert report.converted == 14
+    assert report.bytes_after < report.bytes_before
+    source, packed = tensors_of(tmp_path / "dense"), tensors_of(tmp_path / "packed")
+    for name, weight in source.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.compressed" in packed:
+            compressed, bitmask = reference_pack(weight)
+            assert same_bits(packed[f"{module}.compressed"], compressed)
+            assert torch.equal(packed[f"{module}.bitmask"], bitmask)
+            assert packed[f"{module}.shape"].tolist() == [[size] for size in weight.shape]
+        else:
+            assert same_bits(packed[name], weight)
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    again = tensors_of(tmp_path / "again")
+    assert again.keys() == source.keys()
+    assert all(same_bits(again[name], tensor) for name, tensor in source.items())
+    config, original = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("again", "dense"))
+    assert config == original
+    for folder in ("packed", "again"):
+        others = {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "1_Pooling/config.json",
+        }
+        assert contents(tmp_path / folder).keys() == others
+    assert contents(tmp_path / "dense") == before
+
+
+def test_shards_stay_shards(sharded_dir, tmp_path):
+    pack_checkpoint(sharded_dir, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    for folder in ("packed", "again"):
+        index = json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
+        tensors = tensors_of(tmp_path / folder)
+        assert index["weight_map"].keys() == tensors.keys()
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert contents(tmp_path / "again").keys() == contents(sharded_dir).keys()
+    source, again = tensors_of(sharded_dir), tensors_of(tmp_path / "again")
+    assert all(same_bits(again[name], tensor) for name, tensor in source.items())
+
+
+def test_unpacking_what_save_pretrained_split_over_shards(packed_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_dir)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="3KB")
+    unpack_checkpoint(tmp_path / "sharded", tmp_path / "dense")
+    assert same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(tiny_llama()))
+
+
+def test_config_says_what_is_packed(dense_dir, tmp_path):
+    pack_checkpoint(dense_dir, tmp_path / "packed", ignore=["re:.*up_proj"])
+    entry = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert entry == {
+        "quant_method": "sparse24",
+        "sparsity_config": {
+            "format": "sparse-24-bitmask",
+            "sparsity_structure": "2:4",
+            "targets": ["Linear"],
+            "ignore": ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"],
+            "unpacked": "forward",
+            "checksums": True,
+        },
+    }
+
+
+def test_a_config_without_dtype_gets_one(dense_dir, tmp_path):
+    path = dense_dir / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    path.write_text(json.dumps(config))
+    pack_checkpoint(dense_dir, tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_biases_and_heads_of_an_encoder(tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "dense")
+    pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    entry = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert entry["sparsity_config"]["ignore"] == ["classifier"]
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    source, again = tensors_of(tmp_path / "dense"), tensors_of(tmp_path / "again")
+    assert all(same_bits(again[name], tensor) for name, tensor in source.items())
+
+
+def test_what_is_required_and_not_two_four(dense_dir, tmp_path):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: lm_head\.weight, row 0: columns 0 to 3 have 4"):
+        pack_checkpoint(dense_dir, tmp_path / "packed", targets=["Linear"])
+    assert not (tmp_path / "packed").exists()
+
+
+def test_refusals(dense_dir, packed_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="packed already"):
+        pack_checkpoint(packed_dir, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="dense already"):
+        unpack_checkpoint(dense_dir, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="already exists and is not empty"):
+        pack_checkpoint(dense_dir, packed_dir)
+    with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
+        pack_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    config = json.loads((dense_dir / "config.json").read_text())
+    (dense_dir / "config.json").write_text(json.dumps({**config, "architectures": ["Mystery"]}))
+    with pytest.raises(CheckpointError, match=r"architectures=\['Mystery'\] names no class of transformers"):
+        pack_checkpoint(dense_dir, tmp_path / "out")
+    (dense_dir / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json can't be read"):
+        pack_checkpoint(dense_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_sources_are_not_converted(dense_dir, packed_dir, tmp_path):
+    for folder, convert in ((dense_dir, pack_checkpoint), (packed_dir, unpack_checkpoint)):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
+            convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Killed(BaseException):
+    """Stands for a process that ends: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("after", range(0, 49, 8))
+def test_an_interrupted_run_is_taken_up(sharded_dir, tmp_path, monkeypatch, after):
+    pack_checkpoint(sharded_dir, tmp_path / "whole")
+    written = []
+    write = writer.ShardWriter.write
+
+    def dying(self, name, tensor):
+        if len(written) == after:
+            raise Killed
+        written.append(name)
+        write(self, name, tensor)
+
+    monkeypatch.setattr(writer.ShardWriter, "write", dying)
+    with pytest.raises(Killed):
+        pack_checkpoint(sharded_dir, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    kept = {file.name for file in (tmp_path / ".packed.partial").glob("*.safetensors")}
+    # what a SIGKILL leaves and an exception does not
+    (tmp_path / ".packed.partial" / "model-00001-of-00005.safetensors.partial").write_bytes(b"half")
+    again = []
+    monkeypatch.setattr(
+        writer.ShardWriter, "write", lambda self, name, tensor: again.append(name) or write(self, name, tensor)
+    )
+    pack_checkpoint(sharded_dir, tmp_path / "packed")
+    assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".packed.partial").exists()
+    index = json.loads((tmp_path / "packed" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert sorted(again) == sorted(name for name, file in index.items() if file not in kept)
+
+
+def test_another_run_does_not_take_up_what_is_not_its_own(sharded_dir, tmp_path, monkeypatch):
+    write = writer.ShardWriter.write
+
+    def dying(self, name, tensor):
+        if "layers.1" in name:
+            raise Killed
+        write(self, name, tensor)
+
+    monkeypatch.setattr(writer.ShardWriter, "write", dying)
+    with pytest.raises(Killed):
+        pack_checkpoint(sharded_dir, tmp_path / "packed")
+    monkeypatch.setattr(writer.ShardWriter, "write", write)
+    pack_checkpoint(sharded_dir, tmp_path / "packed", ignore=["re:.*layers.0"])
+    names = tensors_of(tmp_path / "packed").keys()
+    assert sum(name.endswith(".compressed") for name in names) == 7
+
+
+@pytest.mark.slow
+def test_killed_runs_leave_the_target_whole_or_absent():
+    command = [sys.executable, "-m", "tests.bases.kill_conversions", "--rounds", "10"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stderr
+    assert "pack: 10 rounds" in run.stdout
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Twelve tensors of 4 MB, in files of three: the memory in use stays under three of them."""
+    rows, width, layers = 1024, 1024, 4
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=width, intermediate_size=rows, num_hidden_layers=layers, num_attention_heads=8
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path / "dense")
+    weight_map, weight = {}, two_four(rows, width)
+    for layer in range(layers):
+        shard = {f"model.layers.{layer}.mlp.{part}_proj.weight": weight.clone() for part in ("up", "gate", "down")}
+        save_file(shard, tmp_path / "dense" / f"model-{layer}.safetensors")
+        weight_map |= dict.fromkeys(shard, f"model-{layer}.safetensors")
+    (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    process, used = psutil.Process(), []
+    pack_checkpoint(tmp_path / "dense", tmp_path / "warm")  # libraries and tables are loaded
+    before = process.memory_info().rss
+    pack_checkpoint(
+        tmp_path / "dense", tmp_path / "packed", on_progress=lambda *_: used.append(process.memory_info().rss - before)
+    )
+    unpack_checkpoint(
+        tmp_path / "packed", tmp_path / "again", on_progress=lambda *_: used.append(process.memory_info().rss - before)
+    )
+    assert len(used) > 20
+    assert max(used) < 3 * weight.nbytes
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_commands(dense_dir, tmp_path):
+    result = run("pack", str(dense_dir), "--output", str(tmp_path / "packed"))
+    assert result.exit_code == 0, result.output
+    assert "Converted 14 weights" in result.output
+    assert str(tmp_path / "packed") in result.output
+    result = run("unpack", str(tmp_path / "packed"), "-o", str(tmp_path / "again"))
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "again").keys() == contents(dense_dir).keys()
+    source, again = tensors_of(dense_dir), tensors_of(tmp_path / "again")
+    assert all(same_bits(again[name], tensor) for name, tensor in source.items())
+
+
+def test_the_commands_report_errors(dense_dir, packed_dir, tmp_path):
+    result = run("pack", str(dense_dir), "--output", str(tmp_path / "out"), "--target", "Linear")
+    assert result.exit_code == 1
+    assert "lm_head.weight, row 0" in result.output
+    result = run("pack", str(dense_dir), "--output", str(packed_dir))
+    assert result.exit_code == 1
+    assert "already exists and is not empty" in result.output
+    result = run("unpack", str(dense_dir), "--output", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "dense already" in result.output
+    result = run(
+        "pack", str(dense_dir), "--output", str(tmp_path / "out"), "--ignore", "lm_head", "--target", "Linear"
+    )
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(tmp_path / "out")
