@@ -1,8 +1,9 @@
 """2:4 bases: read them, keep them packed, train above them, write them.
 
-Importing the package makes transformers know packed models, see `Sparse24Config`.
+Importing the package makes transformers know packed models, see `Sparse24Config`, and SparseLoRA packed layers.
 """
 
+from .adapters import register_packed_layout
 from .checkpoint import CheckpointError
 from .config import Sparse24Config
 from .convert import pack_checkpoint, unpack_checkpoint
@@ -24,3 +25,4 @@ __all__ = [
 ]
 
 register()
+register_packed_layout()
