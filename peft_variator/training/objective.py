@@ -14,7 +14,7 @@ from .predictions import CAUSAL, prediction_of
 from .terms import HiddenTerm, LogitsTerm, TaskTerm, Term
 
 
-__all__ = ["HIDDEN_KEYS", "build_terms"]
+__all__ = ["HIDDEN_KEYS", "build_terms", "stacks_of"]
 
 # Where a model's output holds hidden states, and the tokens they belong to; of an encoder–decoder both last states
 # count, as in Xiao et al. 2023 (https://arxiv.org/abs/2310.15724, section 3.3).
@@ -39,7 +39,7 @@ def build_terms(
     """
     terms: dict[str, Term] = {}
     if args.hidden_weight:
-        for key, mask in _stacks(model).items():
+        for key, mask in stacks_of(model).items():
             term = HiddenTerm(args.hidden_weight, key, mask, last_only=args.hidden_loss == "last")
             terms[key.removesuffix("_states")] = term
     prediction = prediction_of(model)
@@ -60,7 +60,12 @@ def build_terms(
     return terms
 
 
-def _stacks(model: nn.Module) -> Mapping[str, Callable[[Any], Tensor | None]]:
+def stacks_of(model: nn.Module) -> Mapping[str, Callable[[Any], Tensor | None]]:
+    """The hidden states that a model returns, each with what tells its real tokens from a batch.
+
+    Args:
+        model: the base model itself, not a wrapper.
+    """
     # Not told by `config.is_encoder_decoder`, which is also true of an encoder taken out of such a model.
     has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
     return TWO_STACKS if has_decoder else SINGLE_STACK
