@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
-from ..sparsity.places import model_class
+from ..architectures import model_class
 from .bits import mask_width
 from .checkpoint import Checkpoint, CheckpointError
 from .config import METHOD, Sparse24Config

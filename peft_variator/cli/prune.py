@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
+from ..architectures import model_class
 from ..files import check_new_folder, new_folder
 from ..sparsity import PruningConfig, SparsityReport, prune
 from ..sparsity.calibration import read_batches
-from ..sparsity.places import model_class
 from .errors import reported
 
 

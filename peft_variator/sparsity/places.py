@@ -6,19 +6,19 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from ..architectures import model_class
 from .modalities import WHOLE_MODEL
 from .targets import find_prunable
 
 
-__all__ = ["Place", "model_class", "place_by_config", "place_by_name"]
+__all__ = ["Place", "place_by_config", "place_by_name"]
 
 
 class Place(NamedTuple):
@@ -28,14 +28,6 @@ class Place(NamedTuple):
     block: str
     modality: str
     transposed: bool
-
-
-def model_class(config: Any) -> type[PreTrainedModel] | None:
-    """The transformers class that wrote a checkpoint, by its config's `architectures`; None if there is none."""
-    for name in config.architectures or ():
-        if name in dir(transformers):
-            return getattr(transformers, name)
-    return None
 
 
 def place_by_config(path: Path) -> Callable[[str], Place | None] | None:
