@@ -316,3 +316,12 @@ def test_on_top_of_a_lora_layer_both_count() -> None:
     added_by_lora = lora(x) - base(x)
     torch.testing.assert_close(layer(x), reference(layer, x) + added_by_lora)
     assert layer.get_base_layer().weight is weight
+
+
+def test_autocast_leaves_float64_alone_as_torch_does() -> None:
+    base, x = make_base("linear")
+    layer = make_layer(base)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert base(x).dtype == torch.float64
+        assert torch.equal(layer(x), expected)

@@ -300,3 +300,12 @@ def test_masks_of_a_pruning_report_go_in_as_they_are(name: str) -> None:
     merged = randomize_(model).merge_and_unload()
     for key, mask in report.masks.items():
         assert torch.equal(merged.get_submodule(key).weight != 0, mask)
+
+
+def test_base_weights_that_are_loaded_later_are_checked_too() -> None:
+    model = make("bert")
+    outputs(model, CASES["bert"])
+    state = model.state_dict()
+    key = next(key for key in state if key.endswith("pooler.dense.base_layer.weight"))
+    with pytest.raises(ValueError, match=r"was made for another base: the weight of 'bert\.pooler\.dense'"):
+        model.load_state_dict({**state, key: state[key] + 1})
