@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .grouping import Grouping, group_runs, pack, share_blocks, share_patches
+from .group import group_runs, pack, share_blocks, share_patches
+from .grouping import Grouping
 from .masks import last_tokens, places, real_tokens, single_mask, text_starts, with_those_before
 
 
@@ -183,7 +184,8 @@ class StackCall:
         # What follows a token that is not merged, or lies in another sequence, starts anew.
         starts_run[1:] |= ~may[:-1] | (row[1:] != row[:-1])
         starts_run[:1] = True
-        return pack(group_runs(starts_run, may, rule.ratio), token_of, rule.ratio, batch * length)
+        slots = min(rule.ratio, length)
+        return pack(group_runs(starts_run, may, slots), token_of, slots, batch * length)
 
     def _may_merge(
         self, rule: MergeRule, real: Tensor | None, is_later: Tensor, shape: tuple[int, int], device: torch.device
