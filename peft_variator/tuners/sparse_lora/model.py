@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +100,16 @@ class SparseLoraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's version reads the `weight` of the base layer, which packed ones don't have, to find its device."""
         setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around a forward and then drops the argument: every sample would get the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: SparseLoRA adapters cannot be mixed inside one batch. Call "
+                "set_adapter and then the model, once for each of them."
+            )
+        yield
 
     def attach_masks(self, masks: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
         """See [`attach_masks`]."""

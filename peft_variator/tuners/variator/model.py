@@ -135,6 +135,16 @@ class VariatorModel(BaseTuner):
         # PEFT's own version reads `child.weight`, which a feed-forward network does not have.
         setattr(parent, child_name, new_module)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around a forward and then drops the argument: every sample would get the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: Variator plugins cannot be mixed inside one batch. Call "
+                "set_adapter and then the model, once for each of them."
+            )
+        yield
+
     def _check_merge_allowed(self) -> NoReturn:
         """Refuse to merge, before any layer is touched."""
         next(module for module in self.model.modules() if isinstance(module, PluginModule)).merge()
