@@ -106,8 +106,8 @@ class SparseLoraModel(BaseTuner):
         # PEFT calls this around a forward and then drops the argument: every sample would get the active adapter.
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: SparseLoRA adapters cannot be mixed inside one batch. Call "
-                "set_adapter and then the model, once for each of them."
+                f"adapter_names={kwargs['adapter_names']!r}: SparseLoRA adapters cannot be mixed inside one batch. "
+                "Call set_adapter and then the model, once for each of them."
             )
         yield
 
