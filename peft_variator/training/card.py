@@ -39,9 +39,9 @@ relative error ‖plugin − base‖ / ‖base‖{agreement}. "Before" is the pl
 ```python
 import peft_variator
 from peft import PeftModel
-from transformers import {automatic}
+from transformers import {model_class}
 
-model = {automatic}.from_pretrained({base!r})
+model = {model_class}.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, {name!r}).eval()
 {switch}```
 
@@ -85,7 +85,7 @@ class PluginFacts:
 
     Args:
         base: the base model, as `from_pretrained` takes it.
-        automatic: name of transformers' automatic class that loads it.
+        model_class: name of transformers' class that it was loaded with.
         name: where the plugin is.
         data: what it was trained on.
         steps: number of optimizer steps.
@@ -96,7 +96,7 @@ class PluginFacts:
     """
 
     base: str
-    automatic: str
+    model_class: str
     name: str
     data: str
     steps: int
@@ -133,7 +133,7 @@ def plugin_card(facts: PluginFacts) -> ModelCard:
         table="\n".join("| " + " | ".join(line) + " |" for line in lines),
         held_out=facts.held_out,
         agreement=agreement,
-        automatic=facts.automatic,
+        model_class=facts.model_class,
         name=facts.name,
         switch=_switch(facts),
         command=facts.command,

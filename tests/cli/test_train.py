@@ -1,0 +1,204 @@
+"""`peft-variator train` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    set_seed,
+)
+from typer.testing import CliRunner
+
+from peft_variator.cli.main import app
+
+
+WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+TEXT = {**WIDTHS, "vocab_size": 40, "max_position_embeddings": 64, "initializer_range": 0.4}
+MODELS: dict[str, Any] = {
+    "encoder": lambda: BertModel(BertConfig(**TEXT)),
+    "causal": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=1)),
+    "seq2seq": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=16, d_kv=8, d_ff=512, num_layers=2, num_heads=2, vocab_size=40, decoder_start_token_id=0)
+    ),
+    "vision": lambda: ViTModel(ViTConfig(**WIDTHS, image_size=16, patch_size=4, initializer_range=0.4)),
+}
+SMALL = ["--bottleneck-dim", "4"]
+QUICK = ["--steps", "6", "--batch-size", "4", "--max-length", "32", "--held-out", "5"]
+
+
+def invoke(*words: Any) -> tuple[int, str, str]:
+    """Run the command; error messages and tables come out as one line of words."""
+    done = CliRunner().invoke(app, ["train", *map(str, words)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
+
+
+def save_model(folder: Path, task: str) -> PreTrainedModel:
+    set_seed(0)
+    model = MODELS[task]()
+    model.save_pretrained(folder)
+    if task == "vision":
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+        return model
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(36))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]" if task == "encoder" else "$A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    # The causal model has no padding token, like GPT-2's.
+    pad = {} if task == "causal" else {"pad_token": "[PAD]"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="[SEP]", cls_token="[CLS]", sep_token="[SEP]", **pad
+    ).save_pretrained(folder)
+    return model
+
+
+def save_data(folder: Path, task: str) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    if task == "vision":
+        folder.mkdir()
+        for index, colour in enumerate(torch.randint(0, 255, (20, 3), generator=generator).tolist()):
+            Image.new("RGB", (20, 20), tuple(colour)).save(folder / f"{index}.png")
+        return folder
+    words = torch.randint(0, 36, (150, 10), generator=generator).tolist()
+    folder.write_text("\n".join(" ".join(f"w{word}" for word in line) for line in words))
+    return folder
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_every_task(tmp_path: Path, task: str) -> None:
+    base, data, output = save_model(tmp_path / "model", task), save_data(tmp_path / "data", task), tmp_path / "out"
+    status, out, err = invoke(
+        tmp_path / "model", "--data", data, "--output", output, "--ratios", "2,4", *QUICK, *SMALL
+    )
+    assert status == 0, err
+    assert {path.name for path in output.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    }
+    record = json.loads((output / "training.json").read_text())["facts"]
+    assert [each["ratio"] for each in record["ratios"]] == [2, 4]
+    flops = [each["flops_plugin"] for each in record["ratios"]]
+    assert record["ratios"][0]["flops_base"] > flops[0] > flops[1]
+    assert "cosine" in " ".join(record["ratios"][0]["after"])
+    assert f"--data {data}" in record["command"]
+    card = (output / "README.md").read_text()
+    for said in ("import peft_variator", str(tmp_path / "model"), record["command"], "0.", "FLOPs saved"):
+        assert said in card
+    for said in ("k", "FLOPs saved", f"Wrote {output}", "peft-variator bench", "--adapter"):
+        assert said in out
+    loaded = PeftModel.from_pretrained(base, output)
+    assert loaded.peft_config["default"].compression_ratio == 2
+    assert loaded.peft_config["default"].keep_token_ids == {"encoder": [2, 3], "vision": []}.get(task, [2, 3])
+
+
+def test_training_makes_it_better(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    status, _, err = invoke(
+        tmp_path / "model", "--data", data, "-o", tmp_path / "out", *QUICK, "--steps", 60, "--lr", "1e-2"
+    )
+    assert status == 0, err
+    (row,) = json.loads((tmp_path / "out" / "training.json").read_text())["facts"]["ratios"]
+    assert row["ratio"] == 4
+    assert row["after"]["cosine"] > row["before"]["cosine"]
+    assert row["after"]["relative_error"] < row["before"]["relative_error"]
+
+
+def test_a_second_stage_starts_from_the_first(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = [tmp_path / "model", "--data", data, *QUICK, "--ratio", 4]
+    assert invoke(*common, "-o", first, "--bottleneck-dim", 8, "--lr", "1e-2")[0] == 0
+    status, _, err = invoke(*common, "-o", second, "--adapter", first, "--lr", "1e-9", "--ratio", 8)
+    assert status == 0, err
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert old.keys() == new.keys()
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
+    rows = [json.loads((folder / "training.json").read_text())["facts"]["ratios"] for folder in (first, second)]
+    assert [row["ratio"] for row in rows[1]] == [4, 8]
+    assert rows[1][0]["before"] == pytest.approx(rows[0][0]["after"], rel=1e-4)
+    # Without --ratio the plugin keeps its own.
+    third = tmp_path / "third"
+    assert invoke(*common[:-2], "-o", third, "--adapter", second)[0] == 0
+    assert json.loads((third / "adapter_config.json").read_text())["compression_ratio"] == 4
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    common = [tmp_path / "model", "--data", data, *QUICK]
+    assert invoke(*common, "-o", tmp_path / "whole", "--checkpoints", tmp_path / "checkpoints")[0] == 0
+    for step in (4, 5, 6):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").unlink()
+        for path in (tmp_path / "checkpoints" / f"checkpoint-{step}").iterdir():
+            path.unlink()
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").rmdir()
+    assert invoke(*common, "-o", tmp_path / "resumed", "--checkpoints", tmp_path / "checkpoints")[0] == 0
+    logs = [json.loads((tmp_path / name / "training.json").read_text())["log"] for name in ("whole", "resumed")]
+    losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+    assert losses[0] == losses[1]
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
+    torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ratios", "2;4"], "--ratios is '2;4'; give whole numbers with commas"),
+        (["--ratio", "1"], "The ratio 1 compresses nothing"),
+        (["--steps", "0"], "--steps is 0; it has to be at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--max-length", "65"], "--max-length is 65, but"),
+        (["--max-length", "5"], "A span of 3 tokens is too short"),
+        (["--adapter", "x", "--bottleneck-dim", "4"], "--bottleneck-dim is that of the plugin in --adapter"),
+        (["--data", "missing.txt"], "There is no file 'missing.txt'"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path: Path, words: list[str], message: str) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    status, _, err = invoke(tmp_path / "model", "--data", data, "-o", tmp_path / "out", *QUICK, *words)
+    assert status == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    status, _, err = invoke("model", "--data", "data", "-o", tmp_path / "full")
+    assert (status, "already exists and is not empty" in err) == (1, True)
+    status, _, err = invoke("bert-base", "--data", "data", "-o", tmp_path / "out")
+    assert (status, "bert-base is a configuration without trained weights" in err) == (1, True)
+    save_model(tmp_path / "model", "encoder")
+    (tmp_path / "short.txt").write_text("w1 w2")
+    status, _, err = invoke(tmp_path / "model", "--data", tmp_path / "short.txt", "-o", tmp_path / "out", *QUICK)
+    assert (status, "gives 1 examples; at least 2 are needed" in err) == (1, True)

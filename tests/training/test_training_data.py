@@ -1,0 +1,131 @@
+"""Text and images as training examples."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+from peft_variator.training.images import ImageFolder
+from peft_variator.training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
+
+
+def tokenizer(template: str) -> PreTrainedTokenizerFast:
+    made = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [("[CLS] $A [SEP]", [2], [3]), ("$A [SEP]", [], [3]), ("[CLS] $A", [2], []), ("$A", [], [])],
+)
+def test_surroundings(template: str, before: list[int], after: list[int]) -> None:
+    assert surroundings(tokenizer(template)) == (before, after)
+
+
+def test_tokens_are_those_of_the_text_up_to_the_limit() -> None:
+    read: list[str] = []
+
+    def lines():
+        for line in ["a b c", "  \n", "", "d"] + ["a b"] * 5000:
+            read.append(line)
+            yield line
+
+    assert tokenize(lines(), tokenizer("[CLS] $A [SEP]"), limit=6) == [4, 5, 6, 7, 4, 5]
+    assert len(read) < 600, "no more is read than is needed"
+    assert tokenize([], tokenizer("$A"), limit=6) == []
+
+
+@given(total=st.integers(0, 300), longest=st.integers(4, 40), seed=st.integers(0, 5))
+def test_spans_are_uneven_and_lose_no_more_than_a_short_end(total: int, longest: int, seed: int) -> None:
+    tokens = list(range(total))
+    spans = cut_spans(tokens, longest, seed)
+    joined = [token for span in spans for token in span]
+    assert joined == tokens[: len(joined)]
+    assert total - len(joined) < longest // 4 or total == 0
+    assert all(longest // 4 <= len(span) <= longest for span in spans[:-1])
+    assert spans == cut_spans(tokens, longest, seed)
+
+
+def test_lengths_of_spans_differ() -> None:
+    assert len({len(span) for span in cut_spans(list(range(2000)), 40, 0)}) > 10
+    with pytest.raises(ValueError, match="A span of 3 tokens is too short"):
+        cut_spans([1], 3, 0)
+
+
+@given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=5), seed=st.integers(0, 5))
+def test_a_span_is_split_into_prompt_and_rest(lengths: list[int], seed: int) -> None:
+    spans = [list(range(10, 10 + length)) for length in lengths]
+    causal = split_spans(spans, [2], [3], is_decoder=False, seed=seed)
+    decoder = split_spans(spans, [2], [3], is_decoder=True, seed=seed)
+    for span, one, two in zip(spans, causal, decoder, strict=True):
+        assert one["input_ids"] == [2, *span]
+        rest = [label for label in one["labels"] if label != -100]
+        assert len(one["labels"]) == len(one["input_ids"])
+        assert 1 <= len(rest) < len(span)
+        assert rest == span[-len(rest) :] == one["labels"][-len(rest) :]
+        assert two["input_ids"] == [2, *span[: -len(rest)], 3]
+        assert two["labels"] == [*rest, 3]
+
+
+def test_texts_of_files(tmp_path: Path) -> None:
+    text, records = tmp_path / "some text", tmp_path / "records.jsonl"
+    text.write_text("ä b\nc\n", encoding="utf-8")
+    records.write_text('{"words": "a"}\n\n{"words": "b"}\n')
+    assert list(read_texts(str(text))) == ["ä b\n", "c\n"]
+    assert list(read_texts(str(records), column="words")) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"records.jsonl has no column 'text', only words"):
+        list(read_texts(str(records)))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "/no/such/place", "./here", "a/b.jsonl"])
+def test_a_missing_file_is_named(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"There is no file '{name}'"):
+        read_texts(name)
+
+
+def test_a_data_set_in_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": word}) for word in "abc"))
+    assert list(read_texts(str(tmp_path))) == ["a", "b", "c"]
+
+
+def test_data_sets_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"'some/dataset' is no local file.*pip install datasets"):
+        read_texts("some/dataset")
+
+
+def test_images_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    for name, colour in (("b.png", "white"), ("inner/a.JPG", "black")):
+        Image.new("RGB", (20, 30), colour).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    images = ImageFolder(tmp_path, ViTImageProcessor(size={"height": 8, "width": 8}))
+    assert [path.name for path in images.paths] == ["b.png", "a.JPG"]
+    assert len(images) == 2
+    torch.testing.assert_close(images[0]["pixel_values"], torch.ones(3, 8, 8))
+    torch.testing.assert_close(images[1]["pixel_values"], -torch.ones(3, 8, 8))
+
+
+def test_folders_without_images_are_named(tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError, match="There is no folder"):
+        ImageFolder(tmp_path / "missing", None)
+    with pytest.raises(ValueError, match=r"There is no image in .*\.png"):
+        ImageFolder(tmp_path, None)
