@@ -140,6 +140,33 @@ def test_what_happens_between_blocks_is_not_lost():
         hidden = hidden + 1.0 if index == 1 else hidden
 
 
+class Pair(nn.Module):
+    """A block that hands on hidden states and something else, as T5's blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, hidden, bias):
+        return self.up(hidden) + bias, bias
+
+
+class ScaledPairs(nn.Module):
+    """Between the blocks the hidden states are scaled, while the other output goes on as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Pair(), Pair()])
+
+    def forward(self, hidden):
+        hidden, bias = self.layers[0](hidden, torch.ones(4))
+        return self.layers[1](hidden * 2, bias)[0]
+
+
+def test_blocks_are_linked_by_their_hidden_states_not_by_what_else_travels():
+    assert [chain.blocks for chain in chains_of(ScaledPairs(), torch.randn(3, 4))] == [["layers.0"], ["layers.1"]]
+
+
 def test_a_model_without_stacks_is_walked_module_by_module():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
