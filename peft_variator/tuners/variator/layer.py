@@ -141,8 +141,8 @@ class VariatorLayer(PluginModule):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def set_ratio(self, adapter_name: str, ratio: int) -> None:
-        """Change the compression ratio k of a plugin at run time.
+    def check_ratio(self, adapter_name: str, ratio: int) -> None:
+        """Raise where a plugin cannot serve a compression ratio.
 
         Raises:
             ValueError: the plugin's scores are tied to another k.
@@ -154,6 +154,9 @@ class VariatorLayer(PluginModule):
                 f"{scored} concatenated vectors to {scored} scores, so it serves {scored} and 1 (the exact base "
                 "model) only. Train a plugin with scoring='token' to change the ratio at run time."
             )
+
+    def set_ratio(self, adapter_name: str, ratio: int) -> None:
+        """Change the compression ratio k of a plugin at run time, which `check_ratio` has let pass."""
         self.rules[adapter_name] = replace(self.rules[adapter_name], ratio=ratio)
 
     def _is_concat(self, adapter_name: str) -> bool:
@@ -229,6 +232,9 @@ class VariatorLayer(PluginModule):
         """
         tokens = hidden_states if hidden_states.dim() == 3 else hidden_states.unsqueeze(0)
         weight, bias = _parameters(self.variator_scorer[plugin], tokens.dtype)
+        if not grouping.merges:
+            # Data parallelism waits for a gradient of every parameter, also from a batch with nothing to merge.
+            return grouping.merge(tokens, None, None) + 0 * sum(p.sum() for p in (weight, bias) if p is not None)
         if bias is None:
             return grouping.merge(tokens, linear(tokens, weight), None)
         return grouping.merge(tokens, None, torch.cat([weight, bias.unsqueeze(1)], dim=1))

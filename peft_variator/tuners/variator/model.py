@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
-import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import _get_submodules
-from torch import nn
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, _get_submodules
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .architectures import FEED_FORWARDS, FeedForward, candidates, find_feed_forwards, matches, owner_of
-from .call import StackKind
+from .architectures import FeedForward, owner_of
 from .config import VariatorConfig
 from .hooks import CallRecorder, CheckpointHook, StackHooks, hooks_of
 from .layer import FeedForwardEnd, PluginModule, VariatorLayer
+from .targets import default_targets, feed_forward_at, hidden_size_of, named_stack, stack_kind
 
 
 __all__ = ["VariatorModel", "set_compression_ratio"]
@@ -40,14 +44,39 @@ class VariatorModel(BaseTuner):
     tuner_layer_cls = PluginModule
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: VariatorConfig | dict[str, VariatorConfig],
+        adapter_name: str,
+        **kwargs: Any,
+    ) -> None:
+        # What the model carries already, such as a task's LoRA, belongs to the base model: it stays as it is whatever
+        # happens to the plugins, even where it bears a plugin's name.
+        self.carried_modules = [module for module in model.modules() if _is_of_another_method(module)]
+        configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+        self.carried_configs = {n: config for n, config in configs.items() if not isinstance(config, VariatorConfig)}
+        if not self.carried_configs:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+            return
+        # PEFT keeps one dictionary of configurations for a model, and overwrites those that have a plugin's name.
+        self.peft_config = {n: config for n, config in configs.items() if isinstance(config, VariatorConfig)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        model.peft_config = {**self.peft_config, **self.carried_configs}  # type: ignore[assignment]  # as PEFT does
+
     def _pre_injection_hook(self, model: nn.Module, config: VariatorConfig, adapter_name: str) -> None:
         if config.target_modules is None:
-            config.target_modules = _default_targets(model, config)
+            config.target_modules = default_targets(model, config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put a plugin into the model; see `BaseTuner.inject_adapter`."""
         self._pre_injection_hook(model, self.peft_config[adapter_name], adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT leaves adapters that were there before as trainable as they were.
+        for module in self.carried_modules:
+            module.requires_grad_(False)
         for module in model.modules():
             hooks = hooks_of(module, StackHooks)
             if hooks is not None:
@@ -97,15 +126,15 @@ class VariatorModel(BaseTuner):
     ) -> VariatorLayer:
         """Put a plugin's modules where a feed-forward network starts and ends, and hooks where its mask is known."""
         owner_name, owner = owner_of(self.model, key)
-        feed_forward = _feed_forward(owner, key, config)
-        hidden_size = _hidden_size(owner, target, key)
+        feed_forward = feed_forward_at(owner, key, config)
+        hidden_size = hidden_size_of(owner, target, key)
         if feed_forward.end is not None:
             self._wrap_end(parent, feed_forward.end, key, hidden_size)
         layer = VariatorLayer(target, key, hidden_size, has_end=feed_forward.end is not None)
         self._replace_module(parent, target_name, layer, target)
         stack_name, stack = owner_name, owner
         if config.stack_module is not None:
-            stack_name, stack = _named_stack(self.model, config.stack_module, key)
+            stack_name, stack = named_stack(self.model, config.stack_module, key)
         self._install_hooks(stack_name, stack, key, feed_forward)
         return layer
 
@@ -121,7 +150,7 @@ class VariatorModel(BaseTuner):
 
     def _install_hooks(self, stack_name: str, stack: nn.Module, key: str, feed_forward: FeedForward) -> None:
         if hooks_of(stack, StackHooks) is None:
-            StackHooks(stack, _stack_kind(stack, feed_forward))
+            StackHooks(stack, stack_kind(stack, feed_forward))
         for name, module in self.model.named_modules():
             is_around = not name or stack_name == name or stack_name.startswith(f"{name}.")
             is_model = not name or isinstance(module, PreTrainedModel)
@@ -134,6 +163,60 @@ class VariatorModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version reads `child.weight`, which a feed-forward network does not have.
         setattr(parent, child_name, new_module)
+
+    def _own_modules(self) -> Iterator[tuple[str, PluginModule | AuxiliaryTrainingWrapper]]:
+        """Names and modules of the plugins, and of what is trained beside them (`modules_to_save`)."""
+        carried = {id(module) for module in self.carried_modules}
+        for name, module in self.model.named_modules():
+            if isinstance(module, PluginModule | AuxiliaryTrainingWrapper) and id(module) not in carried:
+                yield name, module
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the plugin that is used; see `BaseTuner.set_adapter`."""
+        wrappers = [module for module in self.carried_modules if isinstance(module, AuxiliaryTrainingWrapper)]
+        carried = [(wrapper, wrapper.active_adapters) for wrapper in wrappers]
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for wrapper, active_adapters in carried:
+            wrapper.set_adapter(active_adapters, inference_mode=True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a plugin; see `BaseTuner.delete_adapter`.
+
+        Raises:
+            ValueError: there is no plugin of that name.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist. The plugins are {sorted(self.peft_config)}.")
+        del self.peft_config[adapter_name]
+        own = [module for _, module in self._own_modules()]
+        remaining: list[str] = []
+        for module in own:
+            if isinstance(module, PluginModule):
+                module.delete_adapter(adapter_name)
+                remaining = remaining or list(module.active_adapters)
+        for module in own:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=remaining)
+        self.active_adapter = remaining
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for _, module in self._own_modules():
+            module.enable_adapters(enabled)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep a plugin in single precision on a base model in half precision; see `BaseTuner`."""
+        layers = [module for module in self.model.modules() if isinstance(module, VariatorLayer)]
+        containers = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+        for container in containers if autocast_adapter_dtype else ():
+            for parameter in container[adapter_name].parameters() if adapter_name in container else ():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The plugin's tensors alone, where PEFT takes those of the layers of any method that bear the same name."""
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}"}
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -151,19 +234,30 @@ class VariatorModel(BaseTuner):
         raise AssertionError("unreachable: PluginModule.merge always raises")
 
     def unload(self) -> nn.Module:
-        """The base model without plugins and without their hooks."""
-        model = super().unload()
-        for module in model.modules():
+        """The base model without plugins and without their hooks, with the adapters that it carried before."""
+        for name, module in list(self._own_modules()):
+            parent, _, child_name = _get_submodules(self.model, name)
+            base = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            setattr(parent, child_name, base)
+        for module in self.model.modules():
             for hook_type in (StackHooks, CallRecorder, CheckpointHook):
                 hooks = hooks_of(module, hook_type)
                 if hooks is not None:
                     for handle in hooks.handles:
                         handle.remove()
-        return model
+        if self.carried_configs:
+            self.model.peft_config = self.carried_configs
+        else:
+            del self.model.peft_config
+        return self.model
 
     def set_compression_ratio(self, k: int, adapter_name: str | None = None) -> None:
         """Change the compression ratio k of a plugin; see [`set_compression_ratio`]."""
         set_compression_ratio(self.model, k, adapter_name)
+
+
+def _is_of_another_method(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, PluginModule)
 
 
 def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
@@ -189,89 +283,10 @@ def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = N
         missing = "active Variator plugin" if adapter_name is None else f"Variator plugin {adapter_name!r}"
         raise ValueError(f"The model has no {missing}. Its plugins are {available}.")
     for layer, name in chosen:
+        layer.check_ratio(name, k)
+    for layer, name in chosen:
         layer.set_ratio(name, k)
 
 
 def _is_chosen(layer: VariatorLayer, name: str, adapter_name: str | None) -> bool:
     return name == adapter_name if adapter_name is not None else name in layer.active_adapters
-
-
-def _default_targets(model: nn.Module, config: VariatorConfig) -> str:
-    """A regex for the feed-forward networks of a known architecture."""
-    stacks: dict[str, FeedForward] = {}
-    names = []
-    for name, feed_forward in find_feed_forwards(model):
-        owner_name, owner = owner_of(model, name)
-        if config.compress_vision_tower or _stack_kind(owner, feed_forward) != "vision":
-            stacks[owner_name] = feed_forward
-            names.append(name)
-    if not names:
-        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        raise ValueError(
-            f"No feed-forward network to compress was found in {type(model).__name__} (model type {model_type!r}). "
-            "Please specify `target_modules` (where one starts), `end_module` (where it ends) and `stack_module` (the "
-            f"module that takes the attention mask). Modules that may be one: {candidates(model)}. Known model types: "
-            f"{sorted(FEED_FORWARDS)}."
-        )
-    return _regex_for(model, names, stacks)
-
-
-def _regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward]) -> str:
-    """The most general regex that matches `names` and no other module, so that the plugin fits other heads too.
-
-    Args:
-        model: the base model.
-        names: full names of the feed-forward networks.
-        stacks: the row of the table for each of the models around them, by full name.
-    """
-    anywhere = "|".join(sorted({rf"(?:.*\.)?{row.start}" for row in stacks.values()}))
-    ends = {re.escape(name.rpartition(".")[2]): row for name, row in stacks.items() if name}
-    in_stacks = "|".join(rf"(?:.*\.)?{end}\.(?:.*\.)?{row.start}" for end, row in sorted(ends.items()))
-    for regex in (anywhere, in_stacks):
-        if {name for name, _ in model.named_modules() if re.fullmatch(regex, name)} == set(names):
-            return regex
-    return "|".join(map(re.escape, names))
-
-
-def _feed_forward(owner: nn.Module, key: str, config: VariatorConfig) -> FeedForward:
-    """The table's row for a module, or what the configuration says of an architecture that is not in it."""
-    row = FEED_FORWARDS.get(owner.config.model_type) if isinstance(owner, PreTrainedModel) else None
-    if config.end_module is None and row is not None and matches(row, key):
-        return row
-    return FeedForward(re.escape(key), config.end_module)
-
-
-def _named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn.Module]:
-    """The innermost module around `key` whose name is, or ends in, `stack_module`."""
-    name = key
-    while name:
-        name = name.rpartition(".")[0]
-        if name == stack_module or name.endswith(f".{stack_module}"):
-            return name, model.get_submodule(name)
-    if stack_module == "":
-        return "", model
-    raise ValueError(
-        f"stack_module={stack_module!r} is no module around {key!r}. Name one of the modules on its path, or '' for "
-        "the model itself."
-    )
-
-
-def _stack_kind(stack: nn.Module, feed_forward: FeedForward) -> StackKind:
-    if isinstance(stack, PreTrainedModel) and stack.main_input_name == "pixel_values":
-        return "vision"
-    if feed_forward.causal is not None:
-        return "causal" if feed_forward.causal else "encoder"
-    is_causal = any(getattr(module, "is_causal", False) for module in stack.modules())
-    return "causal" if is_causal else "encoder"
-
-
-def _hidden_size(owner: nn.Module, target: nn.Module, key: str) -> int:
-    """Width of the hidden states that a feed-forward network takes and gives."""
-    if isinstance(owner, PreTrainedModel):
-        return int(owner.config.hidden_size)
-    for module in target.modules():
-        if isinstance(module, nn.Linear):
-            return module.in_features
-    raise ValueError(
-        f"The width of {key!r} is not known: it has no nn.Linear and its model has no config.hidden_size."
-    )

@@ -1,0 +1,96 @@
+"""What a model tells when plugins are put in: where its feed-forward networks are, and of what kind its stacks."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import FEED_FORWARDS, FeedForward, candidates, find_feed_forwards, matches, owner_of
+from .call import StackKind
+from .config import VariatorConfig
+
+
+__all__ = ["default_targets", "feed_forward_at", "hidden_size_of", "named_stack", "stack_kind"]
+
+
+def default_targets(model: nn.Module, config: VariatorConfig) -> str:
+    """A regex for the feed-forward networks of a known architecture."""
+    stacks: dict[str, FeedForward] = {}
+    names = []
+    for name, feed_forward in find_feed_forwards(model):
+        owner_name, owner = owner_of(model, name)
+        if config.compress_vision_tower or stack_kind(owner, feed_forward) != "vision":
+            stacks[owner_name] = feed_forward
+            names.append(name)
+    if not names:
+        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        raise ValueError(
+            f"No feed-forward network to compress was found in {type(model).__name__} (model type {model_type!r}). "
+            "Please specify `target_modules` (where one starts), `end_module` (where it ends) and `stack_module` (the "
+            f"module that takes the attention mask). Modules that may be one: {candidates(model)}. Known model types: "
+            f"{sorted(FEED_FORWARDS)}."
+        )
+    return _regex_for(model, names, stacks)
+
+
+def _regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward]) -> str:
+    """The most general regex that matches `names` and no other module, so that the plugin fits other heads too.
+
+    Args:
+        model: the base model.
+        names: full names of the feed-forward networks.
+        stacks: the row of the table for each of the models around them, by full name.
+    """
+    anywhere = "|".join(sorted({rf"(?:.*\.)?{row.start}" for row in stacks.values()}))
+    ends = {re.escape(name.rpartition(".")[2]): row for name, row in stacks.items() if name}
+    in_stacks = "|".join(rf"(?:.*\.)?{end}\.(?:.*\.)?{row.start}" for end, row in sorted(ends.items()))
+    for regex in (anywhere, in_stacks):
+        if {name for name, _ in model.named_modules() if re.fullmatch(regex, name)} == set(names):
+            return regex
+    return "|".join(map(re.escape, names))
+
+
+def feed_forward_at(owner: nn.Module, key: str, config: VariatorConfig) -> FeedForward:
+    """The table's row for a module, or what the configuration says of an architecture that is not in it."""
+    row = FEED_FORWARDS.get(owner.config.model_type) if isinstance(owner, PreTrainedModel) else None
+    if config.end_module is None and row is not None and matches(row, key):
+        return row
+    return FeedForward(re.escape(key), config.end_module)
+
+
+def named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn.Module]:
+    """The innermost module around `key` whose name is, or ends in, `stack_module`."""
+    name = key
+    while name:
+        name = name.rpartition(".")[0]
+        if name == stack_module or name.endswith(f".{stack_module}"):
+            return name, model.get_submodule(name)
+    if stack_module == "":
+        return "", model
+    raise ValueError(
+        f"stack_module={stack_module!r} is no module around {key!r}. Name one of the modules on its path, or '' for "
+        "the model itself."
+    )
+
+
+def stack_kind(stack: nn.Module, feed_forward: FeedForward) -> StackKind:
+    if isinstance(stack, PreTrainedModel) and stack.main_input_name == "pixel_values":
+        return "vision"
+    if feed_forward.causal is not None:
+        return "causal" if feed_forward.causal else "encoder"
+    is_causal = any(getattr(module, "is_causal", False) for module in stack.modules())
+    return "causal" if is_causal else "encoder"
+
+
+def hidden_size_of(owner: nn.Module, target: nn.Module, key: str) -> int:
+    """Width of the hidden states that a feed-forward network takes and gives."""
+    if isinstance(owner, PreTrainedModel):
+        return int(owner.config.hidden_size)
+    for module in target.modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+    raise ValueError(
+        f"The width of {key!r} is not known: it has no nn.Linear and its model has no config.hidden_size."
+    )
