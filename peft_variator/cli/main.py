@@ -8,6 +8,7 @@ from .bench import bench
 from .inspect import inspect_command
 from .pack import pack_command
 from .prune import prune_command
+from .restore import restore_command
 from .train import train_command
 from .unpack import unpack_command
 
@@ -26,6 +27,7 @@ app.command()(bench)
 app.command("inspect")(inspect_command)
 app.command("pack")(pack_command)
 app.command("prune")(prune_command)
+app.command("restore")(restore_command)
 app.command("train")(train_command)
 app.command("unpack")(unpack_command)
 

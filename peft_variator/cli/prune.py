@@ -155,7 +155,8 @@ def _show(report: SparsityReport, output: Path, with_processor: bool) -> None:
         console.print("[yellow]The model has no tokenizer or processor, so none was saved with it.[/]")
     console.print(f"Saved to {output}, with the report as {REPORT_NAME}.", highlight=False, markup=False)
     console.print(
-        f"Next: peft-variator inspect {output}, or restore it with get_peft_model(model, SparseLoraConfig(r=8)).",
+        f"Next: peft-variator inspect {output}, or win quality back: peft-variator restore {output} --data TEXT "
+        "--teacher MODEL --output DIR.",
         highlight=False,
         markup=False,
     )
