@@ -1,6 +1,6 @@
 """Train the base model of the study; an interrupted run goes on from its last checkpoint.
 
-    python examples/vlm_restore/train_base.py --data DATA/easy_vqa
+python examples/vlm_restore/train_base.py --data DATA/easy_vqa
 """
 
 from __future__ import annotations

@@ -1,0 +1,126 @@
+"""Render what has been run as tables and two plots into the documentation.
+
+python examples/vlm_restore/render.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import typer
+from plan import METHODS, RESTORATIONS, SPLITS
+
+from peft_variator.files import replacing, write_text
+
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
+Record = dict[str, Any]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _percent(values: list[float]) -> str:
+    """Mean and standard deviation, in percent; "–" for a run that was not made."""
+    if not values:
+        return "–"
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f} ({len(values)} seeds)" if len(values) > 1 else mean
+
+
+def _setting(record: Record) -> str:
+    return f"{record['method']}, " + ", ".join(f"{tower} {amount}" for tower, amount in record["amounts"].items())
+
+
+def study_table(records: list[Record]) -> str:
+    """A row a way of pruning: accuracy without and with each restoration, and the zeros that LoRA leaves."""
+    settings = list(dict.fromkeys(_setting(record) for record in records))
+    rows = []
+    for setting in settings:
+        chosen = [record for record in records if _setting(record) == setting]
+        by_how = {how: [each for each in chosen if each["restoration"] == how] for how in RESTORATIONS}
+        cells = [_percent([each["accuracy"] for each in by_how[how]]) for how in RESTORATIONS]
+        zeros = _percent([each["sparsity"] for each in by_how["lora"]])
+        back = _percent([each["accuracy_with_zeros_put_back"] for each in by_how["lora"]])
+        rows.append([setting, *cells, zeros, back])
+    head = ["pruned by, to", "pruned", "LoRA merged", "SparseLoRA", "SparseLoRA + KL"]
+    return _table([*head, "zeros left by LoRA", "LoRA, zeros put back"], rows)
+
+
+def allocation_plot(records: list[Record], path: Path) -> None:
+    """Accuracy over how the sparsity is split between vision and language."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for how in ("none", "sparse-lora-distilled"):
+        points = [
+            (vision, record["accuracy"])
+            for vision, language in SPLITS
+            for record in records
+            if record["amounts"] == {"vision": str(vision), "language": str(language)} and record["restoration"] == how
+        ]
+        axes.plot([100 * x for x, _ in points], [100 * y for _, y in points], marker="o", label=how)
+    axes.set(xlabel="sparsity of vision (%), language the rest to 100", ylabel="accuracy (%)")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def recovery_plot(records: list[Record], path: Path) -> None:
+    """Accuracy at 2:4 in both towers by pruning method, a bar a restoration."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for place, how in enumerate(RESTORATIONS):
+        heights = []
+        for method in METHODS:
+            found = [
+                record["accuracy"]
+                for record in records
+                if record["method"] == method
+                and record["restoration"] == how
+                and record["amounts"] == {"vision": "2:4", "language": "2:4"}
+            ]
+            heights.append(100 * statistics.fmean(found) if found else 0.0)
+        axes.bar([index + 0.2 * place for index in range(len(METHODS))], heights, width=0.18, label=how)
+    axes.set_xticks([index + 0.3 for index in range(len(METHODS))], METHODS)
+    axes.set(ylabel="accuracy (%)", title="2:4 in both towers")
+    axes.legend(loc="lower right")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def main() -> None:
+    """Write what there is between the markers of the page."""
+    base_file = HERE / "results" / "base.json"
+    records = [json.loads(file.read_text("utf-8")) for file in sorted((HERE / "results").glob("study-*.json"))]
+    if not base_file.is_file() or not records:
+        raise typer.BadParameter(f"{HERE / 'results'} holds no base.json or no study-*.json: nothing to render.")
+    base = json.loads(base_file.read_text("utf-8"))
+    environment = base["environment"]
+    parts = [
+        f"Base: {base['parameters']:,} parameters, {100 * base['accuracy']:.2f} % of the test questions after "
+        f"{base['steps']} steps ({base['cpu_minutes']:.1f} CPU minutes).",
+        study_table(records),
+        f"{environment['cpu']}, {environment['threads']} thread(s), torch {environment['torch']}, transformers "
+        f"{environment['transformers']}, peft {environment['peft']}, {environment['date']}.",
+    ]
+    page = (DOCS / "vlm_restore.md").read_text("utf-8")
+    before, _, rest = page.partition("<!-- results -->")
+    after = rest.partition("<!-- /results -->")[2]
+    body = "\n\n".join(parts)
+    write_text(DOCS / "vlm_restore.md", f"{before}<!-- results -->\n\n{body}\n\n<!-- /results -->{after}")
+    allocation_plot(records, DOCS / "images" / "vlm_allocation.png")
+    recovery_plot(records, DOCS / "images" / "vlm_recovery.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
