@@ -1,0 +1,96 @@
+"""Render the results as tables into docs/restore.md.
+
+python examples/restore/render.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from peft_variator.files import write_text
+
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent.parent / "docs" / "restore.md"
+Record = dict[str, Any]
+TITLES = {
+    "dense": "dense",
+    "pruned": "pruned",
+    "lora": "plain LoRA, merged",
+    "sparse-lora": "SparseLoRA, merged",
+    "sparse-lora-distilled": "SparseLoRA following the dense model, merged",
+}
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _won_back(records: list[Record], chosen: list[Record], quality: str) -> str:
+    """Share of what pruning lost that a variant won back, from means over the seeds."""
+    means = {
+        variant: statistics.fmean(record[quality] for record in records if record["variant"] == variant)
+        for variant in ("dense", "pruned")
+        if any(record["variant"] == variant for record in records)
+    }
+    if len(means) < 2 or chosen[0]["variant"] in means:
+        return ""
+    mean = statistics.fmean(record[quality] for record in chosen)
+    return f"{(mean - means['pruned']) / (means['dense'] - means['pruned']):.0%}"
+
+
+def table(records: list[Record], quality: str, digits: int) -> str:
+    """A row a variant; `records` are of one way of pruning."""
+    rows = []
+    for variant, title in TITLES.items():
+        chosen = [record for record in records if record["variant"] == variant]
+        if not chosen:
+            continue
+        met = {True: "yes", False: "no", None: ""}[chosen[0]["pattern_met"]]
+        cells = [_spread([record[quality] for record in chosen], digits), _won_back(records, chosen, quality)]
+        rows.append([title, *cells, f"{chosen[0]['sparsity']:.1%}", met, str(len(chosen))])
+        if "loss_with_zeros_put_back" in chosen[0]:
+            back = _spread([record["loss_with_zeros_put_back"] for record in chosen], digits)
+            rows.append(["… with the zeros put back", back, "", "50.0%", "yes", str(len(chosen))])
+    return _table(["", quality, "won back", "zeros", "pattern", "seeds"], rows)
+
+
+def main() -> None:
+    """Write what there is between the markers of the page."""
+    records = [json.loads(file.read_text("utf-8")) for file in sorted((HERE / "results").glob("*.json"))]
+    if not records:
+        raise typer.BadParameter(f"{HERE / 'results'} holds no results. Run examples/restore/run.py first.")
+    parts = []
+    for subject, quality, digits in (("language", "loss", 4), ("encoder", "score", 2)):
+        for setting in dict.fromkeys(record["setting"] for record in records if record["subject"] == subject):
+            chosen = [each for each in records if each["subject"] == subject and each["setting"] == setting]
+            steps = next((record["steps"] for record in chosen if "steps" in record), None)
+            title = f"### {subject}, {setting}" + (f", {steps} steps" if steps else "")
+            parts += [title, table(chosen, quality, digits)]
+    facts = records[0]["environment"]
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("peft-variator", "peft", "transformers", "torch"))
+    loads = [record["environment"]["load_average"] for record in records]
+    parts.append(
+        f"{facts['cpu']}, {facts['threads']} thread(s), load {min(loads)}–{max(loads)}, {facts['date']}; Python "
+        f"{facts['python']}, {versions}. {sum(record['cpu_seconds'] for record in records):.0f} CPU seconds in all."
+    )
+    before, _, rest = PAGE.read_text("utf-8").partition("<!-- results -->")
+    after = rest.partition("<!-- /results -->")[2]
+    body = "\n\n".join(parts)
+    write_text(PAGE, f"{before}<!-- results -->\n\n{body}\n\n<!-- /results -->{after}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
