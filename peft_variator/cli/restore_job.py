@@ -23,7 +23,7 @@ from ..sparsity import measure_sparsity
 from ..training import DistillationConfig, DistillationTrainer, load_plugin
 from ..training.restored_card import RestoredFacts, restored_card
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
-from .train_data import TrainingData, load_data
+from .train_data import Examples, TrainingData, load_data
 
 
 __all__ = ["RestoreJob"]
@@ -130,8 +130,8 @@ class RestoreJob:
             )
         return get_peft_model(base, SparseLoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pruned))
 
-    def _weights(self, task: Task, has_teacher: bool) -> dict[str, float]:
-        """Weights of the losses."""
+    def _weights(self, task: Task, has_teacher: bool) -> dict[str, Any]:
+        """Weights of the parts of the loss, fields of `DistillationConfig`."""
         if task in ("causal", "seq2seq"):
             weight = self.kl_weight
             if weight is None:
@@ -162,15 +162,11 @@ class RestoreJob:
         )
         if task != "causal":
             return data
-        # Nothing is merged here, so every token of a text is predicted, its beginning too.
-        train, held_out = (
-            [{**row, "labels": row["input_ids"]} for row in part] for part in (data.train, data.held_out)
-        )
-        return replace(data, train=train, held_out=held_out)
+        return replace(data, train=_all_labelled(data.train), held_out=_all_labelled(data.held_out))
 
     @contextmanager
     def _trainer(
-        self, model: PeftModel, teacher: PreTrainedModel | None, weights: dict[str, float], data: TrainingData
+        self, model: PeftModel, teacher: PreTrainedModel | None, weights: dict[str, Any], data: TrainingData
     ) -> Iterator[DistillationTrainer]:
         with tempfile.TemporaryDirectory(prefix="peft-variator-restore-") as scratch:
             args = DistillationConfig(
@@ -228,6 +224,12 @@ class RestoreJob:
             model.save_pretrained(str(folder))
             restored_card(facts).save(folder / "README.md")
             write_text(folder / "training.json", json.dumps({"facts": asdict(facts), "log": log}, indent=2) + "\n")
+
+
+def _all_labelled(rows: Examples) -> list[dict[str, Any]]:
+    """Examples in which every token is predicted: nothing is merged here, so no part of a text is a mere prompt."""
+    examples: list[dict[str, Any]] = [rows[index] for index in range(len(rows))]
+    return [{**example, "labels": example["input_ids"]} for example in examples]
 
 
 def _losses(trainer: DistillationTrainer) -> dict[str, float]:
