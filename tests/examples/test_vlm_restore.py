@@ -1,0 +1,107 @@
+"""The study of a pruned LLaVA: packed questions are single questions, and a run gives what it promises."""
+
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import set_seed
+
+
+pa = pytest.importorskip("pyarrow", reason="easy-VQA's images are in a parquet file")
+pq = importlib.import_module("pyarrow.parquet")
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "vlm_restore"
+NAMES = [script.stem for script in EXAMPLE.glob("*.py")]
+ASKED = [("what color is the shape?", "red"), ("is there a circle?", "no"), ("what is the red shape?", "triangle")]
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """Imports a script of the example by its name; other examples have scripts of the same names."""
+    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    sys.path.insert(0, str(EXAMPLE))
+    yield importlib.import_module
+    sys.path.remove(str(EXAMPLE))
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(kept)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder like easy-VQA's, with random images and from one to three questions on each."""
+    folder = tmp_path_factory.mktemp("easy_vqa")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("test", 5)):
+        pixels = torch.randint(0, 256, (count, 64, 64, 3), dtype=torch.uint8, generator=generator).numpy()
+        images, lines = [], []
+        for number in range(count):
+            file = io.BytesIO()
+            Image.fromarray(pixels[number]).save(file, "PNG")
+            images.append(file.getvalue())
+            asked = ASKED[: 1 + number % 3]
+            lines += [json.dumps({"question": q, "answer": a, "image_id": number}) for q, a in asked]
+        table = pa.table({"image_id": list(range(count)), "image_png": images})
+        pq.write_table(table, folder / f"{split}_images.parquet")
+        (folder / f"{split}_questions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(scripts, data, tmp_path_factory):
+    """A folder with an untrained model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    set_seed(0)
+    tokenizer = scripts("data").make_tokenizer(scripts("data").load_split(data, "train"))
+    scripts("model").make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_packed_questions_get_the_predictions_of_single_ones(scripts, data, base):
+    module, study = scripts("data"), scripts("runs").Study(data, base, steps=1)
+    collate = module.Collator(study.tokenizer)
+    packed = collate(study.test)
+    logits = study.dense(**packed).logits
+    answers = logits[:, :-1][packed["labels"][:, 1:] != -100]
+    singles = module.single_questions(study.test)
+    assert len(answers) == len(singles) == 9
+    for answer, example in zip(answers, singles, strict=True):
+        ids = collate([example])["input_ids"]
+        alone = study.dense(input_ids=ids, pixel_values=collate([example])["pixel_values"]).logits
+        torch.testing.assert_close(answer, alone[0, -2], atol=1e-5, rtol=1e-5)
+
+
+def test_accuracy_counts_right_answers(scripts, data, base):
+    study, module = scripts("runs").Study(data, base, steps=1), scripts("data")
+    right = 0
+    for example in module.single_questions(study.test):
+        batch = module.Collator(study.tokenizer)([example])
+        guess = study.dense(input_ids=batch["input_ids"][:, :-1], pixel_values=batch["pixel_values"]).logits[0, -1]
+        right += study.tokenizer.convert_ids_to_tokens(int(guess.argmax())) == example.questions[0][1]
+    assert scripts("accuracy").measure_accuracy(study.dense, study.test, study.tokenizer) == right / 9
+
+
+def test_lora_loses_the_zeros_and_sparse_lora_keeps_them(scripts, data, base):
+    study, plan = scripts("runs").Study(data, base, steps=2), scripts("plan")
+    amounts = (("vision", "2:4"), ("language", "0.5"))
+    found = {how: study.run(plan.Run("magnitude", amounts, how)) for how in plan.RESTORATIONS}
+    assert found["none"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert found["sparse-lora"]["sparsity"] == found["none"]["sparsity"]
+    assert found["sparse-lora-distilled"]["sparsity"] == found["none"]["sparsity"]
+    assert found["lora"]["sparsity"] < 0.01
+    assert 0 <= found["lora"]["accuracy_with_zeros_put_back"] <= 1
+
+
+def test_the_plan_has_no_run_twice_and_a_file_for_each(scripts):
+    runs = scripts("plan").plan()
+    assert len({run.name for run in runs}) == len(runs)
+    assert [run.restoration for run in runs[:4]] == list(scripts("plan").RESTORATIONS)
+    assert {run.seed for run in runs[:12]} == {0, 1, 2}
+    assert runs[0].modality_sparsity == {"vision": "2:4", "language": "2:4"}
