@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-__all__ = ["bools", "fill_groups", "kept_places", "mask_width", "nonzero_bits", "overfull", "row_blocks", "two_kept"]
+__all__ = [
+    "bools",
+    "fill_groups",
+    "kept_places",
+    "mask_width",
+    "nonzero_bits",
+    "overfull",
+    "row_blocks",
+    "wrong_bytes",
+]
 
 # Weights handled at a time: the temporaries, 4 bytes a weight, then stay in the cache of a core.
 _WEIGHTS_AT_ONCE = 1 << 19
@@ -21,9 +30,9 @@ def mask_width(in_features: int) -> int:
     return -(-in_features // 8)
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Slices of about half a million weights each that cover the rows of a (rows, columns) matrix."""
-    step = max(1, _WEIGHTS_AT_ONCE // max(columns, 1))
+def row_blocks(rows: int, columns: int, weights_at_once: int = _WEIGHTS_AT_ONCE) -> list[slice]:
+    """Slices of about `weights_at_once` weights each that cover the rows of a (rows, columns) matrix."""
+    step = max(1, weights_at_once // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -47,15 +56,15 @@ def fill_groups(bits: Tensor, in_features: int) -> Tensor:
     return filled
 
 
-def two_kept(bitmask: Tensor, in_features: int) -> Tensor:
-    """bool, shape of the uint8 `bitmask`: whether each byte keeps two of either half, and nothing past the end."""
+def wrong_bytes(bitmask: Tensor, in_features: int) -> Tensor:
+    """uint8, shape of `bitmask`: 0 where a byte keeps two of either half, and nothing past the end, else not 0."""
     # Counting bits in parallel (Hacker's Delight, 5-1) is faster here than looking the bytes up.
     pairs = bitmask - (bitmask.bitwise_right_shift(1) & 0x55)
     counts = (pairs & 0x33) + (pairs.bitwise_right_shift(2) & 0x33)
-    right = counts == 0x22
+    wrong = counts ^ 0x22
     if in_features % 8:
-        right[:, -1] = counts[:, -1] == 0x02
-    return right
+        wrong[:, -1] = counts[:, -1] ^ 0x02
+    return wrong
 
 
 def kept_places(bitmask: Tensor, in_features: int) -> Tensor:

@@ -66,7 +66,7 @@ def _check_kinds(
     decoded = {part.name for weight in planned for part in weight.stored.parts.values()}
     for stored in checkpoint.tensors.values():
         parameter = None if stored.name in decoded else names.parameter(stored.name)
-        if parameter is None or stored.dtype.startswith(("F", "BF")):
+        if parameter is None or stored.dtype.is_floating_point:
             continue
         if model.get_parameter_or_buffer(parameter).is_floating_point():
             raise CheckpointError(f"{stored} has dtype {stored.dtype}, but {parameter} holds floating point numbers.")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.modeling_utils import str_to_torch_dtype
 
 from ..architectures import model_class
 from .bits import mask_width
@@ -25,6 +24,8 @@ from .writer import TensorSpec
 
 
 __all__ = ["make_skeleton", "pack_checkpoint", "packed_piece", "unpack_checkpoint"]
+
+_MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pack_checkpoint(
@@ -156,7 +157,7 @@ def _planned_piece(weight: PlannedWeight) -> Piece:
 
 def _own_dtype(weight: StoredWeight, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a weight is stored in, or `dtype` for 8-bit values."""
-    return dtype if weight.quantized else str_to_torch_dtype[weight.main.dtype]
+    return dtype if weight.quantized else weight.main.dtype
 
 
 def _left_dense(model: PreTrainedModel, checkpoint: Checkpoint, planned: Iterable[PlannedWeight]) -> list[str]:
@@ -173,6 +174,6 @@ def _packed_config(config: dict[str, Any], checkpoint: Checkpoint, left_dense: l
     new = {name: value for name, value in config.items() if name != "compression_config"}
     if not new.get("dtype") and not new.get("torch_dtype"):
         # otherwise transformers takes it from the first floating tensor of the files, before they are checked
-        dtypes = (stored.dtype for stored in checkpoint.tensors.values() if stored.dtype in ("F32", "BF16", "F16"))
-        new["dtype"] = str(str_to_torch_dtype[next(dtypes, "F32")]).removeprefix("torch.")
+        dtypes = (stored.dtype for stored in checkpoint.tensors.values() if stored.dtype in _MODEL_DTYPES)
+        new["dtype"] = str(next(dtypes, torch.float32)).removeprefix("torch.")
     return {**new, "quantization_config": entry}

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bits import bools, fill_groups, kept_places, mask_width, nonzero_bits, overfull, row_blocks, two_kept
+from .bits import bools, fill_groups, kept_places, mask_width, nonzero_bits, overfull, row_blocks, wrong_bytes
 
 
 __all__ = [
@@ -158,10 +158,10 @@ def check_bitmask(bitmask: Tensor, in_features: int, name: str = "bitmask") -> N
         in_features: inputs of the weight, a multiple of four.
         name: what to call the tensor in the error, which also names the row.
     """
-    for rows in row_blocks(len(bitmask), in_features):
-        wrong = two_kept(bitmask[rows], in_features).logical_not_().any(dim=1)
+    for rows in row_blocks(len(bitmask), in_features, weights_at_once=1 << 23):
+        wrong = wrong_bytes(bitmask[rows], in_features)
         if wrong.any():
-            row = rows.start + int(wrong.nonzero()[0])
+            row = rows.start + int(wrong.any(dim=1).nonzero()[0])
             raise LayoutError(f"{name}, row {row}: {_wrong_bits(bitmask[row], in_features)}")
 
 

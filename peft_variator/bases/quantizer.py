@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -51,16 +52,22 @@ class Sparse24Quantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise CheckpointError("A 2:4 model is loaded from safetensors files; a state_dict can't be checked first.")
-        dtype = torch.get_default_dtype()
-        with torch.device("cpu"):  # transformers builds the model on the meta device
-            checkpoint = Checkpoint.from_files(checkpoint_files)
-            if self.pre_quantized and self.quantization_config.checksums:
-                checkpoint.check_checksums()
-            planned = plan_weights(model, checkpoint, self._rules(), dtype)
-            check_complete(model, checkpoint, planned)
-            names = KeyNames(model)
+        # In a thread of its own, since the meta device, on which transformers builds the model, is the default of this
+        # one: every operation on the tensors of the files would have to get past it.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            planned = thread.submit(self._plan, model, checkpoint_files, torch.get_default_dtype()).result()
+        names = KeyNames(model)
         self._converters = [make_converter(weight, names) for weight in planned if weight.action != "as_is"]
         _replace_layers(model, planned, self.quantization_config)
+
+    def _plan(self, model: PreTrainedModel, files: list[str], dtype: torch.dtype) -> list[PlannedWeight]:
+        """Check the files and decide what becomes of their weights."""
+        checkpoint = Checkpoint.from_files(files)
+        if self.pre_quantized and self.quantization_config.checksums:
+            checkpoint.check_checksums()
+        planned = plan_weights(model, checkpoint, self._rules(), dtype)
+        check_complete(model, checkpoint, planned)
+        return planned
 
     def _rules(self) -> Rules:
         config = self.quantization_config

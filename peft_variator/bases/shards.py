@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_utils import str_to_torch_dtype
 
 from ..files import write_text
 from .checkpoint import INDEX_NAME, Checkpoint, CheckpointError, StoredTensor
@@ -79,7 +78,7 @@ def copy_pieces(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def _copy(stored: StoredTensor) -> Piece:
-    spec = TensorSpec(str_to_torch_dtype[stored.dtype], stored.shape)
+    spec = TensorSpec(stored.dtype, stored.shape)
     return Piece((stored,), {stored.name: spec}, lambda: {stored.name: stored.read()})
 
 
@@ -141,7 +140,7 @@ def rewrite(
 
 
 def _source_bytes(piece: Piece) -> int:
-    return sum(TensorSpec(str_to_torch_dtype[stored.dtype], stored.shape).nbytes for stored in piece.sources)
+    return sum(stored.nbytes for stored in piece.sources)
 
 
 def _fingerprint(source: Path, checkpoint: Checkpoint) -> list[list[Any]]:

@@ -54,7 +54,7 @@ class StoredWeight:
     @property
     def quantized(self) -> bool:
         """Whether the values have 8 bits and need a scale."""
-        return self.main.dtype in ("F8_E4M3", "I8")
+        return self.main.dtype in (torch.float8_e4m3fn, torch.int8)
 
     @property
     def plain(self) -> bool:
