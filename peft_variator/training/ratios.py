@@ -35,7 +35,7 @@ class TrainedRatios:
         ratios: the ratios to train for.
 
     Raises:
-        ValueError: no Variator plugin is trained, or the plugin cannot serve one of the ratios.
+        ValueError: no Variator plugin is trained, or its scores are tied to another ratio (`scoring="concat"`).
     """
 
     def __init__(self, adapters: TrainedAdapters, ratios: Sequence[int]) -> None:
@@ -47,16 +47,12 @@ class TrainedRatios:
             raise ValueError(
                 f"ratios={list(ratios)} is for Variator plugins, and the model trains none. Set ratios=None."
             )
-        with self.restored():
+        for layer, name in self._plugins:
             for ratio in ratios:
-                self.set(ratio)
+                layer.check_ratio(name, ratio)
 
     def set(self, ratio: int) -> None:
-        """Let every module of the plugin compress by `ratio`.
-
-        Raises:
-            ValueError: the plugin's scores are tied to another ratio (`scoring="concat"`).
-        """
+        """Let every module of the plugin compress by `ratio`."""
         for layer, name in self._plugins:
             layer.set_ratio(name, ratio)
 
