@@ -28,7 +28,7 @@ def run_conversion(label: str, convert: Callable[[OnProgress], ConversionReport]
         report = convert(lambda done, total: progress.update(task, completed=done, total=total))
     ratio = report.bytes_after / max(report.bytes_before, 1)
     console.print(
-        f"Converted {report.converted} weights: {report.bytes_before / 1e6:,.1f} MB → {report.bytes_after / 1e6:,.1f} MB "
+        f"Converted {report.converted} weights: {report.bytes_before / 1e6:,.1f} → {report.bytes_after / 1e6:,.1f} MB "
         f"({ratio:.1%}). Saved to {report.output}.",
         highlight=False,
         markup=False,
