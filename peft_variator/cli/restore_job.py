@@ -128,7 +128,7 @@ class RestoreJob:
                 "peft-variator prune MODEL --pattern 2:4 --data FILE --output DIR. If its masks are stored in an "
                 "adapter, name that with --adapter."
             )
-        return get_peft_model(base, SparseLoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pruned))
+        return get_peft_model(base, SparseLoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=set(pruned)))
 
     def _weights(self, task: Task, has_teacher: bool) -> dict[str, Any]:
         """Weights of the parts of the loss, fields of `DistillationConfig`."""
