@@ -126,7 +126,6 @@ class TrainJob:
             )
 
     def _load_data(self, task: Task) -> TrainingData:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
         return load_data(
             self.model,
             task,
@@ -134,7 +133,7 @@ class TrainJob:
             column=self.text_column,
             split=self.split,
             max_length=self.max_length,
-            wanted=self.steps * self.batch_size * self.accumulation * processes + self.held_out,
+            wanted=self.steps * self.batch_size * self.accumulation * _processes() + self.held_out,
             held_out=self.held_out,
             seed=self.seed,
         )
@@ -165,6 +164,7 @@ class TrainJob:
     def _trainer(
         self, plugin: PeftModel, task: Task, ratios: list[int], data: TrainingData
     ) -> Iterator[DistillationTrainer]:
+        on_cpu = not torch.accelerator.is_available()
         with tempfile.TemporaryDirectory(prefix="peft-variator-train-") as scratch:
             args = DistillationConfig(
                 output_dir=str(self.checkpoints or scratch),
@@ -181,7 +181,10 @@ class TrainJob:
                 logging_steps=max(1, self.steps // 20),
                 save_strategy="no" if self.checkpoints is None else "steps",
                 save_steps=max(1, self.steps // 10),
-                dataloader_pin_memory=torch.cuda.is_available(),
+                dataloader_pin_memory=not on_cpu,
+                # Without these, several processes on the CPU would each train for themselves.
+                use_cpu=on_cpu,
+                ddp_backend="gloo" if on_cpu and _processes() > 1 else None,
             )
             yield DistillationTrainer(plugin, args, train_dataset=data.train, data_collator=data.collate)
 
@@ -227,3 +230,8 @@ class TrainJob:
             plugin.save_pretrained(str(folder))
             plugin_card(facts).save(folder / "README.md")
             write_text(folder / "training.json", json.dumps({"facts": asdict(facts), "log": log}, indent=2) + "\n")
+
+
+def _processes() -> int:
+    """Number of processes that `accelerate launch` or `torchrun` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
