@@ -61,7 +61,8 @@ def _fill(score: torch.Tensor, room: torch.Tensor, amount: float) -> torch.Tenso
         amount -= float(room[full].sum())
         open_ &= ~full
     rest = torch.where(score > 0, 0.0, room)
-    return filled + rest * (max(amount, 0.0) / rest.sum().clamp_min(1.0))
+    total = float(rest.sum())
+    return filled + rest * (max(amount, 0.0) / total) if total > 0 else filled
 
 
 def spread_budgets(targets: Sequence[PrunableModule], budgets: Mapping[str, float]) -> list[PrunableModule]:
