@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 from transformers.image_utils import load_image
 
 from .calls import Batch
@@ -54,7 +55,9 @@ def check_batches(calibration: Iterable[Batch] | None) -> list[Batch]:
 
 def _text_batches(text: str, processor: Any, samples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
     """`samples` windows of `length` tokens each, drawn without overlap, in batches without padding."""
-    tokens = torch.tensor(processor(text=text, return_attention_mask=False)["input_ids"]).reshape(-1)
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    # Not verbose: the whole text is longer than the model takes, the windows are not.
+    tokens = torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     if not len(windows):
         raise ValueError(f"The text has {len(tokens)} tokens, less than one window of length={length}. Lower length.")

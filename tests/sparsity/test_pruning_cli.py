@@ -290,6 +290,13 @@ def test_windows_of_text_do_not_overlap_and_follow_the_seed(text):
     assert not torch.equal(other[0]["input_ids"], batches[0]["input_ids"])
 
 
+def test_windows_of_text_for_a_processor_are_cut_by_its_tokenizer(clip_base, text):
+    processor = CLIPProcessor.from_pretrained(clip_base)
+    settings = {"samples": 4, "length": 16, "batch_size": 4, "seed": 0, "labels": False}
+    (batch,) = read_batches(text, processor, **settings)
+    assert torch.equal(batch["input_ids"], read_batches(text, tokenizer(), **settings)[0]["input_ids"])
+
+
 def test_too_little_text_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("w1 w2 w3")
     with pytest.raises(ValueError, match="The text has 3 tokens, less than one window of length=16"):
