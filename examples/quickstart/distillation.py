@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 from evaluation import MAX_TOKENS
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from text import draw_spans
+from text import make_examples
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -23,9 +24,6 @@ from peft_variator.training import DistillationConfig, DistillationTrainer
 
 
 __all__ = ["distil"]
-
-# English has about 1.3 tokens a word, code and punctuation far more: passages have up to MAX_TOKENS tokens and more.
-MAX_WORDS = 100
 
 
 class ProgressBar(TrainerCallback):
@@ -71,7 +69,7 @@ class ProgressBar(TrainerCallback):
 def distil(
     plugin: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: list[str],
+    paragraphs: list[str],
     *,
     ratios: list[int],
     steps: int,
@@ -84,7 +82,7 @@ def distil(
     Args:
         plugin: model with a fresh plugin.
         tokenizer: its tokenizer.
-        documents: plain text.
+        paragraphs: plain text.
         ratios: compression ratios; each step draws one.
         steps: optimizer steps.
         batch_size: passages a step.
@@ -94,7 +92,23 @@ def distil(
     Returns:
         The lines of the training log, each with its `step` and `loss`.
     """
-    arguments = DistillationConfig(
+    # `Trainer` makes this folder even if nothing is to be written to it.
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = DistillationTrainer(
+            plugin,
+            _arguments(scratch, ratios, steps, batch_size, seed),
+            train_dataset=make_examples(paragraphs, tokenizer, steps * batch_size, MAX_TOKENS, seed),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[ProgressBar(console)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def _arguments(scratch: str, ratios: list[int], steps: int, batch_size: int, seed: int) -> DistillationConfig:
+    return DistillationConfig(
+        output_dir=scratch,
         ratios=ratios,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
@@ -107,14 +121,3 @@ def distil(
         use_cpu=True,
         seed=seed,
     )
-    spans = draw_spans(documents, steps * batch_size, MAX_WORDS, seed)
-    trainer = DistillationTrainer(
-        plugin,
-        arguments,
-        train_dataset=[tokenizer(span, truncation=True, max_length=MAX_TOKENS) for span in spans],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[ProgressBar(console)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]

@@ -132,7 +132,7 @@ class Experiment:
         measurements: list[Measurement],
     ) -> Results:
         added = sum(parameter.numel() for parameter in self.plugin.parameters() if parameter.requires_grad)
-        words = sum(len(document.split()) for document in self.corpus.training)
+        words = sum(len(paragraph.split()) for paragraph in self.corpus.training)
         return Results(
             command=command,
             settings=asdict(self.settings) | {"max_tokens": MAX_TOKENS, "trained_ratios": TRAINED_RATIOS},

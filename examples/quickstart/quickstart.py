@@ -20,7 +20,7 @@ from experiment import Experiment, Settings
 from load_back import EMBEDDINGS, PLUGIN
 from peft import PeftModel
 from plot import save_plot
-from report import make_notes, make_table
+from report import make_card, make_notes, make_table
 from results import Results
 from rich.console import Console
 from safetensors.torch import save_file
@@ -35,7 +35,7 @@ RESULTS, PLOT = "results.json", "speed_and_quality.png"
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Passages of text in a step.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plugin, figures and plot.")] = Path(
         "outputs/quickstart"
@@ -87,6 +87,7 @@ def _write(results: Results, plugin: PeftModel, embeddings: dict[int, Tensor], o
         shutil.rmtree(output)
     with new_folder(output) as folder:
         plugin.save_pretrained(str(folder / PLUGIN))
+        make_card(results).save(folder / PLUGIN / "README.md")
         save_file({str(ratio): rows for ratio, rows in embeddings.items()}, folder / EMBEDDINGS)
         results.save(folder / RESULTS)
         save_plot(results, folder / PLOT)

@@ -4,12 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from results import Results, Row
 from rich import box
 from rich.table import Table
 
 
-__all__ = ["make_markdown", "make_notes", "make_table"]
+__all__ = ["make_card", "make_markdown", "make_notes", "make_table"]
+
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
+
+CARD = """---
+{metadata}
+---
+
+# Variator plugin for {base}
+
+One compression plugin ([Xiao et al. 2023](https://arxiv.org/abs/2310.15724)) for the ratios k = 2, 4 and 8, made by
+the quickstart of peft-variator from Python's own documentation. It is a demonstration: train longer, on text like
+yours.
+
+{table}
+
+## Use
+
+`import peft_variator` comes first: it makes the method known to PEFT, which fails with `KeyError: 'VARIATOR'` without.
+
+```python
+import peft_variator
+from peft import PeftModel
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "outputs/quickstart/plugin")
+model.set_compression_ratio(2)  # 1 is the base itself; 4, unless set
+```
+"""
 
 HEADERS = ["speed-up", "FLOPs saved", "cosine to base", "relative error", "same neighbour"]
 
@@ -43,6 +73,12 @@ def _cells(row: Row) -> list[str]:
         f"{quality.relative_error:.1%}",
         f"{quality.agreement:.1%} (±{quality.agreement_error:.1%})",
     ]
+
+
+def make_card(results: Results) -> ModelCard:
+    """The model card of the plugin: how to load it, and what it was measured to do."""
+    data = ModelCardData(base_model=BASE, library_name="peft", tags=["peft-variator", "variator", "compression"])
+    return ModelCard(CARD.format(metadata=data.to_yaml(), base=BASE, table=make_markdown(results)))
 
 
 def make_notes(results: Results) -> list[str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
+from itertools import cycle
 from pydoc_data.topics import topics
 
+from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Corpus", "draw_spans", "load_corpus"]
+from peft_variator.training.text import cut_spans, surroundings, tokenize
+
+
+__all__ = ["Corpus", "load_corpus", "make_examples"]
 
 # A paragraph with fewer words is a heading, a signature or a line of code.
 MIN_WORDS = 8
@@ -18,11 +22,11 @@ TOPICS_PER_HELD_OUT = 5
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train on and text to measure on, which have no topic and no paragraph in common.
+    """Paragraphs without line breaks; the two lists have no topic and no paragraph in common.
 
     Args:
-        training: one string a topic, without line breaks.
-        held_out: one string a paragraph, without line breaks.
+        training: to train on.
+        held_out: to measure on.
     """
 
     training: list[str]
@@ -32,44 +36,36 @@ class Corpus:
 def load_corpus() -> Corpus:
     """Split Python's documentation by topic.
 
-    Topics quote each other at length. A paragraph belongs to a held-out topic if it occurs in one, else to the first
-    topic that has it, so that no paragraph is trained on twice or both trained on and measured on.
+    Topics quote each other at length. A paragraph is held out if it occurs in a held-out topic, and none occurs twice.
     """
     names = sorted(topics)
-    held_out_names = names[::TOPICS_PER_HELD_OUT]
-    held_out = list(dict.fromkeys(paragraph for name in held_out_names for paragraph in _paragraphs(topics[name])))
-    seen = set(held_out)
-    training = []
-    for name in names:
-        fresh = [paragraph for paragraph in _paragraphs(topics[name]) if paragraph not in seen]
-        seen.update(fresh)
-        if fresh:
-            training.append(" ".join(fresh))
-    return Corpus(training, held_out)
+    held_out = _paragraphs(names[::TOPICS_PER_HELD_OUT])
+    measured = set(held_out)
+    return Corpus([paragraph for paragraph in _paragraphs(names) if paragraph not in measured], held_out)
 
 
-def _paragraphs(text: str) -> list[str]:
+def _paragraphs(names: list[str]) -> list[str]:
     """What stands between blank lines, with single spaces, if it is long enough to be prose."""
-    paragraphs = [part.split() for part in re.split(r"\n\s*\n", text)]
-    return [" ".join(words) for words in paragraphs if len(words) >= MIN_WORDS]
+    parts = [part.split() for name in names for part in re.split(r"\n\s*\n", topics[name])]
+    return list(dict.fromkeys(" ".join(words) for words in parts if len(words) >= MIN_WORDS))
 
 
-def draw_spans(documents: list[str], count: int, max_words: int, seed: int) -> list[str]:
-    """Passages that start and end anywhere, of lengths as uneven as those of real texts.
+def make_examples(
+    paragraphs: list[str], tokenizer: PreTrainedTokenizerBase, count: int, max_tokens: int, seed: int
+) -> list[dict[str, list[int]]]:
+    """Passages of uneven length, cut from the paragraphs over and over, each time at other places.
 
     Args:
-        documents: text to cut from.
+        paragraphs: text to cut from.
+        tokenizer: the model's tokenizer.
         count: number of passages.
-        max_words: lengths are drawn evenly from `MIN_WORDS` up to this; a document that ends sooner gives less.
-        seed: of the draw.
+        max_tokens: most tokens in a passage, with its special tokens.
+        seed: of the lengths.
 
     Returns:
-        The passages. A document is drawn in proportion to its length.
+        `input_ids` of each passage.
     """
-    generator = random.Random(seed)
-    words = [document.split() for document in documents]
-    spans = []
-    for document in generator.choices(words, weights=[len(each) for each in words], k=count):
-        start = generator.randrange(max(1, len(document) - MIN_WORDS))
-        spans.append(" ".join(document[start : start + generator.randint(MIN_WORDS, max_words)]))
-    return spans
+    before, after = surroundings(tokenizer)
+    room = max_tokens - len(before) - len(after)
+    spans = cut_spans(tokenize(cycle(paragraphs), tokenizer, count * room), room, seed)
+    return [{"input_ids": [*before, *span, *after]} for span in spans[:count]]

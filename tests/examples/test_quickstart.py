@@ -35,10 +35,11 @@ def scripts():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The folder that a smoke run wrote, and what it printed."""
+    """The folder that a smoke run wrote into an empty working directory, and what it printed."""
     output = tmp_path_factory.mktemp("quickstart") / "output"
     command = [sys.executable, EXAMPLE / "quickstart.py", "--smoke", "--seed", "3", "--output", output]
-    finished = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=400)
+    options = {"env": os.environ | OFFLINE, "cwd": output.parent, "capture_output": True, "text": True}
+    finished = subprocess.run(command, **options)
     assert finished.returncode == 0, finished.stderr
     return output, finished.stdout
 
@@ -88,6 +89,13 @@ def test_smoke_rows_are_exact_at_ratio_1_and_save_more_the_higher_the_ratio(smok
     assert untrained.quality != merged[1].quality
 
 
+def test_the_card_says_how_to_load_the_plugin_and_shows_the_table(smoke, scripts):
+    card = (smoke[0] / "plugin" / "README.md").read_text()
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2" in card
+    assert "import peft_variator\nfrom peft import PeftModel" in card
+    assert scripts("report").make_markdown(scripts("results").Results.load(smoke[0] / "results.json")) in card
+
+
 def test_every_tensor_of_the_saved_plugin_was_trained(smoke):
     tensors = load_file(smoke[0] / "plugin" / "adapter_model.safetensors")
     # The second half of the decompressor and the scores start at zero.
@@ -128,22 +136,26 @@ def test_nothing_is_trained_before_the_output_folder_is_known_to_be_free(scripts
 
 def test_training_and_held_out_text_share_no_paragraph(scripts):
     corpus = scripts("text").load_corpus()
-    training = "\n".join(corpus.training)
-    assert not [paragraph for paragraph in corpus.held_out if paragraph in training]
-    assert len(set(corpus.held_out)) == len(corpus.held_out) > 100
-    assert len(training.split()) > 20_000
+    everything = corpus.training + corpus.held_out
+    assert len(set(everything)) == len(everything)
+    assert not [paragraph for paragraph in corpus.held_out if paragraph in "\n".join(corpus.training)]
+    assert len(corpus.held_out) > 100
+    assert sum(len(paragraph.split()) for paragraph in corpus.training) > 20_000
 
 
-def test_passages_are_drawn_by_the_seed_and_have_lengths_in_bounds(scripts):
-    text = scripts("text")
-    documents = [" ".join(f"{letter}{number}" for number in range(size)) for letter, size in (("a", 300), ("b", 10))]
-    spans = text.draw_spans(documents, 200, max_words=20, seed=5)
-    assert spans == text.draw_spans(documents, 200, max_words=20, seed=5)
-    assert spans != text.draw_spans(documents, 200, max_words=20, seed=6)
-    lengths = {len(span.split()) for span in spans}
-    assert max(lengths) == 20
-    assert min(lengths) >= text.MIN_WORDS
-    assert all(any(span in document for document in documents) for span in spans)
+def test_passages_are_whole_uneven_and_drawn_by_the_seed(scripts):
+    text, (_, tokenizer) = scripts("text"), scripts("base").load_base()
+    paragraphs = ["one two three four five six seven eight nine ten", "a b c d e f g h i"]
+    examples = text.make_examples(paragraphs, tokenizer, 50, max_tokens=10, seed=5)
+    assert examples == text.make_examples(paragraphs, tokenizer, 50, max_tokens=10, seed=5)
+    assert examples != text.make_examples(paragraphs, tokenizer, 50, max_tokens=10, seed=6)
+    assert {len(example["input_ids"]) for example in examples} == set(range(4, 11))
+    assert len(examples) == 50
+    endless = " ".join(paragraphs * 40)
+    for example in examples:
+        first, *inner, last = tokenizer.convert_ids_to_tokens(example["input_ids"])
+        assert (first, last) == ("[CLS]", "[SEP]")
+        assert " ".join(inner) in endless
 
 
 def test_embedding_is_the_mean_over_each_texts_own_tokens(scripts):
