@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import (
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
 
-from .cases import FIRST_WORD, SEQ2SEQ, Case, by_name
+from .cases import ALL, FIRST_WORD, SEQ2SEQ, Case, by_name
 from .reference import watch
 
 
@@ -80,3 +88,21 @@ def test_assisted_decoding(case: Case) -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
     helped = model.generate(input_ids=ids, **options, assistant_model=case.build())
     assert helped.tolist() == model.generate(input_ids=ids, **options).tolist()
+
+
+@pytest.mark.parametrize("encoder", ["bert", "vit"])
+@pytest.mark.parametrize("decoder", ["bert", "gpt2"])
+def test_models_put_together_from_two(encoder: str, decoder: str) -> None:
+    """The decoder's own row of the table does not count where it attends to an encoder."""
+    parts = {case.name: case.prototype.config for case in ALL if case.name in ("bert", "vit", "gpt2")}
+    joint = EncoderDecoderConfig if encoder == "bert" else VisionEncoderDecoderConfig
+    builder = EncoderDecoderModel if encoder == "bert" else VisionEncoderDecoderModel
+    base = builder(joint.from_encoder_decoder_configs(*map(copy.deepcopy, (parts[encoder], parts[decoder]))))
+    base.config.decoder_start_token_id, base.config.pad_token_id = 1, 0
+    model = get_peft_model(base, VariatorConfig())
+    assert model.targeted_module_names
+    assert all(name.startswith("encoder.") for name in model.targeted_module_names)
+    case = next(case for case in ALL if case.name == encoder)
+    inputs = case.inputs(2, 14) | {"labels": torch.randint(FIRST_WORD, 99, (2, 14))}
+    rows = 2 * (5 if encoder == "bert" else 10)
+    assert [seen.rows for seen in watch(model, lambda: model(**inputs))] == [rows] * 2

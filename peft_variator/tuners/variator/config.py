@@ -116,6 +116,14 @@ class VariatorConfig(PeftConfig):
             "`inputs_embeds` and the 2-D `attention_mask`. `None`: the innermost `PreTrainedModel` around it."
         },
     )
+    causal: bool | None = field(
+        default=None,
+        metadata={
+            "help": "For architectures that are not known: whether each token sees only those before it, so that none "
+            "whose prediction is used may be merged with later ones. `None` asks the model, which a home-made one "
+            "cannot answer: it counts as bidirectional."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={
@@ -146,6 +154,13 @@ class VariatorConfig(PeftConfig):
             raise ValueError(f"ratio_pattern={self.ratio_pattern!r} has to map module names to ratios.")
         for name, ratio in self.ratio_pattern.items():
             _check_integer(f"ratio_pattern[{name!r}]", ratio, 1)
+            try:
+                re.compile(name)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"ratio_pattern has the key {name!r}, which is neither the end of a module's name nor a regular "
+                    f"expression: {error}."
+                ) from error
 
     def _check_choices(self) -> None:
         for name, allowed in (("scoring", SCORINGS), ("patch_grouping", PATCH_GROUPINGS)):
@@ -156,9 +171,11 @@ class VariatorConfig(PeftConfig):
         _check_integer("bottleneck_dim", self.bottleneck_dim, 1)
         _check_integer("keep_first_tokens", self.keep_first_tokens, 0)
         _check_integer("keep_last_tokens", self.keep_last_tokens, 0)
-        self.keep_token_ids = sorted(set(self.keep_token_ids))
+        if not isinstance(self.keep_token_ids, list | tuple | set):
+            raise ValueError(f"keep_token_ids={self.keep_token_ids!r} has to be a list of token ids.")
         for token_id in self.keep_token_ids:
-            _check_integer("keep_token_ids", token_id, 0)
+            _check_integer("keep_token_ids: entry", token_id, 0)
+        self.keep_token_ids = sorted(set(self.keep_token_ids))
 
     def ratio_of(self, module_name: str) -> int:
         """The compression ratio that this configuration gives a module.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,17 +24,9 @@ from .layer import PluginModule, VariatorLayer
 
 __all__ = ["CallRecorder", "CheckpointHook", "StackHooks", "hooks_of"]
 
-RECORDED = (
-    "attention_mask",
-    "input_ids",
-    "inputs_embeds",
-    "labels",
-    "logits_to_keep",
-    "past_key_values",
-    "pixel_values",
-    "position_ids",
-    "shift_labels",
-)
+# What a head knows and its stack does not; the ids too, which a vision-language model turns into embeddings.
+OF_HEADS = ("input_ids", "labels", "logits_to_keep", "shift_labels")
+OF_STACKS = ("attention_mask", "inputs_embeds", "past_key_values", "pixel_values", "position_ids")
 
 # Calls of the surrounding models that are under way, outermost first; a thread each, as replicas run in threads.
 _active = threading.local()
@@ -48,9 +40,14 @@ def _frames() -> list[tuple[nn.Module, dict[str, Any]]]:
 
 def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call that say something about its tokens, by name."""
-    names = inspect.signature(module.forward).parameters
-    arguments = dict(zip(names, args, strict=False)) | kwargs
-    return {name: arguments[name] for name in RECORDED if arguments.get(name) is not None}
+    arguments = dict(zip(_parameters_of(type(module).forward), args, strict=False)) | kwargs
+    return {name: arguments[name] for name in OF_HEADS + OF_STACKS if arguments.get(name) is not None}
+
+
+@cache
+def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a class's forward. Looked up once, as decoding a token should cost nothing."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _close(module: nn.Module) -> None:
@@ -74,6 +71,7 @@ class CallRecorder:
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the call."""
+        _close(module)  # a call that ended in an error inside of compiled code was not forgotten
         _frames().append((module, _recorded(module, args, kwargs)))
 
     @torch.compiler.disable
@@ -115,14 +113,18 @@ class StackHooks:
     @torch.compiler.disable
     def before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out about the call's tokens and hand that to the plugins."""
-        arguments: dict[str, Any] = {}
-        for _, recorded in _frames():
-            arguments |= recorded
-        arguments |= _recorded(stack, args, kwargs)
         plugins = self.plugins(stack)
+        if plugins[0].call is not None:
+            _forget(plugins)  # left by a call that ended in an error inside of compiled code
+        own = _recorded(stack, args, kwargs)
+        tokens = own.get("input_ids", own.get("inputs_embeds"))
+        if self.kind == "causal" and tokens is not None and tokens.shape[1] == 1:
+            return  # decoding one token at a time: there is nothing to merge
         choices = {plugin.name: plugin.choice for plugin in plugins if isinstance(plugin, VariatorLayer)}
         active = {name: choice for name, choice in choices.items() if choice is not None}
-        call = self._call(arguments, active) if active else None
+        if not active:
+            return
+        call = self._call(self._inherited(stack) | own, active)
         for plugin in plugins:
             plugin.call = call
 
@@ -130,11 +132,20 @@ class StackHooks:
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Take the call back: outside of it, a plugin's feed-forward network is the base model's."""
         plugins = self.plugins(stack)
-        tie(plugins, output)
-        for plugin in plugins:
-            plugin.call = None
+        if plugins[0].call is not None:
+            tie(plugins, output)
+            _forget(plugins)
 
-    def _call(self, arguments: dict[str, Any], choices: dict[str, tuple[str, MergeRule]]) -> StackCall | None:
+    @staticmethod
+    def _inherited(stack: nn.Module) -> dict[str, Any]:
+        """What the surrounding models were called with and the stack was not asked for."""
+        arguments: dict[str, Any] = {}
+        for _, recorded in _frames():
+            arguments |= recorded
+        asked = set(_parameters_of(type(stack).forward)) - set(OF_HEADS)
+        return {name: value for name, value in arguments.items() if name not in asked}
+
+    def _call(self, arguments: dict[str, Any], choices: dict[str, tuple[str, MergeRule]]) -> StackCall:
         surrounding = [module for module, _ in _frames()]
         image_ids = _image_ids(surrounding)
         call = StackCall(
@@ -146,10 +157,8 @@ class StackHooks:
             patch_size=_patch_size(self.stack),
         )
         if self.kind == "causal":
-            if call.shape is not None and call.shape[1] == 1:
-                return None  # decoding one token at a time: there is nothing to merge
-            cache = arguments.get("past_key_values")
-            call.past_length = 0 if cache is None else int(cache.get_seq_length())
+            past = arguments.get("past_key_values")
+            call.past_length = 0 if past is None else int(past.get_seq_length())
             call.image_tokens = _image_tokens(image_ids) if image_ids and "input_ids" not in arguments else None
             self._warn_about_losses(call)
         call.prepare()

@@ -209,15 +209,30 @@ class VariatorLayer(PluginModule):
                 f"the model's hidden size, {self.in_features}. Name the module where the feed-forward network starts "
                 "in target_modules."
             )
+        self._check_alone(hidden_states, *args, *kwargs.values())
         plugin, rule = choice
         grouping = self.call.grouping(rule, hidden_states)
         if grouping.num_rows == 0 and not self.has_end:
             return torch.zeros_like(hidden_states)
         output = self.base_layer(self.compress(hidden_states, grouping, plugin), *args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{self.name} gives a {type(output).__name__}, but a Variator plugin needs a network that gives its "
+                "output alone. Name other modules where the feed-forward network starts and ends."
+            )
         if not self.has_end:
             return self.expand(output, hidden_states, grouping, plugin)
         self.call.pending[self.name] = (self, grouping, hidden_states, plugin)
         return output
+
+    def _check_alone(self, hidden_states: Tensor, *others: Any) -> None:
+        for other in others:
+            if isinstance(other, Tensor) and other.shape[:-1] == hidden_states.shape[:-1]:
+                raise ValueError(
+                    f"{self.name} takes a second tensor of shape {tuple(other.shape)} beside the hidden states, such "
+                    "as the residual, which is not merged with them. Name modules inside of it where the feed-forward "
+                    "network starts (target_modules) and ends (end_module)."
+                )
 
     def compress(self, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:
         """Merge each group into one vector.

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from .architectures import FEED_FORWARDS, FeedForward, candidates, find_feed_forwards, matches, owner_of
 from .call import StackKind
@@ -21,6 +26,8 @@ def default_targets(model: nn.Module, config: VariatorConfig) -> str:
     names = []
     for name, feed_forward in find_feed_forwards(model):
         owner_name, owner = owner_of(model, name)
+        if _is_decoder_of_an_encoder(owner):
+            continue
         if config.compress_vision_tower or stack_kind(owner, feed_forward) != "vision":
             stacks[owner_name] = feed_forward
             names.append(name)
@@ -33,6 +40,11 @@ def default_targets(model: nn.Module, config: VariatorConfig) -> str:
             f"{sorted(FEED_FORWARDS)}."
         )
     return _regex_for(model, names, stacks)
+
+
+def _is_decoder_of_an_encoder(owner: nn.Module) -> bool:
+    """Whether a stack attends to an encoder: only the encoder's networks merge (Xiao et al. 2023, section 4.1)."""
+    return isinstance(owner, PreTrainedModel) and bool(getattr(owner.config, "add_cross_attention", False))
 
 
 def _regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward]) -> str:
@@ -56,8 +68,8 @@ def feed_forward_at(owner: nn.Module, key: str, config: VariatorConfig) -> FeedF
     """The table's row for a module, or what the configuration says of an architecture that is not in it."""
     row = FEED_FORWARDS.get(owner.config.model_type) if isinstance(owner, PreTrainedModel) else None
     if config.end_module is None and row is not None and matches(row, key):
-        return row
-    return FeedForward(re.escape(key), config.end_module)
+        return row if config.causal is None else replace(row, causal=config.causal)
+    return FeedForward(re.escape(key), config.end_module, config.causal)
 
 
 def named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn.Module]:
@@ -76,17 +88,25 @@ def named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn.
 
 
 def stack_kind(stack: nn.Module, feed_forward: FeedForward) -> StackKind:
+    """Whether a stack is an encoder, causal, or a vision encoder."""
     if isinstance(stack, PreTrainedModel) and stack.main_input_name == "pixel_values":
         return "vision"
-    if feed_forward.causal is not None:
-        return "causal" if feed_forward.causal else "encoder"
-    is_causal = any(getattr(module, "is_causal", False) for module in stack.modules())
-    return "causal" if is_causal else "encoder"
+    causal = feed_forward.causal
+    if causal is None:
+        marks = [bool(module.is_causal) for module in stack.modules() if hasattr(module, "is_causal")]
+        causal = any(marks) if marks else _has_causal_heads_alone(stack)
+    return "causal" if causal else "encoder"
+
+
+def _has_causal_heads_alone(stack: nn.Module) -> bool:
+    """Whether transformers offers the architecture for next-token prediction and not for filling in masked words."""
+    model_type = stack.config.model_type if isinstance(stack, PreTrainedModel) else None
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def hidden_size_of(owner: nn.Module, target: nn.Module, key: str) -> int:
     """Width of the hidden states that a feed-forward network takes and gives."""
-    if isinstance(owner, PreTrainedModel):
+    if isinstance(owner, PreTrainedModel) and hasattr(owner.config, "hidden_size"):
         return int(owner.config.hidden_size)
     for module in target.modules():
         if isinstance(module, nn.Linear):
