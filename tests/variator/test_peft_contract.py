@@ -27,9 +27,9 @@ class TestVariatorContract(PeftContract, RefusesToMergeContract):
     prefix = "variator_"
     cases = [
         contract_case("bert", "FEATURE_EXTRACTION"),
-        contract_case("bert-sequence", "SEQ_CLS", head="classifier"),
+        contract_case("bert-sequence", "SEQ_CLS", head="classifier", keep_first_tokens=0),
         contract_case("t5", "SEQ_2_SEQ_LM"),
         contract_case("llama", "CAUSAL_LM", head="lm_head"),
         contract_case("opt", "CAUSAL_LM", scoring="concat"),
-        contract_case("vit-classes", head="classifier"),
+        contract_case("vit"),
     ]
