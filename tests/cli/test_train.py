@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -202,3 +202,14 @@ def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("w1 w2")
     status, _, err = invoke(tmp_path / "model", "--data", tmp_path / "short.txt", "-o", tmp_path / "out", *QUICK)
     assert (status, "gives 1 examples; at least 2 are needed" in err) == (1, True)
+
+
+def test_an_adapter_of_another_method_is_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    get_peft_model(model, LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
+    status, _, err = invoke(
+        tmp_path / "model", "--data", data, "-o", tmp_path / "out", "--adapter", tmp_path / "lora", *QUICK
+    )
+    assert status == 1
+    assert "lora has the method PeftType.LORA, not a Variator plugin" in err

@@ -476,3 +476,5 @@ def test_batches_that_lack_something_are_named(trainer, plugin_model, examples, 
     run = trainer("bert")
     with pytest.raises(ValueError, match="The model returned no hidden_states, only last_hidden_state"):
         run.terms["hidden"].states({"last_hidden_state": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="The variance of hidden_states has not been measured"):
+        run.terms["hidden"].loss({}, {}, {})
