@@ -33,41 +33,38 @@ def two_four_linear(rows: int, columns: int, dtype: torch.dtype = torch.float32,
 def reference_bits(mask: Tensor) -> Tensor:
     """bool (rows, columns) -> uint8 (rows, ceil(columns / 8)), bit i of byte j for column 8·j + i."""
     rows, columns = mask.shape
-    packed = torch.zeros(rows, (columns + 7) // 8, dtype=torch.uint8)
-    for row in range(rows):
+    packed = [[0] * ((columns + 7) // 8) for _ in range(rows)]
+    for row, kept in enumerate(mask.tolist()):
         for column in range(columns):
-            if mask[row, column]:
-                packed[row, column // 8] |= 1 << (column % 8)
-    return packed
+            if kept[column]:
+                packed[row][column // 8] |= 1 << (column % 8)
+    return torch.tensor(packed, dtype=torch.uint8).reshape(rows, (columns + 7) // 8)
 
 
 def reference_pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`compressed` and `bitmask` of a 2:4 weight; a group with fewer than two non-zeros keeps its first zeros."""
     rows, columns = weight.shape
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    values = []
-    for row in range(rows):
+    places = []
+    for nonzero in (weight != 0).tolist():
         for first in range(0, columns, 4):
-            kept = [column for column in range(first, first + 4) if weight[row, column] != 0]
+            kept = [column for column in range(first, first + 4) if nonzero[column]]
             for column in range(first, first + 4):
                 if len(kept) < 2 and column not in kept:
                     kept.append(column)
-            for column in sorted(kept):
-                mask[row, column] = True
-                value = weight[row, column]
-                values.append(value if value != 0 else torch.zeros((), dtype=weight.dtype))
-    compressed = torch.stack(values).view(rows, columns // 2) if values else weight.new_zeros(rows, columns // 2)
-    return compressed, reference_bits(mask)
+            places += sorted(kept)
+    columns_kept = torch.tensor(places, dtype=torch.int64).reshape(rows, columns // 2)
+    values = weight.gather(1, columns_kept)
+    values[values == 0] = 0  # not -0.0
+    mask = torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, columns_kept, True)
+    return values, reference_bits(mask)
 
 
 def reference_unpack(compressed: Tensor, bitmask: Tensor, columns: int) -> Tensor:
     """The dense weight, value by value."""
     weight = torch.zeros(len(compressed), columns, dtype=compressed.dtype)
-    for row in range(len(compressed)):
-        values = iter(compressed[row])
-        for column in range(columns):
-            if bitmask[row, column // 8] >> (column % 8) & 1:
-                weight[row, column] = next(values)
+    for row, bytes_ in enumerate(bitmask.tolist()):
+        kept = [column for column in range(columns) if bytes_[column // 8] >> (column % 8) & 1]
+        weight[row, kept] = compressed[row]
     return weight
 
 
