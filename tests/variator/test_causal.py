@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from peft_variator import VariatorConfig
 
-from .cases import CAUSAL, LLAMA, LLAVA, TASK_HEADS, Case, by_name
+from .cases import CAUSAL, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name
 from .reference import watch
 
 
@@ -30,6 +31,9 @@ LABELLED = {
     "first": [1],
     "none": [],
 }
+
+
+BERT_DECODER = Case("bert-decoder", "bert", AutoModelForCausalLM, TEXT | {"is_decoder": True}, "causal")
 
 
 def with_plugin(case: Case, **fields: Any) -> PeftModel:
@@ -62,7 +66,7 @@ def assert_no_leak(model: torch.nn.Module, inputs: dict[str, Any], used: Tensor,
 
 
 @pytest.mark.parametrize("where", LABELLED)
-@pytest.mark.parametrize("case", CAUSAL, ids=by_name)
+@pytest.mark.parametrize("case", [*CAUSAL, BERT_DECODER], ids=by_name)
 def test_predictions_that_have_a_label(case: Case, where: str) -> None:
     model = with_plugin(case, keep_last_tokens=0)
     inputs = case.inputs(2, LENGTH)
@@ -99,6 +103,20 @@ def test_predictions_asked_for_by_logits_to_keep(keep: int | Tensor) -> None:
         for position, other in changed_later(inputs):
             earlier = positions < position
             torch.testing.assert_close(model(**other).logits[:, earlier], expected[:, earlier], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_last", [0, 1, 2, 5])
+def test_the_end_of_a_prompt_is_kept_before_every_answer(keep_last: int) -> None:
+    """As in generation, where the prompt ends there."""
+    model, inputs = with_plugin(LLAMA, keep_last_tokens=keep_last), LLAMA.inputs(1, LENGTH)
+    rows = {0: 1 + 2 + 6, 1: 1 + 2 + 6, 2: 1 + 2 + 1 + 6, 5: 1 + 1 + 4 + 6}[keep_last]
+    # Labels at 10-15: 0 | 1-8 | 9-14 used | 15, of which 10 - keep_last to 9 end the prompt.
+    rows += 1
+    labels = labels_at(inputs["input_ids"], range(10, 16))
+    assert [seen.rows for seen in watch(model, lambda: model(**inputs, labels=labels))] == [rows] * 2
+    prompt = inputs["input_ids"][:, :10]
+    alone = [seen.rows for seen in watch(model, lambda: model(input_ids=prompt))]
+    assert alone == [rows - 6] * 2
 
 
 @pytest.mark.parametrize("shift", [True, False])

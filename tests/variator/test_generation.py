@@ -56,8 +56,11 @@ def test_greedy_decoding_gives_the_logits_of_training(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CAUSAL, ids=by_name)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_left_padding_and_cache_change_nothing(case: Case, cache: str) -> None:
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_left_padding_and_cache_change_nothing(case: Case, cache: str, attention: str) -> None:
     model, (batch, alone) = with_plugin(case), left_padded(case)
+    if case.name != "gemma2":  # it has no other
+        model.get_base_model().set_attn_implementation(attention)
     options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
     together = model.generate(**batch, **options, cache_implementation=cache)
     logits = torch.stack(together.logits, dim=1)
@@ -94,8 +97,9 @@ def test_beam_search(options: dict[str, int]) -> None:
         assert own.tolist() == expected[:, prompt.shape[1] :].tolist()
 
 
-def test_sampling() -> None:
-    model, ids = with_plugin(), LLAMA.inputs(2, PROMPT)["input_ids"]
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_sampling(task_type: str | None) -> None:
+    model, ids = with_plugin(task_type=task_type), LLAMA.inputs(2, PROMPT)["input_ids"]
     options = {"do_sample": True, "num_return_sequences": 3, "temperature": 0.7, "output_logits": True}
     torch.manual_seed(5)
     output = model.generate(

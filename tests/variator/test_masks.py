@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from peft_variator import VariatorConfig
+from peft_variator.tuners.variator.call import MergeRule, StackCall
 from peft_variator.tuners.variator.masks import places, real_tokens, single_mask, text_starts, with_those_before
 
 from .cases import ALL, BERT, CAUSAL, ENCODERS, LLAMA, Case, by_name, outputs_of
@@ -151,6 +152,17 @@ def test_experts_route_the_vectors_that_are_left() -> None:
     output = model(**inputs, labels=labels, output_router_logits=True)
     assert [logits.shape[0] for logits in output.router_logits] == [2 * (1 + 2 + 5)] * 2
     assert torch.isfinite(output.loss)
+
+
+def test_groups_follow_a_layer_to_its_device() -> None:
+    """Arguments may be on another device than a layer, whose inputs accelerate moves."""
+    rule = MergeRule(ratio=4)
+    call = StackCall("encoder", {"input_ids": torch.full((2, 12), 20)}, {"mlp": ("default", rule)})
+    call.prepare()
+    groups = call.grouping(rule, torch.empty(2, 12, 8))
+    moved = call.grouping(rule, torch.empty(2, 12, 8, device="meta"))
+    assert groups.row_of.device.type == "cpu"
+    assert {moved.row_of.device.type, moved.is_merged.device.type} == {"meta"}
 
 
 def test_real_tokens_places_and_text_starts() -> None:
