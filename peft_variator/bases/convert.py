@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-
-from ..architectures import model_class
-from .bits import mask_width
-from .checkpoint import Checkpoint, CheckpointError
-from .config import METHOD, Sparse24Config
-from .load import translate_compressed_tensors
-from .names import KeyNames
-from .plan import PlannedWeight, Rules, plan_weights
-from .shards import ConversionReport, OnProgress, Piece, read_config, rewrite
-from .stored import StoredWeight, find_stored_weights
-from .writer import TensorSpec
+from .checkpoint import CheckpointError
+from .config import Sparse24Config
+from .folder import ModelFolder
+from .pieces import dense_piece, layers_left_dense, own_dtype, planned_piece
+from .plan import Rules, plan_weights
+from .shards import ConversionReport, OnProgress, rewrite
+from .stored import find_stored_weights
 
 
-__all__ = ["make_skeleton", "pack_checkpoint", "packed_piece", "unpack_checkpoint"]
-
-_MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["pack_checkpoint", "unpack_checkpoint"]
 
 
 def pack_checkpoint(
@@ -51,25 +40,22 @@ def pack_checkpoint(
         CheckpointError: nothing is 2:4, or something is not that has to be; the message names file, tensor and row.
         FileExistsError: `output` exists and is not empty.
     """
-    folder = Path(source)
-    config = read_config(folder)
-    entry = config.get("quantization_config") or config.get("compression_config")
-    if entry and entry.get("quant_method") == METHOD:
-        raise CheckpointError(f"{folder} is packed already.")
-    published = translate_compressed_tensors(entry) if entry else Sparse24Config(format="dense")
+    folder = ModelFolder.open(source)
+    if folder.ours:
+        raise CheckpointError(f"{folder.path} is packed already.")
+    published = folder.published or Sparse24Config(format="dense")
     wanted = published.targets if targets is None else list(targets)
     rules = Rules(
         pack_dense=published.format == "dense",
         targets=None if wanted is None else tuple(wanted),
         ignore=(*published.ignore, *ignore),
     )
-    checkpoint = Checkpoint.from_directory(folder)
-    model = make_skeleton(folder)
-    planned = plan_weights(model, checkpoint, rules, model.config.dtype or torch.float32)
-    pieces = [_planned_piece(weight) for weight in planned if weight.action != "as_is"]
-    left = _left_dense(model, checkpoint, planned)
-    job = {"task": "pack", "targets": rules.targets, "ignore": rules.ignore}
-    return rewrite(folder, output, checkpoint, pieces, _packed_config(config, checkpoint, left), job, on_progress)
+    model = folder.skeleton()
+    planned = plan_weights(model, folder.checkpoint, rules, folder.dtype())
+    pieces = [planned_piece(weight) for weight in planned if weight.action != "as_is"]
+    packed = (weight.module for weight in planned if weight.action != "dense")
+    config = folder.packed_config(layers_left_dense(model, folder.checkpoint, packed))
+    return rewrite(folder, output, pieces, config, {"task": "pack"}, on_progress)
 
 
 def unpack_checkpoint(
@@ -91,89 +77,11 @@ def unpack_checkpoint(
         CheckpointError: a weight is damaged, or nothing is packed; the message names file, tensor and row.
         FileExistsError: `output` exists and is not empty.
     """
-    folder = Path(source)
-    config = read_config(folder)
-    checkpoint = Checkpoint.from_directory(folder)
-    entry = config.pop("quantization_config", None) or config.pop("compression_config", None) or {}
-    config.pop("compression_config", None)
-    if entry.get("quant_method") == METHOD:
-        if Sparse24Config.from_entry(entry).checksums:
-            checkpoint.check_checksums()
-    elif entry:
-        translate_compressed_tensors(entry)  # raises where it is quantized in another way
-    dtype = AutoConfig.from_pretrained(folder).dtype or torch.float32
-    stored = [weight for weight in find_stored_weights(checkpoint.tensors).values() if not weight.plain]
+    folder = ModelFolder.open(source)
+    stored = [weight for weight in find_stored_weights(folder.checkpoint.tensors).values() if not weight.plain]
     if not stored:
-        raise CheckpointError(f"{folder} is dense already.")
+        raise CheckpointError(f"{folder.path} is dense already.")
     for weight in stored:
         weight.check()
-    pieces = [dense_piece(weight, _own_dtype(weight, dtype)) for weight in stored]
-    return rewrite(folder, output, checkpoint, pieces, config, {"task": "unpack"}, on_progress)
-
-
-def make_skeleton(folder: Path) -> PreTrainedModel:
-    """The model that a config.json describes, dense and without weights.
-
-    Raises:
-        CheckpointError: its architecture is no class of transformers.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    config.__dict__.pop("quantization_config", None)
-    cls = model_class(config)
-    if cls is None:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: architectures={config.architectures} names no class of transformers, so its "
-            "linear layers are unknown. Load the model with its own code and Sparse24Config, and save it."
-        )
-    with torch.device("meta"):
-        return cls(config)
-
-
-def packed_piece(weight: StoredWeight, dtype: torch.dtype) -> Piece:
-    """A piece that packs one stored weight."""
-    rows, columns = weight.size()
-    specs = {
-        "compressed": TensorSpec(dtype, (rows, columns // 2)),
-        "bitmask": TensorSpec(torch.uint8, (rows, mask_width(columns))),
-        "shape": TensorSpec(torch.int64, (2, 1)),
-    }
-    return Piece(
-        weight.sources,
-        {f"{weight.module}.{part}": spec for part, spec in specs.items()},
-        lambda: {f"{weight.module}.{part}": tensor for part, tensor in weight.read_packed(dtype)._asdict().items()},
-    )
-
-
-def dense_piece(weight: StoredWeight, dtype: torch.dtype) -> Piece:
-    """A piece that unpacks, or rescales, one stored weight."""
-    spec = TensorSpec(dtype, weight.size())
-    return Piece(weight.sources, {weight.name: spec}, lambda: {weight.name: weight.read_dense(dtype)})
-
-
-def _planned_piece(weight: PlannedWeight) -> Piece:
-    make = packed_piece if weight.action == "packed" else dense_piece
-    return make(weight.stored, _own_dtype(weight.stored, weight.dtype))
-
-
-def _own_dtype(weight: StoredWeight, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a weight is stored in, or `dtype` for 8-bit values."""
-    return dtype if weight.quantized else weight.main.dtype
-
-
-def _left_dense(model: PreTrainedModel, checkpoint: Checkpoint, planned: Iterable[PlannedWeight]) -> list[str]:
-    """The linear layers that are not packed, by their name in the checkpoint, or in the model where they have none."""
-    names = KeyNames(model)
-    packed = {weight.module for weight in planned if weight.action != "dense"}
-    dense = {name for name, module in model.named_modules() if type(module) is nn.Linear} - packed
-    stored = {(names.parameter(name) or "").rpartition(".")[0]: name.rpartition(".")[0] for name in checkpoint.tensors}
-    return sorted(stored.get(name, name) for name in dense)
-
-
-def _packed_config(config: dict[str, Any], checkpoint: Checkpoint, left_dense: list[str]) -> dict[str, Any]:
-    entry = Sparse24Config(targets=["Linear"], ignore=left_dense, checksums=True).to_dict()
-    new = {name: value for name, value in config.items() if name != "compression_config"}
-    if not new.get("dtype") and not new.get("torch_dtype"):
-        # otherwise transformers takes it from the first floating tensor of the files, before they are checked
-        dtypes = (stored.dtype for stored in checkpoint.tensors.values() if stored.dtype in _MODEL_DTYPES)
-        new["dtype"] = str(next(dtypes, torch.float32)).removeprefix("torch.")
-    return {**new, "quantization_config": entry}
+    pieces = [dense_piece(weight, own_dtype(weight, folder.dtype())) for weight in stored]
+    return rewrite(folder, output, pieces, folder.config, {"task": "unpack"}, on_progress)

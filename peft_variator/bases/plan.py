@@ -17,7 +17,7 @@ from .names import KeyNames, matches
 from .stored import StoredWeight, find_stored_weights
 
 
-__all__ = ["Action", "PlannedWeight", "Rules", "plan_weights"]
+__all__ = ["Action", "PlannedWeight", "Rules", "is_free_linear", "plan_weight", "plan_weights"]
 
 Action = Literal["as_is", "packed", "dense"]
 """`as_is` loads the stored tensors into a `Sparse24Linear`, `packed` converts them for one, `dense` unpacks them."""
@@ -84,23 +84,31 @@ def plan_weights(
             message names file, tensor and row. Or nothing is 2:4 at all.
     """
     names = KeyNames(model)
-    planned: list[PlannedWeight] = []
-    for stored in find_stored_weights(checkpoint.tensors).values():
-        parameter = _find_parameter(stored, names)
-        if parameter is None:
-            continue
-        module = model.get_submodule(parameter.rpartition(".")[0])
-        action = _choose_action(stored, module, _is_free_linear(model, module, parameter), rules)
-        if action is not None:
-            _check_size(stored, tuple(model.get_parameter_or_buffer(parameter).shape))
-            stored.check()
-            planned.append(PlannedWeight(stored, parameter, action, _dtype_of(model, parameter, dtype)))
+    weights = find_stored_weights(checkpoint.tensors).values()
+    candidates = (plan_weight(model, names, stored, rules, dtype) for stored in weights)
+    planned = [weight for weight in candidates if weight is not None]
     if all(weight.action == "dense" and weight.stored.layout == "dense" for weight in planned):
         raise CheckpointError(
             f"{', '.join(map(str, checkpoint.files))}: no linear layer of {type(model).__name__} is 2:4. Prune the "
             "model to 2:4 first, or load it without a Sparse24Config."
         )
     return planned
+
+
+def plan_weight(
+    model: PreTrainedModel, names: KeyNames, stored: StoredWeight, rules: Rules, dtype: torch.dtype
+) -> PlannedWeight | None:
+    """Plan one weight; None if it stays plain and dense, or the model has no use for it. See `plan_weights`."""
+    parameter = _find_parameter(stored, names)
+    if parameter is None:
+        return None
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    action = _choose_action(stored, module, is_free_linear(model, module, parameter), rules)
+    if action is None:
+        return None
+    _check_size(stored, tuple(model.get_parameter_or_buffer(parameter).shape))
+    stored.check()
+    return PlannedWeight(stored, parameter, action, _dtype_of(model, parameter, dtype))
 
 
 def _find_parameter(stored: StoredWeight, names: KeyNames) -> str | None:
@@ -134,7 +142,7 @@ def _stores_two_four(stored: StoredWeight) -> bool:
     return is_two_four(stored.main.read() if stored.plain else stored.read_dense(torch.float32))
 
 
-def _is_free_linear(model: PreTrainedModel, module: nn.Module, parameter: str) -> bool:
+def is_free_linear(model: PreTrainedModel, module: nn.Module, parameter: str) -> bool:
     """Whether a layer can be replaced: a plain nn.Linear whose weight no other module shares.
 
     Subclasses are left alone: their forward, or that of their parent, may read the weight.

@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from ..files import write_text
-from .checkpoint import INDEX_NAME, Checkpoint, CheckpointError, StoredTensor
+from .checkpoint import INDEX_NAME, Checkpoint, StoredTensor
+from .folder import ModelFolder
 from .staging import StagedFolder
 from .writer import ShardWriter, TensorSpec
 
 
-__all__ = ["ConversionReport", "OnProgress", "Piece", "copy_pieces", "read_config", "rewrite"]
+__all__ = ["ConversionReport", "OnProgress", "Piece", "fingerprint", "rewrite"]
 
 OnProgress = Callable[[int, int], None]
 """Called with the source bytes done and those there are."""
@@ -59,19 +60,7 @@ class ConversionReport:
     bytes_after: int
 
 
-def read_config(source: Path) -> dict[str, Any]:
-    """The config.json of a model folder.
-
-    Raises:
-        CheckpointError: there is none, or it is not JSON.
-    """
-    try:
-        return json.loads((source / _CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source / _CONFIG_NAME} can't be read: {error}") from error
-
-
-def copy_pieces(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> list[Piece]:
+def _copy_pieces(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> list[Piece]:
     """Pieces that copy all tensors which are not the source of one of `pieces`."""
     taken = {stored.name for piece in pieces for stored in piece.sources}
     return [_copy(stored) for name, stored in checkpoint.tensors.items() if name not in taken]
@@ -83,9 +72,8 @@ def _copy(stored: StoredTensor) -> Piece:
 
 
 def rewrite(
-    source: Path,
+    source: ModelFolder,
     output: str | os.PathLike[str],
-    checkpoint: Checkpoint,
     pieces: list[Piece],
     config: dict[str, Any],
     job: dict[str, Any],
@@ -99,21 +87,21 @@ def rewrite(
     Args:
         source: the model folder.
         output: the folder to make.
-        checkpoint: the source's tensors.
         pieces: what changes.
         config: the new config.json.
-        job: options that decide what is written, to tell one run from another.
+        job: what else decides what is written, to tell one run from another.
         on_progress: see `OnProgress`.
 
     Raises:
         FileExistsError: `output` exists and is not empty.
         CheckpointError: a piece can't be made.
     """
-    stage = StagedFolder(output, {"source": _fingerprint(source, checkpoint), "config": config, **job})
-    every = pieces + copy_pieces(checkpoint, pieces)
+    files = [source.path / _CONFIG_NAME, *source.checkpoint.files]
+    stage = StagedFolder(output, {"source": fingerprint(files), "config": config, **job})
+    every = pieces + _copy_pieces(source.checkpoint, pieces)
     total = sum(_source_bytes(piece) for piece in every)
     done, weight_map = 0, {}
-    for file in checkpoint.files:
+    for file in source.checkpoint.files:
         own = [piece for piece in every if piece.sources[0].file == file]
         specs = {name: spec for piece in own for name, spec in piece.specs.items()}
         weight_map.update(dict.fromkeys(specs, file.name))
@@ -129,11 +117,11 @@ def rewrite(
             on_progress(done, total)
     after = sum(spec.nbytes for piece in every for spec in piece.specs.values())
     names = set(weight_map.values()) | {_CONFIG_NAME}
-    if (source / INDEX_NAME).exists():
+    if (source.path / INDEX_NAME).exists():
         index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(stage.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         names.add(INDEX_NAME)
-    names |= _copy_other_files(source, stage.path)
+    names |= _copy_other_files(source.path, stage.path)
     write_text(stage.path / _CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     stage.finish(names)
     return ConversionReport(stage.output, len(pieces), total, after)
@@ -143,9 +131,8 @@ def _source_bytes(piece: Piece) -> int:
     return sum(stored.nbytes for stored in piece.sources)
 
 
-def _fingerprint(source: Path, checkpoint: Checkpoint) -> list[list[Any]]:
-    """Name, size and time of the source's files."""
-    files = [*checkpoint.files, source / _CONFIG_NAME]
+def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of files, to tell whether they changed between two runs."""
     return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

@@ -26,6 +26,7 @@ class ContractCase:
         task_type: PEFT's name of the task; `None` for a plain `PeftModel`.
         fields: fields of the method's configuration for this model.
         head: name of a module outside of the adapter's reach that can be trained beside it.
+        autocasts: whether the base model runs under autocast at all.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ContractCase:
     task_type: str | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
+    autocasts: bool = True
 
     @property
     def reads_text(self) -> bool:
@@ -53,6 +55,7 @@ FILTERS: dict[str, Callable[[ContractCase], bool]] = {
     "case": lambda case: True,
     "text_case": lambda case: case.reads_text,
     "generating_case": lambda case: case.generates,
+    "autocast_case": lambda case: case.autocasts,
     "bare_case": lambda case: not case.brings_head,
     "head_case": lambda case: case.head is not None,
 }

@@ -32,7 +32,7 @@ class MergingContract(ContractBase):
         model = self.adapt(case)
         expected = outputs_of(model, case)
         model.merge_adapter()
-        assert model.get_model_status().merged_adapters == ["default"]
+        assert all(layer.merged_adapters == ["default"] for layer in tuner_layers(model).values())
         torch.testing.assert_close(outputs_of(model, case), expected, **TOLERANCE)
         model.unmerge_adapter()
         torch.testing.assert_close(outputs_of(model, case), expected, **TOLERANCE)
