@@ -108,7 +108,7 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(NAMES)}; all if left out.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(VARIANTS)}.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds; 0, and 1 and 2 for small sets, if left out.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of the adaptation.")] = 300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the adaptation.")] = 450,
     pretraining_steps: Annotated[int, typer.Option(help="Optimizer steps on plain text.")] = 300,
     work: Annotated[Path, typer.Option(help="Where models and plugins are kept.")] = Path("outputs/glue"),
     results: Annotated[Path, typer.Option(help="Where the JSON files go.")] = RESULTS,

@@ -39,6 +39,7 @@ class Variant:
         keeps_tokens: whether special tokens and both ends of a text stay out of the groups.
         fields: further fields of the plugin's configuration.
         is_pretrained: whether it has seen plain text before the task.
+        task_weight: weight of the task's own loss in the adaptation, beside the teacher's hidden states and logits.
     """
 
     ratios: tuple[int, ...] = (2, 4, 8)
@@ -46,6 +47,7 @@ class Variant:
     keeps_tokens: bool = True
     fields: dict[str, Any] = field(default_factory=dict)
     is_pretrained: bool = True
+    task_weight: float = 1.0
 
     def config(self, tokenizer: PreTrainedTokenizerBase) -> VariatorConfig:
         """The plugin's configuration."""
@@ -60,6 +62,7 @@ VARIANTS: dict[str, Variant] = {
     "no-kept-tokens": Variant(keeps_tokens=False),
     "last-layer-loss": Variant(hidden_loss="last"),
     "no-pretraining": Variant(is_pretrained=False),
+    "no-task-loss": Variant(task_weight=0.0),
     "one-ratio": Variant(ratios=(4,)),
     "one-ratio-concat": Variant(ratios=(4,), fields={"scoring": "concat"}),
 }
@@ -112,7 +115,7 @@ def adapt(
     seed: int,
     output: Path,
 ) -> PeftModel:
-    """Stage two: train the plugin on the task's texts to follow the task model, and save it.
+    """Stage two: train the plugin on the task's texts and labels to follow the task model, and save it.
 
     Args:
         variant: how the plugin is made.
@@ -133,6 +136,7 @@ def adapt(
         learning_rate=2e-3,
         hidden_loss=variant.hidden_loss,
         logits_weight=0.0 if task_model.config.num_labels == 1 else 1.0,
+        task_weight=variant.task_weight,
         ratios=list(variant.ratios),
         **_common(output / "runs", seed),
     )
