@@ -24,6 +24,7 @@ from ..profiling import (
 )
 from ..profiling.inputs import Lengths
 from ..profiling.shapes import Task
+from .console import open_console
 from .errors import reported
 
 
@@ -134,11 +135,7 @@ def _write(report: BenchmarkReport, json: Path | None, png: Path | None) -> None
 
 
 def _show(report: BenchmarkReport) -> None:
-    console = Console()
-    if not console.is_terminal:
-        # A pipe has no width of its own; rich would fold the figures at 80 columns.
-        console.width = max(console.width, 120)
-    console.print(make_table(report))
+    open_console(120).print(make_table(report))
     environment = report.environment
     if environment["device"] == "cpu" and environment.get("load_average", 0) > environment["cores"] / 2:
         typer.secho(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from ..sparsity import SparsityReport, inspect_checkpoint
+from .console import open_console
 from .errors import reported
 
 
@@ -37,9 +37,7 @@ def inspect_command(
 
 
 def _show(report: SparsityReport, by: str) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
+    console = open_console(120)
     console.print(report.table(by))
     if report.source["structure"] == "tensor names":
         console.print(

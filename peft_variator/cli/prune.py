@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..architectures import model_class
 from ..files import check_new_folder, new_folder
 from ..sparsity import PruningConfig, SparsityReport, prune
 from ..sparsity.calibration import read_batches
+from .console import open_console
 from .errors import reported
 
 
@@ -141,9 +141,7 @@ def _load_processor(model: str, needed: bool) -> Any | None:
 
 
 def _show(report: SparsityReport, output: Path, with_processor: bool) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
+    console = open_console(120)
     console.print(report.table("block"))
     total, names = report.total, ", ".join(row.name for row in report.grouped("modality"))
     console.print(

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..profiling.shapes import Task
 from ..training.restored_card import RestoredFacts
+from .console import show_result
 from .errors import reported
 from .restore_job import RestoreJob
 
@@ -82,17 +81,6 @@ def restore_command(
 
 
 def _show(job: RestoreJob, facts: RestoredFacts) -> None:
-    console = Console()
-    if not console.is_terminal:
-        # A pipe has no width of its own; rich would fold the figures at 80 columns.
-        console.width = max(console.width, 160)
-    head, *rows = facts.rows()
-    table = Table(title=f"{facts.base} on {facts.held_out} held-out examples")
-    for name in head:
-        table.add_column(name, justify="left" if name == head[0] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
     lines = [
         f"Adapted {facts.modules} modules, {facts.masked:.2%} of whose weights are masked, "
         + ("following no dense model." if facts.teacher is None else f"following the dense model {facts.teacher}."),
@@ -101,5 +89,4 @@ def _show(job: RestoreJob, facts: RestoredFacts) -> None:
         "Next: merge it, which keeps every zero, and check that with peft-variator inspect restored:",
         *("  " + line for line in facts.usage.splitlines() if line),
     ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    show_result(f"{facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..profiling.shapes import Task
 from ..training.card import PluginFacts
+from .console import show_result
 from .errors import reported
 from .train_job import TrainJob
 
@@ -101,17 +100,6 @@ def _ratios(repeated: list[int], listed: str | None) -> list[int] | None:
 
 
 def _show(job: TrainJob, facts: PluginFacts) -> None:
-    console = Console()
-    if not console.is_terminal:
-        # A pipe has no width of its own; rich would fold the figures at 80 columns.
-        console.width = max(console.width, 160)
-    head, *rows = facts.rows()
-    table = Table(title=f"Fidelity to {facts.base} on {facts.held_out} held-out examples")
-    for name in head:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
     size = (job.output / "adapter_model.safetensors").stat().st_size / 1e6
     lines = [
         f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size:.2f} MB), its model card README.md, "
@@ -123,8 +111,7 @@ def _show(job: TrainJob, facts: PluginFacts) -> None:
         + shlex.join(["peft-variator", "train", facts.base, "--adapter", str(job.output)])
         + " --data TEXT_OF_THE_TASK --output DIR",
     ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    show_result(f"Fidelity to {facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)
 
 
 def _listed(facts: PluginFacts) -> str:

@@ -1,0 +1,96 @@
+"""`peft-variator train` and `restore` on two processes do what they do on one with twice the batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from typer.testing import CliRunner
+
+from peft_variator.cli.main import app
+from peft_variator.sparsity import PruningConfig, prune
+
+
+# Two held-out examples: more than fill a batch would have some counted twice, as in `Trainer`.
+QUICK = ["--steps", "4", "--held-out", "2", "--max-length", "16", "--lr", "0.001"]
+
+
+def save_model(folder: Path, pruned: bool) -> Path:
+    set_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=40,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+    )
+    model = LlamaForCausalLM(config)
+    if pruned:
+        prune(model, PruningConfig(method="magnitude", pattern="2:4"), progress=False)
+    model.save_pretrained(folder)
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *(f"w{i}" for i in range(38))])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def save_text(file: Path) -> Path:
+    words = torch.randint(0, 38, (100, 10), generator=torch.Generator().manual_seed(0)).tolist()
+    file.write_text("\n".join(" ".join(f"w{word}" for word in line) for line in words))
+    return file
+
+
+def launch_two(*words: str) -> None:
+    """Start two processes by torch's own launcher, on the CPU."""
+    with socket.socket() as connection:
+        connection.bind(("127.0.0.1", 0))
+        port = connection.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    done = subprocess.run(
+        [*launch, "-m", "peft_variator.cli.main", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("Wrote") == 1, "one process writes and tells"
+
+
+def result(folder: Path) -> tuple[list[float], dict[str, Any]]:
+    record = json.loads((folder / "training.json").read_text())
+    return [line["loss"] for line in record["log"] if "loss" in line], record["facts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "restore"])
+def test_two_processes_do_what_one_does(tmp_path: Path, command: str) -> None:
+    model = save_model(tmp_path / "model", pruned=command == "restore")
+    words = [command, str(model), "--data", str(save_text(tmp_path / "text.txt")), *QUICK]
+    words += ["--teacher", str(save_model(tmp_path / "dense", pruned=False))] if command == "restore" else []
+    one = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "one"), "--batch-size", "4"])
+    assert one.exit_code == 0, one.stderr
+    launch_two(*words, "-o", str(tmp_path / "two"), "--batch-size", "2")
+    (losses, facts), (expected, expected_facts) = (result(tmp_path / name) for name in ("two", "one"))
+    assert len(losses) == 4
+    # Adam makes something of nothing: gradients that are rounding errors alone move weights as far as any other.
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert facts["held_out"] == expected_facts["held_out"]
+    for state in {"dense", "pruned"} & expected_facts.get("losses", {}).keys():
+        assert facts["losses"][state] == pytest.approx(expected_facts["losses"][state], rel=1e-4)
