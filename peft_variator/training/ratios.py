@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..tuners.variator import VariatorLayer
 from .adapters import TrainedAdapters
 
 
-__all__ = ["TrainedRatios", "sample_ratio"]
+__all__ = ["TrainedRatios", "average_over_ratios", "sample_ratio"]
 
 
 def sample_ratio(ratios: Sequence[int], seed: int, step: int) -> int:
@@ -25,6 +25,13 @@ def sample_ratio(ratios: Sequence[int], seed: int, step: int) -> int:
         step: number of optimizer steps done before this one.
     """
     return random.Random(f"compression ratio, seed {seed}, step {step}").choice(ratios)
+
+
+def average_over_ratios(by_ratio: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of several ratios as one: the mean under each name, and those of ratio 4 under `NAME_k4`."""
+    names = next(iter(by_ratio.values()))
+    means = {name: sum(metrics[name] for metrics in by_ratio.values()) / len(by_ratio) for name in names}
+    return means | {f"{name}_k{ratio}": metrics[name] for ratio, metrics in by_ratio.items() for name in metrics}
 
 
 class TrainedRatios:

@@ -1,4 +1,4 @@
-"""The distillation trainer: `transformers.Trainer` with a loss that ties an adapter's model to its dense teacher."""
+"""The distillation trainer: a loss that ties an adapter's model to its dense teacher."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .adapters import TrainedAdapters
-from .bookkeeping import EvaluationSums, RunningLosses
 from .config import DistillationConfig
+from .exact_losses import ExactLossTrainer
 from .losses import LossSums
 from .objective import HIDDEN_KEYS, build_terms
 from .predictions import CAUSAL, prediction_of
-from .ratios import TrainedRatios, sample_ratio
+from .ratios import TrainedRatios, average_over_ratios, sample_ratio
 from .sampling import sample_examples
 from .teacher import InPlaceTeacher, SeparateTeacher, Teacher
 from .terms import HiddenTerm, TaskTerm
-from .variance import HiddenStateVariance
+from .variance import measure_variances
 
 
 __all__ = ["DistillationTrainer"]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ExactLossTrainer):
     """Trains the adapters of a model so that it does what the model does without them, what its labels say, or both.
 
     Made for Variator plugins (stage one on plain text, stage two on a task, starting from the plugin of stage one;
@@ -57,9 +56,6 @@ class DistillationTrainer(Trainer):
 
     args: DistillationConfig
 
-    # `compute_loss` divides by the items of the whole accumulated batch.
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -82,8 +78,6 @@ class DistillationTrainer(Trainer):
         self._shifts_labels = prediction_of(base_model) is CAUSAL
         self.terms = build_terms(base_model, args, self.label_names, self._mean_task_loss)
         self.teacher = self._build_teacher(model, teacher_model)
-        self._running = RunningLosses()
-        self._evaluation: EvaluationSums | None = None
 
     def _build_teacher(self, model: nn.Module, teacher_model: nn.Module | None) -> Teacher | None:
         if all(isinstance(term, TaskTerm) for term in self.terms.values()):
@@ -111,61 +105,7 @@ class DistillationTrainer(Trainer):
             self.ratios.set(sample_ratio(self.ratios.choices, self.args.seed, self.state.global_step))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of an optimizer step, and how many items each part of the loss has in all of them.
-
-        Returns:
-            The micro-batches, and the items on all processes, float of shape `(parts of the loss,)`.
-        """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._running.start_step()
-        items = torch.zeros(len(self.terms), device=device)
-        for batch in batches:
-            items += torch.stack([term.items(batch).sum().to(device) for term in self.terms.values()])
-        return batches, self.accelerator.reduce(items, "sum")
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The weighted sum of the parts of the loss; see `Trainer.compute_loss`.
-
-        Args:
-            model: the student, wrapped or not; its mode (training or evaluation) decides what is averaged.
-            inputs: the batch.
-            return_outputs: whether to return the student's outputs too.
-            num_items_in_batch: items of each part of the loss in the whole accumulated batch, from
-                `get_batch_samples`. Without it, and in evaluation, the mean over this batch is taken.
-        """
-        is_training = model.training
-        losses, outputs = self._losses(model, inputs)
-        if is_training and isinstance(num_items_in_batch, Tensor):
-            means = self._shares(losses, num_items_in_batch)
-            self._running.add(means)
-        else:
-            means = {name: sums.mean() for name, sums in losses.items()}
-        if self._evaluation is not None:
-            self._evaluation.add(losses, self.accelerator)
-        loss = torch.stack([self.terms[name].weight * mean for name, mean in means.items()]).sum()
-        return (loss, outputs) if return_outputs else loss
-
-    def _shares(self, losses: Mapping[str, LossSums], items: Tensor) -> dict[str, Tensor]:
-        """What this micro-batch adds to the means over the accumulated batch; scalars by name.
-
-        Data parallelism averages gradients over processes, which the factor makes a sum.
-        """
-        processes = self.accelerator.num_processes
-        return {
-            name: sums.errors.sum() * processes / total.clamp(min=1)
-            for (name, sums), total in zip(losses.items(), items, strict=True)
-        }
-
-    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
+    def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         """The parts of the loss of a batch, and the student's outputs without what was asked for their sake."""
         self._measure_variances(self.train_dataset)
         is_training = model.training
@@ -204,17 +144,12 @@ class DistillationTrainer(Trainer):
             return
         if dataset is None:
             raise ValueError("The scale of hidden states is measured on data: pass train_dataset or eval_dataset.")
-        variances = [HiddenStateVariance() for _ in terms]
         mode = self.model.training
         # All processes draw the same sample. What a random collator draws must not shift what training draws.
         with torch.random.fork_rng(devices=[]):
-            for inputs in self._sample_batches(dataset):
-                outputs = self._teacher_outputs(self.model, inputs)
-                for term, variance in zip(terms, variances, strict=True):
-                    variance.update(term.states(outputs), term.mask(inputs))
+            batches = self._sample_batches(dataset)
+            measure_variances(terms, ((inputs, self._teacher_outputs(self.model, inputs)) for inputs in batches))
         self.model.train(mode)
-        for term, variance in zip(terms, variances, strict=True):
-            term.variance = variance.result()
 
     def _sample_batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
         examples = sample_examples(dataset, self.args.variance_samples)
@@ -222,26 +157,6 @@ class DistillationTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(examples), size):
             yield self._prepare_inputs(collate(examples[start : start + size]))
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Loss, predictions and labels of an evaluation batch; unlike in `Trainer`, a loss needs no labels."""
-        if self.label_names and all(inputs.get(name) is not None for name in self.label_names):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        if ignore_keys is None:
-            # Only some configurations have this attribute; the default is that of `Trainer`.
-            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
-        predictions = tuple(value for name, value in outputs.items() if name not in [*ignore_keys, "loss"])
-        return loss, predictions[0] if len(predictions) == 1 else predictions, None
 
     def evaluation_loop(
         self,
@@ -255,30 +170,11 @@ class DistillationTrainer(Trainer):
         self._measure_variances(self.train_dataset if self.train_dataset is not None else dataloader.dataset)
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.ratios is None or description == "Prediction":
-            return self._evaluate_exactly(*arguments)
+            return super().evaluation_loop(*arguments)
         by_ratio = {}
         with self.ratios.restored():
             for ratio in sorted(set(self.ratios.choices)):
                 self.ratios.set(ratio)
-                output = self._evaluate_exactly(*arguments)
+                output = super().evaluation_loop(*arguments)
                 by_ratio[ratio] = output.metrics
-        means = {name: sum(each[name] for each in by_ratio.values()) / len(by_ratio) for name in output.metrics}
-        single = {f"{name}_k{ratio}": each[name] for ratio, each in by_ratio.items() for name in each}
-        return output._replace(metrics=means | single)
-
-    def _evaluate_exactly(self, *arguments: Any) -> EvalLoopOutput:
-        """The evaluation of `Trainer`, with losses that are means over the items of the whole set."""
-        prefix = arguments[-1]
-        self._evaluation = EvaluationSums({name: term.weight for name, term in self.terms.items()})
-        try:
-            output = super().evaluation_loop(*arguments)
-            losses = {f"{prefix}_{name}": value for name, value in self._evaluation.losses().items()}
-        finally:
-            self._evaluation = None
-        return output._replace(metrics={**output.metrics, **losses})
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; see `Trainer.log`. The parts of the loss are added to the lines of the training loss."""
-        if "loss" in logs:
-            logs = {**logs, **self._running.drain(self.accelerator)}
-        super().log(logs, start_time)
+        return output._replace(metrics=average_over_ratios(by_ratio))

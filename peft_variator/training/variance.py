@@ -6,15 +6,17 @@ is cut into micro-batches, spread over processes, or resumed half-way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .losses import full_precision
+from .terms import HiddenTerm
 
 
-__all__ = ["HiddenStateVariance"]
+__all__ = ["HiddenStateVariance", "measure_variances"]
 
 
 class HiddenStateVariance:
@@ -70,3 +72,23 @@ class HiddenStateVariance:
                 "variance_samples."
             )
         return variance
+
+
+def measure_variances(
+    terms: Sequence[HiddenTerm], sample: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> None:
+    """Give every term the scale of the teacher's hidden states.
+
+    Args:
+        terms: parts of the loss.
+        sample: batches, each with the teacher's outputs on it.
+
+    Raises:
+        ValueError: the batches held no real token, or the hidden states of a layer are all the same.
+    """
+    variances = [HiddenStateVariance() for _ in terms]
+    for inputs, outputs in sample:
+        for term, variance in zip(terms, variances, strict=True):
+            variance.update(term.states(outputs), term.mask(inputs))
+    for term, variance in zip(terms, variances, strict=True):
+        term.variance = variance.result()
