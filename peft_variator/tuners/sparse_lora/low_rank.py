@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import SparseLoraConfig
 from .layouts import WeightLayout, find_layout, get_layout
+from .merging import sum_updates
 
 
 __all__ = ["LowRankLayer"]
@@ -89,14 +90,9 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
         b = [self.sparse_low_rank_B[name] for name in adapter_names]
         return a, b, [self.scaling[name] for name in adapter_names]
 
-    @torch.no_grad()
     def _update(self, adapter_names: Sequence[str]) -> torch.Tensor:
         """Σ s·B·A, (out, in), in float32 or better."""
-        dtype = torch.promote_types(self._base_tensors()[0].dtype, torch.float32)
-        total = self.sparse_low_rank_B[adapter_names[0]].new_zeros(self.out_features, self.in_features, dtype=dtype)
-        for a, b, scale in zip(*self._factors(adapter_names), strict=True):
-            total.addmm_(b.to(dtype), a.to(dtype), alpha=scale)
-        return total
+        return sum_updates(*self._factors(adapter_names), dtype=self._base_tensors()[0].dtype)
 
     def _base_tensors(self) -> list[torch.Tensor]:
         return self.layout.tensors(self.get_base_layer())

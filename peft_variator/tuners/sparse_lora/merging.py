@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
-__all__ = ["merge_update"]
+__all__ = ["merge_update", "sum_updates"]
+
+
+@torch.no_grad()
+def sum_updates(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
+) -> torch.Tensor:
+    """ΔW = Σ s·B·A, (out, in), in float32, or in `dtype` where that is wider.
+
+    Args:
+        a: A of each adapter, (rank, in).
+        b: B of each adapter, (out, rank).
+        scales: s of each adapter.
+        dtype: that of the weight to update.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    total = b[0].new_zeros(b[0].shape[0], a[0].shape[1], dtype=dtype)
+    for one_a, one_b, scale in zip(a, b, scales, strict=True):
+        total.addmm_(one_b.to(dtype), one_a.to(dtype), alpha=scale)
+    return total
 
 
 def merge_update(weight: torch.Tensor, update: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
