@@ -138,6 +138,12 @@ class Sparse24Linear(nn.Linear):
                 "A packed 2:4 weight is frozen, but `compressed` requires a gradient. Call "
                 "compressed.requires_grad_(False), and train an adapter, for example SparseLoRA."
             )
+        if self.offloaded and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "This packed 2:4 layer is offloaded, and above offloaded layers nothing is trained: PEFT puts their "
+                "adapters on the meta device, where they get no gradients, and autograd would keep every weight that "
+                "is brought in until the backward. Load the model without offloading; for inference call model.eval()."
+            )
         input, bias, dtype = _autocast(input, self.bias, self.compressed.dtype)
         if input.is_cuda and self.kernel(dtype, input.device).kernel != "dense":
             return packed_linear(input, bias, self.compressed, self.bitmask, dtype, self._sparse_weight(dtype))
@@ -183,8 +189,10 @@ class Sparse24Linear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.forget()
         names = [prefix + part for part in PackedWeight._fields]
-        if all(name in state_dict for name in names):
-            check_packed(PackedWeight(*(state_dict[name] for name in names)), prefix.rstrip("."))
+        parts = [state_dict[name] for name in names if name in state_dict]
+        # A subclass holds one process's share of a weight, which was checked before it was shared out.
+        if len(parts) == len(names) and all(type(part) in (Tensor, nn.Parameter) for part in parts):
+            check_packed(PackedWeight(*parts), prefix.rstrip("."))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -32,6 +32,12 @@ class SparseLoraLayer(MaskedLayer):
         active = [name for name in self.active_adapters if name in self.sparse_low_rank_A]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        if self.training and torch.is_grad_enabled() and self._is_offloaded():
+            raise RuntimeError(
+                f"The weight of {self.module_name!r} is offloaded, and above offloaded weights nothing is trained: "
+                "autograd would keep every weight that is brought in until the backward, and offloading would save no "
+                "memory. Load the model without offloading; for inference call model.eval()."
+            )
         result = self._masked_forward(x, active)
         if self.base_layer is not self.get_base_layer():
             # another tuner's layer in between, say LoRA's: add what it adds to the base

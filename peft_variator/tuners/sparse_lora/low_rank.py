@@ -99,13 +99,19 @@ class LowRankLayer(nn.Module, BaseTunerLayer):
 
     def _onloaded(self) -> AbstractContextManager[Any]:
         """Brings in what accelerate has offloaded: its hooks sit on forwards that are not called here."""
-        modules = (self.get_base_layer(), self.sparse_low_rank_A, self.sparse_low_rank_B)
-        if not any(parameter.is_meta for module in modules for parameter in module.parameters(recurse=False)):
+        if not self._is_offloaded():
             return nullcontext()
         stack = ExitStack()
-        for module in modules:
+        for module in self._modules_with_weights():
             stack.enter_context(align_module_device(module))
         return stack
+
+    def _is_offloaded(self) -> bool:
+        modules = self._modules_with_weights()
+        return any(parameter.is_meta for module in modules for parameter in module.parameters(recurse=False))
+
+    def _modules_with_weights(self) -> tuple[nn.Module, ...]:
+        return self.get_base_layer(), self.sparse_low_rank_A, self.sparse_low_rank_B
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         """PEFT looks for a `weight`, which packed layers don't have, and puts adapters of offloaded ones on meta."""
