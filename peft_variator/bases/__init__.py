@@ -10,6 +10,7 @@ from .convert import pack_checkpoint, unpack_checkpoint
 from .layout import LayoutError
 from .linear import Sparse24Linear
 from .load import load_base
+from .paths import describe_paths
 from .quantizer import Sparse24Quantizer, register
 
 
@@ -19,6 +20,7 @@ __all__ = [
     "Sparse24Config",
     "Sparse24Linear",
     "Sparse24Quantizer",
+    "describe_paths",
     "load_base",
     "pack_checkpoint",
     "unpack_checkpoint",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +27,7 @@ from ..profiling.inputs import Lengths
 from ..profiling.shapes import Task
 from .console import open_console
 from .errors import reported
+from .ratios import parse_ratios
 
 
 __all__ = ["bench"]
@@ -70,7 +72,7 @@ def bench(
         _check_outputs(json, png)
         settings = BenchmarkSettings(
             model=model,
-            ratios=_parse_ratios(ratios),
+            ratios=parse_ratios(ratios),
             batch=batch,
             length=length,
             lengths=lengths,
@@ -96,13 +98,6 @@ def _check_outputs(json: Path | None, png: Path | None) -> None:
             raise ValueError(f"{name} is {str(path)!r}, which is a folder. Name a file in it.")
     if png is not None:
         check_plotting()
-
-
-def _parse_ratios(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"--ratios is {text!r}; give whole numbers with commas between them, e.g. 2,4,8.")
-    return [int(part) for part in parts]
 
 
 def _command(settings: BenchmarkSettings) -> str:
@@ -136,6 +131,7 @@ def _write(report: BenchmarkReport, json: Path | None, png: Path | None) -> None
 
 def _show(report: BenchmarkReport) -> None:
     open_console(120).print(make_table(report))
+    _show_packed_layers(report.packed_layers)
     environment = report.environment
     if environment["device"] == "cpu" and environment.get("load_average", 0) > environment["cores"] / 2:
         typer.secho(
@@ -146,3 +142,10 @@ def _show(report: BenchmarkReport) -> None:
     typer.echo("Base and plugin ran in turn in one process. The plugin's weights were random, which costs no speed.")
     typer.echo(f"Again: {report.command}")
     typer.echo(f"Next, train a plugin that keeps the quality: {NEXT}")
+
+
+def _show_packed_layers(paths: Mapping[str, str]) -> None:
+    """Say which product the packed layers run and why; those that do the same are named together."""
+    for path in dict.fromkeys(paths.values()):
+        names = [name for name in paths if paths[name] == path]
+        typer.echo(f"{len(names)} of {len(paths)} packed 2:4 layers: {path}. They are: {', '.join(names)}.")

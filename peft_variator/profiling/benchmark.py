@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ..bases import describe_paths
 from ..tuners.variator import VariatorConfig
 from .compare import compare
 from .environment import describe_environment
@@ -129,6 +130,7 @@ def run_benchmark(
         added_parameters=_count(get_peft_model_state_dict(plugin, save_embedding_layers=False).values()),
         base=measured[0],
         plugins=measured[1:],
+        packed_layers=describe_paths(base),
     )
 
 

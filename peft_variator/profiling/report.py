@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class BenchmarkReport:
         added_parameters: parameters of the plugin.
         base: the base.
         plugins: the plugin, one entry a ratio.
+        packed_layers: name of every packed 2:4 layer of the base -> the product that it runs, and why.
     """
 
     model: str
@@ -58,6 +59,7 @@ class BenchmarkReport:
     added_parameters: int
     base: Measurement
     plugins: list[Measurement]
+    packed_layers: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

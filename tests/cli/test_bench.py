@@ -4,11 +4,15 @@ import json
 import re
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from peft_variator.bases import pack_checkpoint
 from peft_variator.cli import bench as bench_module
 from peft_variator.cli.main import app
 from peft_variator.profiling import BenchmarkReport, plot
+from peft_variator.sparsity import PruningConfig, prune
 
 
 TEXT = {
@@ -140,3 +144,18 @@ def test_a_picture_without_matplotlib(config, tmp_path, monkeypatch):
     status, _, err = invoke(config("encoder"), *QUICK, "--png", tmp_path / "out.png")
     assert status == 1
     assert "pip install 'peft-variator[plots]'" in err
+
+
+def test_says_which_product_the_packed_layers_run_and_why(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIGS["causal"]))
+    prune(model, PruningConfig(method="magnitude", pattern="2:4"), progress=False)
+    model.save_pretrained(tmp_path / "dense")
+    pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    status, out, err = invoke(tmp_path / "packed", *QUICK, "--length", 8, "--json", tmp_path / "out.json")
+    assert status == 0, err
+    path = "unpack into a buffer, because sparse tensor cores need an NVIDIA GPU of capability 8.0 or more, not cpu"
+    assert f"7 of 7 packed 2:4 layers: {path}. They are: model.layers.0.self_attn.q_proj, " in out
+    packed = BenchmarkReport.load(tmp_path / "out.json").packed_layers
+    assert set(packed.values()) == {path}
+    assert "model.layers.0.mlp.down_proj" in packed
