@@ -1,0 +1,165 @@
+"""Packed against dense: memory and time of loading, of a prefill, of one token, of a training step.
+
+    python examples/packed_base/bench.py             # --quick to see that it runs
+
+Every row is measured in processes of its own, one a round, and the rows take turns. A figure is divided by that of
+the dense bfloat16 row of the same round.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bench_models import FOLDERS, make_folders, size_of
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from peft_variator.cli.errors import reported
+from peft_variator.files import write_text
+from peft_variator.profiling import Spread, describe_environment, num_threads, speedup
+
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "bench.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is loaded and how.
+
+    Args:
+        folder: one of `FOLDERS`.
+        unpacked: of `load_base`; None for a dense model.
+        adapter: what is trained above it; None for inference alone.
+    """
+
+    folder: str
+    unpacked: str | None = None
+    adapter: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """The row that this one is divided by."""
+        return "dense bfloat16" if self.adapter is None else "dense bfloat16, LoRA"
+
+
+ROWS = {
+    "dense bfloat16": Row("dense-bfloat16"),
+    "dense float32": Row("dense-float32"),
+    "packed bfloat16": Row("packed-bfloat16", "forward"),
+    "packed bfloat16, kept unpacked": Row("packed-bfloat16", "always"),
+    "dense bfloat16, LoRA": Row("dense-bfloat16", None, "lora"),
+    "dense float32, LoRA": Row("dense-float32", None, "lora"),
+    "dense bfloat16, SparseLoRA": Row("dense-bfloat16", None, "sparse-lora"),
+    "packed bfloat16, LoRA": Row("packed-bfloat16", "forward", "lora"),
+    "packed bfloat16, SparseLoRA": Row("packed-bfloat16", "forward", "sparse-lora"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; see the options of `main`."""
+
+    length: int
+    rank: int
+    rounds: int
+    samples: int
+    threads: int | None
+    quick: bool
+
+
+def measure_row(home: Path, row: Row, settings: Settings) -> dict[str, float]:
+    """Figures of one process.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of what it wrote.
+    """
+    options: dict[str, object] = {
+        "unpacked": row.unpacked,
+        "adapter": row.adapter,
+        "length": settings.length,
+        "rank": settings.rank,
+        "samples": settings.samples,
+        "threads": settings.threads,
+    }
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch, "row.json")
+        command = [sys.executable, str(HERE / "bench_row.py"), str(home / row.folder), str(output), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr[-2000:]}")
+        return json.loads(output.read_text())
+
+
+def summarise(samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Quartiles over the rounds of every figure, and of its quotient with the reference's in the same round."""
+    found: dict[str, Any] = {}
+    for name, rounds in samples.items():
+        reference = samples[ROWS[name].reference]
+        found[name] = {}
+        for figure in rounds[0]:
+            values, base = ([each[figure] for each in chosen] for chosen in (rounds, reference))
+            times = None if min(base) <= 0 else asdict(speedup(values, base))
+            found[name][figure] = {"quartiles": asdict(Spread.of(values)), "times_dense": times, "samples": values}
+    return found
+
+
+def measure(model: str, work: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
+    """All rows of a model."""
+    bar = progress.add_task(f"{model}: making the models", total=settings.rounds * len(ROWS))
+    home = make_folders(model, work, settings.quick)
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    for number in range(settings.rounds):
+        for name in reversed(ROWS) if number % 2 else ROWS:
+            progress.update(bar, description=f"{model}: {name}")
+            samples[name].append(measure_row(home, ROWS[name], settings))
+            progress.advance(bar)
+    files = {folder: size_of(home / folder) for folder in FOLDERS}
+    return {"model": model, "file_bytes": files, "rows": summarise(samples)}
+
+
+def main(
+    model: Annotated[list[str], typer.Option(help="Named shape of a causal model; may be repeated.")] = [  # noqa: B006
+        "qwen2.5-0.5b",
+        "llama-3.2-1b",
+    ],
+    length: Annotated[int, typer.Option(min=2, help="Tokens of the prefill and of the step.")] = 512,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Processes of each row.")] = 5,
+    samples: Annotated[int, typer.Option(min=2, help="Timed samples in a process.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Keeps the models (17 GB); else they go when it is done.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for the figures.")] = RESULTS,
+    quick: Annotated[bool, typer.Option("--quick", help="One tiny model, 16 tokens, 2 rounds.")] = False,
+) -> None:
+    """Measure every row in turn and write the figures."""
+    settings = Settings(length, rank, rounds, samples, threads, quick)
+    if quick:
+        settings, model = Settings(16, rank, 2, 2, threads, quick), model[:1]
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with reported(), num_threads(threads), tempfile.TemporaryDirectory() as scratch:
+        environment = describe_environment(torch.device("cpu"))
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            results = [measure(name, work or Path(scratch), settings, progress) for name in model]
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "settings": asdict(settings),
+        "environment": environment,
+        "results": results,
+    }
+    write_text(output, json.dumps(report, indent=2) + "\n")
+    Console().print(f"{output} is written. Next: python examples/packed_base/render.py", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,124 @@
+"""One row of the benchmark, in a process of its own: loads a model, runs it, trains a step, writes time and memory.
+
+bench.py starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from peak import PeakMemory
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from peft_variator import SparseLoraConfig, load_base
+from peft_variator.files import write_text
+from peft_variator.profiling import Candidate, make_inputs, make_lengths, num_threads, time_alternately
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "sparse_lora_bench"))
+from step import make_step  # noqa: E402
+
+
+CPU = torch.device("cpu")
+ADAPTERS: dict[str, Callable[[int], Any]] = {
+    "lora": lambda rank: LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"),
+    "sparse-lora": lambda rank: SparseLoraConfig(r=rank, lora_alpha=rank),
+}
+Figures = dict[str, float]
+
+
+@contextmanager
+def watched(figures: Figures, name: str) -> Iterator[None]:
+    """Add the peak of memory, less what the process held before it loaded anything."""
+    with PeakMemory() as peak:
+        yield
+    figures[f"{name}_anonymous"] = peak.anonymous - figures["before_anonymous"]
+    figures[f"{name}_resident"] = peak.resident - figures["before_resident"]
+
+
+def load(folder: Path, unpacked: str | None, figures: Figures) -> PreTrainedModel:
+    """Load with the files in the page cache, so that the disk is not what is measured."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            while handle.read(1 << 20):
+                pass
+    with PeakMemory() as before:
+        pass
+    figures["before_anonymous"], figures["before_resident"] = before.anonymous, before.resident
+    start = time.perf_counter()
+    with watched(figures, "load"):
+        if unpacked is None:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        else:
+            model = load_base(folder, unpacked=unpacked)
+    figures["load_seconds"] = time.perf_counter() - start
+    return model
+
+
+def timed(run: Callable[[], object], name: str, samples: int, figures: Figures) -> None:
+    """Add seconds, the median of several samples, and the peak of memory over all of them."""
+    with watched(figures, name):
+        seconds = time_alternately([Candidate(name, run)], samples, device=CPU)
+    figures[f"{name}_seconds"] = statistics.median(seconds[name])
+
+
+def run_forwards(model: nn.Module, inputs: dict[str, Any], samples: int, figures: Figures) -> None:
+    """A prefill, and one token after it."""
+    length = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        timed(lambda: model(**inputs), "prefill", samples, figures)
+        cache = model(**inputs).past_key_values
+        token = inputs["input_ids"][:, :1]
+
+        def next_token() -> None:
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache.crop(length)
+
+        timed(next_token, "token", samples, figures)
+
+
+def run_training(model: nn.Module, inputs: dict[str, Any], samples: int, figures: Figures) -> None:
+    """Next-token loss, its backward, an AdamW step on the adapter."""
+    batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    step = make_step(model, lambda trained: trained(**batch, labels=batch["input_ids"], use_cache=False).loss)
+    timed(step, "step", samples, figures)
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of the model.")],
+    output: Annotated[Path, typer.Argument(help="JSON file to write.")],
+    unpacked: Annotated[Literal["forward", "always"] | None, typer.Option(help="Left out: a dense model.")] = None,
+    adapter: Annotated[Literal["lora", "sparse-lora"] | None, typer.Option(help="What is trained.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the prefill and of the step.")] = 512,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
+    samples: Annotated[int, typer.Option(help="Timed samples of each, at least 2.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Measure one row."""
+    figures: Figures = {}
+    with num_threads(threads):
+        model: nn.Module = load(folder, unpacked, figures)
+        generator = torch.Generator().manual_seed(0)
+        lengths = make_lengths(1, length, "even", generator)
+        inputs = make_inputs(model.config, "causal", lengths, dtype=torch.float32, generator=generator)
+        if adapter is not None:
+            model = get_peft_model(model, ADAPTERS[adapter](rank)).eval()
+        run_forwards(model, inputs, samples, figures)
+        if adapter is not None:
+            run_training(model, inputs, samples, figures)
+    write_text(output, json.dumps(figures))
+
+
+if __name__ == "__main__":
+    typer.run(main)
