@@ -12,6 +12,7 @@ from ..profiling.shapes import Task
 from ..training.card import PluginFacts
 from .console import show_result
 from .errors import reported
+from .ratios import parse_ratios
 from .train_job import TrainJob
 
 
@@ -89,10 +90,7 @@ def train_command(
 
 
 def _ratios(repeated: list[int], listed: str | None) -> list[int] | None:
-    parts = [] if listed is None else listed.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"--ratios is {listed!r}; give whole numbers with commas between them, e.g. 2,4,8.")
-    ratios = list(dict.fromkeys([*repeated, *map(int, parts)]))
+    ratios = list(dict.fromkeys([*repeated, *([] if listed is None else parse_ratios(listed))]))
     for ratio in ratios:
         if ratio < 2:
             raise ValueError(f"The ratio {ratio} compresses nothing, so there is nothing to train. Use 2 or more.")

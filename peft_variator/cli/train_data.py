@@ -1,4 +1,4 @@
-"""The data of `peft-variator train`: what is trained on, what is held out, and how it is put into batches."""
+"""The data of `peft-variator train` and `restore`: what is trained on, what is held out, how batches are made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..training.images import ImageFolder
 from ..training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
 
 
-__all__ = ["TrainingData", "load_data"]
+__all__ = ["Examples", "TrainingData", "load_data"]
 
 Examples = list[dict[str, list[int]]] | Subset[dict[str, Tensor]]
 
