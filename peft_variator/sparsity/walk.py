@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Batch, Capture, Chain, capture, find_chains, hooked, run_block
+from .calls import Batch, hooked, run_block
+from .capture import Capture, capture
+from .chains import Chain, find_chains
 from .modalities import block_stacks
 from .statistics import Statistics
 from .targets import PrunableModule

@@ -9,7 +9,7 @@ from pruning_cases import OTHERS, VISION_LANGUAGE, make, text_batch
 from torch import nn
 
 from peft_variator.sparsity import PruningConfig, prune
-from peft_variator.sparsity.calls import find_chains
+from peft_variator.sparsity.chains import find_chains
 from peft_variator.sparsity.methods import METHODS, Method
 from peft_variator.sparsity.methods.wanda import wanda_mask
 from peft_variator.sparsity.modalities import block_stacks
