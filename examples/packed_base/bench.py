@@ -73,6 +73,7 @@ class Settings:
     rank: int
     rounds: int
     samples: int
+    min_seconds: float
     threads: int | None
     quick: bool
 
@@ -89,6 +90,7 @@ def measure_row(home: Path, row: Row, settings: Settings) -> dict[str, float]:
         "length": settings.length,
         "rank": settings.rank,
         "samples": settings.samples,
+        "min-seconds": settings.min_seconds,
         "threads": settings.threads,
     }
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
@@ -143,9 +145,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="One tiny model, 16 tokens, 2 rounds.")] = False,
 ) -> None:
     """Measure every row in turn and write the figures."""
-    settings = Settings(length, rank, rounds, samples, threads, quick)
+    settings = Settings(length, rank, rounds, samples, 0.2, threads, quick)
     if quick:
-        settings, model = Settings(16, rank, 2, 2, threads, quick), model[:1]
+        settings, model = Settings(16, rank, 2, 2, 0.0, threads, quick), model[:1]
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with reported(), num_threads(threads), tempfile.TemporaryDirectory() as scratch:
         environment = describe_environment(torch.device("cpu"))

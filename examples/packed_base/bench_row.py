@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ import typer
 from peak import PeakMemory
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_variator import SparseLoraConfig, load_base
 from peft_variator.files import write_text
@@ -38,6 +39,19 @@ ADAPTERS: dict[str, Callable[[int], Any]] = {
 Figures = dict[str, float]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long is measured.
+
+    Args:
+        samples: timed samples of each figure.
+        min_seconds: seconds that a sample takes at least.
+    """
+
+    samples: int
+    min_seconds: float
+
+
 @contextmanager
 def watched(figures: Figures, name: str) -> Iterator[None]:
     """Add the peak of memory, less what the process held before it loaded anything."""
@@ -48,7 +62,11 @@ def watched(figures: Figures, name: str) -> Iterator[None]:
 
 
 def load(folder: Path, unpacked: str | None, figures: Figures) -> PreTrainedModel:
-    """Load with the files in the page cache, so that the disk is not what is measured."""
+    """Load with the files in the page cache and the code imported, so that neither is what is measured."""
+    config = AutoConfig.from_pretrained(folder)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as handle:
             while handle.read(1 << 20):
@@ -66,33 +84,33 @@ def load(folder: Path, unpacked: str | None, figures: Figures) -> PreTrainedMode
     return model
 
 
-def timed(run: Callable[[], object], name: str, samples: int, figures: Figures) -> None:
-    """Add seconds, the median of several samples, and the peak of memory over all of them."""
+def timed(run: Callable[[], object], name: str, effort: Effort, figures: Figures) -> None:
+    """Add the peak of memory of one call, and then seconds, the median of several samples that nothing watches."""
     with watched(figures, name):
-        seconds = time_alternately([Candidate(name, run)], samples, device=CPU)
+        run()
+    seconds = time_alternately([Candidate(name, run)], effort.samples, device=CPU, min_seconds=effort.min_seconds)
     figures[f"{name}_seconds"] = statistics.median(seconds[name])
 
 
-def run_forwards(model: nn.Module, inputs: dict[str, Any], samples: int, figures: Figures) -> None:
+def run_forwards(model: nn.Module, inputs: dict[str, Any], effort: Effort, figures: Figures) -> None:
     """A prefill, and one token after it."""
-    length = inputs["input_ids"].shape[1]
     with torch.inference_mode():
-        timed(lambda: model(**inputs), "prefill", samples, figures)
+        timed(lambda: model(**inputs), "prefill", effort, figures)
         cache = model(**inputs).past_key_values
         token = inputs["input_ids"][:, :1]
 
         def next_token() -> None:
             model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache.crop(length)
+            cache.crop(-1)
 
-        timed(next_token, "token", samples, figures)
+        timed(next_token, "token", effort, figures)
 
 
-def run_training(model: nn.Module, inputs: dict[str, Any], samples: int, figures: Figures) -> None:
+def run_training(model: nn.Module, inputs: dict[str, Any], effort: Effort, figures: Figures) -> None:
     """Next-token loss, its backward, an AdamW step on the adapter."""
     batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     step = make_step(model, lambda trained: trained(**batch, labels=batch["input_ids"], use_cache=False).loss)
-    timed(step, "step", samples, figures)
+    timed(step, "step", effort, figures)
 
 
 def main(
@@ -103,10 +121,12 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens of the prefill and of the step.")] = 512,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
     samples: Annotated[int, typer.Option(help="Timed samples of each, at least 2.")] = 3,
+    min_seconds: Annotated[float, typer.Option(help="Short calls are repeated to fill a sample of so many.")] = 0.2,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
 ) -> None:
     """Measure one row."""
     figures: Figures = {}
+    effort = Effort(samples, min_seconds)
     with num_threads(threads):
         model: nn.Module = load(folder, unpacked, figures)
         generator = torch.Generator().manual_seed(0)
@@ -114,9 +134,9 @@ def main(
         inputs = make_inputs(model.config, "causal", lengths, dtype=torch.float32, generator=generator)
         if adapter is not None:
             model = get_peft_model(model, ADAPTERS[adapter](rank)).eval()
-        run_forwards(model, inputs, samples, figures)
+        run_forwards(model, inputs, effort, figures)
         if adapter is not None:
-            run_training(model, inputs, samples, figures)
+            run_training(model, inputs, effort, figures)
     write_text(output, json.dumps(figures))
 
 

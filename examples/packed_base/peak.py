@@ -10,11 +10,11 @@ from types import TracebackType
 __all__ = ["PeakMemory"]
 
 STATUS = Path("/proc/self/status")
-INTERVAL = 0.002
+INTERVAL = 0.005
 
 
 class PeakMemory:
-    """A context manager that looks every 2 ms at what the process holds.
+    """A context manager that looks every 5 ms at what the process holds.
 
     `anonymous` leaves out pages of mapped files, which safetensors reads from: the system takes those back when it
     needs them. `resident` counts them. Both are bytes, at their peak.

@@ -1,0 +1,121 @@
+"""Render the results as tables into docs/packed_bases.md.
+
+python examples/packed_base/render.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from peft_variator.files import write_text
+
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent.parent / "docs" / "packed_bases.md"
+RESULTS = HERE / "results"
+Record = dict[str, Any]
+# heading, figure, how many of its units make one shown
+INFERENCE = (
+    ("load, s", "load_seconds", 1.0),
+    ("peak while loading, MB", "load_anonymous", 1e6),
+    ("prefill, s", "prefill_seconds", 1.0),
+    ("one token, ms", "token_seconds", 1e-3),
+    ("peak of the prefill, MB", "prefill_anonymous", 1e6),
+)
+TRAINING = (("step, s", "step_seconds", 1.0), ("peak of the step, MB", "step_anonymous", 1e6))
+
+
+def _table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
+    lines = [list(head), *rows]
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _machine(facts: Record) -> str:
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("peft-variator", "peft", "transformers", "torch"))
+    return (
+        f"{facts['cpu']}, {facts['threads']} thread(s) on {facts['cores']} cores, load before the run "
+        f"{facts.get('load_average', 'unknown')}, {facts['date']}; Python {facts['python']}, {versions}."
+    )
+
+
+def end_to_end(report: Record) -> str:
+    """A row a stage."""
+    rows = []
+    for stage in report["stages"]:
+        size = "" if stage["bytes"] is None else f"{stage['bytes'] / 1e6:.1f}"
+        difference = "" if stage["difference"] is None else f"{stage['difference']:.2g}"
+        rows.append([stage["stage"], f"{stage['spearman']:.4f}", difference, size])
+    seconds = sum(report["cpu_seconds"].values())
+    facts = (
+        f"`{report['command']}`: {report['packed_layers']} packed layers, {report['trained_parameters']:,} trained "
+        f"parameters, {report['steps']} steps, {seconds:.0f} CPU seconds. {_machine(report['environment'])}"
+    )
+    return f"{_table(['', 'STS-B', 'embeddings differ by', 'files, MB'], rows)}\n\n{facts}"
+
+
+def _cell(figure: Record, unit: float) -> str:
+    """Median, quartiles, and how many times the reference's."""
+    low, median, high = (figure["quartiles"][name] / unit for name in ("low", "median", "high"))
+    digits = 0 if median >= 100 else 2
+    times = "" if figure["times_dense"] is None else f", {figure['times_dense']['median']:.2f}×"
+    return f"{median:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]{times}"
+
+
+def _figures(rows: Record, columns: tuple[tuple[str, str, float], ...]) -> str:
+    chosen = {name: row for name, row in rows.items() if columns[0][1] in row}
+    body = [[name, *(_cell(row[figure], unit) for _, figure, unit in columns)] for name, row in chosen.items()]
+    return _table(["", *(heading for heading, _, _ in columns)], body)
+
+
+def bench(report: Record) -> str:
+    """Two tables a model: loading and running, and training."""
+    parts, settings = [], report["settings"]
+    for result in report["results"]:
+        files, rows = result["file_bytes"], result["rows"]
+        packed, dense = files["packed-bfloat16"], files["dense-bfloat16"]
+        peak = rows["packed bfloat16"]["load_anonymous"]["quartiles"]["median"]
+        parts += [
+            f"### {result['model']}, 1×{settings['length']}",
+            _figures(rows, INFERENCE),
+            _figures(rows, TRAINING),
+            f"Files: {dense / 1e6:.0f} MB dense in bfloat16, {packed / 1e6:.0f} MB packed ({packed / dense:.3f}). "
+            f"Loading the packed one held {peak / packed:.2f}× its files at the peak.",
+        ]
+    parts.append(
+        f"`{report['command']}`: {settings['rounds']} processes a row, {settings['samples']} samples in each, rank "
+        f"{settings['rank']}. {_machine(report['environment'])}"
+    )
+    return "\n\n".join(parts)
+
+
+def replace_between(page: str, name: str, body: str) -> str:
+    """Put `body` between `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        ValueError: the page does not have both, in this order.
+    """
+    before, opening, rest = page.partition(f"<!-- {name} -->\n")
+    _, closing, after = rest.partition(f"<!-- /{name} -->")
+    if not opening or not closing:
+        raise ValueError(f"The page has no lines <!-- {name} --> and <!-- /{name} --> to write between.")
+    return f"{before}{opening}\n{body}\n\n{closing}{after}"
+
+
+def main(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Write the tables of what has been run."""
+    text = page.read_text("utf-8")
+    for name, render in (("end-to-end", end_to_end), ("bench", bench)):
+        file = results / f"{name}.json"
+        if file.is_file():
+            text = replace_between(text, name, render(json.loads(file.read_text("utf-8"))))
+    write_text(page, text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
