@@ -1,0 +1,136 @@
+"""The scripts about packed bases: a quick benchmark from end to end, what the real encoder gave, and the page."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+CHOSEN = [
+    "dense bfloat16",
+    "packed bfloat16",
+    "packed bfloat16, kept unpacked",
+    "dense bfloat16, LoRA",
+    "packed bfloat16, SparseLoRA",
+]
+FOLDERS = [EXAMPLES / name for name in ("packed_base", "restore", "sparse_lora_bench")]
+NAMES = [script.stem for folder in FOLDERS for script in folder.glob("*.py")]
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """Imports a script of the example by its name; other examples have scripts of the same names."""
+    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    path = list(sys.path)
+    sys.path.insert(0, str(FOLDERS[0]))
+    yield importlib.import_module
+    sys.path[:] = path
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(kept)
+
+
+@pytest.fixture(scope="module")
+def report(scripts, tmp_path_factory):
+    """A quick benchmark whose rows run in this process: a process each takes seconds to start."""
+    bench, row, folder = scripts("bench"), scripts("bench_row"), tmp_path_factory.mktemp("bench")
+
+    def run(home, chosen, settings):
+        output = folder / "row.json"
+        options = {"length": settings.length, "rank": settings.rank, "samples": settings.samples, "threads": 1}
+        row.main(home / chosen.folder, output, chosen.unpacked, chosen.adapter, min_seconds=0.0, **options)
+        return json.loads(output.read_text())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "measure_row", run)
+        patch.setattr(bench, "ROWS", {name: bench.ROWS[name] for name in CHOSEN})
+        bench.main(["llama-3.2-1b"], rounds=5, rank=4, threads=1, work=None, output=folder / "bench.json", quick=True)
+    return json.loads((folder / "bench.json").read_text())
+
+
+def test_every_row_has_its_figures(report):
+    (result,) = report["results"]
+    assert list(result["rows"]) == CHOSEN
+    for name, row in result["rows"].items():
+        kinds = {figure.rpartition("_")[0] for figure in row} - {"before"}
+        assert kinds == {"load", "prefill", "token"} | ({"step"} if "LoRA" in name else set())
+        for figure, values in row.items():
+            assert len(values["samples"]) == 2
+            assert not figure.endswith("_seconds") or min(values["samples"]) > 0
+    assert result["rows"]["dense bfloat16"]["load_seconds"]["times_dense"]["median"] == 1
+
+
+def test_packed_files_are_smaller(report):
+    files = report["results"][0]["file_bytes"]
+    assert files["packed-bfloat16"] < files["dense-bfloat16"] < files["dense-float32"]
+
+
+def test_figures_are_divided_by_those_of_the_same_round(scripts):
+    bench = scripts("bench")
+    samples = {
+        "dense bfloat16": [{"load_seconds": 2.0}, {"load_seconds": 4.0}],
+        "packed bfloat16": [{"load_seconds": 1.0}, {"load_seconds": 8.0}],
+    }
+    found = bench.summarise(samples)["packed bfloat16"]["load_seconds"]
+    assert found["times_dense"] == {"low": 0.875, "median": 1.25, "high": 1.625}
+    assert found["quartiles"]["median"] == 4.5
+
+
+def test_a_row_that_fails_says_why(scripts, tmp_path):
+    bench = scripts("bench")
+    settings = bench.Settings(16, 4, 2, 2, 0.0, 1, True)
+    with pytest.raises(RuntimeError, match=r"bench_row\.py [\s\S]* failed: [\s\S]*OSError"):
+        bench.measure_row(tmp_path / "nowhere", bench.ROWS["dense bfloat16"], settings)
+
+
+def test_peak_memory_sees_what_was_held_and_let_go(scripts):
+    peak = scripts("peak")
+    with peak.PeakMemory() as before:
+        pass
+    with peak.PeakMemory() as during:
+        held = torch.ones(64 << 20, dtype=torch.uint8)
+        scripts("time").sleep(0.05)
+        del held
+    assert 60e6 < during.anonymous - before.anonymous < 100e6
+
+
+def test_the_real_encoder_changed_nowhere_where_it_must_not(scripts):
+    results = EXAMPLES / "packed_base" / "results" / "end-to-end.json"
+    stages = json.loads(results.read_text())["stages"]
+    check = scripts("end_to_end").check
+    check(stages)
+    packed = next(stage for stage in stages if stage["stage"] == "packed")
+    packed["difference"] = 1e-6
+    with pytest.raises(ValueError, match=r"packed: embeddings differ by 1\.0e-06, more than 0\.0e\+00"):
+        check(stages)
+
+
+def test_the_page_is_written_between_its_marks(scripts, report, tmp_path):
+    render = scripts("render")
+    results = EXAMPLES / "packed_base" / "results"
+    (tmp_path / "end-to-end.json").write_text((results / "end-to-end.json").read_text())
+    (tmp_path / "bench.json").write_text(json.dumps(report))
+    page = tmp_path / "page.md"
+    page.write_text("A\n<!-- end-to-end -->\nold\n<!-- /end-to-end -->\nB\n<!-- bench -->\n<!-- /bench -->\nC\n")
+    render.main(tmp_path, page)
+    text = page.read_text()
+    assert [word in text for word in ("A\n<!--", "\nB\n", "-->\nC\n", "old")] == [True, True, True, False]
+    assert "| merged, in a fresh process |" in text
+    assert text.count("| packed bfloat16, SparseLoRA |") == 2
+    render.main(tmp_path, page)
+    assert page.read_text() == text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="no lines <!-- end-to-end -->"):
+        render.main(tmp_path, page)
+
+
+def test_the_page_shows_the_committed_results(scripts, tmp_path):
+    render = scripts("render")
+    copy = tmp_path / "page.md"
+    copy.write_text(render.PAGE.read_text())
+    render.main(page=copy)
+    assert copy.read_text() == render.PAGE.read_text()
