@@ -10,6 +10,7 @@ from .convert import pack_checkpoint, unpack_checkpoint
 from .layout import LayoutError
 from .linear import Sparse24Linear
 from .load import load_base
+from .merge import MergeReport, merge_checkpoint
 from .paths import describe_paths
 from .quantizer import Sparse24Quantizer, register
 
@@ -17,11 +18,13 @@ from .quantizer import Sparse24Quantizer, register
 __all__ = [
     "CheckpointError",
     "LayoutError",
+    "MergeReport",
     "Sparse24Config",
     "Sparse24Linear",
     "Sparse24Quantizer",
     "describe_paths",
     "load_base",
+    "merge_checkpoint",
     "pack_checkpoint",
     "unpack_checkpoint",
 ]

@@ -66,14 +66,19 @@ class ModelFolder:
         """The dtype of config.json, which 8-bit weights are decompressed to."""
         return AutoConfig.from_pretrained(self.path).dtype or torch.float32
 
-    def skeleton(self) -> PreTrainedModel:
+    def skeleton(self, architecture: str | None = None) -> PreTrainedModel:
         """The model that config.json describes, dense and without weights.
+
+        Args:
+            architecture: the class to make instead of the one that was saved, if transformers has it.
 
         Raises:
             CheckpointError: its architecture is no class of transformers.
         """
         config = AutoConfig.from_pretrained(self.path)
         vars(config).pop("quantization_config", None)
+        if architecture is not None:
+            config.architectures = [architecture, *(config.architectures or ())]
         cls = model_class(config)
         if cls is None:
             raise CheckpointError(

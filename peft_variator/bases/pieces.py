@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .bits import mask_width
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, StoredTensor
 from .layout import PackedWeight
 from .names import KeyNames
 from .plan import PlannedWeight
@@ -26,6 +26,7 @@ __all__ = [
     "packed_piece",
     "packed_specs",
     "planned_piece",
+    "replaced_piece",
 ]
 
 
@@ -59,6 +60,12 @@ def dense_piece(weight: StoredWeight, dtype: torch.dtype) -> Piece:
     """A piece that unpacks, or rescales, one stored weight."""
     specs = {weight.name: TensorSpec(dtype, weight.size())}
     return Piece(weight.sources, specs, lambda: {weight.name: weight.read_dense(dtype)})
+
+
+def replaced_piece(weight: StoredWeight, dtype: torch.dtype, new: StoredTensor) -> Piece:
+    """A piece that writes `new`, as a dense tensor, in the place of a stored weight or another parameter."""
+    specs = {weight.name: TensorSpec(dtype, new.shape)}
+    return Piece(weight.sources, specs, lambda: {weight.name: new.read().to(dtype)})
 
 
 def planned_piece(weight: PlannedWeight) -> Piece:

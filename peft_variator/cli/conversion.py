@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,28 +11,39 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from ..bases.shards import ConversionReport, OnProgress
 
 
-__all__ = ["run_conversion"]
+__all__ = ["describe_sizes", "print_lines", "run_conversion", "run_with_progress"]
+
+Report = TypeVar("Report", bound=ConversionReport)
 
 
-def run_conversion(label: str, convert: Callable[[OnProgress], ConversionReport]) -> ConversionReport:
-    """Run `convert` under a progress bar and say what came of it.
+def run_with_progress(label: str, convert: Callable[[OnProgress], Report]) -> Report:
+    """Run `convert` under a progress bar.
 
     Args:
         label: what the bar says.
         convert: the conversion; it is given the callback for the bar.
     """
-    console = Console()
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console
-    ) as progress:
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(label, total=None)
-        report = convert(lambda done, total: progress.update(task, completed=done, total=total))
+        return convert(lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def run_conversion(label: str, convert: Callable[[OnProgress], ConversionReport]) -> None:
+    """Run `convert` under a progress bar and say what came of it."""
+    report = run_with_progress(label, convert)
+    print_lines(f"Converted {report.converted} weights: {describe_sizes(report)}")
+
+
+def describe_sizes(report: ConversionReport) -> str:
+    """How large the tensors were and are, and where they are."""
     ratio = report.bytes_after / max(report.bytes_before, 1)
-    console.print(
-        f"Converted {report.converted} weights: {report.bytes_before / 1e6:,.1f} → {report.bytes_after / 1e6:,.1f} MB "
-        f"({ratio:.1%}). Saved to {report.output}.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+    return (
+        f"{report.bytes_before / 1e6:,.1f} → {report.bytes_after / 1e6:,.1f} MB ({ratio:.1%}). Saved to "
+        f"{report.output}."
     )
-    return report
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines as they are, paths and brackets included."""
+    for line in lines:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import typer
 
 from .bench import bench
 from .inspect import inspect_command
+from .merge import merge_command
 from .pack import pack_command
 from .prune import prune_command
 from .restore import restore_command
@@ -25,6 +26,7 @@ def main() -> None:
 
 app.command()(bench)
 app.command("inspect")(inspect_command)
+app.command("merge")(merge_command)
 app.command("pack")(pack_command)
 app.command("prune")(prune_command)
 app.command("restore")(restore_command)
