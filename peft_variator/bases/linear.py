@@ -39,7 +39,8 @@ class Sparse24Linear(nn.Linear):
         bias: whether there is a bias.
         device: where to make the parameters.
         dtype: dtype of `compressed` and the bias.
-        unpacked: `"forward"` unpacks in each forward, `"always"` keeps the dense weight from the first one on.
+        unpacked: `"forward"` unpacks in each forward, `"always"` keeps the dense weight from the first one on, unless
+            the layer is offloaded.
 
     Raises:
         LayoutError: `in_features` is no multiple of four.
@@ -147,14 +148,14 @@ class Sparse24Linear(nn.Linear):
         input, bias, dtype = _autocast(input, self.bias, self.compressed.dtype)
         if input.is_cuda and self.kernel(dtype, input.device).kernel != "dense":
             return packed_linear(input, bias, self.compressed, self.bitmask, dtype, self._sparse_weight(dtype))
-        if self.unpacked == "always":
+        if self.unpacked == "always" and not self.offloaded:
             return F.linear(input, self._dense_weight(dtype), bias)
         return packed_linear(input, bias, self.compressed, self.bitmask, dtype)
 
     def kernel(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> KernelChoice:
         """The product that this layer runs in `dtype` on `device` (its own by default), and why."""
         if self.offloaded:
-            return KernelChoice("dense", "the layer is offloaded, and a sparse copy would stay on the device")
+            return KernelChoice("dense", "the layer is offloaded, and a copy of its weight would stay on the device")
         accelerator = Accelerator.of(device or self.compressed.device)
         return choose_kernel(self.out_features, self.in_features, dtype or self.compressed.dtype, accelerator)
 

@@ -22,7 +22,7 @@ def describe_path(layer: Sparse24Linear, dtype: torch.dtype | None = None, devic
     choice = layer.kernel(dtype, device)
     if choice.kernel != "dense":
         return f"sparse tensor cores ({choice.kernel}), because {choice.reason}"
-    if layer.unpacked == "always":
+    if layer.unpacked == "always" and not layer.offloaded:
         return f"a dense weight that is unpacked once and kept, because unpacked='always', and {choice.reason}"
     return f"unpack into a buffer, because {choice.reason}"
 

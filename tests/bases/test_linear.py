@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import threading
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.layout import LayoutError
+from peft_variator.profiling import peak_memory
 
 from .reference import DTYPES, same_bits, two_four, two_four_linear
 
@@ -70,6 +72,30 @@ def test_layers_share_one_buffer_and_do_not_disturb_each_other():
     x.grad = None
     checkpoint(packed, x, use_reentrant=False).square().sum().backward()
     assert same_bits(x.grad, wanted)
+
+
+def test_the_buffer_is_reused_and_no_other_is_made():
+    packed = Sparse24Linear.from_dense(two_four_linear(512, 256))
+    smaller = Sparse24Linear.from_dense(two_four_linear(64, 256, torch.bfloat16))
+    x, y = torch.randn(1, 256), torch.randn(1, 256, dtype=torch.bfloat16)
+    packed(x)  # the buffer is made here, for the largest layer
+    for layer, z in ((packed, x), (smaller, y)):
+        with torch.no_grad():
+            assert peak_memory(functools.partial(layer, z), torch.device("cpu")) < layer.compressed.nbytes
+
+
+def test_the_dense_weight_is_kept_if_asked_for_and_the_layer_is_not_offloaded():
+    packed = Sparse24Linear.from_dense(two_four_linear(32, 16), unpacked="always")
+    x = torch.randn(2, 16)
+    packed(x)
+    kept = packed._dense
+    assert same_bits(kept, packed.unpack())
+    packed(x)
+    assert packed._dense is kept
+    packed.forget()
+    packed.offloaded = True
+    packed.eval()(x)
+    assert packed._dense is None
 
 
 def test_keeps_nothing_of_the_size_of_the_weight_for_the_backward():

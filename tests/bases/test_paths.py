@@ -37,8 +37,9 @@ def test_on_sparse_tensor_cores(monkeypatch, unpacked):
     assert "not float32" in describe_path(layer, torch.float32)
 
 
-def test_an_offloaded_layer():
-    layer = Sparse24Linear.from_dense(two_four_linear(16, 32))
+@pytest.mark.parametrize("unpacked", ["forward", "always"])
+def test_an_offloaded_layer(unpacked):
+    layer = Sparse24Linear.from_dense(two_four_linear(16, 32), unpacked=unpacked)
     layer.offloaded = True
     assert describe_path(layer).startswith("unpack into a buffer, because the layer is offloaded")
 
