@@ -116,6 +116,15 @@ def summarise(samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return found
 
 
+def command_of(models: list[str], settings: Settings) -> str:
+    """The command line of these settings, wherever the models and the figures are kept."""
+    words = [word for model in models for word in ("--model", model)]
+    for name in ("length", "rank", "rounds", "samples", "threads"):
+        if (value := getattr(settings, name)) is not None and not settings.quick:
+            words += [f"--{name}", str(value)]
+    return shlex.join(["python", "examples/packed_base/bench.py", *words, *["--quick"] * settings.quick])
+
+
 def measure(model: str, work: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     """All rows of a model."""
     bar = progress.add_task(f"{model}: making the models", total=settings.rounds * len(ROWS))
@@ -154,7 +163,7 @@ def main(
         with Progress(*columns, console=Console(stderr=True)) as progress:
             results = [measure(name, work or Path(scratch), settings, progress) for name in model]
     report = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_of(model, settings),
         "settings": asdict(settings),
         "environment": environment,
         "results": results,

@@ -39,7 +39,7 @@ def _table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
 def _machine(facts: Record) -> str:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("peft-variator", "peft", "transformers", "torch"))
     return (
-        f"{facts['cpu']}, {facts['threads']} thread(s) on {facts['cores']} cores, load before the run "
+        f"{facts['cpu']}, {facts['threads']} thread(s) on {facts['cores']} cores, load average "
         f"{facts.get('load_average', 'unknown')}, {facts['date']}; Python {facts['python']}, {versions}."
     )
 
