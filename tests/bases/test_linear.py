@@ -74,14 +74,15 @@ def test_layers_share_one_buffer_and_do_not_disturb_each_other():
     assert same_bits(x.grad, wanted)
 
 
-def test_the_buffer_is_reused_and_no_other_is_made():
-    packed = Sparse24Linear.from_dense(two_four_linear(512, 256))
-    smaller = Sparse24Linear.from_dense(two_four_linear(64, 256, torch.bfloat16))
-    x, y = torch.randn(1, 256), torch.randn(1, 256, dtype=torch.bfloat16)
-    packed(x)  # the buffer is made here, for the largest layer
-    for layer, z in ((packed, x), (smaller, y)):
-        with torch.no_grad():
-            assert peak_memory(functools.partial(layer, z), torch.device("cpu")) < layer.compressed.nbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_buffer_is_reused_and_no_other_is_made(dtype):
+    first, second = (Sparse24Linear(2048, 2048, dtype=dtype, bias=False) for _ in range(2))
+    x = torch.randn(1, 2048, dtype=dtype)
+    with torch.no_grad():
+        first(x)  # the buffer is made here at the latest
+        held = peak_memory(functools.partial(second, x), torch.device("cpu"))
+    places_of_two_blocks = 2 * 2**19 * 5  # bytes; what unpacking needs at a time
+    assert held < places_of_two_blocks < 2048 * 2048 * dtype.itemsize
 
 
 def test_the_dense_weight_is_kept_if_asked_for_and_the_layer_is_not_offloaded():
