@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from peft_variator import VariatorConfig
-from peft_variator.tuners.variator.call import MergeRule, StackCall
+from peft_variator.tuners.variator.call import StackCall
+from peft_variator.tuners.variator.facts import CallFacts
 from peft_variator.tuners.variator.masks import places, real_tokens, single_mask, text_starts, with_those_before
+from peft_variator.tuners.variator.rule import MergeRule
 
 from .cases import ALL, BERT, CAUSAL, ENCODERS, LLAMA, Case, by_name, outputs_of
 from .reference import watch
@@ -157,7 +159,8 @@ def test_experts_route_the_vectors_that_are_left() -> None:
 def test_groups_follow_a_layer_to_its_device() -> None:
     """Arguments may be on another device than a layer, whose inputs accelerate moves."""
     rule = MergeRule(ratio=4)
-    call = StackCall("encoder", {"input_ids": torch.full((2, 12), 20)}, {"mlp": ("default", rule)})
+    facts = CallFacts("encoder", {"input_ids": torch.full((2, 12), 20)})
+    call = StackCall(facts, {"mlp": ("default", rule)})
     call.prepare()
     groups = call.grouping(rule, torch.empty(2, 12, 8))
     moved = call.grouping(rule, torch.empty(2, 12, 8, device="meta"))

@@ -3,7 +3,8 @@
 from ...registration import register_method
 from .config import VariatorConfig
 from .layer import VariatorLayer
-from .model import VariatorModel, set_compression_ratio
+from .model import VariatorModel
+from .ratios import set_compression_ratio
 
 
 __all__ = ["VariatorConfig", "VariatorLayer", "VariatorModel", "set_compression_ratio"]

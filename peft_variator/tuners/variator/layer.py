@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from .call import MergeRule, StackCall
+from .compression import compress, expand
 from .config import VariatorConfig
 from .grouping import Grouping
+from .plugin import PluginModule
+from .rule import MergeRule, rule_of
 
 
-__all__ = ["FeedForwardEnd", "PluginModule", "VariatorLayer"]
-
-
-class PluginModule(nn.Module, BaseTunerLayer):
-    """What both ends of a plugin have in common: a wrapped module, and the call of the stack that is under way."""
-
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
-    cast_input_dtype_enabled: bool = True
-    # Set by the stack's hooks while a call runs. Without one, the feed-forward network is the base model's.
-    call: StackCall | None = None
-
-    def __init__(self, base_layer: nn.Module, hidden_size: int) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        # What PEFT asks of its layers; here the width of a token's vector on either side of the plugin.
-        self.in_features = self.out_features = hidden_size
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: str | list[str] = []
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Raise: a plugin changes how many vectors the network sees, which no weight of the base model can express."""
-        raise NotImplementedError(
-            "A Variator plugin cannot be merged: it changes how many vectors go through the feed-forward network, and "
-            "no weight of the base model can express that. Keep the plugin beside the base model, or call unload()."
-        )
-
-    def unmerge(self) -> NoReturn:
-        """Raise: nothing is ever merged."""
-        self.merge()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The wrapped module, with adapters of other methods that it may carry left on it."""
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        return self.base_layer
+__all__ = ["FeedForwardEnd", "VariatorLayer"]
 
 
 class FeedForwardEnd(PluginModule):
@@ -117,16 +79,8 @@ class VariatorLayer(PluginModule):
             adapter_name: name of the plugin.
             config: its configuration.
         """
-        dim, ratio = self.in_features, config.ratio_of(self.name)
-        self.rules[adapter_name] = MergeRule(
-            ratio=ratio,
-            keep_first=config.keep_first_tokens,
-            keep_last=config.keep_last_tokens,
-            keep_ids=tuple(config.keep_token_ids),
-            windows=config.patch_grouping == "window",
-            text=config.compress_text_tokens,
-            images=config.compress_image_tokens,
-        )
+        self.rules[adapter_name] = rule_of(config, self.name)
+        dim, ratio = self.in_features, self.rules[adapter_name].ratio
         is_token = config.scoring == "token"
         self.variator_scorer[adapter_name] = (
             nn.Linear(dim, 1, bias=False) if is_token else nn.Linear(ratio * dim, ratio)
@@ -214,7 +168,7 @@ class VariatorLayer(PluginModule):
         grouping = self.call.grouping(rule, hidden_states)
         if grouping.num_rows == 0 and not self.has_end:
             return torch.zeros_like(hidden_states)
-        output = self.base_layer(self.compress(hidden_states, grouping, plugin), *args, **kwargs)
+        output = self.base_layer(compress(hidden_states, grouping, self.variator_scorer[plugin]), *args, **kwargs)
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"{self.name} gives a {type(output).__name__}, but a Variator plugin needs a network that gives its "
@@ -234,48 +188,7 @@ class VariatorLayer(PluginModule):
                     "network starts (target_modules) and ends (end_module)."
                 )
 
-    def compress(self, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:
-        """Merge each group into one vector.
-
-        Args:
-            hidden_states: shape `(batch, length, dim)` or `(batch * length, dim)`.
-            grouping: the groups.
-            plugin: name of the plugin.
-
-        Returns:
-            Shape `(sequences, rows, dim)`.
-        """
-        tokens = hidden_states if hidden_states.dim() == 3 else hidden_states.unsqueeze(0)
-        weight, bias = _parameters(self.variator_scorer[plugin], tokens.dtype)
-        if not grouping.merges:
-            # Data parallelism waits for a gradient of every parameter, also from a batch with nothing to merge.
-            return grouping.merge(tokens, None, None) + 0 * sum(p.sum() for p in (weight, bias) if p is not None)
-        if bias is None:
-            return grouping.merge(tokens, linear(tokens, weight), None)
-        return grouping.merge(tokens, None, torch.cat([weight, bias.unsqueeze(1)], dim=1))
-
     def expand(self, output: Tensor, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:
-        """Give every token of a group the group's output and its own correction; a token by itself has none.
-
-        Args:
-            output: output of the feed-forward network, shape `(sequences, rows, dim)`.
-            hidden_states: its input before merging, shape `(batch, length, dim)` or `(batch * length, dim)`.
-            grouping: the groups.
-            plugin: name of the plugin.
-
-        Returns:
-            The shape of `hidden_states`; zero at padding.
-        """
-        rows, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
-        per_row = linear(rows, *_parameters(self.variator_down_output[plugin], rows.dtype))
-        per_token = linear(tokens, *_parameters(self.variator_down_input[plugin], tokens.dtype))
-        # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
-        inner = torch.where(grouping.is_merged, per_token + grouping.spread(per_row), 0).tanh()
-        correction = linear(inner, *_parameters(self.variator_up[plugin], inner.dtype))
-        return grouping.add_rows_(correction, rows.to(correction.dtype)).view(hidden_states.shape)
-
-
-def _parameters(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear map in the dtype of its input: the small plugin follows the activations."""
-    assert isinstance(module, nn.Linear)  # what `update_layer` builds
-    return module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype)
+        """Give every token what its group came to, by the weights of a plugin; see [`expand`]."""
+        down_input, down_output = self.variator_down_input[plugin], self.variator_down_output[plugin]
+        return expand(output, hidden_states, grouping, down_input, down_output, self.variator_up[plugin])

@@ -13,17 +13,16 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .architectures import FeedForward, owner_of
 from .config import VariatorConfig
-from .hooks import CallRecorder, CheckpointHook, StackHooks, hooks_of
-from .layer import FeedForwardEnd, PluginModule, VariatorLayer
-from .targets import default_targets, feed_forward_at, hidden_size_of, named_stack, stack_kind
+from .layer import VariatorLayer
+from .plugin import PluginModule
+from .ratios import set_compression_ratio
+from .targets import default_targets
+from .wrapping import refresh_hooks, remove_hooks, wrap
 
 
-__all__ = ["VariatorModel", "set_compression_ratio"]
+__all__ = ["VariatorModel"]
 
 
 class VariatorModel(BaseTuner):
@@ -77,10 +76,7 @@ class VariatorModel(BaseTuner):
         # PEFT leaves adapters that were there before as trainable as they were.
         for module in self.carried_modules:
             module.requires_grad_(False)
-        for module in model.modules():
-            hooks = hooks_of(module, StackHooks)
-            if hooks is not None:
-                hooks.refresh()
+        refresh_hooks(model)
 
     def _check_new_adapter_config(self, config: VariatorConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -116,53 +112,10 @@ class VariatorModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, VariatorLayer):
-            target = self._wrap(peft_config, target, target_name, parent, current_key)
+            target = wrap(self.model, peft_config, target, target_name, parent, current_key)
         target.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             target.requires_grad_(False)
-
-    def _wrap(
-        self, config: VariatorConfig, target: nn.Module, target_name: str, parent: nn.Module, key: str
-    ) -> VariatorLayer:
-        """Put a plugin's modules where a feed-forward network starts and ends, and hooks where its mask is known."""
-        owner_name, owner = owner_of(self.model, key)
-        feed_forward = feed_forward_at(owner, key, config)
-        hidden_size = hidden_size_of(owner, target, key)
-        if feed_forward.end is not None:
-            self._wrap_end(parent, feed_forward.end, key, hidden_size)
-        layer = VariatorLayer(target, key, hidden_size, has_end=feed_forward.end is not None)
-        self._replace_module(parent, target_name, layer, target)
-        stack_name, stack = owner_name, owner
-        if config.stack_module is not None:
-            stack_name, stack = named_stack(self.model, config.stack_module, key)
-        self._install_hooks(stack_name, stack, key, feed_forward)
-        return layer
-
-    def _wrap_end(self, parent: nn.Module, end: str, key: str, hidden_size: int) -> None:
-        try:
-            end_parent, end_module, end_name = _get_submodules(parent, end)
-        except AttributeError as error:
-            raise ValueError(
-                f"end_module={end!r} was not found beside {key!r}. Name the module relative to the parent of the "
-                f"module where the feed-forward network starts; that has {sorted(dict(parent.named_children()))}."
-            ) from error
-        setattr(end_parent, end_name, FeedForwardEnd(end_module, key, hidden_size))
-
-    def _install_hooks(self, stack_name: str, stack: nn.Module, key: str, feed_forward: FeedForward) -> None:
-        if hooks_of(stack, StackHooks) is None:
-            StackHooks(stack, stack_kind(stack, feed_forward))
-        for name, module in self.model.named_modules():
-            is_around = not name or stack_name == name or stack_name.startswith(f"{name}.")
-            is_model = not name or isinstance(module, PreTrainedModel)
-            if module is not stack and is_around and is_model and hooks_of(module, CallRecorder) is None:
-                CallRecorder(module)
-            is_block = isinstance(module, GradientCheckpointingLayer) and key.startswith(f"{name}.")
-            if is_block and hooks_of(module, CheckpointHook) is None:
-                CheckpointHook(module)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own version reads `child.weight`, which a feed-forward network does not have.
-        setattr(parent, child_name, new_module)
 
     def _own_modules(self) -> Iterator[tuple[str, PluginModule | AuxiliaryTrainingWrapper]]:
         """Names and modules of the plugins, and of what is trained beside them (`modules_to_save`)."""
@@ -239,12 +192,7 @@ class VariatorModel(BaseTuner):
             parent, _, child_name = _get_submodules(self.model, name)
             base = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             setattr(parent, child_name, base)
-        for module in self.model.modules():
-            for hook_type in (StackHooks, CallRecorder, CheckpointHook):
-                hooks = hooks_of(module, hook_type)
-                if hooks is not None:
-                    for handle in hooks.handles:
-                        handle.remove()
+        remove_hooks(self.model)
         if self.carried_configs:
             self.model.peft_config = self.carried_configs
         else:
@@ -258,35 +206,3 @@ class VariatorModel(BaseTuner):
 
 def _is_of_another_method(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, PluginModule)
-
-
-def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
-    """Change the compression ratio k at run time, for every module of a plugin, those of `ratio_pattern` included.
-
-    The saved configuration keeps the ratio that the plugin was made with.
-
-    Args:
-        model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
-        k: the ratio, from 1 (the exact base model) upwards.
-        adapter_name: which plugin; `None`: the active one.
-
-    Raises:
-        ValueError: `k` is not a positive integer, the model has no such plugin, or the plugin's scores are tied to
-            another ratio (`scoring="concat"`).
-    """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"compression_ratio={k!r} has to be an integer of at least 1.")
-    layers = [module for module in model.modules() if isinstance(module, VariatorLayer)]
-    available = sorted({name for layer in layers for name in layer.rules})
-    chosen = [(layer, name) for layer in layers for name in layer.rules if _is_chosen(layer, name, adapter_name)]
-    if not chosen:
-        missing = "active Variator plugin" if adapter_name is None else f"Variator plugin {adapter_name!r}"
-        raise ValueError(f"The model has no {missing}. Its plugins are {available}.")
-    for layer, name in chosen:
-        layer.check_ratio(name, k)
-    for layer, name in chosen:
-        layer.set_ratio(name, k)
-
-
-def _is_chosen(layer: VariatorLayer, name: str, adapter_name: str | None) -> bool:
-    return name == adapter_name if adapter_name is not None else name in layer.active_adapters

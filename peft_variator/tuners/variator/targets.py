@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .architectures import FEED_FORWARDS, FeedForward, candidates, find_feed_forwards, matches, owner_of
-from .call import StackKind
 from .config import VariatorConfig
+from .facts import StackKind
 
 
 __all__ = ["default_targets", "feed_forward_at", "hidden_size_of", "named_stack", "stack_kind"]

@@ -1,0 +1,69 @@
+"""What the models around a stack tell about the tokens of its call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .facts import CallFacts, StackKind
+from .recorder import frames, inherited
+
+
+__all__ = ["gather_facts"]
+
+
+def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any]) -> CallFacts:
+    """What is known about the tokens of a call that is about to run.
+
+    Args:
+        stack: the module that is called.
+        kind: whether it is an encoder, causal, or a vision encoder.
+        own: the arguments of its call.
+    """
+    arguments = inherited(stack) | own
+    surrounding = [module for module, _ in frames()]
+    image_ids = _image_ids(surrounding)
+    past = arguments.get("past_key_values") if kind == "causal" else None
+    by_embedding = kind == "causal" and image_ids and "input_ids" not in arguments
+    return CallFacts(
+        kind=kind,
+        arguments=arguments,
+        image_ids=image_ids,
+        image_tokens=_image_tokens(image_ids) if by_embedding else None,
+        shifted_labels=any(_has_language_head(module) for module in surrounding),
+        patch_size=_patch_size(stack),
+        past_length=0 if past is None else int(past.get_seq_length()),
+    )
+
+
+def _has_language_head(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+
+
+def _image_ids(surrounding: list[nn.Module]) -> tuple[int, ...]:
+    """Ids that stand for image or video tokens in the text of the surrounding vision-language model."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = (getattr(module.config, name, None) for module in surrounding for name in names if hasattr(module, "config"))
+    return tuple(sorted({token_id for token_id in ids if isinstance(token_id, int)}))
+
+
+def _image_tokens(image_ids: tuple[int, ...]) -> Tensor | None:
+    """Which of the embeddings that a vision-language model was called with are placeholders; `(batch, length)`."""
+    for module, known in frames():
+        embeddings = known.get("inputs_embeds")
+        if embeddings is not None and isinstance(module, PreTrainedModel):
+            with torch.no_grad():
+                places = module.get_input_embeddings()(torch.tensor(image_ids, device=embeddings.device))
+                return (embeddings.unsqueeze(2) == places.to(embeddings)).all(-1).any(-1)
+    return None
+
+
+def _patch_size(stack: nn.Module) -> tuple[int, int] | None:
+    """Edge of a patch in pixels, `(height, width)`; `None` for stacks without patches."""
+    size = getattr(getattr(stack, "config", None), "patch_size", None)
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
