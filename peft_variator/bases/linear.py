@@ -13,7 +13,7 @@ from .bits import mask_width
 from .handle import PackedWeightHandle
 from .kernels import Accelerator, KernelChoice, build_sparse_weight, choose_kernel
 from .layout import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack, unpack_mask
-from .product import packed_linear
+from .product import as_autocast, packed_linear
 
 
 __all__ = ["Sparse24Linear", "Unpacked"]
@@ -145,7 +145,7 @@ class Sparse24Linear(nn.Linear):
                 "adapters on the meta device, where they get no gradients, and autograd would keep every weight that "
                 "is brought in until the backward. Load the model without offloading; for inference call model.eval()."
             )
-        input, bias, dtype = _autocast(input, self.bias, self.compressed.dtype)
+        input, bias, dtype = as_autocast(input, self.bias, self.compressed.dtype)
         if input.is_cuda and self.kernel(dtype, input.device).kernel != "dense":
             return packed_linear(input, bias, self.compressed, self.bitmask, dtype, self._sparse_weight(dtype))
         if self.unpacked == "always" and not self.offloaded:
@@ -199,16 +199,3 @@ class Sparse24Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # what was built is built again by the copy
         return {**self.__dict__, "_dense": None, "_sparse": None}
-
-
-def _autocast(input: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
-    """Input, bias and dtype of the product as autocast would have them for `F.linear`, which leaves float64 alone."""
-    device_type = input.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return input, bias, dtype
-    target = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(target)
-
-    return cast(input), None if bias is None else cast(bias), dtype if dtype == torch.float64 else target

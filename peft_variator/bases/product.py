@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .layout import unpack
 
 
-__all__ = ["packed_linear"]
+__all__ = ["as_autocast", "packed_linear"]
 
 
 class _Workspace(threading.local):
@@ -38,6 +38,19 @@ class _Workspace(threading.local):
 
 
 _workspace = _Workspace()
+
+
+def as_autocast(input: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """Input, bias and dtype of the product as autocast would have them for `F.linear`, which leaves float64 alone."""
+    device_type = input.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return input, bias, dtype
+    target = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(target)
+
+    return cast(input), None if bias is None else cast(bias), dtype if dtype == torch.float64 else target
 
 
 def packed_linear(

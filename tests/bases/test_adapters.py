@@ -7,13 +7,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.bases import Sparse24Linear
 
 from .models import contents, logits, tiny_llama
-from .reference import same_bits
+from .reference import same_bits, two_four_linear
 
 
 IDS = torch.arange(1, 25).reshape(2, 12)
@@ -54,6 +55,17 @@ def test_outputs_and_gradients_as_above_the_dense_base(packed_dir, config):
     assert all(torch.equal(actual[name], gradient) for name, gradient in wanted.items())
     frozen = [name for name, p in packed.named_parameters() if name.endswith((".compressed", ".bitmask", ".shape"))]
     assert len(frozen) == 42
+
+
+def test_sparse_lora_keeps_no_dense_copy_for_the_backward():
+    packed = Sparse24Linear.from_dense(two_four_linear(64, 64))
+    model = get_peft_model(nn.Sequential(packed), SparseLoraConfig(r=4, target_modules=["0"]))
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(torch.randn(2, 64, requires_grad=True))
+    assert packed.bitmask.data_ptr() in {tensor.data_ptr() for tensor in saved}  # the mask, one bit a weight
+    assert all(tensor.data_ptr() in own or tensor.numel() <= 2 * 64 for tensor in saved)
 
 
 def test_training_moves_the_adapter_and_no_file(packed_dir):
