@@ -16,8 +16,8 @@ INTERVAL = 0.005
 class PeakMemory:
     """A context manager that looks every 5 ms at what the process holds.
 
-    `anonymous` leaves out pages of mapped files, which safetensors reads from: the system takes those back when it
-    needs them. `resident` counts them. Both are bytes, at their peak.
+    `resident` counts the pages of mapped files that were touched, `anonymous` leaves them out. Weights that need no
+    conversion stay such pages, so that only `resident` counts them. Both are bytes, at their peak.
     """
 
     def __init__(self) -> None:

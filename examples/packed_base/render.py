@@ -22,12 +22,13 @@ Record = dict[str, Any]
 # heading, figure, how many of its units make one shown
 INFERENCE = (
     ("load, s", "load_seconds", 1.0),
-    ("peak while loading, MB", "load_anonymous", 1e6),
+    ("load and read, s", "read_seconds", 1.0),
+    ("memory while loading, MB", "load_resident", 1e6),
     ("prefill, s", "prefill_seconds", 1.0),
     ("one token, ms", "token_seconds", 1e-3),
-    ("peak of the prefill, MB", "prefill_anonymous", 1e6),
+    ("memory of the prefill, MB", "prefill_resident", 1e6),
 )
-TRAINING = (("step, s", "step_seconds", 1.0), ("peak of the step, MB", "step_anonymous", 1e6))
+TRAINING = (("step, s", "step_seconds", 1.0), ("memory of the step, MB", "step_resident", 1e6))
 
 
 def _table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
@@ -79,7 +80,7 @@ def bench(report: Record) -> str:
     for result in report["results"]:
         files, rows = result["file_bytes"], result["rows"]
         packed, dense = files["packed-bfloat16"], files["dense-bfloat16"]
-        peak = rows["packed bfloat16"]["load_anonymous"]["quartiles"]["median"]
+        peak = rows["packed bfloat16"]["load_resident"]["quartiles"]["median"]
         parts += [
             f"### {result['model']}, 1×{settings['length']}",
             _figures(rows, INFERENCE),

@@ -57,7 +57,7 @@ def test_every_row_has_its_figures(report):
     assert list(result["rows"]) == CHOSEN
     for name, row in result["rows"].items():
         kinds = {figure.rpartition("_")[0] for figure in row} - {"before"}
-        assert kinds == {"load", "prefill", "token"} | ({"step"} if "LoRA" in name else set())
+        assert kinds == {"load", "read", "prefill", "token"} | ({"step"} if "LoRA" in name else set())
         for figure, values in row.items():
             assert len(values["samples"]) == 2
             assert not figure.endswith("_seconds") or min(values["samples"]) > 0
