@@ -44,31 +44,39 @@ def locate_adapter(folder: ModelFolder, saved: SavedAdapter) -> LocatedAdapter:
     model = folder.skeleton(saved.architecture)  # its names are those of the adapter; the base may have others
     names, tied = KeyNames(model), dict(model.all_tied_weights_keys)
     placed = place_adapter(saved, model)
-    for name, new in placed.replaced.items():
-        if name in {*tied, *tied.values()}:
-            raise CheckpointError(
-                f"{new}: {name} shares its values with another parameter of the base, which would have to be untied. "
-                "Save the base once with tie_word_embeddings=False, and merge into what was saved."
-            )
     updates = _untie(placed.updates, tied)
     weights = find_stored_weights(folder.checkpoint.tensors)
     candidates = {**weights, **_other_tensors(folder, weights)}
     located = LocatedAdapter(weights, {}, {})
-    missing = {*updates, *placed.replaced}
+    shared = {*tied, *tied.values(), *updates}
+    changed = {name: new for name, new in placed.replaced.items() if name not in shared}
+    copies = {tied.get(name, name): new for name, new in placed.replaced.items() if name in shared}
+    missing = {*updates, *changed, *copies}
     for name, weight in candidates.items():
         parameter = names.parameter(name)
         parameter = tied.get(parameter, parameter) if parameter is not None else None
-        if parameter in updates:
-            located.updates[name] = updates[parameter]
-        elif parameter in placed.replaced:
-            located.replaced[name] = placed.replaced[parameter]
-        else:
+        if parameter not in missing and parameter not in updates:
             continue
-        weights[name] = weight
         missing.discard(parameter)
+        if parameter in copies:
+            _check_copy(copies[parameter], weight)
+        if parameter in updates:
+            located.updates[name], weights[name] = updates[parameter], weight
+        elif parameter in changed:
+            located.replaced[name], weights[name] = changed[parameter], weight
     _check_all_found(folder, saved, missing)
     _check_shapes(located)
     return located
+
+
+def _check_copy(new: StoredTensor, weight: StoredWeight) -> None:
+    """PEFT saves embeddings that are adapted, or tied to something that is, with the adapter: as they were."""
+    if new.shape != weight.size() or not torch.equal(new.read(), weight.read_dense(new.dtype)):
+        raise CheckpointError(
+            f"{new}: it replaces {weight.main}, which shares its values with another parameter of the base or gets an "
+            "update besides. If it was trained, save the base once with tie_word_embeddings=False, train above that, "
+            "and merge into it; else the adapter was made for another base."
+        )
 
 
 def _other_tensors(folder: ModelFolder, weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -55,7 +56,14 @@ def place_adapter(saved: SavedAdapter, model: PreTrainedModel) -> PlacedAdapter:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLoraLayer)}
     updates = {f"{name}.weight": _update(saved, name, layer) for name, layer in layers.items()}
     taken = {part.name for update in updates.values() for part in update.parts}
-    others = {name: stored for name, stored in saved.tensors.items() if stored.name not in taken}
+    # with bias="all", PEFT saves the biases of these modules three times
+    copies = {f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    copies = {prefix + part for prefix in copies for part in ("original_module.", "modules_to_save.")}
+    others = {
+        name: stored
+        for name, stored in saved.tensors.items()
+        if stored.name not in taken and not name.startswith(tuple(copies))
+    }
     replaced = {_parameter(name, layers): stored for name, stored in others.items()}
     _check_replaced(saved, type(model).__name__, replaced, shapes)
     return PlacedAdapter(updates, replaced)
