@@ -87,7 +87,7 @@ def load(folder: Path, unpacked: str | None, figures: Figures) -> PreTrainedMode
 
 
 def read_weights(model: nn.Module) -> None:
-    """Touch every page of the weights: transformers maps files, and reads what needs no converting at its first use."""
+    """Touch every page of the weights: transformers maps files, and reads what needs no change at its first use."""
     for weight in model.parameters():
         weight.detach().reshape(-1).view(torch.uint8)[::PAGE].sum()
 
