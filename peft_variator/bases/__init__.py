@@ -13,6 +13,7 @@ from .load import load_base
 from .merge import MergeReport, merge_checkpoint
 from .paths import describe_paths
 from .quantizer import Sparse24Quantizer, register
+from .save import save_base
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "load_base",
     "merge_checkpoint",
     "pack_checkpoint",
+    "save_base",
     "unpack_checkpoint",
 ]
 

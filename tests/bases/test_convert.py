@@ -213,12 +213,15 @@ def test_another_run_does_not_take_up_what_is_not_its_own(sharded_dir, tmp_path,
 
 
 @pytest.mark.slow
-def test_killed_runs_leave_the_target_whole_or_absent():
-    command = [sys.executable, "-m", "tests.bases.kill_conversions", "--rounds", "10"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+def test_killed_runs_leave_the_target_whole_or_absent(tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "packed_faults" / "kill.py"
+    command = [sys.executable, script, "--rounds", "6", "--output", tmp_path / "kill.json"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
-    assert "pack: 10 rounds" in run.stdout
+    counts = json.loads((tmp_path / "kill.json").read_text())["counts"]
+    assert counts.keys() == {"pack", "unpack", "merge", "save_base", "save_pretrained"}
+    for name in ("pack", "unpack", "merge", "save_base"):
+        assert counts[name].get("target whole", 0) + counts[name].get("target absent", 0) == 6
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
