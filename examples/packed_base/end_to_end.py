@@ -147,6 +147,7 @@ def main(
 ) -> None:
     """Go through all stages and write the figures."""
     set_seed(seed)
+    environment = describe_environment(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
         chain = Chain(Encoder(data, steps), Path(scratch))
         packed, pruning = _timed(lambda: prune_and_pack(chain, seed))
@@ -154,7 +155,7 @@ def main(
         load_back(chain, data)
     report = {
         "command": f"python examples/packed_base/end_to_end.py --data DATA --steps {steps} --seed {seed}",
-        "environment": describe_environment(torch.device("cpu")),
+        "environment": environment,
         "steps": steps,
         "seed": seed,
         **facts,
