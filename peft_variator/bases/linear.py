@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..offloading import DISK_OFFLOAD_MESSAGE, has_lost_its_hook
 from .bits import mask_width
 from .handle import PackedWeightHandle
 from .kernels import Accelerator, KernelChoice, build_sparse_weight, choose_kernel
@@ -130,6 +131,8 @@ class Sparse24Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Shape, dtype and device of the dense weight at no cost; reading its values unpacks it, writing raises."""
+        if self.offloaded and has_lost_its_hook(self):
+            raise ValueError(DISK_OFFLOAD_MESSAGE)  # for PEFT's own adapters, which look for it
         return PackedWeightHandle(self.compressed, self.bitmask, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:

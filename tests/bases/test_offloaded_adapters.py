@@ -73,6 +73,6 @@ def test_a_trainer_is_refused_before_its_first_step(packed_dir, tmp_path):
 def test_loading_an_adapter_onto_layers_on_disk_leaves_the_files_alone(packed_dir, tmp_path, method):
     adapted(tiny_llama(), CONFIGS[method]).save_pretrained(tmp_path / "adapter")
     before = contents(packed_dir)
-    with pytest.raises((NotImplementedError, KeyError)):  # PEFT's own: it can't place the adapter
+    with pytest.raises(ValueError, match="stopped before it wrote anything"):
         PeftModel.from_pretrained(on_disk(packed_dir), tmp_path / "adapter")
     assert contents(packed_dir) == before

@@ -12,6 +12,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ...offloading import refuse_rewriting
 from .attaching import attach_masks, layers_of, warn_about_dense
 from .config import SparseLoraConfig
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
@@ -56,6 +57,7 @@ class SparseLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, with one warning for all modules in which the mask would mask nothing."""
+        refuse_rewriting(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].mask == "weight":
             warn_about_dense(layers_of(model, adapter_name), adapter_name)

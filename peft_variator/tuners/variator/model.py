@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
+from ...offloading import refuse_rewriting
 from .config import VariatorConfig
 from .layer import VariatorLayer
 from .plugin import PluginModule
@@ -71,6 +72,7 @@ class VariatorModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put a plugin into the model; see `BaseTuner.inject_adapter`."""
+        refuse_rewriting(model)
         self._pre_injection_hook(model, self.peft_config[adapter_name], adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT leaves adapters that were there before as trainable as they were.

@@ -1,0 +1,36 @@
+"""Keeping PEFT from writing to the files of a base that is offloaded to disk."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+__all__ = ["DISK_OFFLOAD_MESSAGE", "has_lost_its_hook", "refuse_rewriting"]
+
+DISK_OFFLOAD_MESSAGE = (
+    "The model is partly offloaded to disk, and PeftModel.from_pretrained rewrites the files that such a model was "
+    "loaded from: it was stopped before it wrote anything. Load the model again, since this one has lost its weights on "
+    "disk, and without disk offload; device_map='cpu' will do. A SparseLoRA adapter can also be merged without loading "
+    "the model, with `peft-variator merge`."
+)
+
+
+def has_lost_its_hook(module: nn.Module) -> bool:
+    """Whether the parameters of a module are on disk and nothing is left that would bring them in."""
+    on_disk = any(parameter.is_meta for parameter in module.parameters(recurse=False))
+    return on_disk and not hasattr(module, "_hf_hook")  # accelerate's name
+
+
+def refuse_rewriting(model: nn.Module) -> None:
+    """Raise if an adapter is put on `model` by PEFT's `PeftModel.from_pretrained` and parts of the model are on disk.
+
+    PEFT 0.21 takes the hooks off such a model, adds the adapter, and then writes every safetensors file that the
+    model is offloaded to, with other names for the tensors, to its relative path: over the model's own file if the
+    model was loaded by one. Creating an adapter leaves hooks and files alone.
+
+    Raises:
+        ValueError: it is so. Nothing has been written.
+    """
+    # set by from_pretrained, where there is a device map
+    if "disk" in getattr(model, "hf_device_map", {}).values() and any(map(has_lost_its_hook, model.modules())):
+        raise ValueError(DISK_OFFLOAD_MESSAGE)
