@@ -9,9 +9,9 @@ __all__ = ["DISK_OFFLOAD_MESSAGE", "has_lost_its_hook", "refuse_rewriting"]
 
 DISK_OFFLOAD_MESSAGE = (
     "The model is partly offloaded to disk, and PeftModel.from_pretrained rewrites the files that such a model was "
-    "loaded from: it was stopped before it wrote anything. Load the model again, since this one has lost its weights on "
-    "disk, and without disk offload; device_map='cpu' will do. A SparseLoRA adapter can also be merged without loading "
-    "the model, with `peft-variator merge`."
+    "loaded from: it was stopped before it wrote anything. Load the model again, since this one has lost its weights, "
+    "and without disk offload; device_map='cpu' will do. A SparseLoRA adapter can also be merged without loading the "
+    "model, with `peft-variator merge`."
 )
 
 

@@ -70,16 +70,18 @@ class ModelFolder:
         """The model that config.json describes, dense and without weights.
 
         Args:
-            architecture: the class to make instead of the one that was saved, if transformers has it.
+            architecture: the class to make instead of the one that was saved, if transformers has it for this config.
 
         Raises:
             CheckpointError: its architecture is no class of transformers.
         """
         config = AutoConfig.from_pretrained(self.path)
         vars(config).pop("quantization_config", None)
-        if architecture is not None:
-            config.architectures = [architecture, *(config.architectures or ())]
         cls = model_class(config)
+        if architecture is not None:
+            config.architectures = [architecture]
+            other = model_class(config)
+            cls = other if other is not None and other.config_class is type(config) else cls
         if cls is None:
             raise CheckpointError(
                 f"{self.path / 'config.json'}: architectures={config.architectures} names no class of transformers, "

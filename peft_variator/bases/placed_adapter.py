@@ -21,6 +21,10 @@ from .updates import LayerUpdate
 __all__ = ["PlacedAdapter", "place_adapter"]
 
 _NAMES_SHOWN = 3
+_HEAD_HINT = (
+    "If the adapter was made for the base with a new head, save the base once with that head, and merge into what was "
+    "saved."
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def place_adapter(saved: SavedAdapter, model: PreTrainedModel) -> PlacedAdapter:
     try:
         peft_model = PeftModel(model, copy.deepcopy(saved.config), low_cpu_mem_usage=True)
     except ValueError as error:
-        raise CheckpointError(f"{saved.path} does not fit {type(model).__name__}: {error}") from error
+        raise CheckpointError(f"{saved.path} does not fit {type(model).__name__}: {error} {_HEAD_HINT}") from error
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     _check_expected(saved, type(model).__name__, {name.removeprefix(KEY_PREFIX): state[name] for name in state})
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLoraLayer)}
@@ -111,8 +115,7 @@ def _check_replaced(
         made_for = "" if saved.architecture is None else f", {saved.architecture}"
         raise CheckpointError(
             f"{saved.weights}: {_shorten(unknown)} has no place in {model_name}. The adapter was made for another "
-            f"model{made_for}. If that is the base with a new head, save the base once with that head, and merge into "
-            "what was saved."
+            f"model{made_for}. {_HEAD_HINT}"
         )
     for name, stored in replaced.items():
         if stored.shape != shapes[name]:
