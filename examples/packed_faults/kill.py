@@ -28,6 +28,7 @@ import typer
 from folders import contents, make_folders
 from rich.console import Console
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from peft_variator.bases import merge_checkpoint, pack_checkpoint, save_base, unpack_checkpoint
 from peft_variator.files import write_text
@@ -128,6 +129,7 @@ def main(
 ) -> None:
     """Kill every kind of work and write the counts."""
     torch.set_num_threads(1)  # children of a process with a pool of threads would wait for them
+    logging.disable_progress_bar()  # their lock is shared with children, and one that is killed never gives it back
     with tempfile.TemporaryDirectory() as folder:
         sources = Path(folder, "sources")
         make_folders(sources, shard_size="60KB")
