@@ -40,14 +40,27 @@ Work = Callable[[Path], object]
 console = Console(soft_wrap=True, highlight=False)
 
 
-def kill_at_random(work: Callable[[], object], seconds: float) -> bool:
-    """Run `work` in a child and kill it after `seconds`; returns whether it was still running."""
+def start(work: Callable[[], object]) -> int:
+    """Run `work` in a child; its process id."""
     child = os.fork()
     if child == 0:
         try:
             work()
         finally:
             os._exit(0)
+    return child
+
+
+def duration_of(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes in a child."""
+    started = time.monotonic()
+    os.waitpid(start(work), 0)
+    return time.monotonic() - started
+
+
+def kill_at_random(work: Callable[[], object], seconds: float) -> bool:
+    """Run `work` in a child and kill it after `seconds`; returns whether it was still running."""
+    child = start(work)
     time.sleep(seconds)
     running = os.waitpid(child, os.WNOHANG)[0] == 0
     if running:
@@ -71,9 +84,7 @@ class Rounds:
         self.target = self.folder / "target"
         work(self.folder / "first")  # slower than the ones to come
         shutil.rmtree(self.folder / "first")
-        started = time.monotonic()
-        work(self.folder / "whole")
-        self.duration = time.monotonic() - started
+        self.duration = duration_of(lambda: work(self.folder / "whole"))
         self.whole, self.before = contents(self.folder / "whole"), contents(sources)
         self.outcomes: Counter[str] = Counter()
 
