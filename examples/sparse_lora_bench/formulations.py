@@ -61,9 +61,8 @@ FORMULATIONS: dict[str, Callable[[PreTrainedModel, int], nn.Module]] = {
 
 def target_names(base: PreTrainedModel) -> list[str]:
     """The linear layers that all formulations adapt."""
-    config = SparseLoraConfig()
-    get_peft_model(share_weights(base), config)
-    return sorted(config.target_modules)
+    # not the configuration's `target_modules`, which PEFT shortens to suffixes for models with many layers
+    return sorted(get_peft_model(share_weights(base), SparseLoraConfig()).targeted_module_names)
 
 
 def prune_at_random_(base: PreTrainedModel, sparsity: float) -> int:
