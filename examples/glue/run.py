@@ -49,13 +49,15 @@ class Runs:
             learn_task(problem, self.base, self.tokenizer, TASK_SEED, folder)
         return folder
 
-    def plugin(self, variant_name: str, variant: Variant) -> Path | None:
+    def plugin(self, variant: Variant) -> Path | None:
         """Folder of the plugin of stage one, made on first use; `None` for the variant that has no stage one."""
         if not variant.is_pretrained:
             return None
-        folder = self.work / "plugins" / variant_name
+        # Variants that differ in the adaptation alone share it.
+        shared = next(name for name, other in VARIANTS.items() if other.stage_one == variant.stage_one)
+        folder = self.work / "plugins" / shared
         if not (folder / "adapter_config.json").is_file():
-            console.print(f"[bold]{variant_name}[/bold]: distilling a plugin on plain text")
+            console.print(f"[bold]{shared}[/bold]: distilling a plugin on plain text")
             files = [
                 self.data / "wikitext2_valid_test" / "valid.txt",
                 self.data / "tinystories_sample" / "tinystories_sample.txt",
@@ -68,7 +70,7 @@ class Runs:
 def run(runs: Runs, name: str, variant_name: str, seed: int) -> dict[str, Any]:
     """All stages of one run, and its scores."""
     variant, start = VARIANTS[variant_name], time.monotonic()
-    plugin = runs.plugin(variant_name, variant)
+    plugin = runs.plugin(variant)
     problem = load_problem(runs.data, name, runs.tokenizer)
     task_folder = runs.task_model(problem, name)
     torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Variant:
     fields: dict[str, Any] = field(default_factory=dict)
     is_pretrained: bool = True
     task_weight: float = 1.0
+
+    @property
+    def stage_one(self) -> Variant:
+        """What decides how the plugin is distilled on plain text."""
+        return replace(self, task_weight=0.0)
 
     def config(self, tokenizer: PreTrainedTokenizerBase) -> VariatorConfig:
         """The plugin's configuration."""

@@ -83,5 +83,6 @@ def unpack_checkpoint(
         raise CheckpointError(f"{folder.path} is dense already.")
     for weight in stored:
         weight.check()
-    pieces = [dense_piece(weight, own_dtype(weight, folder.dtype())) for weight in stored]
+    dtype = folder.dtype()  # reads a file
+    pieces = [dense_piece(weight, own_dtype(weight, dtype)) for weight in stored]
     return rewrite(folder, output, pieces, folder.config, {"task": "unpack"}, on_progress)

@@ -20,6 +20,17 @@ from transformers import (
 from .reference import prune_two_four
 
 
+# A device map of `tiny_llama` with one block and the head on disk.
+ON_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
 def make_two_four(model: PreTrainedModel, leave: tuple[str, ...] = ("lm_head",)) -> PreTrainedModel:
     """Prune the linear layers of a model in place, except those named, and the tied ones."""
     for seed, (name, module) in enumerate(model.named_modules()):

@@ -12,19 +12,11 @@ from peft_variator import SparseLoraConfig, load_plugin
 from peft_variator.bases import merge_checkpoint, pack_checkpoint, save_base, unpack_checkpoint
 
 from .adapters import randomize, save_adapter
-from .models import contents, logits, tiny_llama
+from .models import ON_DISK, contents, logits, tiny_llama
 from .reference import same_bits
 from .test_adapters import CONFIGS
 
 
-ON_DISK = {
-    "model.embed_tokens": "cpu",
-    "model.layers.0": "cpu",
-    "model.layers.1": "disk",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "disk",
-}
 OURS = ["sparse_lora", "variator"]
 
 

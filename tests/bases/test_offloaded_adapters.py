@@ -9,20 +9,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from .models import contents, logits, tiny_llama
+from .models import ON_DISK, contents, logits, tiny_llama
 from .reference import same_bits
 from .test_adapters import CONFIGS, IDS, LABELS, adapted, gradients
 
 
 METHODS = ["sparse_lora", "lora", "variator"]
-ON_DISK = {
-    "model.embed_tokens": "cpu",
-    "model.layers.0": "cpu",
-    "model.layers.1": "disk",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "disk",
-}
 
 
 def on_disk(folder):
