@@ -1,15 +1,13 @@
 """The scripts about packed bases: a quick benchmark from end to end, what the real encoder gave, and the page."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "packed_base"
 CHOSEN = [
     "dense bfloat16",
     "packed bfloat16",
@@ -17,21 +15,6 @@ CHOSEN = [
     "dense bfloat16, LoRA",
     "packed bfloat16, SparseLoRA",
 ]
-FOLDERS = [EXAMPLES / name for name in ("packed_base", "restore", "sparse_lora_bench")]
-NAMES = [script.stem for folder in FOLDERS for script in folder.glob("*.py")]
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """Imports a script of the example by its name; other examples have scripts of the same names."""
-    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    path = list(sys.path)
-    sys.path.insert(0, str(FOLDERS[0]))
-    yield importlib.import_module
-    sys.path[:] = path
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    sys.modules.update(kept)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +82,7 @@ def test_peak_memory_sees_what_was_held_and_let_go(scripts):
 
 
 def test_the_real_encoder_changed_nowhere_where_it_must_not(scripts):
-    results = EXAMPLES / "packed_base" / "results" / "end-to-end.json"
+    results = EXAMPLE / "results" / "end-to-end.json"
     stages = json.loads(results.read_text())["stages"]
     check = scripts("end_to_end").check
     check(stages)
@@ -111,7 +94,7 @@ def test_the_real_encoder_changed_nowhere_where_it_must_not(scripts):
 
 def test_the_page_is_written_between_its_marks(scripts, report, tmp_path):
     render = scripts("render")
-    results = EXAMPLES / "packed_base" / "results"
+    results = EXAMPLE / "results"
     (tmp_path / "end-to-end.json").write_text((results / "end-to-end.json").read_text())
     (tmp_path / "bench.json").write_text(json.dumps(report))
     page = tmp_path / "page.md"

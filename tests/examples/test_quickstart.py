@@ -1,6 +1,5 @@
 """The quickstart: what it splits, embeds, measures, writes and loads back, and that its page shows its results."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -16,21 +15,8 @@ from safetensors.torch import load_file, save_file
 
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
-NAMES = [script.stem for script in EXAMPLE.glob("*.py")]
 # Whatever asked for the network would fail: there is no proxy at this port.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """Imports a script of the example by its name; other examples have scripts of the same names."""
-    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(EXAMPLE))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLE))
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    sys.modules.update(kept)
 
 
 @pytest.fixture(scope="module")

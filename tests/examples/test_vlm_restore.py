@@ -3,7 +3,6 @@
 import importlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,7 @@ pa = pytest.importorskip("pyarrow", reason="easy-VQA's images are in a parquet f
 pq = importlib.import_module("pyarrow.parquet")
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "vlm_restore"
-NAMES = [script.stem for script in EXAMPLE.glob("*.py")]
 ASKED = [("what color is the shape?", "red"), ("is there a circle?", "no"), ("what is the red shape?", "triangle")]
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """Imports a script of the example by its name; other examples have scripts of the same names."""
-    kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
-    sys.path.insert(0, str(EXAMPLE))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLE))
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    sys.modules.update(kept)
 
 
 @pytest.fixture(scope="module")
