@@ -79,7 +79,16 @@ class Settings:
 
 
 def measure_row(home: Path, row: Row, settings: Settings) -> dict[str, float]:
-    """Figures of one process.
+    """Figures of one process; where nothing is trained, also those of one that loads from files out of the cache."""
+    figures = run_process(home, row, settings)
+    if row.adapter is None:
+        cold = run_process(home, row, settings, "--cold")
+        figures |= {name: value for name, value in cold.items() if name.startswith("cold_")}
+    return figures
+
+
+def run_process(home: Path, row: Row, settings: Settings, *flags: str) -> dict[str, float]:
+    """Start bench_row.py and read its figures.
 
     Raises:
         RuntimeError: it failed; the message has the end of what it wrote.
@@ -96,7 +105,7 @@ def measure_row(home: Path, row: Row, settings: Settings) -> dict[str, float]:
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "row.json")
-        command = [sys.executable, str(HERE / "bench_row.py"), str(home / row.folder), str(output), *words]
+        command = [sys.executable, str(HERE / "bench_row.py"), str(home / row.folder), str(output), *words, *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr[-2000:]}")

@@ -6,6 +6,7 @@ bench.py starts it.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -61,28 +62,38 @@ def watched(figures: Figures, name: str) -> Iterator[None]:
     figures[f"{name}_resident"] = peak.resident - figures["before_resident"]
 
 
-def load(folder: Path, unpacked: str | None, figures: Figures) -> PreTrainedModel:
-    """Load with the files in the page cache and the code imported, so that neither is what is measured."""
+def import_model(folder: Path) -> None:
+    """Import the code of a model, so that it is not what is measured."""
     config = AutoConfig.from_pretrained(folder)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config)
+
+
+def set_page_cache(folder: Path, keep: bool) -> None:
+    """Bring the files of a folder into the system's cache, or have it drop them."""
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as handle:
-            while handle.read(1 << 20):
+            if not keep:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while keep and handle.read(1 << 20):
                 pass
+
+
+def load(folder: Path, unpacked: str | None, figures: Figures, prefix: str = "") -> PreTrainedModel:
+    """Load, and go on until every page of the weights has been read."""
     with PeakMemory() as before:
         pass
     figures["before_anonymous"], figures["before_resident"] = before.anonymous, before.resident
     start = time.perf_counter()
-    with watched(figures, "load"):
+    with watched(figures, f"{prefix}load"):
         if unpacked is None:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         else:
             model = load_base(folder, unpacked=unpacked)
-        figures["load_seconds"] = time.perf_counter() - start
+        figures[f"{prefix}load_seconds"] = time.perf_counter() - start
         read_weights(model)
-    figures["read_seconds"] = time.perf_counter() - start
+    figures[f"{prefix}read_seconds"] = time.perf_counter() - start
     return model
 
 
@@ -131,21 +142,33 @@ def main(
     samples: Annotated[int, typer.Option(help="Timed samples of each, at least 2.")] = 3,
     min_seconds: Annotated[float, typer.Option(help="Short calls are repeated to fill a sample of so many.")] = 0.2,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Load from files out of the cache, and do no more.")] = False,
 ) -> None:
     """Measure one row."""
     figures: Figures = {}
-    effort = Effort(samples, min_seconds)
+    import_model(folder)
+    set_page_cache(folder, keep=not cold)
     with num_threads(threads):
-        model: nn.Module = load(folder, unpacked, figures)
-        generator = torch.Generator().manual_seed(0)
-        lengths = make_lengths(1, length, "even", generator)
-        inputs = make_inputs(model.config, "causal", lengths, dtype=torch.float32, generator=generator)
-        if adapter is not None:
-            model = get_peft_model(model, ADAPTERS[adapter](rank)).eval()
-        run_forwards(model, inputs, effort, figures)
-        if adapter is not None:
-            run_training(model, inputs, effort, figures)
+        if cold:
+            load(folder, unpacked, figures, prefix="cold_")
+        else:
+            run(folder, unpacked, adapter, length, rank, Effort(samples, min_seconds), figures)
     write_text(output, json.dumps(figures))
+
+
+def run(
+    folder: Path, unpacked: str | None, adapter: str | None, length: int, rank: int, effort: Effort, figures: Figures
+) -> None:
+    """Load from files in the cache, run the model, and train its adapter."""
+    model: nn.Module = load(folder, unpacked, figures)
+    generator = torch.Generator().manual_seed(0)
+    lengths = make_lengths(1, length, "even", generator)
+    inputs = make_inputs(model.config, "causal", lengths, dtype=torch.float32, generator=generator)
+    if adapter is not None:
+        model = get_peft_model(model, ADAPTERS[adapter](rank)).eval()
+    run_forwards(model, inputs, effort, figures)
+    if adapter is not None:
+        run_training(model, inputs, effort, figures)
 
 
 if __name__ == "__main__":

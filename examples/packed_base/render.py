@@ -23,6 +23,7 @@ Record = dict[str, Any]
 INFERENCE = (
     ("load, s", "load_seconds", 1.0),
     ("load and read, s", "read_seconds", 1.0),
+    ("the same from disk, s", "cold_read_seconds", 1.0),
     ("memory while loading, MB", "load_resident", 1e6),
     ("prefill, s", "prefill_seconds", 1.0),
     ("one token, ms", "token_seconds", 1e-3),
@@ -60,8 +61,10 @@ def end_to_end(report: Record) -> str:
     return f"{_table(['', 'STS-B', 'embeddings differ by', 'files, MB'], rows)}\n\n{facts}"
 
 
-def _cell(figure: Record, unit: float) -> str:
-    """Median, quartiles, and how many times the reference's."""
+def _cell(figure: Record | None, unit: float) -> str:
+    """Median, quartiles, and how many times the reference's; nothing for what a row does not measure."""
+    if figure is None:
+        return ""
     low, median, high = (figure["quartiles"][name] / unit for name in ("low", "median", "high"))
     digits = 0 if median >= 100 else 2
     times = "" if figure["times_dense"] is None else f", {figure['times_dense']['median']:.2f}×"
@@ -70,7 +73,7 @@ def _cell(figure: Record, unit: float) -> str:
 
 def _figures(rows: Record, columns: tuple[tuple[str, str, float], ...]) -> str:
     chosen = {name: row for name, row in rows.items() if columns[0][1] in row}
-    body = [[name, *(_cell(row[figure], unit) for _, figure, unit in columns)] for name, row in chosen.items()]
+    body = [[name, *(_cell(row.get(figure), unit) for _, figure, unit in columns)] for name, row in chosen.items()]
     return _table(["", *(heading for heading, _, _ in columns)], body)
 
 

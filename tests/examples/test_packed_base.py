@@ -22,14 +22,15 @@ def report(scripts, tmp_path_factory):
     """A quick benchmark whose rows run in this process: a process each takes seconds to start."""
     bench, row, folder = scripts("bench"), scripts("bench_row"), tmp_path_factory.mktemp("bench")
 
-    def run(home, chosen, settings):
+    def run(home, chosen, settings, *flags):
         output = folder / "row.json"
         options = {"length": settings.length, "rank": settings.rank, "samples": settings.samples, "threads": 1}
+        options["cold"] = "--cold" in flags
         row.main(home / chosen.folder, output, chosen.unpacked, chosen.adapter, min_seconds=0.0, **options)
         return json.loads(output.read_text())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "measure_row", run)
+        patch.setattr(bench, "run_process", run)
         patch.setattr(bench, "ROWS", {name: bench.ROWS[name] for name in CHOSEN})
         bench.main(["llama-3.2-1b"], rounds=5, rank=4, threads=1, work=None, output=folder / "bench.json", quick=True)
     return json.loads((folder / "bench.json").read_text())
@@ -40,7 +41,8 @@ def test_every_row_has_its_figures(report):
     assert list(result["rows"]) == CHOSEN
     for name, row in result["rows"].items():
         kinds = {figure.rpartition("_")[0] for figure in row} - {"before"}
-        assert kinds == {"load", "read", "prefill", "token"} | ({"step"} if "LoRA" in name else set())
+        more = {"step"} if "LoRA" in name else {"cold_load", "cold_read"}
+        assert kinds == {"load", "read", "prefill", "token"} | more
         for figure, values in row.items():
             assert len(values["samples"]) == 2
             assert not figure.endswith("_seconds") or min(values["samples"]) > 0
