@@ -18,11 +18,24 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 
-__all__ = ["IMAGE_TOKENS", "Collator", "Example", "load_split", "make_tokenizer", "single_questions"]
+__all__ = [
+    "COLORS",
+    "IMAGE_TOKENS",
+    "SHAPES",
+    "Collator",
+    "Example",
+    "color_questions",
+    "load_split",
+    "make_tokenizer",
+    "single_questions",
+    "stack_pixels",
+]
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 SPECIAL = ("<pad>", "<unk>", "<image>")
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,27 @@ def load_split(folder: Path, split: str) -> list[Example]:
 
 def _pixels(png: bytes) -> Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def stack_pixels(examples: Sequence[Example], augment: bool = False) -> Tensor:
+    """Float, shape `(batch, 3, 64, 64)`, in [-1, 1]. No question asks for a direction, so mirroring is sound."""
+    pixels = torch.stack([example.pixels for example in examples]).float() / 127.5 - 1
+    if augment:
+        for dim in (2, 3):
+            mirrored = torch.rand(len(pixels)) < 0.5
+            pixels[mirrored] = pixels[mirrored].flip(dim)
+    return pixels
+
+
+def color_questions(examples: Sequence[Example]) -> list[Example]:
+    """The images with the questions that name no shape, nor ask for one."""
+    asking = [
+        Example(
+            example.pixels, [pair for pair in example.questions if not any(name in " ".join(pair) for name in SHAPES)]
+        )
+        for example in examples
+    ]
+    return [example for example in asking if example.questions]
 
 
 def single_questions(examples: Sequence[Example]) -> list[Example]:
@@ -107,7 +141,7 @@ class Collator:
             owner[row, : len(ids)] = torch.tensor(owners)
         same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
         batch["attention_mask"] = (same & torch.ones(longest, longest, dtype=torch.bool).tril()).unsqueeze(1)
-        batch["pixel_values"] = self._pixels(examples)
+        batch["pixel_values"] = stack_pixels(examples, self.augment)
         return batch
 
     def _row(self, example: Example) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -121,12 +155,3 @@ class Collator:
             positions += range(IMAGE_TOKENS, IMAGE_TOKENS + len(tokens))
             owners += [number] * len(tokens)
         return ids, labels, positions, owners
-
-    def _pixels(self, examples: Sequence[Example]) -> Tensor:
-        """Float, shape `(batch, 3, 64, 64)`, in [-1, 1]. No question asks for a direction, so mirroring is sound."""
-        pixels = torch.stack([example.pixels for example in examples]).float() / 127.5 - 1
-        if self.augment:
-            for dim in (2, 3):
-                mirrored = torch.rand(len(pixels)) < 0.5
-                pixels[mirrored] = pixels[mirrored].flip(dim)
-        return pixels

@@ -1,18 +1,16 @@
 """The study of a pruned LLaVA: packed questions are single questions, and a run gives what it promises."""
 
-import importlib
 import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import set_seed
+from transformers import LlavaForConditionalGeneration, set_seed
 
-
-pa = pytest.importorskip("pyarrow", reason="easy-VQA's images are in a parquet file")
-pq = importlib.import_module("pyarrow.parquet")
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "vlm_restore"
 ASKED = [("what color is the shape?", "red"), ("is there a circle?", "no"), ("what is the red shape?", "triangle")]
@@ -91,3 +89,40 @@ def test_the_plan_has_no_run_twice_and_a_file_for_each(scripts):
     assert [run.restoration for run in runs[:4]] == list(scripts("plan").RESTORATIONS)
     assert {run.seed for run in runs[:12]} == {0, 1, 2}
     assert runs[0].modality_sparsity == {"vision": "2:4", "language": "2:4"}
+
+
+def test_the_tower_learns_the_names_that_are_asked_for(scripts, data):
+    module, tower = scripts("data"), scripts("tower")
+    examples = module.load_split(data, "train")[:3]
+    batch = tower.collate_names(examples)
+    red, triangle = tower.NAMES[1].index("red"), tower.NAMES[0].index("triangle")
+    assert batch["labels"].tolist() == [[-100, red], [-100, red], [triangle, red]]
+    model = scripts("model").make_model(module.make_tokenizer(examples))
+    namer = tower.Namer(model.model.vision_tower)
+    with torch.no_grad():
+        patches = model.model.vision_tower(batch["pixel_values"]).last_hidden_state[:, 1:].mean(1)
+        shapes, colors = (head(patches).log_softmax(-1) for head in namer.heads)
+        expected = -(colors[:, red].sum() + shapes[2, triangle]) / 4
+        torch.testing.assert_close(namer(**batch)["loss"], expected)
+        assert namer(batch["pixel_values"], torch.full((3, 2), -100))["loss"] == 0
+
+
+def test_questions_about_colors_have_no_shape_in_question_or_answer(scripts):
+    module = scripts("data")
+    example = module.Example(torch.zeros(3, 64, 64), [*ASKED, ("is there a red shape?", "yes")])
+    (kept,) = module.color_questions([example, module.Example(example.pixels, ASKED[1:])])
+    assert kept.questions == [ASKED[0], ("is there a red shape?", "yes")]
+
+
+def test_the_base_is_trained_in_three_parts(scripts, data, tmp_path):
+    train = scripts("train_base")
+    train.main(data, 1, 1, 1, batch_size=4, learning_rate=1e-3, work=tmp_path, results=tmp_path)
+    record = json.loads((tmp_path / "base.json").read_text())
+    assert record["steps"] == {"tower": 1, "colors": 2, "all": 2}
+    assert not record["resumed"]
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    test, tokenizer = (
+        scripts("data").load_split(data, "test"),
+        scripts("runs").Study(data, tmp_path / "base", 1).tokenizer,
+    )
+    assert scripts("accuracy").measure_accuracy(model, test, tokenizer) == record["accuracy"]
