@@ -56,12 +56,12 @@ class TrainedRatios:
             )
         for layer, name in self._plugins:
             for ratio in ratios:
-                layer.check_ratio(name, ratio)
+                layer.ratio_for(name, ratio)  # raises for one that it can't serve
 
     def set(self, ratio: int) -> None:
         """Let every module of the plugin compress by `ratio`."""
         for layer, name in self._plugins:
-            layer.set_ratio(name, ratio)
+            layer.set_ratio(name, layer.ratio_for(name, ratio))
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -114,7 +114,7 @@ def test_deleting_plugins() -> None:
         (True, None, "compression_ratio=True has to be an integer"),
         (2.0, None, "compression_ratio=2.0 has to be an integer"),
         (2, "none", r"no Variator plugin 'none'\. Its plugins are \['default', 'paper'\]"),
-        (3, "paper", r"compression_ratio=3: the plugin 'paper' has scoring='concat'.*serves 4 and 1.*scoring='token'"),
+        (3, "paper", r"compression_ratio=3: the plugin 'paper' has scoring='concat'.*serves 4, as it was trained, and 1.*scoring='token'"),
     ],
 )
 def test_ratios_that_are_refused(ratio: Any, name: str | None, message: str) -> None:
@@ -127,12 +127,21 @@ def test_ratios_that_are_refused(ratio: Any, name: str | None, message: str) -> 
 
 
 def test_a_refused_ratio_changes_no_layer() -> None:
-    pattern = {r"layer\.0\.intermediate": 4, r"layer\.1\.intermediate": 2}
+    pattern = {r"layer\.0\.intermediate": 2, r"layer\.1\.intermediate": 3}
     model = with_plugin(BERT, scoring="concat", ratio_pattern=pattern)
     model.set_compression_ratio(1)
-    with pytest.raises(ValueError, match="compression_ratio=4"):
-        model.set_compression_ratio(4)
+    with pytest.raises(ValueError, match="compression_ratio=2.*serves 4, as it was trained"):
+        model.set_compression_ratio(2)
     assert [seen.rows for seen in watch(model, lambda: model(**BERT.inputs(1, 10)))] == [10, 10]
+
+
+def test_the_trained_ratio_of_concat_is_each_modules_own() -> None:
+    model = with_plugin(BERT, scoring="concat", ratio_pattern={r"layer\.0\.intermediate": 2})
+    trained = first_output(model, BERT)
+    model.set_compression_ratio(1)
+    assert not torch.equal(first_output(model, BERT), trained)
+    model.set_compression_ratio(4)
+    assert torch.equal(first_output(model, BERT), trained)
 
 
 def test_no_active_plugin_to_change() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_variator import VariatorConfig
 
-from .cases import CAUSAL, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name
+from .cases import CAUSAL, DECODER, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name
 from .reference import watch
 
 
@@ -237,6 +237,27 @@ def test_sequence_classification_uses_the_last_real_token() -> None:
         expected = model(input_ids=inputs["input_ids"][:1, :11]).logits
         for labels in ({}, {"labels": torch.tensor([0, 1])}):
             torch.testing.assert_close(model(**padded, **labels).logits[:1], expected, rtol=0, atol=1e-5)
+
+
+def test_sequence_classification_finds_the_last_token_without_a_mask() -> None:
+    model = with_plugin(SEQUENCE_CLASSES)
+    pad_id, ids = model.config.pad_token_id, SEQUENCE_CLASSES.inputs(1, LENGTH)["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        for count in (1, 6):
+            padded = torch.cat([ids, ids.new_full((1, count), pad_id)], dim=1)
+            torch.testing.assert_close(model(input_ids=padded).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_several_labels_of_a_sequence_are_no_labels_of_tokens() -> None:
+    base = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("llama", **DECODER, num_labels=LENGTH, problem_type="multi_label_classification")
+    )
+    model = get_peft_model(base, VariatorConfig(init_weights=False)).eval()
+    ids = SEQUENCE_CLASSES.inputs(2, LENGTH)["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids, labels=torch.ones(2, LENGTH)).logits, expected)
 
 
 def test_answer_about_an_image() -> None:

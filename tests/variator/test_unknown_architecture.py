@@ -143,9 +143,14 @@ def test_what_cannot_be_found_is_refused(fields: dict[str, Any], message: str) -
 
 def test_a_network_of_another_width_is_refused_when_called() -> None:
     model = with_plugin(Classifier(), target_modules=["shrink.dense"], stack_module="encoder")
-    model.get_base_model().encoder.blocks[0].shrink["dense"].in_features = 16
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match="shrink.dense takes vectors of 32 entries and gives vectors of 16"):
         model(torch.randint(FIRST_WORD, 99, (1, 11)))
+
+
+def test_a_start_without_an_end_is_refused() -> None:
+    model = with_plugin(Classifier(), target_modules=["grow"], stack_module="encoder")
+    with pytest.raises(ValueError, match=r"blocks\.0\.grow takes vectors of 16 entries and gives.* 32.*end_module"):
+        model(torch.randint(0, 99, (1, 11)))
 
 
 def test_a_stack_that_tells_no_length_is_refused() -> None:

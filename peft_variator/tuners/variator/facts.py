@@ -25,6 +25,7 @@ class CallFacts:
         image_tokens: which tokens stand for an image's, where embeddings take the place of ids; `(batch, length)`.
         shifted_labels: whether `labels` are next-token labels (a language-model head) rather than one a token.
         patch_size: edge of a patch in pixels, of vision encoders.
+        pooled_pad_id: the id of padding, where a sequence classifier uses the last token of another id.
         past_length: number of tokens that the key-value cache of a causal stack held before the call, padding
             included. It has to be read before the first layer adds to the cache.
     """
@@ -35,6 +36,7 @@ class CallFacts:
     image_tokens: Tensor | None = None
     shifted_labels: bool = True
     patch_size: tuple[int, int] | None = None
+    pooled_pad_id: int | None = None
     past_length: int = 0
 
     @property

@@ -61,12 +61,13 @@ class VariatorLayer(PluginModule):
         "variator_down_output",
         "variator_up",
     )
-    other_param_names: tuple[str, ...] = ("rules",)
+    other_param_names: tuple[str, ...] = ("rules", "configured_ratios")
 
     def __init__(self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool) -> None:
         super().__init__(base_layer, hidden_size)
         self.name, self.has_end = name, has_end
         self.rules: dict[str, MergeRule] = {}
+        self.configured_ratios: dict[str, int] = {}
         self.variator_scorer = nn.ModuleDict()
         self.variator_down_input = nn.ModuleDict()
         self.variator_down_output = nn.ModuleDict()
@@ -80,6 +81,7 @@ class VariatorLayer(PluginModule):
             config: its configuration.
         """
         self.rules[adapter_name] = rule_of(config, self.name)
+        self.configured_ratios[adapter_name] = config.compression_ratio
         dim, ratio = self.in_features, self.rules[adapter_name].ratio
         is_token = config.scoring == "token"
         self.variator_scorer[adapter_name] = (
@@ -95,22 +97,28 @@ class VariatorLayer(PluginModule):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def check_ratio(self, adapter_name: str, ratio: int) -> None:
-        """Raise where a plugin cannot serve a compression ratio.
+    def ratio_for(self, adapter_name: str, ratio: int) -> int:
+        """The compression ratio of this layer when that of the whole plugin is `ratio`.
+
+        It is `ratio`, but where the scores are tied to one k: there the ratio of the configuration stands for what was
+        trained, which `ratio_pattern` may have made another one in this layer.
 
         Raises:
             ValueError: the plugin's scores are tied to another k.
         """
-        scored = self.variator_scorer[adapter_name].out_features
-        if ratio != 1 and self._is_concat(adapter_name) and ratio != scored:
+        scored, configured = self.variator_scorer[adapter_name].out_features, self.configured_ratios[adapter_name]
+        if ratio == 1 or not self._is_concat(adapter_name):
+            return ratio
+        if ratio not in (scored, configured):
             raise ValueError(
                 f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring='concat', whose weights map "
-                f"{scored} concatenated vectors to {scored} scores, so it serves {scored} and 1 (the exact base "
-                "model) only. Train a plugin with scoring='token' to change the ratio at run time."
+                f"{scored} concatenated vectors to {scored} scores, so it serves {configured}, as it was trained, and "
+                "1 (the exact base model) only. Train a plugin with scoring='token' to change the ratio at run time."
             )
+        return scored
 
     def set_ratio(self, adapter_name: str, ratio: int) -> None:
-        """Change the compression ratio k of a plugin at run time, which `check_ratio` has let pass."""
+        """Change the compression ratio k of a plugin at run time, to what `ratio_for` gave."""
         self.rules[adapter_name] = replace(self.rules[adapter_name], ratio=ratio)
 
     def _is_concat(self, adapter_name: str) -> bool:
@@ -169,15 +177,23 @@ class VariatorLayer(PluginModule):
         if grouping.num_rows == 0 and not self.has_end:
             return torch.zeros_like(hidden_states)
         output = self.base_layer(compress(hidden_states, grouping, self.variator_scorer[plugin]), *args, **kwargs)
+        self._check_output(output)
+        if not self.has_end:
+            return self.expand(output, hidden_states, grouping, plugin)
+        self.call.pending[self.name] = (self, grouping, hidden_states, plugin)
+        return output
+
+    def _check_output(self, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"{self.name} gives a {type(output).__name__}, but a Variator plugin needs a network that gives its "
                 "output alone. Name other modules where the feed-forward network starts and ends."
             )
-        if not self.has_end:
-            return self.expand(output, hidden_states, grouping, plugin)
-        self.call.pending[self.name] = (self, grouping, hidden_states, plugin)
-        return output
+        if not self.has_end and output.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self.name} takes vectors of {self.in_features} entries and gives vectors of {output.shape[-1]}, so "
+                "it is only the start of a feed-forward network. Name the module where the network ends in end_module."
+            )
 
     def _check_alone(self, hidden_states: Tensor, *others: Any) -> None:
         for other in others:

@@ -17,7 +17,8 @@ def used_predictions(facts: CallFacts, real: Tensor | None, shape: tuple[int, in
     """Positions of a causal model whose own prediction is used, shape `(batch, length)`.
 
     They come from the labels in training (position j - 1 where label j is not -100), else from `logits_to_keep`,
-    which generation sets; a plain call uses the prediction of the last real token only.
+    which generation sets; a plain call uses the prediction of the last real token only, and a sequence classifier also
+    that of the last token which is no padding by its id.
     """
     used = torch.zeros(shape, dtype=torch.bool, device=device)
     labels, kept_logits = labels_of(facts, shape), facts.arguments.get("logits_to_keep")
@@ -27,6 +28,9 @@ def used_predictions(facts: CallFacts, real: Tensor | None, shape: tuple[int, in
         used[:, kept_logits] = True
     elif kept_logits:
         used[:, -kept_logits:] = True
+    ids = facts.token_ids(shape)
+    if ids is not None and facts.pooled_pad_id is not None:
+        used |= last_tokens(ids != facts.pooled_pad_id, 1, shape, device)
     return used | last_tokens(real, 1, shape, device)
 
 
@@ -35,7 +39,8 @@ def labels_of(facts: CallFacts, shape: tuple[int, int]) -> Tensor | None:
     shifted, labels = facts.arguments.get("shift_labels"), facts.arguments.get("labels")
     if isinstance(shifted, Tensor) and tuple(shifted.shape) == shape:
         return shifted
-    if not isinstance(labels, Tensor) or tuple(labels.shape) != shape:
+    # Targets of a multi-label classifier have this shape, too, where a sequence has a token for each label.
+    if not isinstance(labels, Tensor) or tuple(labels.shape) != shape or labels.is_floating_point():
         return None
     return pad(labels[:, 1:], (0, 1), value=-100) if facts.shifted_labels else labels
 

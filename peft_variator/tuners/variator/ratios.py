@@ -13,7 +13,8 @@ __all__ = ["set_compression_ratio"]
 def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
     """Change the compression ratio k at run time, for every module of a plugin, those of `ratio_pattern` included.
 
-    The saved configuration keeps the ratio that the plugin was made with.
+    With `scoring="concat"` the ratio of the configuration gives every module the ratio that it was trained for. The
+    saved configuration keeps the ratio that the plugin was made with.
 
     Args:
         model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
@@ -32,10 +33,9 @@ def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = N
     if not chosen:
         missing = "active Variator plugin" if adapter_name is None else f"Variator plugin {adapter_name!r}"
         raise ValueError(f"The model has no {missing}. Its plugins are {available}.")
-    for layer, name in chosen:
-        layer.check_ratio(name, k)
-    for layer, name in chosen:
-        layer.set_ratio(name, k)
+    ratios = [layer.ratio_for(name, k) for layer, name in chosen]  # all, before any layer is changed
+    for (layer, name), ratio in zip(chosen, ratios, strict=True):
+        layer.set_ratio(name, ratio)
 
 
 def _is_chosen(layer: VariatorLayer, name: str, adapter_name: str | None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from .facts import CallFacts, StackKind
 from .recorder import frames, inherited
@@ -35,12 +36,21 @@ def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any]) -> Call
         image_tokens=_image_tokens(image_ids) if by_embedding else None,
         shifted_labels=any(_has_language_head(module) for module in surrounding),
         patch_size=_patch_size(stack),
+        pooled_pad_id=_pooled_pad_id(surrounding) if kind == "causal" else None,
         past_length=0 if past is None else int(past.get_seq_length()),
     )
 
 
 def _has_language_head(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+
+
+def _pooled_pad_id(surrounding: list[nn.Module]) -> int | None:
+    """The id that the surrounding sequence classifier, if there is one, takes for padding."""
+    classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    models = (module for module in surrounding if isinstance(module, PreTrainedModel))
+    ids = (model.config.get_text_config().pad_token_id for model in models if type(model).__name__ in classifiers)
+    return next((pad_id for pad_id in ids if pad_id is not None), None)
 
 
 def _image_ids(surrounding: list[nn.Module]) -> tuple[int, ...]:
