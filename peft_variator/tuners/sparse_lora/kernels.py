@@ -115,8 +115,21 @@ def backward(
 
 # For torch.compile the two are opaque operators: its partitioner would find the effective weight in forward and
 # backward, compute it once and keep it in between. Called eagerly, the plain functions have less overhead.
-forward_op = torch.library.custom_op("peft_variator::masked_linear", forward, mutates_args=())
-backward_op = torch.library.custom_op("peft_variator::masked_linear_backward", backward, mutates_args=())
+# Their schemas are written out because PyTorch before 2.7 does not derive one from `list[Tensor]`.
+forward_op = torch.library.custom_op(
+    "peft_variator::masked_linear",
+    forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] a, Tensor[] b, float[] scales, Tensor? bias, Tensor? packed_mask, str layout, "
+    "Tensor[] base, bool keep) -> (Tensor, Tensor)",
+)
+backward_op = torch.library.custom_op(
+    "peft_variator::masked_linear_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? x, Tensor[] a, Tensor[] b, float[] scales, Tensor? packed_mask, Tensor weight, "
+    "str layout, Tensor[] base, bool needs_x) -> Tensor[]",
+)
 
 
 @forward_op.register_fake
