@@ -101,7 +101,7 @@ class PruningConfig:
     )
     block_size: int = field(
         default=128,
-        metadata={"help": "SparseGPT: columns whose mask is chosen together; a multiple of the pattern's m."},
+        metadata={"help": "SparseGPT: columns whose mask is chosen together; with a pattern, whole groups."},
     )
     initial_method: str = field(
         default="wanda", metadata={"help": "DSnoT: where its mask comes from, wanda or magnitude."}
@@ -130,12 +130,6 @@ class PruningConfig:
         _check_choice("initial_method", self.initial_method, ("wanda", "magnitude"))
         self._check_amount()
         self._check_allocation()
-        for pattern in self._patterns() if self.method == "sparsegpt" else ():
-            if self.block_size % pattern.group:
-                raise ValueError(
-                    f"block_size={self.block_size} is no multiple of {pattern.group}, as pattern {str(pattern)!r} "
-                    "needs: a group must not straddle two blocks."
-                )
         _check_range("damping", self.damping, 0.0, "it is a share of the Hessian's diagonal")
         _check_range("block_size", self.block_size, 1, "it is a number of columns")
         _check_range("max_cycles", self.max_cycles, 0, "it is a number of swaps")
@@ -200,10 +194,6 @@ class PruningConfig:
         if isinstance(value, str):
             return Pattern.parse(value)
         return check_sparsity(f"modality_sparsity[{modality!r}]", value)
-
-    def _patterns(self) -> list[Pattern]:
-        texts = [self.pattern, *(self.modality_sparsity or {}).values()]
-        return [Pattern.parse(text) for text in texts if isinstance(text, str)]
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values."""

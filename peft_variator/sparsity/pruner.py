@@ -137,7 +137,7 @@ def prune(
     targets = find_targets(model, config)
     statistics = METHODS[config.method].statistics
     batches: list[Batch] = []
-    if statistics is not None or config.allocation == "ecoflap":
+    if calibration is not None or statistics is not None or config.allocation == "ecoflap":
         batches = check_batches(calibration)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ExitStack() as stack:

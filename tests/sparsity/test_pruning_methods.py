@@ -150,6 +150,17 @@ def test_sparsegpt_equals_plain_obs(target, block_size):
     torch.testing.assert_close(updated, expected_weight.float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "block_size", "whole"), [(Pattern(3, 6), 128, 126), (Pattern(1, 3), 8, 6)], ids=str
+)
+def test_sparsegpt_takes_whole_groups_at_a_time(pattern, block_size, whole):
+    weight, inputs = make_layer(4, 252)
+    expected_mask, expected_weight = loop_sparsegpt(weight, gram_of(inputs), pattern, 0.01, whole)
+    mask, updated = sparsegpt_prune(weight, gram_of(inputs), pattern, 0.01, block_size)
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(updated, expected_weight.float(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("width", [5, 13, 30])
 def test_sparsegpt_takes_any_width(width):
     weight, inputs = make_layer(4, width)

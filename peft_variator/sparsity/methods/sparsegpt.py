@@ -67,8 +67,8 @@ def sparsegpt_prune(
         gram: X^T X over the calibration tokens (in_features, in_features).
         target: fraction removed, or an n:m pattern.
         damping: share of the mean of the Hessian's diagonal that is added to it.
-        block_size: columns whose mask is chosen together, and whose updates to later columns are made at once; a
-            multiple of the pattern's group.
+        block_size: columns whose mask is chosen together, and whose updates to later columns are made at once. With a
+            pattern, whole groups: as many as fit in, at least one.
 
     Returns:
         mask, bool (out_features, in_features), True where kept; and the new weight, of the shape and dtype of
@@ -80,6 +80,7 @@ def sparsegpt_prune(
     pattern, fraction = (target, 0.0) if isinstance(target, Pattern) else (None, target)
     if pattern is not None:
         check_width("the weight", weight.shape[1], pattern)
+        block_size = max(block_size // pattern.group, 1) * pattern.group
     factor = inverse_hessian_factor(gram, damping).float()
     updated = weight.detach().to(torch.float32, copy=True)
     never_active = gram.diagonal() == 0
