@@ -32,6 +32,7 @@ __all__ = [
 
 DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 """torch dtype -> what safetensors calls it."""
+_MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CHECKSUM_METADATA = "crc32"
@@ -137,6 +138,11 @@ class Checkpoint:
             if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != file:
                 raise CheckpointError(f"{index}: tensor {name} is not in {file}. The checkpoint is incomplete.")
         return checkpoint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its first tensor in one that models are kept in; float32 where there is none."""
+        return next((stored.dtype for stored in self.tensors.values() if stored.dtype in _MODEL_DTYPES), torch.float32)
 
     def check_checksums(self) -> None:
         """Read every tensor and compare it with its checksum.

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint, CheckpointError
 from .names import KeyNames
-from .plan import PlannedWeight
+from .stored import StoredWeight
 
 
 __all__ = ["check_complete"]
 
 
-def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, planned: Iterable[PlannedWeight]) -> None:
+def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, stored: Iterable[StoredWeight]) -> None:
     """Check that no parameter would be left without weights, or get numbers of another kind.
 
     A new head is no error: a layer may be missing where the checkpoint was saved from another class, if all of it is.
@@ -23,16 +23,16 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, planned: Iter
     Args:
         model: dense model.
         checkpoint: its files.
-        planned: the weights that are not stored as plain dense tensors.
+        stored: the weights that are not stored as plain dense tensors.
 
     Raises:
         CheckpointError: naming the parameters.
     """
     names = KeyNames(model)
-    planned = list(planned)
-    _check_kinds(model, checkpoint, names, planned)
-    loaded = {target for key in checkpoint.tensors for target in names.targets(key)}
-    loaded |= {weight.parameter for weight in planned}
+    stored = list(stored)
+    _check_kinds(model, checkpoint, names, stored)
+    keys = {*checkpoint.tensors, *(weight.name for weight in stored)}
+    loaded = {target for key in keys for target in names.targets(key)}
     missing = _missing(model, loaded)
     if type(model).__name__ not in (model.config.architectures or ()):
         layers_with_weights = {name.rpartition(".")[0] for name in loaded}
@@ -60,10 +60,10 @@ def _missing(model: PreTrainedModel, loaded: set[str]) -> list[str]:
 
 
 def _check_kinds(
-    model: PreTrainedModel, checkpoint: Checkpoint, names: KeyNames, planned: Iterable[PlannedWeight]
+    model: PreTrainedModel, checkpoint: Checkpoint, names: KeyNames, weights: Iterable[StoredWeight]
 ) -> None:
     """transformers would load integers for a floating point parameter without a word."""
-    decoded = {part.name for weight in planned for part in weight.stored.parts.values()}
+    decoded = {part.name for weight in weights for part in weight.parts.values()}
     for stored in checkpoint.tensors.values():
         parameter = None if stored.name in decoded else names.parameter(stored.name)
         if parameter is None or stored.dtype.is_floating_point:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from transformers import PreTrainedModel
+
 from .checkpoint import CheckpointError
+from .completeness import check_complete
 from .config import Sparse24Config
 from .folder import ModelFolder
+from .names import KeyNames
 from .pieces import dense_piece, layers_left_dense, own_dtype, planned_piece
-from .plan import Rules, plan_weights
+from .plan import Rules, check_size, plan_weights
 from .shards import ConversionReport, OnProgress, rewrite
-from .stored import find_stored_weights
+from .stored import StoredWeight, find_stored_weights
 
 
 __all__ = ["pack_checkpoint", "unpack_checkpoint"]
@@ -37,7 +41,8 @@ def pack_checkpoint(
         on_progress: called with the bytes done and those there are.
 
     Raises:
-        CheckpointError: nothing is 2:4, or something is not that has to be; the message names file, tensor and row.
+        CheckpointError: nothing is 2:4, something is not that has to be, or a weight is missing; the message names
+            file, tensor and row.
         FileExistsError: `output` exists and is not empty.
     """
     folder = ModelFolder.open(source)
@@ -52,6 +57,7 @@ def pack_checkpoint(
     )
     model = folder.skeleton()
     planned = plan_weights(model, folder.checkpoint, rules, folder.dtype())
+    check_complete(model, folder.checkpoint, (weight.stored for weight in planned))
     pieces = [planned_piece(weight) for weight in planned if weight.action != "as_is"]
     packed = (weight.module for weight in planned if weight.action != "dense")
     config = folder.packed_config(layers_left_dense(model, folder.checkpoint, packed))
@@ -74,7 +80,8 @@ def unpack_checkpoint(
         on_progress: called with the bytes done and those there are.
 
     Raises:
-        CheckpointError: a weight is damaged, or nothing is packed; the message names file, tensor and row.
+        CheckpointError: a weight is damaged, missing, or of another shape than config.json says, or nothing is packed;
+            the message names file, tensor and row.
         FileExistsError: `output` exists and is not empty.
     """
     folder = ModelFolder.open(source)
@@ -83,6 +90,18 @@ def unpack_checkpoint(
         raise CheckpointError(f"{folder.path} is dense already.")
     for weight in stored:
         weight.check()
+    if folder.has_class:
+        _compare(folder.skeleton(), folder, stored)
     dtype = folder.dtype()  # reads a file
     pieces = [dense_piece(weight, own_dtype(weight, dtype)) for weight in stored]
     return rewrite(folder, output, pieces, folder.config, {"task": "unpack"}, on_progress)
+
+
+def _compare(model: PreTrainedModel, folder: ModelFolder, stored: Iterable[StoredWeight]) -> None:
+    """Raise where the model of config.json has other parameters than the files, or parameters of other shapes."""
+    names = KeyNames(model)
+    for weight in stored:
+        parameter = names.parameter(weight.name)
+        if parameter is not None:
+            check_size(weight, tuple(model.get_parameter_or_buffer(parameter).shape))
+    check_complete(model, folder.checkpoint, stored)

@@ -19,8 +19,6 @@ from .load import translate_compressed_tensors
 
 __all__ = ["ModelFolder"]
 
-_MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -66,6 +64,11 @@ class ModelFolder:
         """The dtype of config.json, which 8-bit weights are decompressed to."""
         return AutoConfig.from_pretrained(self.path).dtype or torch.float32
 
+    @property
+    def has_class(self) -> bool:
+        """Whether config.json names a class of transformers."""
+        return model_class(AutoConfig.from_pretrained(self.path)) is not None
+
     def skeleton(self, architecture: str | None = None) -> PreTrainedModel:
         """The model that config.json describes, dense and without weights.
 
@@ -95,8 +98,7 @@ class ModelFolder:
         new = dict(self.config)
         if not new.get("dtype") and not new.get("torch_dtype"):
             # otherwise transformers takes it from the first floating tensor of the files, before they are checked
-            dtypes = (stored.dtype for stored in self.checkpoint.tensors.values() if stored.dtype in _MODEL_DTYPES)
-            new["dtype"] = str(next(dtypes, torch.float32)).removeprefix("torch.")
+            new["dtype"] = str(self.checkpoint.dtype).removeprefix("torch.")
         entry = Sparse24Config(targets=["Linear"], ignore=left_dense, checksums=True).to_dict()
         return {**new, "quantization_config": entry}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoint import Checkpoint
 from .config import METHOD, Sparse24Config
 from .linear import Unpacked
 
@@ -47,6 +49,9 @@ def load_base(
     """
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = AutoConfig.from_pretrained(path, **hub)
+    if config.dtype is None and not kwargs.get("dtype") and not kwargs.get("subfolder") and Path(path).is_dir():
+        # otherwise transformers takes it from the first floating tensor of the files, before they are checked
+        kwargs["dtype"] = Checkpoint.from_directory(path).dtype
     # config.json had the entry `compression_config` before transformers knew the format
     entry = config.to_dict().get("quantization_config") or config.to_dict().get("compression_config")
     if entry is None:

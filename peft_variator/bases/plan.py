@@ -17,7 +17,7 @@ from .names import KeyNames, matches
 from .stored import StoredWeight, find_stored_weights
 
 
-__all__ = ["Action", "PlannedWeight", "Rules", "is_free_linear", "plan_weight", "plan_weights"]
+__all__ = ["Action", "PlannedWeight", "Rules", "check_size", "is_free_linear", "plan_weight", "plan_weights"]
 
 Action = Literal["as_is", "packed", "dense"]
 """`as_is` loads the stored tensors into a `Sparse24Linear`, `packed` converts them for one, `dense` unpacks them."""
@@ -106,7 +106,7 @@ def plan_weight(
     action = _choose_action(stored, module, is_free_linear(model, module, parameter), rules)
     if action is None:
         return None
-    _check_size(stored, tuple(model.get_parameter_or_buffer(parameter).shape))
+    check_size(stored, tuple(model.get_parameter_or_buffer(parameter).shape))
     stored.check()
     return PlannedWeight(stored, parameter, action, _dtype_of(model, parameter, dtype))
 
@@ -151,7 +151,8 @@ def is_free_linear(model: PreTrainedModel, module: nn.Module, parameter: str) ->
     return type(module) is nn.Linear and parameter not in {*tied, *tied.values()} and parameter.endswith(".weight")
 
 
-def _check_size(stored: StoredWeight, expected: tuple[int, ...]) -> None:
+def check_size(stored: StoredWeight, expected: tuple[int, ...]) -> None:
+    """Raise a CheckpointError unless the dense weight has the shape that the model expects."""
     if stored.size() != expected:
         raise CheckpointError(
             f"{stored.main}: it stores a weight of shape {stored.size()}, but the model of config.json has {expected}."

@@ -66,7 +66,7 @@ class Sparse24Quantizer(HfQuantizer):
         if self.pre_quantized and self.quantization_config.checksums:
             checkpoint.check_checksums()
         planned = plan_weights(model, checkpoint, self._rules(), dtype)
-        check_complete(model, checkpoint, planned)
+        check_complete(model, checkpoint, (weight.stored for weight in planned))
         return planned
 
     def _rules(self) -> Rules:

@@ -13,10 +13,11 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from peft_variator.bases import CheckpointError, pack_checkpoint, unpack_checkpoint, writer
+from peft_variator.bases.layout import pack
 from peft_variator.cli.main import app
 
 from .models import contents, logits, tiny_bert, tiny_llama
@@ -165,6 +166,37 @@ class Killed(BaseException):
     """Stands for a process that ends: nothing of ours catches it."""
 
 
+@pytest.fixture
+def foreign_dir(packed_dir) -> Path:
+    """The packed model without checksums, which would find every change first."""
+    path = packed_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["sparsity_config"]["checksums"] = False
+    path.write_text(json.dumps(config))
+    return packed_dir
+
+
+def test_sources_that_are_not_the_model_of_their_config(dense_dir, foreign_dir, tmp_path):
+    packed, dense, module = tensors_of(foreign_dir), tensors_of(dense_dir), "model.layers.1.mlp.up_proj"
+    rows, columns = packed[f"{module}.shape"].flatten().tolist()
+    other = torch.zeros(columns, rows)
+    other[:, ::2] = 1
+    turned = packed | {f"{module}.{part}": tensor for part, tensor in pack(other)._asdict().items()}
+    without = {name: tensor for name, tensor in packed.items() if not name.startswith(f"{module}.")}
+    for tensors, message in (
+        (without, rf"{module}\.weight .*missing"),
+        (turned, rf"it stores .*\({columns}, {rows}\)"),
+    ):
+        save_file(tensors, foreign_dir / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            unpack_checkpoint(foreign_dir, tmp_path / "new")
+    del dense[f"{module}.weight"]
+    save_file(dense, dense_dir / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{module}\.weight .*missing"):
+        pack_checkpoint(dense_dir, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("after", range(0, 49, 8))
 def test_an_interrupted_run_is_taken_up(sharded_dir, tmp_path, monkeypatch, after):
     pack_checkpoint(sharded_dir, tmp_path / "whole")
@@ -225,18 +257,21 @@ def test_killed_runs_leave_the_target_whole_or_absent(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Twelve tensors of 4 MB, in files of three: the memory in use stays under three of them."""
-    rows, width, layers = 1024, 1024, 4
+    """Fourteen tensors of 4 MB, in files of seven: the memory in use stays under three of them."""
+    rows, width, layers = 1024, 1024, 2
     config = LlamaConfig(
         vocab_size=8, hidden_size=width, intermediate_size=rows, num_hidden_layers=layers, num_attention_heads=8
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "dense")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     weight_map, weight = {}, two_four(rows, width)
-    for layer in range(layers):
-        shard = {f"model.layers.{layer}.mlp.{part}_proj.weight": weight.clone() for part in ("up", "gate", "down")}
-        save_file(shard, tmp_path / "dense" / f"model-{layer}.safetensors")
-        weight_map |= dict.fromkeys(shard, f"model-{layer}.safetensors")
+    for part in (".layers.0", ".layers.1", ""):
+        names = [name for name in shapes if part in name and name not in weight_map]
+        shard = {name: weight.clone() if shapes[name] == weight.shape else torch.ones(shapes[name]) for name in names}
+        save_file(shard, tmp_path / "dense" / f"model{part}.safetensors")
+        weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
     (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     process, used = psutil.Process(), []
     pack_checkpoint(tmp_path / "dense", tmp_path / "warm")  # libraries and tables are loaded

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples.packed_faults.damages import DAMAGES
-from peft_variator.bases import CheckpointError
+from peft_variator.bases import CheckpointError, load_base
 
 from .models import logits, tiny_llama
 
@@ -53,6 +53,17 @@ def test_a_shard_that_is_missing_or_swapped(packed_dir, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
     files[1].write_bytes(second)
     AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+
+
+def test_damaged_files_of_a_config_without_dtype(dense_dir):
+    path, file = dense_dir / "config.json", dense_dir / "model.safetensors"
+    config = json.loads(path.read_text())
+    config.pop("dtype")
+    path.write_text(json.dumps(config))
+    assert load_base(dense_dir).dtype == torch.float32
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
+        load_base(dense_dir)
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"intermediate_size": 48}, {"num_hidden_layers": 3}])

@@ -114,7 +114,7 @@ def test_deleting_plugins() -> None:
         (True, None, "compression_ratio=True has to be an integer"),
         (2.0, None, "compression_ratio=2.0 has to be an integer"),
         (2, "none", r"no Variator plugin 'none'\. Its plugins are \['default', 'paper'\]"),
-        (3, "paper", r"compression_ratio=3: the plugin 'paper' has scoring='concat'.*serves 4, as it was trained, and 1.*scoring='token'"),
+        (3, "paper", r"compression_ratio=3: the plugin 'paper' has scoring='concat'.*serves 4, as.*scoring='token'"),
     ],
 )
 def test_ratios_that_are_refused(ratio: Any, name: str | None, message: str) -> None:

@@ -61,13 +61,13 @@ class VariatorLayer(PluginModule):
         "variator_down_output",
         "variator_up",
     )
-    other_param_names: tuple[str, ...] = ("rules", "configured_ratios")
+    other_param_names: tuple[str, ...] = ("rules", "trained_ratios")
 
     def __init__(self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool) -> None:
         super().__init__(base_layer, hidden_size)
         self.name, self.has_end = name, has_end
         self.rules: dict[str, MergeRule] = {}
-        self.configured_ratios: dict[str, int] = {}
+        self.trained_ratios: dict[str, tuple[int, int]] = {}  # of the whole plugin, and of this layer
         self.variator_scorer = nn.ModuleDict()
         self.variator_down_input = nn.ModuleDict()
         self.variator_down_output = nn.ModuleDict()
@@ -81,8 +81,8 @@ class VariatorLayer(PluginModule):
             config: its configuration.
         """
         self.rules[adapter_name] = rule_of(config, self.name)
-        self.configured_ratios[adapter_name] = config.compression_ratio
         dim, ratio = self.in_features, self.rules[adapter_name].ratio
+        self.trained_ratios[adapter_name] = (config.compression_ratio, ratio)
         is_token = config.scoring == "token"
         self.variator_scorer[adapter_name] = (
             nn.Linear(dim, 1, bias=False) if is_token else nn.Linear(ratio * dim, ratio)
@@ -106,16 +106,16 @@ class VariatorLayer(PluginModule):
         Raises:
             ValueError: the plugin's scores are tied to another k.
         """
-        scored, configured = self.variator_scorer[adapter_name].out_features, self.configured_ratios[adapter_name]
+        trained, own = self.trained_ratios[adapter_name]
         if ratio == 1 or not self._is_concat(adapter_name):
             return ratio
-        if ratio not in (scored, configured):
+        if ratio not in (trained, own):
             raise ValueError(
                 f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring='concat', whose weights map "
-                f"{scored} concatenated vectors to {scored} scores, so it serves {configured}, as it was trained, and "
+                f"{own} concatenated vectors to {own} scores, so it serves {trained}, as it was trained, and "
                 "1 (the exact base model) only. Train a plugin with scoring='token' to change the ratio at run time."
             )
-        return scored
+        return own
 
     def set_ratio(self, adapter_name: str, ratio: int) -> None:
         """Change the compression ratio k of a plugin at run time, to what `ratio_for` gave."""
