@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-__all__ = ["METHODS", "RESTORATIONS", "SPLITS", "Run", "plan"]
+__all__ = ["CONTROL", "METHODS", "RESTORATIONS", "SPLITS", "Run", "plan"]
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "dsnot")
+CONTROL = "dense"  # nothing is pruned: what more training alone brings
 AMOUNTS = ("2:4", "4:8", "0.5", "0.7")
 TOWERS = (("vision",), ("language",), ("vision", "language"))
 RESTORATIONS = ("none", "lora", "sparse-lora", "sparse-lora-distilled")
@@ -22,7 +23,7 @@ class Run:
     """One row.
 
     Args:
-        method: how it is pruned.
+        method: how it is pruned; `CONTROL` for not at all.
         amounts: pairs of modality and amount, a fraction or an n:m pattern as text.
         restoration: what is done after pruning.
         seed: of calibration and training.
@@ -56,6 +57,7 @@ def _both(amount: str) -> tuple[tuple[str, str], ...]:
 def plan() -> list[Run]:
     """Every run, without repetitions."""
     main = [Run("wanda", _both("2:4"), how, seed) for seed in MAIN_SEEDS for how in RESTORATIONS]
+    control = [Run(CONTROL, _both("2:4"), "lora", seed) for seed in MAIN_SEEDS]
     methods = [Run(method, _both("2:4"), how) for method in METHODS for how in RESTORATIONS]
     amounts = [
         Run("wanda", tuple((tower, amount) for tower in towers), how)
@@ -68,4 +70,4 @@ def plan() -> list[Run]:
         for vision, language in SPLITS
         for how in ("none", "sparse-lora-distilled")
     ]
-    return list(dict.fromkeys([*main, *methods, *splits, *amounts]))
+    return list(dict.fromkeys([*main, *control, *methods, *splits, *amounts]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from plan import METHODS, RESTORATIONS, SPLITS
+from plan import CONTROL, METHODS, RESTORATIONS, SPLITS
 
 from peft_variator.files import replacing, write_text
 
@@ -35,17 +35,28 @@ def _percent(values: list[float]) -> str:
 
 
 def _setting(record: Record) -> str:
+    if record["method"] == CONTROL:
+        return "nothing (control)"
     return f"{record['method']}, " + ", ".join(f"{tower} {amount}" for tower, amount in record["amounts"].items())
 
 
-def study_table(records: list[Record]) -> str:
+def _won_back(values: list[float], pruned: list[float], dense: float) -> str:
+    """Share of what pruning lost, from means over the seeds; nothing where it lost less than a point."""
+    lost = dense - statistics.fmean(pruned) if pruned else 0.0
+    return f", {(statistics.fmean(values) - dense + lost) / lost:.0%}" if values and lost >= 0.01 else ""
+
+
+def study_table(records: list[Record], dense: float) -> str:
     """A row a way of pruning: accuracy without and with each restoration, and the zeros that LoRA leaves."""
     settings = list(dict.fromkeys(_setting(record) for record in records))
     rows = []
     for setting in settings:
         chosen = [record for record in records if _setting(record) == setting]
         by_how = {how: [each for each in chosen if each["restoration"] == how] for how in RESTORATIONS}
-        cells = [_percent([each["accuracy"] for each in by_how[how]]) for how in RESTORATIONS]
+        accuracies = {how: [each["accuracy"] for each in by_how[how]] for how in RESTORATIONS}
+        pruned = accuracies["none"]
+        cells = [_percent(pruned)]
+        cells += [_percent(accuracies[how]) + _won_back(accuracies[how], pruned, dense) for how in RESTORATIONS[1:]]
         zeros = _percent([each["sparsity"] for each in by_how["lora"]])
         back = _percent([each["accuracy_with_zeros_put_back"] for each in by_how["lora"]])
         rows.append([setting, *cells, zeros, back])
@@ -108,8 +119,9 @@ def main() -> None:
     environment = base["environment"]
     parts = [
         f"Base: {base['parameters']:,} parameters, {100 * base['accuracy']:.2f} % of the test questions after "
-        f"{base['steps']} steps ({base['cpu_minutes']:.1f} CPU minutes).",
-        study_table(records),
+        f"{' + '.join(f'{steps:,}' for steps in base['steps'].values())} steps ({', '.join(base['steps'])}; "
+        f"{base['cpu_minutes']:.1f} CPU minutes).",
+        study_table(records, base["accuracy"]),
         f"{environment['cpu']}, {environment['threads']} thread(s), torch {environment['torch']}, transformers "
         f"{environment['transformers']}, peft {environment['peft']}, {environment['date']}.",
     ]

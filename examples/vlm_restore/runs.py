@@ -12,7 +12,7 @@ import torch
 from accuracy import measure_accuracy
 from data import Collator, Example, load_split, single_questions
 from peft import LoraConfig, PeftModel, get_peft_model
-from plan import Run
+from plan import CONTROL, Run
 from torch import nn
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, set_seed
 
@@ -61,7 +61,10 @@ class Study:
             for batch in (collate([example]) for example in examples)
         ]
         config = PruningConfig(
-            method=run.method, allocation="modality", modality_sparsity=run.modality_sparsity, seed=run.seed
+            method="magnitude" if run.method == CONTROL else run.method,
+            modality_sparsity=run.modality_sparsity,
+            keep_dense=run.method == CONTROL,
+            seed=run.seed,
         )
         model = copy.deepcopy(self.dense)
         return model, prune(model, config, batches, progress=False)

@@ -46,11 +46,15 @@ def _grouped_mm(tokens: _Shape, weights: _Shape, *args: Any, **kwargs: Any) -> i
 
 
 _FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
-    torch.ops.aten.mv: _mv,
-    torch.ops.aten.addmv: _addmv,
-    torch.ops.aten.dot: _dot,
-    torch.ops.aten._grouped_mm: _grouped_mm,
+    getattr(torch.ops.aten, name): formula
+    for name, formula in {
+        "_scaled_dot_product_flash_attention_for_cpu": _sdpa,
+        "mv": _mv,
+        "addmv": _addmv,
+        "dot": _dot,
+        "_grouped_mm": _grouped_mm,
+    }.items()
+    if hasattr(torch.ops.aten, name)  # PyTorch 2.6 has no _grouped_mm
 }
 
 

@@ -126,3 +126,12 @@ def test_the_base_is_trained_in_three_parts(scripts, data, tmp_path):
         scripts("runs").Study(data, tmp_path / "base", 1).tokenizer,
     )
     assert scripts("accuracy").measure_accuracy(model, test, tokenizer) == record["accuracy"]
+
+
+def test_the_control_is_trained_and_not_pruned(scripts, data, base):
+    study, plan = scripts("runs").Study(data, base, steps=1), scripts("plan")
+    (control,) = {run for run in plan.plan() if run.method == plan.CONTROL and run.seed == 0}
+    pruned, report = study.prune(control)
+    assert all(torch.equal(value, study.dense.state_dict()[name]) for name, value in pruned.state_dict().items())
+    assert {row.modality for row in report.modules} == {"vision", "language"}
+    assert study.run(control)["sparsity"] < 0.01
