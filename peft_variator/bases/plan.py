@@ -37,6 +37,14 @@ class Rules:
     targets: tuple[str, ...] | None
     ignore: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for pattern in (*(self.targets or ()), *self.ignore):
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                if pattern.startswith("re:"):
+                    raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+
     def requires(self, module: nn.Module, name: str) -> bool:
         """Whether the layer has to be 2:4."""
         return self.targets is not None and matches(module, name, self.targets) and not self.ignores(module, name)
@@ -87,12 +95,27 @@ def plan_weights(
     weights = find_stored_weights(checkpoint.tensors).values()
     candidates = (plan_weight(model, names, stored, rules, dtype) for stored in weights)
     planned = [weight for weight in candidates if weight is not None]
+    if rules.pack_dense and rules.targets is not None:
+        _check_targets(model, names, weights, rules.targets)
     if all(weight.action == "dense" and weight.stored.layout == "dense" for weight in planned):
         raise CheckpointError(
             f"{', '.join(map(str, checkpoint.files))}: no linear layer of {type(model).__name__} is 2:4. Prune the "
             "model to 2:4 first, or load it without a Sparse24Config."
         )
     return planned
+
+
+def _check_targets(
+    model: PreTrainedModel, names: KeyNames, weights: Iterable[StoredWeight], targets: tuple[str, ...]
+) -> None:
+    parameters = {stored.module: names.parameter(stored.name) for stored in weights}
+    layers = {name: model.get_submodule(found.rpartition(".")[0]) for name, found in parameters.items() if found}
+    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    if not any(matches(layers[name], name, targets) for name in linear):
+        raise CheckpointError(
+            f"targets={list(targets)} match no linear layer of {type(model).__name__}. A target is a layer's whole "
+            f"name, such as {linear[:1]}, a class, such as 'Linear', or 're:' and a regular expression."
+        )
 
 
 def plan_weight(

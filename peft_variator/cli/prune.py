@@ -81,7 +81,8 @@ def prune_command(
             loaded = _load(model, dtype, device_map, offload_folder)
             processor = _load_processor(model, needed=data is not None)
             settings = {"samples": samples, "length": length, "batch_size": batch_size, "seed": seed}
-            labels = allocation == "ecoflap" and loaded.can_generate()
+            # An encoder–decoder makes its decoder's inputs of them.
+            labels = loaded.can_generate() and (allocation == "ecoflap" or loaded.config.is_encoder_decoder)
             batches = None if data is None else read_batches(data, processor, labels=labels, **settings)
             report = prune(loaded, config, batches)
             report.source.update(model=model, data=None if data is None else str(data), **settings)

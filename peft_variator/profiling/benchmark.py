@@ -16,7 +16,7 @@ from ..tuners.variator import VariatorConfig
 from .compare import compare
 from .environment import describe_environment
 from .inputs import Lengths, make_inputs, make_lengths
-from .models import build_model, find_task, load_config, share_weights
+from .models import build_model, find_task, has_weights, load_config, share_weights
 from .report import BenchmarkReport
 from .shapes import Task
 from .timing import num_threads
@@ -163,7 +163,12 @@ def _build(
     assert settings.task is not None  # resolved
     torch.manual_seed(settings.seed)
     base = build_model(
-        settings.model, config, settings.task, dtype=dtype, device=device, random_weights=settings.random_weights
+        settings.model,
+        config,
+        settings.task,
+        dtype=dtype,
+        device=device,
+        random_weights=settings.random_weights or not has_weights(settings.model),
     )
     plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False), autocast_adapter_dtype=False)
     return base, plugin.eval()

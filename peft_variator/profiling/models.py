@@ -25,7 +25,7 @@ from transformers import (
 from .shapes import SHAPES, Task
 
 
-__all__ = ["build_model", "find_task", "load_config", "share_weights"]
+__all__ = ["build_model", "find_task", "has_weights", "load_config", "share_weights"]
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -90,6 +90,12 @@ def build_model(
     else:
         built = automatic.from_pretrained(model, config=config, dtype=dtype).to(device)
     return built.eval()
+
+
+def has_weights(model: str) -> bool:
+    """Whether there are weights to read: not for a local folder that holds a configuration alone."""
+    folder = Path(model)
+    return not folder.is_dir() or any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
 
 
 def _automatic_class(task: Task, config: PreTrainedConfig) -> Any:

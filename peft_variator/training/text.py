@@ -50,18 +50,33 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        yield from file
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for line in _lines(path) if line.strip())
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}. Every line has to be an object.") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} holds a {type(record).__name__}. Every line has to be an object.")
+        yield record
 
 
 def _column(records: Iterable[dict[str, Any]], column: str, data: str) -> Iterator[str]:
-    for record in records:
+    for number, record in enumerate(records, start=1):
         if column not in record:
             raise ValueError(f"{data} has no column {column!r}, only {', '.join(record)}. Name the one with the text.")
+        if not isinstance(record[column], str):
+            kind = type(record[column]).__name__
+            raise ValueError(f"{data}, row {number}: column {column!r} holds a {kind}, but it has to be a text.")
         yield record[column]
 
 

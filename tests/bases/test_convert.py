@@ -131,6 +131,11 @@ def test_biases_and_heads_of_an_encoder(tmp_path):
 def test_what_is_required_and_not_two_four(dense_dir, tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors: lm_head\.weight, row 0: columns 0 to 3 have 4"):
         pack_checkpoint(dense_dir, tmp_path / "packed", targets=["Linear"])
+    with pytest.raises(CheckpointError, match=r"targets=\['q_proj'\] match no linear layer of LlamaForCausalLM"):
+        pack_checkpoint(dense_dir, tmp_path / "packed", targets=["q_proj"])
+    for fields in ({"targets": ["re:("]}, {"ignore": ["re:("]}):
+        with pytest.raises(ValueError, match=r"'re:\(' is no regular expression"):
+            pack_checkpoint(dense_dir, tmp_path / "packed", **fields)
     assert not (tmp_path / "packed").exists()
 
 
@@ -275,6 +280,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     process, used = psutil.Process(), []
     pack_checkpoint(tmp_path / "dense", tmp_path / "warm")  # libraries and tables are loaded
+    unpack_checkpoint(tmp_path / "warm", tmp_path / "warm again")
     before = process.memory_info().rss
     pack_checkpoint(
         tmp_path / "dense", tmp_path / "packed", on_progress=lambda *_: used.append(process.memory_info().rss - before)

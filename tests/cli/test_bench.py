@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def config(tmp_path):
         return str(path)
 
     return write
+
+
+def test_a_folder_with_a_configuration_alone(config, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(Path(config("causal")).read_text())
+    status, out, err = invoke(folder, *QUICK, "--length", 13)
+    assert status == 0, err
+    assert "k = 4" in out
 
 
 @pytest.mark.parametrize("task", CONFIGS)

@@ -62,6 +62,8 @@ def test_round_trip_through_json(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan has to be a finite number"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "q_proj='8' has to be a finite number"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 is not possible with SparseLoRA: LoRA drops elements of the input"),
         ({"mask": "bits"}, "mask='bits' is not possible. Choose one of ['weight', 'stored']"),
         ({"bias": "some"}, "bias='some' is not possible. Choose one of ['none', 'all', 'lora_only']"),

@@ -311,3 +311,11 @@ def test_records_of_text_are_cut_and_others_refused(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"question": "w1"}\n')
     with pytest.raises(ValueError, match=r'needs "text", "image" or both, but has \[\'question\'\]'):
         read_batches(tmp_path / "records.jsonl", tokenizer(), **settings)
+
+
+def test_an_encoder_decoder_is_pruned_on_text(tmp_path, text):
+    make("t5")[0].save_pretrained(tmp_path / "t5")
+    tokenizer().save_pretrained(tmp_path / "t5")
+    out = run("prune", tmp_path / "t5", "-o", tmp_path / "out", "--pattern", "2:4", "--data", text, *DATA)
+    assert "50.0" in out
+    assert SparsityReport.load_json(tmp_path / "out" / "sparsity_report.json").modules

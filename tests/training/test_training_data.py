@@ -94,6 +94,23 @@ def test_texts_of_files(tmp_path: Path) -> None:
         list(read_texts(str(records)))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', r"records.jsonl, line 2 is no JSON"),
+        ("[1]", r"records.jsonl, line 2 holds a list\. Every line has to be an object"),
+        ('{"text": null}', r"records.jsonl, row 2: column 'text' holds a NoneType, but it has to be a text"),
+        ('{"text": 3}', r"row 2: column 'text' holds a int"),
+        ("\udcff", r"records.jsonl is no text in UTF-8"),
+    ],
+)
+def test_records_that_hold_no_text_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    records = tmp_path / "records.jsonl"
+    records.write_bytes(f'{{"text": "a"}}\n{line}\n'.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        list(read_texts(str(records)))
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "/no/such/place", "./here", "a/b.jsonl"])
 def test_a_missing_file_is_named(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"There is no file '{name}'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -104,6 +105,9 @@ class SparseLoraConfig(PeftConfig):
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"The rank {name}={rank!r} must be an integer of at least 1.")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ValueError(f"{name}={alpha!r} has to be a finite number: it scales the update, by alpha / r.")
         if self.lora_dropout != 0:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} is not possible with SparseLoRA: LoRA drops elements of the "
