@@ -84,27 +84,26 @@ def allocation_plot(records: list[Record], path: Path) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-def recovery_plot(records: list[Record], path: Path) -> None:
-    """Accuracy at 2:4 in both towers by pruning method, a bar a restoration."""
+def recovery_plot(records: list[Record], base: Record, path: Path) -> None:
+    """Accuracy at 2:4 in both towers by pruning method, a point a restoration."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
+    both = [record for record in records if record["amounts"] == {"vision": "2:4", "language": "2:4"}]
+    methods = [method for method in METHODS if any(record["method"] == method for record in both)]
     for place, how in enumerate(RESTORATIONS):
-        heights = []
-        for method in METHODS:
-            found = [
-                record["accuracy"]
-                for record in records
-                if record["method"] == method
-                and record["restoration"] == how
-                and record["amounts"] == {"vision": "2:4", "language": "2:4"}
-            ]
-            heights.append(100 * statistics.fmean(found) if found else 0.0)
-        axes.bar([index + 0.2 * place for index in range(len(METHODS))], heights, width=0.18, label=how)
-    axes.set_xticks([index + 0.3 for index in range(len(METHODS))], METHODS)
+        chosen = {
+            index: [each["accuracy"] for each in both if each["method"] == method and each["restoration"] == how]
+            for index, method in enumerate(methods)
+        }
+        points = [(index + 0.2 * place, 100 * statistics.fmean(values)) for index, values in chosen.items() if values]
+        axes.scatter([x for x, _ in points], [y for _, y in points], label=how, zorder=2)
+    axes.axhline(100 * base["accuracy"], color="gray", linestyle="--", label="not pruned")
+    axes.grid(axis="y", alpha=0.4)
+    axes.set_xticks([index + 0.3 for index in range(len(methods))], methods)
     axes.set(ylabel="accuracy (%)", title="2:4 in both towers")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
@@ -130,8 +129,10 @@ def main() -> None:
     after = rest.partition("<!-- /results -->")[2]
     body = "\n\n".join(parts)
     write_text(DOCS / "vlm_restore.md", f"{before}<!-- results -->\n\n{body}\n\n<!-- /results -->{after}")
-    allocation_plot(records, DOCS / "images" / "vlm_allocation.png")
-    recovery_plot(records, DOCS / "images" / "vlm_recovery.png")
+    splits = [{"vision": str(vision), "language": str(language)} for vision, language in SPLITS]
+    if any(record["amounts"] in splits for record in records):
+        allocation_plot(records, DOCS / "images" / "vlm_allocation.png")
+    recovery_plot(records, base, DOCS / "images" / "vlm_recovery.png")
 
 
 if __name__ == "__main__":
