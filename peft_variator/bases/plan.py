@@ -39,11 +39,12 @@ class Rules:
 
     def __post_init__(self) -> None:
         for pattern in (*(self.targets or ()), *self.ignore):
+            if not pattern.startswith("re:"):
+                continue
             try:
-                re.compile(pattern.removeprefix("re:"))
+                re.compile(pattern[3:])
             except re.error as error:
-                if pattern.startswith("re:"):
-                    raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+                raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
 
     def requires(self, module: nn.Module, name: str) -> bool:
         """Whether the layer has to be 2:4."""

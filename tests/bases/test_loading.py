@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from peft_variator.bases import CheckpointError, Sparse24Config, Sparse24Linear, pack_checkpoint, quantizer
 
-from .models import contents, logits, tiny_bert, tiny_llama, tiny_t5
+from .models import ON_DISK, contents, logits, tiny_bert, tiny_llama, tiny_t5
 from .reference import same_bits
 
 
@@ -67,14 +67,7 @@ DEVICE_MAPS = {
     "auto": "auto",
     "cpu": "cpu",
     "explicit": {"": "cpu"},
-    "disk": {
-        "model.embed_tokens": "cpu",
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-        "lm_head": "disk",
-    },
+    "disk": ON_DISK,
     "all on disk": {"model": "disk", "lm_head": "disk"},
 }
 
