@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-__all__ = ["check_new_folder", "new_folder", "replacing", "write_text"]
+__all__ = ["check_new_file", "check_new_folder", "new_folder", "replacing", "write_text"]
 
 
 @contextmanager
@@ -37,12 +37,38 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_new_folder(path: str | Path) -> None:
-    """Raise FileExistsError unless `path` is free for a new folder: nothing is there, or an empty folder."""
+    """Raise unless a folder can be made at `path`: nothing is there, or an empty folder.
+
+    Raises:
+        FileExistsError: a file or a folder that is not empty is there.
+        OSError: no folder can be made there.
+    """
     target = Path(path)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(
             f"{str(target)!r} already exists and is not empty. Name another output folder, or remove this one first."
         )
+    _check_parents(target)
+
+
+def check_new_file(path: str | Path) -> None:
+    """Raise unless a file can be written to `path`; one that is there would be replaced.
+
+    Raises:
+        OSError: a folder is at `path`, or no file can be made there.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder. Name a file in it.")
+    _check_parents(Path(path))
+
+
+def _check_parents(target: Path) -> None:
+    """Find out before the work, not after it, that its result could not be written."""
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{str(target)!r} can't be written: {str(parent)!r} is a file. Name another output.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{str(target)!r} can't be written: {str(parent)!r} is not yours to write to.")
 
 
 @contextmanager
@@ -56,6 +82,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: a file or a folder that is not empty is at `path`.
+        OSError: no folder can be made there.
     """
     check_new_folder(path)
     target = Path(path)

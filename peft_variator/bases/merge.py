@@ -25,11 +25,14 @@ class MergeReport(ConversionReport):
         merged: how many weights got an update under their mask.
         replaced: how many other tensors of the base the adapter has new values for.
         packed: how many layers are packed in the result; 0 for a dense one.
+        unmasked: names of merged weights of which the base prunes nothing, so that the whole update went in; those of
+            an interrupted run are not among them.
     """
 
     merged: int
     replaced: int
     packed: int
+    unmasked: tuple[str, ...] = ()
 
 
 def merge_checkpoint(
@@ -84,4 +87,5 @@ def merge_checkpoint(
         merged=len(located.updates),
         replaced=len(located.replaced),
         packed=len(plan.packed_layers),
+        unmasked=tuple(plan.unmasked),
     )

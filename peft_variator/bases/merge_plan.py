@@ -27,10 +27,12 @@ class MergePlan:
     Args:
         pieces: all that is not copied as it is.
         packed_layers: name in the model of every layer that is packed in the result.
+        unmasked: names of the weights in which nothing was masked; known when the pieces are made.
     """
 
     pieces: list[Piece]
     packed_layers: list[str]
+    unmasked: list[str]
 
     @classmethod
     def make(cls, folder: ModelFolder, model: PreTrainedModel, located: LocatedAdapter, packed: bool) -> MergePlan:
@@ -47,7 +49,7 @@ class MergePlan:
         """
         planner = _Planner(folder, model, located, packed)
         pieces = [piece for weight in located.weights.values() if (piece := planner.piece(weight)) is not None]
-        return cls(pieces, planner.packed_layers)
+        return cls(pieces, planner.packed_layers, planner.unmasked)
 
 
 class _Planner:
@@ -61,6 +63,7 @@ class _Planner:
             ignore=tuple(published.ignore),
         )
         self.packed_layers: list[str] = []
+        self.unmasked: list[str] = []
 
     def piece(self, weight: StoredWeight) -> Piece | None:
         """The piece for one weight; None where it is copied."""
@@ -98,6 +101,7 @@ class _Planner:
             dtype=own_dtype(weight, self._dtype if planned is None else planned.dtype),
             from_packed=self._published is not None and planned is not None and planned.action != "dense",
             to_packed=becomes_packed,
+            unmasked=self.unmasked,
         )
         return merged_piece(job)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -122,6 +122,7 @@ class MergeJob:
         dtype: dtype of the result.
         from_packed: take the mask from the bitmask, which also keeps zeros, and not from the zeros.
         to_packed: write the packed form.
+        unmasked: where the names of weights go of which the mask keeps all.
     """
 
     weight: StoredWeight
@@ -129,11 +130,14 @@ class MergeJob:
     dtype: torch.dtype
     from_packed: bool
     to_packed: bool
+    unmasked: list[str] = field(default_factory=list)
 
     def make(self) -> dict[str, Tensor]:
         """The merged tensors by name."""
         bitmask, matrix = self._read()
         kept = matrix != 0 if bitmask is None else unpack_mask(bitmask, self.update.in_features)
+        if self.update.mask is None and kept.all():
+            self.unmasked.append(self.weight.name)
         merged = self.update.merge(matrix, kept)
         if not self.to_packed:
             dense = torch.empty(self.weight.size(), dtype=self.dtype)

@@ -17,7 +17,6 @@ from ..profiling import (
     SHAPES,
     BenchmarkReport,
     BenchmarkSettings,
-    check_plotting,
     count_steps,
     make_table,
     run_benchmark,
@@ -27,6 +26,7 @@ from ..profiling.inputs import Lengths
 from ..profiling.shapes import Task
 from .console import open_console
 from .errors import reported
+from .outputs import check_outputs
 from .ratios import parse_ratios
 
 
@@ -69,7 +69,7 @@ def bench(
     prefill, encoder-decoders on the encoder and one decoder step.
     """
     with reported():
-        _check_outputs(json, png)
+        check_outputs(json, png)
         settings = BenchmarkSettings(
             model=model,
             ratios=parse_ratios(ratios),
@@ -89,15 +89,6 @@ def bench(
         report = _run(settings)
         _write(report, json, png)
         _show(report)
-
-
-def _check_outputs(json: Path | None, png: Path | None) -> None:
-    """Find out before the measurement, not after it, that a result could not be written."""
-    for name, path in {"--json": json, "--png": png}.items():
-        if path is not None and path.is_dir():
-            raise ValueError(f"{name} is {str(path)!r}, which is a folder. Name a file in it.")
-    if png is not None:
-        check_plotting()
 
 
 def _command(settings: BenchmarkSettings) -> str:

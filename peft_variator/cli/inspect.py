@@ -10,6 +10,7 @@ import typer
 from ..sparsity import SparsityReport, inspect_checkpoint
 from .console import open_console
 from .errors import reported
+from .outputs import check_outputs
 
 
 __all__ = ["inspect_command"]
@@ -26,6 +27,7 @@ def inspect_command(
 ) -> None:
     """Count the zeros of a checkpoint's linear layers. The model is read slice by slice and never loaded."""
     with reported():
+        check_outputs(json, png)
         report = inspect_checkpoint(path, pattern)
         _show(report, by)
         if json is not None:

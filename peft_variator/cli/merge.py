@@ -41,7 +41,11 @@ def describe_merge(report: MergeReport) -> list[str]:
     form = f"{report.packed} packed layers" if report.packed else "dense"
     load = f"AutoModel….from_pretrained({str(report.output)!r})"
     first = "import peft_variator, then " if report.packed else ""
-    return [
-        f"Merged {report.merged} weights under their masks{others}; the result is {form}: {describe_sizes(report)}",
-        f"Next: {first}{load}.",
-    ]
+    sizes = describe_sizes(report)
+    lines = [f"Merged {report.merged} weights under their masks{others}; the result is {form}: {sizes}"]
+    if report.unmasked:
+        lines.append(
+            f"Nothing was masked in {len(report.unmasked)} of them, the first being {report.unmasked[0]}: the base "
+            "does not prune it, so the whole update went in, as with plain LoRA. Is this the pruned base?"
+        )
+    return [*lines, f"Next: {first}{load}."]

@@ -10,8 +10,8 @@ import torch
 import typer
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from ..architectures import model_class
 from ..files import check_new_folder, new_folder
+from ..pretrained import check_model_name, load_whole, model_class
 from ..sparsity import PruningConfig, SparsityReport, prune
 from ..sparsity.calibration import read_batches
 from .console import open_console
@@ -112,6 +112,7 @@ def _amounts(texts: list[str]) -> dict[str, float | str]:
 
 def _load(model: str, dtype: str, device_map: str, offload_folder: str) -> PreTrainedModel:
     """The model with the head that its checkpoint was saved with."""
+    check_model_name(model)
     config = AutoConfig.from_pretrained(model)
     cls = model_class(config)
     if cls is None:
@@ -120,15 +121,7 @@ def _load(model: str, dtype: str, device_map: str, offload_folder: str) -> PreTr
             "transformers. Load the model in Python and call peft_variator.sparsity.prune on it."
         )
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    loaded, info = cls.from_pretrained(
-        model, dtype=wanted, device_map=device_map, offload_folder=offload_folder, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{model!r} does not hold all weights of a {cls.__name__}: {sorted(info['missing_keys'])[:3]} are missing "
-            "and would be random. It may be stored in another format; convert it first."
-        )
-    return loaded
+    return load_whole(cls, model, dtype=wanted, device_map=device_map, offload_folder=offload_folder)
 
 
 def _load_processor(model: str, needed: bool) -> Any | None:

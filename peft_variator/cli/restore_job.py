@@ -13,10 +13,11 @@ from ..sparsity import measure_sparsity
 from ..training import DistillationTrainer, load_plugin
 from ..training.restored_card import RestoredFacts, restored_card
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
+from .checkpoints import check_checkpoints, go_on
 from .restore_losses import held_out_losses, label_all, loss_weights, teacher_losses
 from .run_settings import RunSettings
 from .train_data import TrainingData
-from .training_run import last_checkpoint, load_run_data, load_weights, training_arguments, write_adapter
+from .training_run import load_run_data, load_weights, training_arguments, write_adapter
 
 
 __all__ = ["RestoreJob"]
@@ -53,6 +54,7 @@ class RestoreJob(RunSettings):
         Returns:
             tuple[RestoredFacts, bool]: what is known about it, and whether this is the process that wrote it.
         """
+        check_checkpoints(self)
         task = self.task or find_task(self.model, load_config(self.model))
         # The adapter decides whether there is a teacher, and so which losses there are: before the data is read.
         set_seed(self.seed)
@@ -73,7 +75,7 @@ class RestoreJob(RunSettings):
                 data_collator=data.collate,
             )
             losses = {"dense": teacher_losses(trainer, data), "pruned": held_out_losses(trainer)}
-            trainer.train(resume_from_checkpoint=last_checkpoint(self))
+            go_on(trainer, self)
             losses["restored"] = held_out_losses(trainer)
             facts = self._facts(model, data, weights, losses)
             is_first = trainer.is_world_process_zero()

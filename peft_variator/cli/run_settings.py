@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..files import check_new_folder
-from ..profiling import SHAPES
+from ..pretrained import check_model_name
+from ..profiling import has_weights
 from ..profiling.shapes import Task
 
 
@@ -47,7 +48,8 @@ class RunSettings:
         for name in ("steps", "batch_size", "accumulation", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it has to be at least 1.")
-        if self.model in SHAPES or Path(self.model).suffix == ".json":
+        check_model_name(self.model)
+        if not has_weights(self.model):
             raise ValueError(
                 f"{self.model} is a configuration without trained weights, so there is nothing to follow or to "
                 "restore. Name a model on the Hub or a folder with one."

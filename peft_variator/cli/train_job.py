@@ -14,9 +14,10 @@ from ..training import DistillationTrainer, load_plugin
 from ..training.card import PluginFacts, RatioFacts, plugin_card
 from ..training.quality import measure_quality
 from ..tuners.variator import VariatorConfig
+from .checkpoints import check_checkpoints, go_on
 from .run_settings import RunSettings
 from .train_data import TrainingData
-from .training_run import last_checkpoint, load_run_data, load_weights, training_arguments, write_adapter
+from .training_run import load_run_data, load_weights, training_arguments, write_adapter
 
 
 __all__ = ["TrainJob"]
@@ -52,6 +53,7 @@ class TrainJob(RunSettings):
         Returns:
             tuple[PluginFacts, bool]: what is known about the plugin, and whether this is the process that wrote it.
         """
+        check_checkpoints(self)
         task = self.task or find_task(self.model, load_config(self.model))
         data = load_run_data(self, task)
         set_seed(self.seed)
@@ -59,7 +61,7 @@ class TrainJob(RunSettings):
         with training_arguments(self, **self._objective(task, ratios)) as args:
             trainer = DistillationTrainer(plugin, args, train_dataset=data.train, data_collator=data.collate)
             before = self._qualities(plugin, ratios, data)
-            trainer.train(resume_from_checkpoint=last_checkpoint(self))
+            go_on(trainer, self)
             after = self._qualities(plugin, ratios, data)
             flops = self._flops(plugin, task, [1, *ratios], data)
             rows = [RatioFacts(k, flops[1], flops[k], before[k], after[k]) for k in ratios]

@@ -15,10 +15,9 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import new_folder, write_text
-from ..profiling import build_model, load_config
+from ..profiling import build_model, count_positions, load_config
 from ..profiling.shapes import Task
 from ..training import DistillationConfig
 from ..training.card import PluginFacts
@@ -27,7 +26,7 @@ from .run_settings import RunSettings
 from .train_data import TrainingData, load_data
 
 
-__all__ = ["last_checkpoint", "load_run_data", "load_weights", "training_arguments", "write_adapter"]
+__all__ = ["load_run_data", "load_weights", "training_arguments", "write_adapter"]
 
 
 def load_weights(name: str, task: Task) -> PreTrainedModel:
@@ -87,12 +86,6 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
         )
 
 
-def last_checkpoint(settings: RunSettings) -> str | None:
-    """The checkpoint to go on from; `None` where there is none."""
-    folder = settings.checkpoints
-    return get_last_checkpoint(str(folder)) if folder is not None and folder.is_dir() else None
-
-
 def write_adapter(
     output: Path, model: PeftModel, card: ModelCard, facts: PluginFacts | RestoredFacts, log: list[dict[str, Any]]
 ) -> None:
@@ -109,8 +102,7 @@ def _processes() -> int:
 
 
 def _check_length(settings: RunSettings) -> None:
-    # Models with relative positions have no such field, and images no text.
-    positions = getattr(load_config(settings.model).get_text_config(), "max_position_embeddings", None)
+    positions = count_positions(load_config(settings.model))  # of images none, and of relative ones
     if positions is not None and settings.max_length > positions:
         raise ValueError(
             f"--max-length is {settings.max_length}, but {settings.model} has {positions} positions. Lower it."

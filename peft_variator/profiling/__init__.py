@@ -6,8 +6,9 @@ from .environment import describe_environment
 from .flops import count_flops
 from .inputs import make_inputs, make_lengths
 from .memory import peak_memory
-from .models import build_model, find_task, load_config, share_weights
+from .models import build_model, find_task, has_weights, load_config, share_weights
 from .plot import check_plotting, save_plot
+from .positions import count_positions
 from .report import BenchmarkReport, Measurement
 from .shapes import SHAPES
 from .table import make_table
@@ -25,9 +26,11 @@ __all__ = [
     "check_plotting",
     "compare",
     "count_flops",
+    "count_positions",
     "count_steps",
     "describe_environment",
     "find_task",
+    "has_weights",
     "load_config",
     "make_inputs",
     "make_lengths",

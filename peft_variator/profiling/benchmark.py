@@ -43,7 +43,7 @@ class BenchmarkSettings:
         min_seconds: seconds that a sample takes at least; short calls are repeated.
         threads: CPU threads; `None` leaves torch's choice.
         task: how the model is used; `None` reads it off the architecture.
-        random_weights: draw the weights even if there are pretrained ones.
+        random_weights: draw the weights even if there are pretrained ones; they are drawn where there are none.
         with_disabled: measure the plugin switched off, too.
         seed: of weights, plugin and inputs.
     """
@@ -64,20 +64,21 @@ class BenchmarkSettings:
     seed: int = 0
 
     def resolved(self, config: PreTrainedConfig) -> BenchmarkSettings:
-        """These settings with `task` and `length` filled in.
+        """These settings with `task` and `length` filled in, and whether weights are drawn.
 
         Raises:
             ValueError: a length was given for images, or the task is not known.
         """
         task = self.task or find_task(self.model, config)
+        found = replace(self, task=task, random_weights=self.random_weights or not has_weights(self.model))
         if task != "vision":
-            return replace(self, task=task, length=DEFAULT_LENGTH if self.length is None else self.length)
+            return replace(found, length=DEFAULT_LENGTH if self.length is None else self.length)
         if self.length is not None or self.lengths != "even":
             raise ValueError(
                 f"{self.model} takes images, whose number of patches follows from the model's image size. Leave "
                 "length and lengths out."
             )
-        return replace(self, task=task)
+        return found
 
 
 def count_steps(settings: BenchmarkSettings) -> int:
@@ -137,9 +138,12 @@ def run_benchmark(
 def _find_device(name: str) -> torch.device:
     try:
         # A tensor, since torch.device accepts devices that are not there.
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {name!r} cannot be used: {error}") from error
+    if device.type == "meta":
+        raise ValueError("The device 'meta' computes nothing that could be timed. Name cpu or a GPU.")
+    return device
 
 
 def _make_inputs(
@@ -168,7 +172,7 @@ def _build(
         settings.task,
         dtype=dtype,
         device=device,
-        random_weights=settings.random_weights or not has_weights(settings.model),
+        random_weights=settings.random_weights,
     )
     plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False), autocast_adapter_dtype=False)
     return base, plugin.eval()

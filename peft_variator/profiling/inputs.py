@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .positions import count_positions
 from .shapes import Task
 
 
@@ -77,8 +78,9 @@ def _make_text(
     """`input_ids` and `attention_mask`, int64 of shape (batch, longest)."""
     facts = config.get_text_config().to_dict()
     longest = int(lengths.max())
-    if longest > (facts.get("max_position_embeddings") or longest):
-        raise ValueError(f"length is {longest}; the model has {facts['max_position_embeddings']} positions.")
+    positions = count_positions(config)
+    if positions is not None and longest > positions:
+        raise ValueError(f"length is {longest}; the model has {positions} positions. Choose a shorter one.")
     special = {value for name, value in facts.items() if name.endswith("_token_id") and isinstance(value, int)}
     words = torch.tensor([token for token in range(facts["vocab_size"]) if token not in special])
     tokens = words[torch.randint(len(words), (len(lengths), longest), generator=generator)]

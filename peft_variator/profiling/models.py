@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..pretrained import check_model_name, load_whole
 from .shapes import SHAPES, Task
 
 
@@ -39,6 +40,7 @@ def load_config(model: str) -> PreTrainedConfig:
     """
     if model in SHAPES:
         return AutoConfig.for_model(SHAPES[model].model_type, **SHAPES[model].fields)
+    check_model_name(model)
     return AutoConfig.from_pretrained(model)
 
 
@@ -82,20 +84,29 @@ def build_model(
         device: where they are put.
         random_weights: draw them (from torch's global generator) even if `model` has pretrained ones; a name in
             `SHAPES` and the path of a `.json` file have none, and are always drawn.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of such a model.
     """
     automatic = _automatic_class(task, config)
-    if random_weights or model in SHAPES or Path(model).suffix == ".json":
+    if random_weights or _is_configuration(model):
         with device:
             built = automatic.from_config(config, dtype=dtype)
     else:
-        built = automatic.from_pretrained(model, config=config, dtype=dtype).to(device)
+        built = load_whole(automatic, model, pooler=False, config=config, dtype=dtype).to(device)
     return built.eval()
 
 
 def has_weights(model: str) -> bool:
-    """Whether there are weights to read: not for a local folder that holds a configuration alone."""
+    """Whether there are weights to read: not for a name in `SHAPES`, a `config.json`, or a folder with one alone."""
     folder = Path(model)
+    if _is_configuration(model):
+        return False
     return not folder.is_dir() or any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+
+
+def _is_configuration(model: str) -> bool:
+    return model in SHAPES or Path(model).suffix == ".json"
 
 
 def _automatic_class(task: Task, config: PreTrainedConfig) -> Any:

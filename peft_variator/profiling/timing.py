@@ -94,8 +94,10 @@ def time_alternately(
         For each name the samples in the order of the rounds, in seconds a call.
 
     Raises:
-        ValueError: fewer than 2 rounds, or two candidates of one name.
+        ValueError: fewer than 2 rounds, two candidates of one name, or a `min_seconds` that is no time.
     """
+    if not 0 <= min_seconds < math.inf:
+        raise ValueError(f"min_seconds is {min_seconds}; it must be a number of seconds, 0 or more.")
     if rounds < 2:
         raise ValueError(f"rounds is {rounds}; quartiles need at least 2.")
     samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}

@@ -31,7 +31,7 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
     Raises:
         FileNotFoundError: `data` looks like a file and there is none.
         ImportError: `data` is no file and `datasets` is not installed.
-        ValueError: there is no such column.
+        ValueError: there is no such column, or `datasets` can't read it.
     """
     path = Path(data)
     if path.is_file():
@@ -41,12 +41,17 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
             raise FileNotFoundError(f"There is no file {data!r}. Name a text file, or a data set on the Hub.")
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ImportError(
             f"{data!r} is no local file, and reading it as a data set needs `datasets`: pip install datasets. Or name "
             "a text file."
         ) from error
-    return _column(load_dataset(data, split=split), column, data)
+    try:
+        records = load_dataset(data, split=split)
+    except DatasetsError as error:
+        raise ValueError(f"`datasets` can't read {data!r}: {error.__cause__ or error}") from error
+    return _column(records, column, data)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -246,6 +247,17 @@ def test_the_command(dense_dir, adapter, tmp_path, flag, words):
     assert ("import peft_variator" in result.output) == (flag == "--packed")
     assert merge_checkpoint(dense_dir, adapter, tmp_path / "again", flag == "--packed").merged == 14
     assert contents(tmp_path / "again") == contents(tmp_path / "merged")
+
+
+def test_the_command_says_where_nothing_was_masked(dense_dir, adapter, tmp_path):
+    result = run(str(dense_dir), str(adapter), "-o", str(tmp_path / "pruned"))
+    assert "Nothing was masked" not in result.output
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_llama().config).save_pretrained(tmp_path / "unpruned")
+    result = run(str(tmp_path / "unpruned"), str(adapter), "-o", str(tmp_path / "whole"))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"Nothing was masked in 14 of them, the first being model\S+_proj\.weight: ", result.output)
+    assert result.output.index("Nothing was masked") < result.output.index("Next: ")
 
 
 def test_the_command_reports_errors(dense_dir, adapter, tmp_path):

@@ -53,9 +53,10 @@ def test_a_folder_with_a_configuration_alone(config, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(Path(config("causal")).read_text())
-    status, out, err = invoke(folder, *QUICK, "--length", 13)
+    status, out, err = invoke(folder, *QUICK, "--length", 13, "--json", tmp_path / "out.json")
     assert status == 0, err
     assert "k = 4" in out
+    assert BenchmarkReport.load(tmp_path / "out.json").settings["random_weights"] is True
 
 
 @pytest.mark.parametrize("task", CONFIGS)
@@ -122,11 +123,15 @@ def test_a_busy_machine_is_told(config, monkeypatch, load_average, warned):
         (["--ratios", "2;4"], "--ratios is '2;4'; give whole numbers with commas between them"),
         (["--ratios", ""], "--ratios is ''; give whole numbers"),
         (["--ratios", "0"], "compression_ratio=0 has to be an integer of at least 1"),
-        (["--ratios", "4,4"], "names of their own"),
         (["--rounds", "1"], "rounds is 1; quartiles need at least 2"),
         (["--batch", "0"], "batch is 0; it must be at least 1"),
         (["--device", "abacus"], "The device 'abacus' cannot be used"),
-        (["--json", "."], "--json is '.', which is a folder. Name a file in it."),
+        (["--device", "meta"], "The device 'meta' computes nothing that could be timed"),
+        (["--min-seconds", "nan"], "min_seconds is nan; it must be a number of seconds"),
+        (["--length", "600"], "length is 600; the model has 512 positions"),
+        (["--json", "."], "--json: '.' is a folder. Name a file in it."),
+        (["--json", f"{__file__}/out"], f"'{__file__}/out' can't be written: '{__file__}' is a file"),
+        (["--png", "out.jpg"], "--png is 'out.jpg'; the name has to end in .png"),
     ],
 )
 def test_bad_options(config, options, message):
@@ -145,8 +150,14 @@ def test_images_have_no_length(config):
 def test_a_model_that_is_not_there(tmp_path):
     status, _, err = invoke(tmp_path / "nothing", *QUICK)
     assert status == 1
-    assert "Error: " in err
-    assert str(tmp_path / "nothing") in err
+    assert f"Error: There is no folder '{tmp_path / 'nothing'}'" in err
+
+
+def test_a_ratio_that_is_named_twice_is_measured_once(config):
+    status, out, err = invoke(config("encoder"), *QUICK, "--ratios", "2,4,2")
+    assert status == 0, err
+    assert re.findall(r"k = \d", out) == ["k = 2", "k = 4"]
+    assert "--ratios 2,4 " in out
 
 
 def test_a_picture_without_matplotlib(config, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -169,6 +169,41 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
 
 
+def test_checkpoints_of_another_run_are_not_taken_up(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data, kept = save_data(tmp_path / "data.txt", "encoder"), tmp_path / "checkpoints"
+    common = [tmp_path / "model", "--data", data, *QUICK]
+    assert invoke(*common, "-o", tmp_path / "first", "--checkpoints", kept)[0] == 0
+    status, _, err = invoke(*common, "-o", tmp_path / "second", "--checkpoints", kept, "--ratio", 2)
+    assert status == 1
+    assert "holds checkpoints of a run with ratio=None, and this one has [2]" in err
+    (kept / "run.json").unlink()
+    status, _, err = invoke(*common, "-o", tmp_path / "second", "--checkpoints", kept)
+    assert (status, "holds checkpoints of an unknown run" in err) == (1, True)
+    # Settings of a run that made no checkpoint bind nobody.
+    assert invoke(*common, "-o", tmp_path / "third", "--checkpoints", tmp_path / "new", "--adapter", "none")[0] == 1
+    assert invoke(*common, "-o", tmp_path / "third", "--checkpoints", tmp_path / "new")[0] == 0
+
+
+def test_a_model_without_all_of_its_weights_is_not_followed(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    state = {name: value for name, value in model.state_dict().items() if "layer.1.intermediate" not in name}
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = invoke(tmp_path / "model", "--data", data, "-o", tmp_path / "out", *QUICK)
+    assert status == 1
+    assert "does not hold all weights of a BertModel: encoder.layer.1.intermediate.dense.bias, " in err
+
+
+def test_a_pooler_may_be_missing(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    state = {name: value for name, value in model.state_dict().items() if "pooler" not in name}
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = invoke(tmp_path / "model", "--data", data, "-o", tmp_path / "out", *QUICK, *SMALL)
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -180,6 +215,8 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         (["--max-length", "5"], "A span of 3 tokens is too short"),
         (["--adapter", "x", "--bottleneck-dim", "4"], "--bottleneck-dim is that of the plugin in --adapter"),
         (["--data", "missing.txt"], "There is no file 'missing.txt'"),
+        (["--output", f"{__file__}/out"], f"'{__file__}' is a file. Name another output."),
+        (["--checkpoints", f"{__file__}/kept"], f"'{__file__}' is a file. Name another output."),
     ],
 )
 def test_wrong_options_are_named(tmp_path: Path, words: list[str], message: str) -> None:
@@ -198,6 +235,8 @@ def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:
     assert (status, "already exists and is not empty" in err) == (1, True)
     status, _, err = invoke("bert-base", "--data", "data", "-o", tmp_path / "out")
     assert (status, "bert-base is a configuration without trained weights" in err) == (1, True)
+    status, _, err = invoke(tmp_path / "nothing", "--data", "data", "-o", tmp_path / "out")
+    assert (status, f"There is no folder '{tmp_path / 'nothing'}'" in err) == (1, True)
     save_model(tmp_path / "model", "encoder")
     (tmp_path / "short.txt").write_text("w1 w2")
     status, _, err = invoke(tmp_path / "model", "--data", tmp_path / "short.txt", "-o", tmp_path / "out", *QUICK)

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, BertConfig, BertForMaskedLM, LlamaConfig
+from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM, LlamaConfig
 
 from peft_variator.profiling import (
     SHAPES,
     build_model,
+    count_positions,
     describe_environment,
     find_task,
     load_config,
@@ -173,6 +174,29 @@ def test_vision_inputs_are_images_of_the_models_size(size):
     pixels = make(config, "vision", 1, 1, 1, dtype=torch.bfloat16)["pixel_values"]
     assert pixels.shape == (3, 2, 8, 8)
     assert pixels.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({"model_type": "roberta", **TINY, "max_position_embeddings": 34, "pad_token_id": 1}, 32),
+        ({"model_type": "mpnet", **TINY, "max_position_embeddings": 34, "pad_token_id": 1}, 32),
+        ({"model_type": "bert", **TINY, "max_position_embeddings": 34}, 34),
+        ({"model_type": "opt", "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 34}, 34),
+        ({"model_type": "t5"}, None),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
+)
+def test_positions(fields, positions):
+    config = AutoConfig.for_model(**fields)
+    assert count_positions(config) == positions
+    if positions is None:
+        return
+    inputs = {"input_ids": torch.full((1, positions), 5), "attention_mask": torch.ones(1, positions)}
+    AutoModel.from_config(config)(**inputs)
+    longer = {name: torch.cat([value, value[:, :1]], dim=1) for name, value in inputs.items()}
+    with pytest.raises((IndexError, RuntimeError)):
+        AutoModel.from_config(config)(**longer)
 
 
 def test_inputs_longer_than_the_positions():

@@ -123,6 +123,15 @@ def test_a_data_set_in_a_folder(tmp_path: Path) -> None:
     assert list(read_texts(str(tmp_path))) == ["a", "b", "c"]
 
 
+def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(FileNotFoundError, match="doesn't contain any data files"):
+        read_texts(str(tmp_path))
+    (tmp_path / "train.jsonl").write_text("{broken\n")
+    with pytest.raises(ValueError, match=f"`datasets` can't read '{tmp_path}': .*JSON"):
+        read_texts(str(tmp_path))
+
+
 def test_data_sets_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"'some/dataset' is no local file.*pip install datasets"):
