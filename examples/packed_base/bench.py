@@ -29,7 +29,7 @@ from peft_variator.profiling import Spread, describe_environment, num_threads, s
 
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "bench.json"
+RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def summarise(samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     return found
 
 
-def command_of(models: list[str], settings: Settings) -> str:
+def command_of(model: str, settings: Settings) -> str:
     """The command line of these settings, wherever the models and the figures are kept."""
-    words = [word for model in models for word in ("--model", model)]
+    words = ["--model", model]
     for name in ("length", "rank", "rounds", "samples", "threads"):
         if (value := getattr(settings, name)) is not None and not settings.quick:
             words += [f"--{name}", str(value)]
@@ -159,7 +159,7 @@ def main(
     samples: Annotated[int, typer.Option(min=2, help="Timed samples in a process.")] = 3,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
     work: Annotated[Path | None, typer.Option(help="Keeps the models (17 GB); else they go when it is done.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file for the figures.")] = RESULTS,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures, a file a model.")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="One tiny model, 16 tokens, 2 rounds.")] = False,
 ) -> None:
     """Measure every row in turn and write the figures."""
@@ -168,17 +168,14 @@ def main(
         settings, model = Settings(16, rank, 2, 2, 0.0, threads, quick), model[:1]
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with reported(), num_threads(threads), tempfile.TemporaryDirectory() as scratch:
-        environment = describe_environment(torch.device("cpu"))
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            results = [measure(name, work or Path(scratch), settings, progress) for name in model]
-    report = {
-        "command": command_of(model, settings),
-        "settings": asdict(settings),
-        "environment": environment,
-        "results": results,
-    }
-    write_text(output, json.dumps(report, indent=2) + "\n")
-    Console().print(f"{output} is written. Next: python examples/packed_base/render.py", soft_wrap=True)
+        for name in model:
+            facts = {"command": command_of(name, settings), "settings": asdict(settings)}
+            facts["environment"] = describe_environment(torch.device("cpu"))
+            with Progress(*columns, console=Console(stderr=True)) as progress:
+                facts |= measure(name, work or Path(scratch), settings, progress)
+            file = output / f"bench-{name}.json"
+            write_text(file, json.dumps(facts, indent=2) + "\n")
+            Console().print(f"{file} is written. Next: python examples/packed_base/render.py", soft_wrap=True)
 
 
 if __name__ == "__main__":

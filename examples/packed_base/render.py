@@ -78,23 +78,19 @@ def _figures(rows: Record, columns: tuple[tuple[str, str, float], ...]) -> str:
 
 
 def bench(report: Record) -> str:
-    """Two tables a model: loading and running, and training."""
-    parts, settings = [], report["settings"]
-    for result in report["results"]:
-        files, rows = result["file_bytes"], result["rows"]
-        packed, dense = files["packed-bfloat16"], files["dense-bfloat16"]
-        peak = rows["packed bfloat16"]["load_resident"]["quartiles"]["median"]
-        parts += [
-            f"### {result['model']}, 1×{settings['length']}",
-            _figures(rows, INFERENCE),
-            _figures(rows, TRAINING),
-            f"Files: {dense / 1e6:.0f} MB dense in bfloat16, {packed / 1e6:.0f} MB packed ({packed / dense:.3f}). "
-            f"Loading the packed one held {peak / packed:.2f}× its files at the peak.",
-        ]
-    parts.append(
+    """Two tables of a model: loading and running, and training."""
+    files, rows, settings = report["file_bytes"], report["rows"], report["settings"]
+    packed, dense = files["packed-bfloat16"], files["dense-bfloat16"]
+    peak = rows["packed bfloat16"]["load_resident"]["quartiles"]["median"]
+    parts = [
+        f"### {report['model']}, 1×{settings['length']}",
+        _figures(rows, INFERENCE),
+        _figures(rows, TRAINING),
+        f"Files: {dense / 1e6:.0f} MB dense in bfloat16, {packed / 1e6:.0f} MB packed ({packed / dense:.3f}). "
+        f"Loading the packed one held {peak / packed:.2f}× its files at the peak.",
         f"`{report['command']}`: {settings['rounds']} processes a row, {settings['samples']} samples in each, rank "
-        f"{settings['rank']}. {_machine(report['environment'])}"
-    )
+        f"{settings['rank']}. {_machine(report['environment'])}",
+    ]
     return "\n\n".join(parts)
 
 
@@ -115,9 +111,9 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write the tables of what has been run."""
     text = page.read_text("utf-8")
     for name, render in (("end-to-end", end_to_end), ("bench", bench)):
-        file = results / f"{name}.json"
-        if file.is_file():
-            text = replace_between(text, name, render(json.loads(file.read_text("utf-8"))))
+        reports = [json.loads(file.read_text("utf-8")) for file in sorted(results.glob(f"{name}*.json"), reverse=True)]
+        if reports:
+            text = replace_between(text, name, "\n\n".join(render(report) for report in reports))
     write_text(page, text)
 
 
