@@ -262,6 +262,9 @@ def test_an_encoder_and_a_decoder(tmp_path):
     assert_same(merged, merged_in_memory(T5ForConditionalGeneration.from_pretrained(tmp_path / "base"), adapter))
 
 
+EIGHT_BITS = {"int8": (torch.int8, "int-quantized"), "fp8": (torch.float8_e4m3fn, "float-quantized")}
+
+
 def published(layout: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors of a model in a layout of others, and its entry of config.json."""
     state, kind = dict(model.state_dict()), layout.removesuffix(" old")
@@ -272,16 +275,16 @@ def published(layout: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], d
         elif kind == "sparse-24-bitmask":
             state |= sparse_24(f"{name}.weight" if layout.endswith("old") else name, weight, flat_shape=True)
         else:
-            values, scale, _ = quantize(weight, torch.int8, "channel")
+            values, scale, _ = quantize(weight, EIGHT_BITS[kind][0], "channel")
             state |= {f"{name}.weight_scale": scale, **sparse_24(name, values)}
-    if kind == "int8":
-        return state, entry("sparse-24-bitmask", "int-quantized")
+    if kind in EIGHT_BITS:
+        return state, entry("sparse-24-bitmask", EIGHT_BITS[kind][1])
     return state, entry(kind)
 
 
 @pytest.mark.parametrize("form", [None, True, False], ids=["same", "packed", "dense"])
 @pytest.mark.parametrize(
-    "layout", ["sparse-24-bitmask", "sparse-24-bitmask old", "sparse-bitmask", "sparse-bitmask old", "int8"]
+    "layout", ["sparse-24-bitmask", "sparse-24-bitmask old", "sparse-bitmask", "sparse-bitmask old", *EIGHT_BITS]
 )
 def test_bases_that_others_published(tmp_path, layout, form):
     model = tiny_llama()
