@@ -62,8 +62,8 @@ def expand(
     per_token = linear(tokens, *_parameters(down_input, tokens.dtype))
     # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
     inner = torch.where(grouping.is_merged, per_token + grouping.spread(per_row), 0).tanh()
-    correction = linear(inner, *_parameters(up, inner.dtype))
-    return grouping.add_rows_(correction, rows.to(correction.dtype)).view(hidden_states.shape)
+    weight, _ = _parameters(up, inner.dtype)
+    return grouping.expand(rows.to(inner.dtype), inner, weight).view(hidden_states.shape)
 
 
 def _parameters(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -68,17 +68,19 @@ class Grouping:
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
         return rows.index_select(0, self.row_of)
 
-    def add_rows_(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Add to each token the vector of its row, in place.
+    def expand(self, rows: Tensor, inner: Tensor, up: Tensor) -> Tensor:
+        """Give each token the vector of its row plus its own correction, `inner @ up.T`.
 
         Args:
-            tokens: shape `(batch * length, dim)`.
             rows: shape `(num_rows, dim)`.
+            inner: hidden layer of the correction, 0 at padding; shape `(batch * length, bottleneck_dim)`.
+            up: shape `(dim, bottleneck_dim)`.
 
         Returns:
-            `tokens`.
+            Shape `(batch * length, dim)`, zero at padding.
         """
-        return tokens.add_(self.spread(rows))
+        # Into the spread rows: a second tensor of this size would cost more than the product.
+        return self.spread(rows).addmm_(inner, up.t())
 
 
 @dataclass
@@ -114,7 +116,8 @@ class SharedGrouping(Grouping):
             merged = torch.addcmul(merged, member, weight)
         return merged.flatten(1, -2)
 
-    def add_rows_(self, tokens: Tensor, rows: Tensor) -> Tensor:
+    def expand(self, rows: Tensor, inner: Tensor, up: Tensor) -> Tensor:
+        tokens = torch.nn.functional.linear(inner, up)
         per_sequence = sum(block.groups for block in self.blocks)
         by_sequence = rows.view(rows.shape[0] // per_sequence, per_sequence, -1)
         target, first = tokens.view(by_sequence.shape[0], -1, tokens.shape[-1]), 0
@@ -155,20 +158,43 @@ class PackedGrouping(Grouping):
 
     def merge(self, tokens: Tensor, scores: Tensor | None, concat: Tensor | None) -> Tensor:
         tokens = tokens.flatten(0, 1)
-        single = tokens.index_select(0, self.singles)
-        groups, size = self.members.shape
-        if groups == 0:
-            return single.unsqueeze(0)
-        gathered = tokens.index_select(0, self.members.flatten()).view(groups, size, -1)
+        if not self.merges:
+            return tokens.index_select(0, self.singles).unsqueeze(0)
         if concat is None:
             assert scores is not None  # one of the two is given: the caller chose by `VariatorConfig.scoring`
             logits = scores.flatten()[self.members]
         else:
-            present = gathered.masked_fill(~self.is_member.unsqueeze(-1), 0)
-            # No sequence may be long enough to fill a group.
-            logits = torch.nn.functional.linear(
-                present.flatten(1), concat[:size, : present[0].numel()], concat[:size, -1]
-            )
+            logits = self._concat_scores(tokens, concat)
         weights = logits.float().masked_fill(~self.is_member, -torch.inf).softmax(dim=-1).to(tokens.dtype)
-        merged = torch.bmm(weights.unsqueeze(1), gathered).squeeze(1)
-        return torch.cat([merged, single]).unsqueeze(0)
+        return _sum_bags(tokens, self.members, weights, self.singles).unsqueeze(0)
+
+    def _concat_scores(self, tokens: Tensor, concat: Tensor) -> Tensor:
+        groups, size = self.members.shape
+        gathered = tokens.index_select(0, self.members.flatten()).view(groups, size, -1)
+        present = gathered.masked_fill(~self.is_member.unsqueeze(-1), 0).flatten(1)
+        # No sequence may be long enough to fill a group.
+        return torch.nn.functional.linear(present, concat[:size, : present.shape[1]], concat[:size, -1])
+
+
+def _sum_bags(tokens: Tensor, members: Tensor, weights: Tensor, singles: Tensor) -> Tensor:
+    """The weighted sum of each group, then the single tokens, gathered and summed in one pass.
+
+    Args:
+        tokens: shape `(batch * length, dim)`.
+        members: token numbers, shape `(groups, k)`.
+        weights: shape `(groups, k)`.
+        singles: token numbers, shape `(singles,)`.
+
+    Returns:
+        Shape `(groups + singles, dim)`.
+    """
+    groups, size = members.shape
+    starts = torch.arange(groups, device=members.device) * size
+    ends = torch.arange(singles.numel(), device=members.device) + groups * size
+    return torch.nn.functional.embedding_bag(
+        torch.cat([members.flatten(), singles]),
+        tokens,
+        torch.cat([starts, ends]),
+        mode="sum",
+        per_sample_weights=torch.cat([weights.flatten(), weights.new_ones(singles.numel())]),
+    )
