@@ -36,6 +36,10 @@ def _addmv(bias: _Shape, matrix: _Shape, vector: _Shape, *args: Any, **kwargs: A
     return _mv(matrix, vector)
 
 
+def _addmm_(target: _Shape, left: _Shape, right: _Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
 def _dot(left: _Shape, right: _Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * left[0]
 
@@ -51,6 +55,7 @@ _FORMULAS = {
         "_scaled_dot_product_flash_attention_for_cpu": _sdpa,
         "mv": _mv,
         "addmv": _addmv,
+        "addmm_": _addmm_,
         "dot": _dot,
         "_grouped_mm": _grouped_mm,
     }.items()

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.nn.functional import grouped_mm, scaled_dot_product_attention
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
+from peft_variator import VariatorConfig
 from peft_variator.profiling import count_flops
 
 
@@ -28,6 +30,11 @@ OPERATIONS = {
     "linear": (nn.functional.linear, {"input": ones(3, 5, 7), "weight": ones(11, 7)}, 2 * 15 * 7 * 11),
     "matmul": (torch.matmul, {"input": ones(4, 3, 5), "other": ones(4, 5, 2)}, 2 * 4 * 3 * 5 * 2),
     "mv": (torch.mv, {"input": ones(3, 5), "vec": ones(5)}, 2 * 15),
+    "addmm_": (
+        lambda **inputs: torch.zeros(3, 11).addmm_(**inputs),
+        {"mat1": ones(3, 7), "mat2": ones(7, 11)},
+        2 * 3 * 7 * 11,
+    ),
     "addmv": (torch.addmv, {"input": ones(3), "mat": ones(3, 5), "vec": ones(5)}, 2 * 15),
     "dot": (torch.dot, {"input": ones(5), "tensor": ones(5)}, 2 * 5),
     "conv2d": (
@@ -154,3 +161,20 @@ def test_a_product_without_a_formula_is_refused():
 def test_counting_works_inside_inference_mode():
     with torch.inference_mode():
         assert count_flops(nn.Linear(3, 5), {"input": ones(2, 3)}) == 60
+
+
+def test_padding_changes_what_a_plugin_saves_and_not_what_is_counted():
+    """The groups of a padded batch go another way through the plugin: its products count there, too."""
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40
+    )
+    model = get_peft_model(BertModel(config, add_pooling_layer=False), VariatorConfig(bottleneck_dim=4)).eval()
+    ids = ones(2, 10, dtype=torch.long)
+    mask = ones(2, 10, dtype=torch.long)
+    mask[0, 4:] = 0
+    attention = 4 * (2 * 20 * 16 * 16) + 2 * (2 * 2 * 2 * 10 * 10 * 8)
+    # [CLS], one merged, [SEP] of four tokens; [CLS], two merged, [SEP] of ten.
+    rows = 3 + 4
+    plugin = 2 * 20 * 16 * (1 + 4) + 2 * rows * 16 * 4 + 2 * 20 * 4 * 16
+    expected = attention + 2 * (2 * rows * 16 * 32) + plugin
+    assert count_flops(model, {"input_ids": ids, "attention_mask": mask}) == expected

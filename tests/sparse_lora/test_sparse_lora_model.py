@@ -7,8 +7,9 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_mod
 from safetensors.torch import load_file
 from sparse_lora_cases import CASES, build, outputs, plain_model, plain_weight, randomize_
 from torch import nn
+from transformers import BertForQuestionAnswering, BertForTokenClassification, LlamaForTokenClassification
 
-from peft_variator import SparseLoraConfig
+from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.tuners.sparse_lora import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
 
 
@@ -265,3 +266,40 @@ def test_generation_with_a_cache_is_that_of_the_merged_model() -> None:
     generated = model.generate(input_ids=tokens, **settings)
     merged = model.merge_and_unload()
     assert torch.equal(generated, merged.generate(input_ids=tokens, **settings))
+
+
+@pytest.mark.parametrize(
+    ("task", "model_class"),
+    [
+        ("TOKEN_CLS", BertForTokenClassification),
+        ("QUESTION_ANS", BertForQuestionAnswering),
+        ("TOKEN_CLS", LlamaForTokenClassification),
+    ],
+)
+def test_heads_that_peft_trains_whole_are_no_targets(task, model_class):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    base = model_class(model_class.config_class(vocab_size=40, **small))
+    head = next(name for name in ("score", "classifier", "qa_outputs") if hasattr(base, name))
+    with pytest.warns(UserWarning, match="Nothing is masked"):
+        model = get_peft_model(base, SparseLoraConfig(task_type=task, r=2))
+    trained = {name for name, value in model.named_parameters() if value.requires_grad and head in name}
+    assert trained == {
+        f"base_model.model.{head}.modules_to_save.default.weight",
+        f"base_model.model.{head}.modules_to_save.default.bias",
+    }
+    assert not any(head in name for name in model.base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["up_proj", "q_proj"], r".*\.(up|q)_proj"])
+def test_targets_inside_of_another_method_s_modules_are_refused(targets):
+    model = build("llama")
+    model.add_adapter(VariatorConfig(), "plugin")
+    with pytest.raises(ValueError, match=r"target modules lie inside .*mlp\.base_layer\..*SparseLoRA first"):
+        model.add_adapter(SparseLoraConfig(target_modules=targets, r=2), "sparse")
+    model = build("llama")
+    model.add_adapter(VariatorConfig(), "plugin")
+    model.add_adapter(SparseLoraConfig(target_modules=["q_proj"], r=2), "sparse")
+    model = build("llama")
+    model.add_adapter(SparseLoraConfig(target_modules=targets, r=2), "sparse")
+    model.add_adapter(VariatorConfig(), "plugin")
+    assert outputs(model, CASES["llama"]).isfinite().all()

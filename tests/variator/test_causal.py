@@ -276,3 +276,19 @@ def test_answer_about_an_image() -> None:
             earlier[:, position:] = False
             other = model(**(last | {"input_ids": ids})).logits
             torch.testing.assert_close(other[earlier], expected[earlier], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_the_loss_that_balances_the_load_is_refused(name: str, where: str) -> None:
+    """Its mask is that of the tokens, and routers see merged rows."""
+    case = next(case for case in CAUSAL if case.name == name)
+    model = get_peft_model(case.build(), VariatorConfig())
+    inputs = case.inputs(2, 13)
+    inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"]), "labels": inputs["input_ids"]}
+    asked = {"output_router_logits": True} if where == "call" else {}
+    model.get_base_model().config.output_router_logits = where == "config"
+    with pytest.raises(ValueError, match="with an attention_mask: .* Set output_router_logits to False"):
+        model(**inputs, **asked)
+    model.set_compression_ratio(1)
+    assert model(**inputs, **asked).aux_loss > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from peft_variator import VariatorConfig
 
@@ -248,3 +250,21 @@ def test_the_cache_holds_what_the_prompt_alone_gives() -> None:
     for grown, own in zip(output.past_key_values.layers, prompt.layers, strict=True):
         torch.testing.assert_close(grown.keys[:, :, :PROMPT], own.keys, rtol=0, atol=1e-5)
         torch.testing.assert_close(grown.values[:, :, :PROMPT], own.values, rtol=0, atol=1e-5)
+
+
+def test_continuous_batching_runs_the_base_model_and_says_so() -> None:
+    """Its sequences hold prompts and single tokens of several requests: merging them would be wrong."""
+    prompts = [LLAMA.inputs(1, length)["input_ids"] for length in (17, 6, 11)]
+    model = with_plugin().get_base_model()
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = model.generate_batch(
+            [prompt[0].tolist() for prompt in prompts], generation_config=config, continuous_batching_config=batching
+        )
+    assert sum("Continuous batching" in str(warning.message) for warning in caught) == 1
+    base = LLAMA.build()
+    tokens = [found[key].generated_tokens for key in sorted(found, key=lambda key: int(key.rpartition("_")[2]))]
+    expected = [base.generate(input_ids=prompt, **GREEDY)[0, prompt.shape[1] :].tolist() for prompt in prompts]
+    assert tokens == expected

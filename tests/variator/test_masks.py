@@ -199,3 +199,16 @@ def test_the_widest_of_several_masks_counts() -> None:
         single_mask("all")
     with pytest.raises(ValueError, match=r"of type Tensor and shape \(1, 2, 3\)"):
         single_mask(torch.ones(1, 2, 3))
+
+
+def test_a_bias_in_the_mask_blocks_nobody() -> None:
+    """Where every score gets the same, nothing changes."""
+    model, ids = with_plugin(BERT), BERT.inputs(2, 12)["input_ids"]
+    mask = torch.zeros(2, 1, 12, 12)
+    mask[0, ..., 9:] = LOWEST
+    biased, older = mask - 0.5 * (mask == 0), mask.clamp(min=-10_000.0)
+    real = mask[:, 0, 0] == 0
+    expected = hidden(model, input_ids=ids, attention_mask=mask)
+    for other in (biased, older):
+        found = hidden(model, input_ids=ids, attention_mask=other)
+        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)

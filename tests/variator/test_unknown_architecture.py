@@ -247,3 +247,12 @@ def test_a_home_made_decoder_is_declared_causal() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [seen.rows for seen in watch(bidirectional, lambda: bidirectional(ids, labels=ids))] == [5, 5]
+
+
+@pytest.mark.parametrize("target", [r".*\.self_attn", r".*layers\.\d+"])
+def test_a_module_that_is_told_positions_is_refused(target: str) -> None:
+    """Attention, or a whole block, which is no network of single positions."""
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODER))
+    model = with_plugin(base, target_modules=target)
+    with pytest.raises(ValueError, match=r"takes a second tensor of shape .*, such as .*mask"):
+        model(input_ids=torch.randint(FIRST_WORD, 99, (1, 14)))

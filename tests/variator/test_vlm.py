@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from peft_variator import VariatorConfig
 
-from .cases import IMAGE_TOKEN, LLAVA
+from .cases import DECODER, IMAGE_TOKEN, LLAVA, TOWER, VOCABULARY, Case
 from .reference import feed_forward_of, plugin_output, watch
 
 
@@ -112,3 +113,48 @@ def test_embeddings_without_placeholders_cannot_be_told_apart(fields: dict[str, 
     model = with_plugin(**fields)
     with pytest.raises(ValueError, match="cannot tell text from image tokens.* Pass input_ids"):
         model(inputs_embeds=torch.randn(1, 12, 32))
+
+
+PALIGEMMA = Case(
+    "paligemma",
+    "paligemma",
+    AutoModelForImageTextToText,
+    {
+        "text_config": DECODER | {"model_type": "gemma"},
+        "vision_config": TOWER | {"model_type": "siglip_vision_model", "projection_dim": 32},
+        "image_token_id": IMAGE_TOKEN,
+        "projection_dim": 32,
+        "hidden_size": 32,
+        "vocab_size": VOCABULARY,
+    },
+    "vlm",
+)
+
+
+def test_a_prefix_that_attends_both_ways_does_not_make_an_encoder() -> None:
+    """PaliGemma's language model says it is not causal, but what it writes is."""
+    torch.manual_seed(1)
+    model = get_peft_model(PALIGEMMA.build(), VariatorConfig(init_weights=False)).eval()
+    inputs, written = PALIGEMMA.inputs(1, 17), 43
+    is_written = torch.arange(inputs["input_ids"].shape[1]) >= written
+    inputs |= {"labels": inputs["input_ids"].masked_fill(~is_written, -100), "token_type_ids": is_written.long()[None]}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for position in range(written, len(is_written)):
+            other = inputs["input_ids"].clone()
+            other[:, position] = 50
+            found = model(**inputs | {"input_ids": other}).logits
+            used = slice(written - 1, position)
+            torch.testing.assert_close(found[:, used], expected[:, used], rtol=0, atol=1e-5)
+    assert max(rows_of(model, inputs)[1]) < len(is_written), "the prefix is merged"
+
+
+def test_a_prefix_model_decodes_without_its_plugin() -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(PALIGEMMA.build(), VariatorConfig(init_weights=False)).eval()
+    inputs = PALIGEMMA.inputs(1, 11)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    seen = watch(model, lambda: model.generate(**inputs, **options))
+    language = [network.rows for network in seen if "vision_tower" not in network.name]
+    assert language[2:] == [1] * 2 * 3
+    assert language[0] < inputs["input_ids"].shape[1]

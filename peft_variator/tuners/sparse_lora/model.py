@@ -16,7 +16,7 @@ from ...offloading import refuse_rewriting
 from .attaching import attach_masks, layers_of, warn_about_dense
 from .config import SparseLoraConfig
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
-from .targets import all_linear
+from .targets import all_linear, refuse_hidden_targets
 
 
 __all__ = ["SparseLoraModel"]
@@ -56,8 +56,13 @@ class SparseLoraModel(BaseTuner):
             peft_config.target_modules = all_linear(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT, with one warning for all modules in which the mask would mask nothing."""
+        """As in PEFT, with one warning for all modules in which the mask would mask nothing.
+
+        Raises:
+            ValueError: targets lie where PEFT does not look for them, inside of another method's modules.
+        """
         refuse_rewriting(model)
+        refuse_hidden_targets(self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].mask == "weight":
             warn_about_dense(layers_of(model, adapter_name), adapter_name)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import copy
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .attaching import shorten
 from .config import SparseLoraConfig
+from .layer import SparseLoraLayer
 from .layouts import find_layout
 
 
-__all__ = ["all_linear"]
+__all__ = ["all_linear", "refuse_hidden_targets"]
+
+# PEFT trains these heads whole, and looks for targets before it says so.
+_HEADS: dict[str, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
@@ -23,7 +32,41 @@ def all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
         ValueError: there are none in these layers.
     """
     known_to_peft = _maybe_include_all_linear_layers(copy.copy(peft_config), model).target_modules
-    return _in_chosen_layers(peft_config, set(known_to_peft or ()) | _registered_linears(model))
+    names = set(known_to_peft or ()) | _registered_linears(model)
+    heads = _HEADS.get(peft_config.task_type or "", ())
+    return _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
+
+
+def refuse_hidden_targets(peft_config: SparseLoraConfig, model: nn.Module) -> None:
+    """Raise if targets lie inside of a module that another method has wrapped: PEFT passes over them without a word.
+
+    Raises:
+        ValueError: there are some.
+    """
+    wrappers = [name for name, module in model.named_modules() if _is_of_another_method(module)]
+    hidden = [
+        name
+        for name, module in model.named_modules()
+        if any(name.startswith(f"{wrapper}.base_layer.") for wrapper in wrappers)
+        and find_layout(module) is not None
+        and _is_target(peft_config, name)
+    ]
+    if hidden:
+        raise ValueError(
+            f"{len(hidden)} target modules lie inside of modules that carry an adapter of another method, where PEFT "
+            f"does not look for targets: {shorten(hidden)}. Add SparseLoRA first and the other adapter (a Variator "
+            "plugin, say) after it, or name target_modules outside of them."
+        )
+
+
+def _is_of_another_method(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, SparseLoraLayer)
+
+
+def _is_target(peft_config: SparseLoraConfig, key: str) -> bool:
+    if peft_config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        return True
+    return bool(check_target_module_exists(peft_config, key.replace(".base_layer", "")))
 
 
 def _registered_linears(model: nn.Module) -> set[str]:

@@ -16,7 +16,7 @@ from .layer import VariatorLayer
 from .plugin import PluginModule, hand_out
 from .predictions import uses_every_prediction
 from .recorder import recorded
-from .surroundings import gather_facts
+from .surroundings import check_routers, gather_facts
 
 
 __all__ = ["StackHooks", "hooks_of"]
@@ -66,6 +66,13 @@ class StackHooks:
         active = {name: choice for name, choice in choices.items() if choice is not None}
         if not active:
             return
+        if "write_index" in own:
+            self._warn_once(
+                "Continuous batching puts prompts and single tokens of several requests into one sequence, where a "
+                "Variator plugin merges nothing: the base model runs. Call `generate` to have prompts merged."
+            )
+            return
+        check_routers(stack, own)
         call = StackCall(gather_facts(stack, self.kind, own), active)
         if self.kind == "causal":
             self._warn_about_losses(call.facts)

@@ -197,11 +197,13 @@ class VariatorLayer(PluginModule):
 
     def _check_alone(self, hidden_states: Tensor, *others: Any) -> None:
         for other in others:
-            if isinstance(other, Tensor) and other.shape[:-1] == hidden_states.shape[:-1]:
+            if isinstance(other, (tuple, list)):
+                self._check_alone(hidden_states, *other)
+            elif isinstance(other, Tensor) and other.dim() > 1 and hidden_states.shape[-2] in other.shape:
                 raise ValueError(
                     f"{self.name} takes a second tensor of shape {tuple(other.shape)} beside the hidden states, such "
-                    "as the residual, which is not merged with them. Name modules inside of it where the feed-forward "
-                    "network starts (target_modules) and ends (end_module)."
+                    "as a residual, a mask or positions, which is not merged with them. Name modules inside of it "
+                    "where the feed-forward network starts (target_modules) and ends (end_module)."
                 )
 
     def expand(self, output: Tensor, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:

@@ -1,8 +1,8 @@
 """What an attention mask tells of a call's tokens, as pure functions: which are real, and where texts start.
 
-A mask has shape `(batch, cached + length)`, or `(batch, heads, queries, keys)` and is True (or 0, to be added to the
-scores) where attention is allowed. `shape` is the `(batch, length)` of the tokens of the call, and `past_length` the
-number of cached tokens before them, padding included.
+A mask has shape `(batch, cached + length)`, or `(batch, heads, queries, keys)` and is True (or, where it
+is added to the scores, not very low) where attention is allowed. `shape` is the `(batch, length)` of the tokens of the
+call, and `past_length` the number of cached tokens before them, padding included.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from torch.nn.functional import pad
 
 
 __all__ = ["last_tokens", "places", "real_tokens", "single_mask", "text_starts", "with_those_before"]
+
+# What is added to a score to block it is -inf, the least number of the dtype, or by an older convention -10,000.
+# Biases by position, which callers may add to the same mask, are far above.
+BLOCKED = -9000.0
 
 
 def single_mask(mask: Any) -> Tensor | None:
@@ -115,4 +119,4 @@ def _attends(mask: Tensor, length: int, past_length: int) -> Tensor:
 
 def _is_allowed(mask: Tensor) -> Tensor:
     """Where a 4-D mask allows attention, shape `(batch, queries, keys)`."""
-    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > BLOCKED

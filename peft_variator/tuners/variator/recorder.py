@@ -17,7 +17,15 @@ __all__ = ["CallRecorder", "frames", "inherited", "recorded"]
 
 # What a head knows and its stack does not; the ids too, which a vision-language model turns into embeddings.
 OF_HEADS = ("input_ids", "labels", "logits_to_keep", "shift_labels")
-OF_STACKS = ("attention_mask", "inputs_embeds", "past_key_values", "pixel_values", "position_ids")
+OF_STACKS = (
+    "attention_mask",
+    "inputs_embeds",
+    "output_router_logits",
+    "past_key_values",
+    "pixel_values",
+    "position_ids",
+    "write_index",  # of continuous batching: where in its paged cache the tokens go
+)
 
 # Calls of the surrounding models that are under way, outermost first; a thread each, as replicas run in threads.
 _active = threading.local()

@@ -13,7 +13,7 @@ from .facts import CallFacts, StackKind
 from .recorder import frames, inherited
 
 
-__all__ = ["gather_facts"]
+__all__ = ["check_routers", "gather_facts"]
 
 
 def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any]) -> CallFacts:
@@ -39,6 +39,25 @@ def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any]) -> Call
         pooled_pad_id=_pooled_pad_id(surrounding) if kind == "causal" else None,
         past_length=0 if past is None else int(past.get_seq_length()),
     )
+
+
+def check_routers(stack: nn.Module, own: dict[str, Any]) -> None:
+    """Raise if a call asks for the loss that balances the load of experts, with a mask: routers see merged rows.
+
+    Args:
+        stack: the module that is called.
+        own: the arguments of its call.
+
+    Raises:
+        ValueError: it does.
+    """
+    asked = own.get("output_router_logits", getattr(getattr(stack, "config", None), "output_router_logits", False))
+    if asked and own.get("attention_mask") is not None:
+        raise ValueError(
+            "output_router_logits=True with an attention_mask: with a Variator plugin the routers see merged rows, "
+            "which the mask of the tokens does not fit, so the loss that balances the load cannot be computed. Set "
+            "output_router_logits to False, in the call and in the model's config, or the ratio to 1."
+        )
 
 
 def _has_language_head(module: nn.Module) -> bool:

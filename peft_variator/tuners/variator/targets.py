@@ -87,14 +87,21 @@ def named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn.
     )
 
 
-def stack_kind(stack: nn.Module, feed_forward: FeedForward) -> StackKind:
-    """Whether a stack is an encoder, causal, or a vision encoder."""
+def stack_kind(stack: nn.Module, feed_forward: FeedForward, model: nn.Module | None = None) -> StackKind:
+    """Whether a stack is an encoder, causal, or a vision encoder.
+
+    Args:
+        stack: the module that receives the tokens.
+        feed_forward: the table's row for its networks.
+        model: the whole model, which may use the stack otherwise than its architecture tells.
+    """
     if isinstance(stack, PreTrainedModel) and stack.main_input_name == "pixel_values":
         return "vision"
     causal = feed_forward.causal
     if causal is None:
         marks = [bool(module.is_causal) for module in stack.modules() if hasattr(module, "is_causal")]
         causal = any(marks) if marks else _has_causal_heads_alone(stack)
+        causal = causal or (model is not None and _writes_for_another(stack, model))
     return "causal" if causal else "encoder"
 
 
@@ -102,6 +109,21 @@ def _has_causal_heads_alone(stack: nn.Module) -> bool:
     """Whether transformers offers the architecture for next-token prediction and not for filling in masked words."""
     model_type = stack.config.model_type if isinstance(stack, PreTrainedModel) else None
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _writes_for_another(stack: nn.Module, model: nn.Module) -> bool:
+    """Whether a model of several towers writes its text with a stack, though its attention is not all causal.
+
+    PaliGemma's is such a one: images and prompt attend both ways, what it writes does not.
+    """
+    return any(
+        isinstance(around, PreTrainedModel)
+        and around.can_generate()
+        and not around.config.is_encoder_decoder
+        and around.config.get_text_config() is not around.config
+        and around.get_input_embeddings() in stack.modules()
+        for around in model.modules()
+    )
 
 
 def hidden_size_of(owner: nn.Module, target: nn.Module, key: str) -> int:

@@ -62,7 +62,7 @@ def _wrap_end(parent: nn.Module, end: str, key: str, hidden_size: int) -> None:
 
 def _install_hooks(model: nn.Module, stack_name: str, stack: nn.Module, key: str, feed_forward: FeedForward) -> None:
     if hooks_of(stack, StackHooks) is None:
-        StackHooks(stack, stack_kind(stack, feed_forward))
+        StackHooks(stack, stack_kind(stack, feed_forward, model))
     for name, module in model.named_modules():
         is_around = not name or stack_name == name or stack_name.startswith(f"{name}.")
         is_model = not name or isinstance(module, PreTrainedModel)
