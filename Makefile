@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The CPU build of torch is all that the quickstart and the tests need; set TORCH= to take another one.
+# Set TORCH= to take another build: for the quickstart and the tests the one for CPUs is enough.
 TORCH ?= torch==2.13.0
 
 .PHONY: help quickstart test lint clean

@@ -71,6 +71,19 @@ def _task_row(name: str, runs: list[Run], speed: dict[int, dict[str, float]]) ->
     return [name, runs[0]["metric"], base, *lost, saved, faster, str(len(runs))]
 
 
+def speed_note(timed: list[Run]) -> str:
+    """What the speed-ups were measured with, and how far their quartiles lie from the medians."""
+    spreads = [spread for run in timed for spread in run["speedup"].values()]
+    widest = max(max(s["high"] - s["median"], s["median"] - s["low"]) / s["median"] for s in spreads)
+    facts = timed[0]["environment"]
+    in_use = max(run["environment"]["cpu_in_use"] for run in timed)
+    return (
+        f"Speed-ups: `{timed[0]['command']}`. {facts['cpu']}, {facts['threads']} threads on {facts['cores']} cores, "
+        f"of which other programs used at most {in_use:.0%} before a task; torch {facts['torch']}, {facts['date']}. "
+        f"Quartiles lie within {widest:.0%} of the medians."
+    )
+
+
 def ablation_table(runs: list[Run]) -> str:
     """Points lost by every variant on the tasks on which all of them were run, seed 0."""
     seed_zero = [run for run in runs if run["seed"] == 0]
@@ -134,12 +147,10 @@ def main(
     main_runs = [run for run in runs if run["variant"] == "main"]
     if not main_runs:
         raise typer.BadParameter(f"{results} holds no results; run examples/glue/run.py first.")
-    speeds = {
-        run["task"]: {int(ratio): spread for ratio, spread in run["speedup"].items()}
-        for run in _load(results, "*-speed.json")
-    }
+    timed = _load(results, "*-speed.json")
+    speeds = {run["task"]: {int(ratio): spread for ratio, spread in run["speedup"].items()} for run in timed}
     text = page.read_text(encoding="utf-8")
-    text = _replace_between(text, "results", main_table(main_runs, speeds))
+    text = _replace_between(text, "results", f"{main_table(main_runs, speeds)}\n\n{speed_note(timed)}")
     text = _replace_between(text, "ablation", ablation_table(runs))
     write_text(page, text)
     plot(main_runs, DOCS / "images" / "glue.png")

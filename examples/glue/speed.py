@@ -67,14 +67,16 @@ def measure(problem: Problem, folder: Path, name: str, rounds: int, batch_size: 
     base = problem.load(str(folder / "tasks" / f"{name}-seed{TASK_SEED}"))
     model = load_plugin(base, adapted, is_trainable=False).eval()
     batch = _batch(problem.test, AutoTokenizer.from_pretrained(get_model_path()), batch_size)
+    environment = describe_environment(torch.device("cpu"))
     seconds = time_alternately(_candidates(model, batch), rounds, device=torch.device("cpu"))
     return {
+        "command": f"python examples/glue/speed.py --data DATA --rounds {rounds} --batch-size {batch_size}",
         "task": name,
         "batch": list(batch["input_ids"].shape),
         "real_tokens": int(batch["attention_mask"].sum()),
         "rounds": rounds,
         "speedup": {str(ratio): vars(speedup(seconds["1"], seconds[str(ratio)])) for ratio in RATIOS},
-        "environment": describe_environment(torch.device("cpu")),
+        "environment": environment,
     }
 
 

@@ -9,6 +9,8 @@ from results import Results, Row
 from rich import box
 from rich.table import Table
 
+from peft_variator.profiling import was_busy
+
 
 __all__ = ["make_card", "make_markdown", "make_notes", "make_table"]
 
@@ -99,14 +101,11 @@ def make_notes(results: Results) -> list[str]:
 
 def _machine_notes(environment: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {environment[name]}" for name in ("peft-variator", "peft", "torch", "transformers"))
-    # Windows tells no load average.
-    load = environment.get("load_average", 0)
     notes = [
-        f"{environment['cpu']}, {environment['cores']} cores, threads: {environment['threads']}, load average {load} "
-        f"before the run; {environment['date']}.",
+        f"{environment['cpu']}, {environment['cores']} cores, threads: {environment['threads']}; "
+        f"{environment['date']}.",
         f"Python {environment['python']}, {versions}.",
     ]
-    # The installation that `make quickstart` has just made counts as one process.
-    if load > 0.75 * environment["cores"]:
-        notes.append("The machine was busy before the run: its times and speed-ups are not to be trusted.")
+    if was_busy(environment):
+        notes.append("Other programs ran when it began: its times and speed-ups are not to be trusted.")
     return notes

@@ -21,6 +21,7 @@ from ..profiling import (
     make_table,
     run_benchmark,
     save_plot,
+    was_busy,
 )
 from ..profiling.inputs import Lengths
 from ..profiling.shapes import Task
@@ -123,11 +124,10 @@ def _write(report: BenchmarkReport, json: Path | None, png: Path | None) -> None
 def _show(report: BenchmarkReport) -> None:
     open_console(120).print(make_table(report))
     _show_packed_layers(report.packed_layers)
-    environment = report.environment
-    if environment["device"] == "cpu" and environment.get("load_average", 0) > environment["cores"] / 2:
+    if was_busy(report.environment):
         typer.secho(
-            f"The machine was busy before the run (load average {environment['load_average']} on "
-            f"{environment['cores']} cores): these figures are not to be trusted. Run again when it is idle.",
+            f"Other programs kept {report.environment['cpu_in_use']:.0%} of the cores busy when the run began: these "
+            "figures are not to be trusted. Run again when the machine is idle.",
             fg="yellow",
         )
     typer.echo("Base and plugin ran in turn in one process. The plugin's weights were random, which costs no speed.")

@@ -2,7 +2,7 @@
 
 from .benchmark import BenchmarkSettings, count_steps, run_benchmark
 from .compare import compare
-from .environment import describe_environment
+from .environment import describe_environment, was_busy
 from .flops import count_flops
 from .inputs import make_inputs, make_lengths
 from .memory import peak_memory
@@ -42,4 +42,5 @@ __all__ = [
     "share_weights",
     "speedup",
     "time_alternately",
+    "was_busy",
 ]

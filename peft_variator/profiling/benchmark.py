@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..bases import describe_paths
+from ..bases import Sparse24Linear, describe_paths
 from ..tuners.variator import VariatorConfig
 from .compare import compare
 from .environment import describe_environment
@@ -127,7 +127,7 @@ def run_benchmark(
         settings=asdict(settings),
         environment=environment,
         command=command,
-        base_parameters=_count(base.parameters()),
+        base_parameters=_count_dense(base),
         added_parameters=_count(get_peft_model_state_dict(plugin, save_embedding_layers=False).values()),
         base=measured[0],
         plugins=measured[1:],
@@ -176,6 +176,13 @@ def _build(
     )
     plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False), autocast_adapter_dtype=False)
     return base, plugin.eval()
+
+
+def _count_dense(model: nn.Module) -> int:
+    """Parameters of a model, those of packed layers counted as the weights they stand for."""
+    packed = [module for module in model.modules() if isinstance(module, Sparse24Linear)]
+    stored = sum(_count([layer.compressed, layer.bitmask, layer.shape]) for layer in packed)
+    return _count(model.parameters()) - stored + sum(layer.in_features * layer.out_features for layer in packed)
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -44,7 +44,7 @@ class BenchmarkReport:
         settings: batch, length, dtype and the like, as JSON values.
         environment: machine and versions.
         command: what was typed.
-        base_parameters: parameters of the base.
+        base_parameters: parameters of the base, unpacked.
         added_parameters: parameters of the plugin.
         base: the base.
         plugins: the plugin, one entry a ratio.

@@ -18,7 +18,7 @@ TEMPLATE = """---
 # Variator plugin for {base}
 
 A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)) made with
-[peft-variator](https://pypi.org/project/peft-variator/). It merges k neighbouring tokens before every feed-forward
+peft-variator. It merges k neighbouring tokens before every feed-forward
 network of the base model and expands them after it, which saves computation at some cost in quality.
 
 - Base model: `{base}`

@@ -28,7 +28,7 @@ TEMPLATE = """---
 # SparseLoRA adapter for {base}
 
 Low-rank updates under the mask of a pruned model (SparseLoRA, [He et al. 2024](https://arxiv.org/abs/2404.02424)),
-made with [peft-variator](https://pypi.org/project/peft-variator/). Merged, they leave every pruned weight at zero.
+made with peft-variator. Merged, they leave every pruned weight at zero.
 
 - Base model: `{base}`
 - {modules} modules are adapted; {masked:.2%} of their weights are masked

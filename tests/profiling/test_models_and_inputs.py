@@ -212,4 +212,5 @@ def test_environment_names_what_figures_depend_on():
         facts
     )
     assert facts["cpu"]
+    assert 0 <= facts["cpu_in_use"] <= 1
     json.dumps(facts)
