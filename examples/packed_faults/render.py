@@ -64,8 +64,8 @@ def main() -> None:
 
 SIGKILL at random moments of a run, on a tiny Llama in several files. The sources were unchanged every time, nothing
 but hidden folders was left beside the target, and every run that was taken up (a random half of those that left
-nothing) gave the same files. `save_pretrained` writes into the final folder, so it can leave a part; what it left never
-loaded.
+nothing) gave the same files. `save_pretrained` writes into the final folder, so it can leave a part; what it left
+never loaded.
 
 {kills(killed)}
 
