@@ -128,12 +128,13 @@ def main(
         settings = Settings(1, 32, rank, sparsity, 2, dtype, device, quick)
     console = Console()
     with reported(), num_threads(threads):
+        environment = describe_environment(torch.device(device))
         with Progress(console=console) as progress:
             results = [measure(name, settings, progress) for name in model]
         report = {
             "command": shlex.join(["python", *sys.argv]),
             "settings": asdict(settings),
-            "environment": describe_environment(torch.device(device)),
+            "environment": environment,
             "results": results,
         }
     for result in results:
