@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from plan import CONTROL, METHODS, RESTORATIONS, SPLITS
+from plan import CONTROL, METHODS, RESTORATIONS, SPLITS, plan
 
 from peft_variator.files import replacing, write_text
 
@@ -19,6 +19,7 @@ from peft_variator.files import replacing, write_text
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 Record = dict[str, Any]
+LABELS = dict(zip(RESTORATIONS, ("pruned", "LoRA merged", "SparseLoRA", "SparseLoRA + KL"), strict=True))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -60,11 +61,14 @@ def study_table(records: list[Record], dense: float) -> str:
         zeros = _percent([each["sparsity"] for each in by_how["lora"]])
         back = _percent([each["accuracy_with_zeros_put_back"] for each in by_how["lora"]])
         rows.append([setting, *cells, zeros, back])
-    head = ["pruned by, to", "pruned", "LoRA merged", "SparseLoRA", "SparseLoRA + KL"]
-    return _table([*head, "zeros left by LoRA", "LoRA, zeros put back"], rows)
+    return _table(["pruned by, to", *LABELS.values(), "zeros left by LoRA", "LoRA, zeros put back"], rows)
 
 
-def allocation_plot(records: list[Record], path: Path) -> None:
+def _mark_base(axes: Any, base: Record) -> None:
+    axes.axhline(100 * base["accuracy"], color="gray", linestyle="--", label="not pruned")
+
+
+def allocation_plot(records: list[Record], base: Record, path: Path) -> None:
     """Accuracy over how the sparsity is split between vision and language."""
     from matplotlib.figure import Figure
 
@@ -77,8 +81,11 @@ def allocation_plot(records: list[Record], path: Path) -> None:
             for record in records
             if record["amounts"] == {"vision": str(vision), "language": str(language)} and record["restoration"] == how
         ]
-        axes.plot([100 * x for x, _ in points], [100 * y for _, y in points], marker="o", label=how)
-    axes.set(xlabel="sparsity of vision (%), language the rest to 100", ylabel="accuracy (%)")
+        axes.plot([100 * x for x, _ in points], [100 * y for _, y in points], marker="o", label=LABELS[how])
+    _mark_base(axes, base)
+    axes.set(
+        xlabel="zeros in vision (%), the rest to 100 in language", ylabel="accuracy (%)", title="Wanda, unstructured"
+    )
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
@@ -98,8 +105,8 @@ def recovery_plot(records: list[Record], base: Record, path: Path) -> None:
             for index, method in enumerate(methods)
         }
         points = [(index + 0.2 * place, 100 * statistics.fmean(values)) for index, values in chosen.items() if values]
-        axes.scatter([x for x, _ in points], [y for _, y in points], label=how, zorder=2)
-    axes.axhline(100 * base["accuracy"], color="gray", linestyle="--", label="not pruned")
+        axes.scatter([x for x, _ in points], [y for _, y in points], label=LABELS[how], zorder=2)
+    _mark_base(axes, base)
     axes.grid(axis="y", alpha=0.4)
     axes.set_xticks([index + 0.3 for index in range(len(methods))], methods)
     axes.set(ylabel="accuracy (%)", title="2:4 in both towers")
@@ -111,7 +118,8 @@ def recovery_plot(records: list[Record], base: Record, path: Path) -> None:
 def main() -> None:
     """Write what there is between the markers of the page."""
     base_file = HERE / "results" / "base.json"
-    records = [json.loads(file.read_text("utf-8")) for file in sorted((HERE / "results").glob("study-*.json"))]
+    files = [HERE / "results" / f"study-{run.name}.json" for run in plan()]  # in the order of the plan
+    records = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
     if not base_file.is_file() or not records:
         raise typer.BadParameter(f"{HERE / 'results'} holds no base.json or no study-*.json: nothing to render.")
     base = json.loads(base_file.read_text("utf-8"))
@@ -131,7 +139,7 @@ def main() -> None:
     write_text(DOCS / "vlm_restore.md", f"{before}<!-- results -->\n\n{body}\n\n<!-- /results -->{after}")
     splits = [{"vision": str(vision), "language": str(language)} for vision, language in SPLITS]
     if any(record["amounts"] in splits for record in records):
-        allocation_plot(records, DOCS / "images" / "vlm_allocation.png")
+        allocation_plot(records, base, DOCS / "images" / "vlm_allocation.png")
     recovery_plot(records, base, DOCS / "images" / "vlm_recovery.png")
 
 
