@@ -119,8 +119,8 @@ def _writes_for_another(stack: nn.Module, model: nn.Module) -> bool:
     return any(
         isinstance(around, PreTrainedModel)
         and around.can_generate()
-        and not around.config.is_encoder_decoder
         and around.config.get_text_config() is not around.config
+        and not (around.config.is_encoder_decoder or around.config.get_text_config().is_encoder_decoder)
         and around.get_input_embeddings() in stack.modules()
         for around in model.modules()
     )
