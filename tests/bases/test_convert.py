@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -261,9 +263,24 @@ def test_killed_runs_leave_the_target_whole_or_absent(tmp_path):
         assert counts[name].get("target whole", 0) + counts[name].get("target absent", 0) == 6
 
 
+def memory_of_conversions(folder):
+    """Bytes in use after each tensor of packing `folder / "dense"` and unpacking it again, beyond those before."""
+    pack_checkpoint(folder / "dense", folder / "warm")  # libraries and tables are loaded
+    unpack_checkpoint(folder / "warm", folder / "warm again")
+    process, used = psutil.Process(), []
+    before = process.memory_info().rss
+
+    def note(*_):
+        used.append(process.memory_info().rss - before)
+
+    pack_checkpoint(folder / "dense", folder / "packed", on_progress=note)
+    unpack_checkpoint(folder / "packed", folder / "again", on_progress=note)
+    return used
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Fourteen tensors of 4 MB, in files of seven: the memory in use stays under three of them."""
-    rows, width, layers = 1024, 1024, 2
+    """28 tensors of 4 MB, in files of seven: the memory in use stays under one file, a quarter of them."""
+    rows, width, layers = 1024, 1024, 4
     config = LlamaConfig(
         vocab_size=8, hidden_size=width, intermediate_size=rows, num_hidden_layers=layers, num_attention_heads=8
     )
@@ -272,24 +289,17 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     weight_map, weight = {}, two_four(rows, width)
-    for part in (".layers.0", ".layers.1", ""):
+    for part in (*(f".layers.{index}" for index in range(layers)), ""):
         names = [name for name in shapes if part in name and name not in weight_map]
         shard = {name: weight.clone() if shapes[name] == weight.shape else torch.ones(shapes[name]) for name in names}
         save_file(shard, tmp_path / "dense" / f"model{part}.safetensors")
         weight_map |= dict.fromkeys(shard, f"model{part}.safetensors")
     (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    process, used = psutil.Process(), []
-    pack_checkpoint(tmp_path / "dense", tmp_path / "warm")  # libraries and tables are loaded
-    unpack_checkpoint(tmp_path / "warm", tmp_path / "warm again")
-    before = process.memory_info().rss
-    pack_checkpoint(
-        tmp_path / "dense", tmp_path / "packed", on_progress=lambda *_: used.append(process.memory_info().rss - before)
-    )
-    unpack_checkpoint(
-        tmp_path / "packed", tmp_path / "again", on_progress=lambda *_: used.append(process.memory_info().rss - before)
-    )
+    # In a process of its own: what other tests left in the heap would be counted, too.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        used = pool.submit(memory_of_conversions, tmp_path).result()
     assert len(used) > 20
-    assert max(used) < 3 * weight.nbytes
+    assert max(used) < 7 * weight.nbytes
 
 
 def run(*arguments: str):
