@@ -72,7 +72,9 @@ def _task_row(name: str, runs: list[Run], speed: dict[int, dict[str, float]]) ->
 
 
 def speed_note(timed: list[Run]) -> str:
-    """What the speed-ups were measured with, and how far their quartiles lie from the medians."""
+    """What the speed-ups were measured with, and how far their quartiles lie from the medians; nothing without any."""
+    if not timed:
+        return ""
     spreads = [spread for run in timed for spread in run["speedup"].values()]
     widest = max(max(s["high"] - s["median"], s["median"] - s["low"]) / s["median"] for s in spreads)
     facts = timed[0]["environment"]
@@ -150,7 +152,7 @@ def main(
     timed = _load(results, "*-speed.json")
     speeds = {run["task"]: {int(ratio): spread for ratio, spread in run["speedup"].items()} for run in timed}
     text = page.read_text(encoding="utf-8")
-    text = _replace_between(text, "results", f"{main_table(main_runs, speeds)}\n\n{speed_note(timed)}")
+    text = _replace_between(text, "results", f"{main_table(main_runs, speeds)}\n\n{speed_note(timed)}".rstrip())
     text = _replace_between(text, "ablation", ablation_table(runs))
     write_text(page, text)
     plot(main_runs, DOCS / "images" / "glue.png")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -57,6 +56,5 @@ def _last_checkpoint(settings: RunSettings) -> str | None:
 
 def _facts(settings: RunSettings) -> dict[str, object]:
     """All settings that decide what is trained, as JSON gives them back."""
-    facts = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    facts = {"subcommand": settings.subcommand, **facts}
+    facts = {"subcommand": settings.subcommand, **asdict(settings)}
     return {name: value for name, value in facts.items() if name not in ("output", "checkpoints")}
