@@ -53,7 +53,7 @@ CASES = {
 
 @dataclass
 class Stopwatch:
-    """Seconds spent in some modules, and the vectors that the first of them saw in each network."""
+    """Seconds spent in some modules, and the vectors that went into them."""
 
     seconds: float = 0.0
     vectors: int = 0
@@ -83,26 +83,28 @@ class Stopwatch:
         self.seconds += time.perf_counter()
 
 
-def measure(base: nn.Module, plugin: PeftModel, inputs: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure(
+    base: nn.Module, plugin: PeftModel, inputs: dict[str, Any], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
     """Seconds of the parts of a call, a dict a round, of the base and of the model with the plugin, in turn."""
-    wrappers = {name: part for name, part in _inner(plugin).named_modules() if isinstance(part, PluginModule)}
-    found: dict[str, list[dict[str, Any]]] = {"base": [], "plugin": []}
+    parts = plugin.get_base_model().named_modules()
+    wrappers = {name: part for name, part in parts if isinstance(part, PluginModule)}
+    found: dict[str, list[dict[str, float]]] = {"base": [], "plugin": []}
     for number in track(range(rounds + 2), "measuring", console=Console(stderr=True)):
         for name in ("base", "plugin") if number % 2 else ("plugin", "base"):
-            model = base if name == "base" else plugin
-            networks = [
-                base.get_submodule(path) if name == "base" else wrapper.base_layer
-                for path, wrapper in wrappers.items()
-            ]
-            parts = _one_call(model, inputs, networks, [] if name == "base" else list(wrappers.values()))
+            if name == "base":
+                call = _one_call(base, inputs, [base.get_submodule(path) for path in wrappers], [])
+            else:
+                networks = [wrapper.base_layer for wrapper in wrappers.values()]
+                call = _one_call(plugin, inputs, networks, list(wrappers.values()))
             if number >= 2:  # the first two warm up
-                found[name].append(parts)
+                found[name].append(call)
     return found
 
 
 def _one_call(
     model: nn.Module, inputs: dict[str, Any], networks: list[nn.Module], wrappers: list[nn.Module]
-) -> dict[str, Any]:
+) -> dict[str, float]:
     inside, around = Stopwatch(), Stopwatch()
     with inside.on(networks), around.on(wrappers):
         start = time.perf_counter()
@@ -118,22 +120,17 @@ def _one_call(
     }
 
 
-def _inner(plugin: PeftModel) -> nn.Module:
-    return plugin.get_base_model()
-
-
 def run(settings: BenchmarkSettings) -> dict[str, Any]:
     """Build the models of a case and measure them."""
     config, device = load_config(settings.model), torch.device("cpu")
     settings = settings.resolved(config)
-    assert settings.task is not None and settings.length is not None  # text alone
+    assert settings.task is not None
+    assert settings.length is not None  # it is text
     generator = torch.Generator().manual_seed(settings.seed)
     lengths = make_lengths(settings.batch, settings.length, settings.lengths, generator)
     inputs = make_inputs(config, settings.task, lengths, dtype=torch.float32, generator=generator)
     torch.manual_seed(settings.seed)
-    base = build_model(
-        settings.model, config, settings.task, dtype=torch.float32, device=device, random_weights=True
-    )
+    base = build_model(settings.model, config, settings.task, dtype=torch.float32, device=device, random_weights=True)
     plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False)).eval()
     plugin.set_compression_ratio(settings.ratios[0])
     with torch.no_grad():

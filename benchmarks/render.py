@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmark.md from the reports in benchmarks/results/.
+"""Write the tables of docs/benchmark.md from the files in benchmarks/results/.
 
 python benchmarks/render.py           # writes docs/benchmark.md
 python benchmarks/render.py --check   # only says, by its exit status, whether the page is up to date
@@ -6,21 +6,26 @@ python benchmarks/render.py --check   # only says, by its exit status, whether t
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from parts_table import parts_table
 from rich.filesize import decimal
 
 from peft_variator.files import write_text
 from peft_variator.profiling import BenchmarkReport, Measurement, Spread
 
 
-__all__ = ["main", "render", "replace_between_markers"]
+__all__ = ["main", "pool", "render", "replace_between_markers"]
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- results: begin (written by benchmarks/render.py) -->", "<!-- results: end -->"
+MARKERS = "<!-- results: begin (written by benchmarks/render.py) -->", "<!-- results: end -->"
+PARTS_MARKERS = "<!-- parts: begin (written by benchmarks/render.py) -->", "<!-- parts: end -->"
 COLUMNS = ["model", "input", "k", "FLOPs saved", "ideal", "measured", "measured / ideal"]
 PADDED_COLUMNS = ["ideal, pads computed", "measured / that"]
 COST_COLUMNS = ["base, ms", "with plugin, ms", "peak memory", "with plugin", "added parameters"]
@@ -32,8 +37,9 @@ def render(reports: list[BenchmarkReport]) -> str:
         return "No results are committed yet.\n"
     sections = []
     for heading, group in groupby(sorted(reports, key=_order), key=_heading):
-        members = list(group)
-        parts = [f"### {heading}"]
+        by_command = [list(processes) for _, processes in groupby(group, key=lambda report: report.command)]
+        members = [pool(processes) for processes in by_command]
+        parts = [f"### {heading}", _agreement(by_command, members)]
         for padded in (False, True):
             if rows := [report for report in members if (report.base.flops_unpacked is not None) == padded]:
                 parts.append(_table(rows, padded))
@@ -42,17 +48,52 @@ def render(reports: list[BenchmarkReport]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def replace_between_markers(page: str, content: str) -> str:
+def pool(processes: Sequence[BenchmarkReport]) -> BenchmarkReport:
+    """One report with the samples of all processes that ran one command.
+
+    Raises:
+        ValueError: they do not agree on the FLOPs of a candidate, so they measured different things.
+    """
+    first = processes[0]
+    plugins = [_pool(list(same)) for same in zip(*(report.plugins for report in processes), strict=True)]
+    return replace(first, base=_pool([report.base for report in processes]), plugins=plugins)
+
+
+def _pool(same: list[Measurement]) -> Measurement:
+    if len({(one.name, one.flops, one.flops_unpacked) for one in same}) > 1:
+        raise ValueError(f"Processes of one command disagree: {[(one.name, one.flops) for one in same]}.")
+    return replace(
+        same[0],
+        peak_memory=max(one.peak_memory for one in same),
+        seconds=[value for one in same for value in one.seconds],
+    )
+
+
+def _agreement(by_command: list[list[BenchmarkReport]], pooled: list[BenchmarkReport]) -> str:
+    """A sentence on how far the processes of a row are apart."""
+    counts = sorted({len(processes) for processes in by_command})
+    apart = max(
+        abs(report.speedup(plugin).median / whole.speedup(shown).median - 1)
+        for processes, whole in zip(by_command, pooled, strict=True)
+        for report in processes
+        for plugin, shown in zip(report.plugins, whole.plugins, strict=True)
+    )
+    numbers = " or ".join(map(str, counts))
+    return f"Processes a row: {numbers}. What a single one measured lies at most {apart:.0%} from its row's speed-up."
+
+
+def replace_between_markers(page: str, content: str, markers: tuple[str, str] = MARKERS) -> str:
     """`page` with `content` between its two marker lines.
 
     Raises:
         ValueError: the page does not have each marker once, in their order.
     """
-    before, found, rest = page.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed) or page.count(BEGIN) + page.count(END) != 2:
-        raise ValueError(f"The page must have the lines {BEGIN!r} and {END!r} once each, in this order.")
-    return f"{before}{BEGIN}\n\n{content}\n{END}{after}"
+    begin, end = markers
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or page.count(begin) + page.count(end) != 2:
+        raise ValueError(f"The page must have the lines {begin!r} and {end!r} once each, in this order.")
+    return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
 def _heading(report: BenchmarkReport) -> str:
@@ -61,8 +102,9 @@ def _heading(report: BenchmarkReport) -> str:
     return f"{report.machine}, {report.settings['dtype']} ({versions})"
 
 
-def _order(report: BenchmarkReport) -> tuple[str, str, int, int]:
-    return _heading(report), report.model, report.settings["batch"], report.settings["length"] or 0
+def _order(report: BenchmarkReport) -> tuple[str, str, int, int, str]:
+    settings = report.settings
+    return _heading(report), report.model, settings["batch"], settings["length"] or 0, report.command
 
 
 def _table(reports: list[BenchmarkReport], padded: bool) -> str:
@@ -98,6 +140,8 @@ def main(
     """Write the tables of the page from the reports."""
     old = page.read_text(encoding="utf-8")
     new = replace_between_markers(old, render([BenchmarkReport.load(path) for path in sorted(results.glob("*.json"))]))
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "parts").glob("*.json"))]
+    new = replace_between_markers(new, parts_table(parts), PARTS_MARKERS)
     if check and new != old:
         typer.echo(f"{page} is out of date. Run: python benchmarks/render.py", err=True)
         raise typer.Exit(1)
