@@ -35,6 +35,7 @@ PACKED_LAYOUT = WeightLayout(
     kept=lambda tensors: unpack_mask(tensors[1], _in_features(tensors)),
     flatten=lambda weight: weight,
     write=_write,
+    rows=lambda tensors, rows: [tensor[rows] for tensor in tensors],
 )
 """The accessors of `Sparse24Linear`."""
 

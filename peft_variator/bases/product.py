@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -10,34 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..workspace import WORKSPACE
 from .layout import unpack
 
 
 __all__ = ["as_autocast", "packed_linear"]
-
-
-class _Workspace(threading.local):
-    """One buffer a thread, as large as the largest weight unpacked so far, which every layer unpacks into.
-
-    On CPUs a fresh tensor of this size costs page faults each time. GPUs have a caching allocator, which also knows
-    about streams.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised (rows, columns) of the dtype and device of `like`, valid until the next call."""
-        if like.device.type != "cpu" or torch.compiler.is_compiling():
-            return like.new_empty(rows, columns)
-        size = rows * columns * like.element_size()
-        if self._bytes.numel() < size:
-            with torch.inference_mode(False):  # the buffer outlives the inference mode it may be made in
-                self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes[:size].view(like.dtype).view(rows, columns)
-
-
-_workspace = _Workspace()
 
 
 def as_autocast(input: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
@@ -82,7 +58,7 @@ def packed_linear(
 def _unpacked(compressed: Tensor, bitmask: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """W (out_features, in_features) in the workspace."""
     compressed = compressed.to(dtype)
-    return unpack(compressed, bitmask, in_features, out=_workspace.take(compressed.shape[0], in_features, compressed))
+    return unpack(compressed, bitmask, in_features, out=WORKSPACE.take((compressed.shape[0], in_features), compressed))
 
 
 def _forward(input: Tensor, bias: Tensor | None, compressed: Tensor, bitmask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +8,11 @@ from hypothesis import strategies as st
 from sparse_lora_cases import plain_weight
 from torch.nn import functional as F
 
+from peft_variator.bases.layout import pack
+from peft_variator.tuners.sparse_lora import effective
+from peft_variator.tuners.sparse_lora.effective import kept_weights
 from peft_variator.tuners.sparse_lora.functional import effective_weight, masked_linear
-from peft_variator.tuners.sparse_lora.kernels import kept_weights
+from peft_variator.tuners.sparse_lora.layouts import get_layout
 from peft_variator.tuners.sparse_lora.masks import pack_mask
 
 
@@ -80,6 +84,69 @@ def test_values_and_gradients_are_those_of_autograd(
     tensors = make(rows, columns, rank, shape, seed=seed, bias=bias)
     for found, expected in zip(ours(tensors, recompute, stored, layout), plain(tensors), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.fixture
+def blocks_of_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 10 to 14 columns are handled two rows at a time."""
+    monkeypatch.setattr(effective, "_ON_CPUS", 29)
+
+
+@pytest.mark.usefixtures("blocks_of_two_rows")
+@pytest.mark.parametrize("rows", [0, 1, 2, 7])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_a_weight_in_blocks_of_rows(rows: int, recompute: bool, stored: bool, layout: str) -> None:
+    tensors = make(rows=rows, columns=11)
+    for found, expected in zip(ours(tensors, recompute, stored, layout), plain(tensors), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("blocks_of_two_rows")
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_effective_weight_in_blocks_of_rows(stored: bool) -> None:
+    tensors = make(rows=7, columns=12)
+    weight = tensors["weight"] if stored else torch.where(tensors["mask"], tensors["weight"], 0.0)
+    packed = pack_mask(tensors["mask"]) if stored else None
+    base = [weight.reshape(7, 3, 2, 2)]  # of a convolution
+    found = run(
+        tensors,
+        lambda x, a, b, bias: x @ effective_weight([a], [b], [SCALE], packed, "conv2d", base, x.dtype).t() + bias,
+    )
+    for ours_, expected in zip(found, plain(tensors), strict=True):
+        torch.testing.assert_close(ours_, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("blocks_of_two_rows")
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_packed_weight_in_blocks_of_rows(recompute: bool) -> None:
+    tensors = make(rows=7, columns=12)
+    tensors["mask"] = torch.tensor([True, False, False, True]).expand(7, 3, 4).flatten(1)
+    parts = pack(torch.where(tensors["mask"], tensors["weight"], 0.0))
+    base = [parts.compressed, parts.bitmask]
+    found = run(
+        tensors, lambda x, a, b, bias: masked_linear(x, [a], [b], [SCALE], bias, None, "sparse24", base, recompute)
+    )
+    for ours_, expected in zip(found, plain(tensors), strict=True):
+        torch.testing.assert_close(ours_, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_layout_that_cannot_tell_rows_is_handled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effective, "_ON_CPUS", 1)
+    monkeypatch.setattr(effective, "get_layout", lambda name: replace(get_layout(name), rows=None))
+    tensors = make()
+    for found, expected in zip(ours(tensors, recompute=True, stored=True), plain(tensors), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_effective_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    tensors = make(rows=40, columns=60, dtype=torch.float32)
+    weight, packed = tensors["weight"].to(dtype), pack_mask(tensors["mask"])
+    found = effective_weight([tensors["a"]], [tensors["b"]], [SCALE], packed, "linear", [weight], dtype)
+    exact = plain_weight(weight.double(), tensors["mask"], [(SCALE, tensors["a"].double(), tensors["b"].double())])
+    assert (found == exact.to(dtype)).float().mean() > 0.99  # the others lie between two numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

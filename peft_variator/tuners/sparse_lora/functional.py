@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernels
+from .effective import mask_, masked_sum
+from .layouts import get_layout
 
 
 __all__ = ["effective_weight", "masked_linear"]
@@ -106,8 +108,8 @@ class _EffectiveWeight(torch.autograd.Function):
         ctx.layout, ctx.scales = layout, scales
         a, b, base = _split(tensors, len(scales))
         with torch.autocast(b[0].device.type, enabled=False):
-            kept = kernels.kept_weights(packed_mask, layout, base)
-            return kernels.masked_sum(a, b, scales, kept, layout, base, dtype)
+            out = b[0].new_empty(get_layout(layout).shape(base), dtype=dtype)
+            return masked_sum(a, b, scales, packed_mask, layout, base, out)
 
     @staticmethod
     @once_differentiable
@@ -115,7 +117,7 @@ class _EffectiveWeight(torch.autograd.Function):
         packed_mask, *tensors = ctx.saved_tensors
         a, b, base = _split(tensors, len(ctx.scales))
         with torch.autocast(grad.device.type, enabled=False):
-            masked = grad * kernels.kept_weights(packed_mask, ctx.layout, base)
+            masked = mask_(grad.clone(), packed_mask, ctx.layout, base)
             return *(None,) * 4, *kernels.update_gradients(masked, a, b, ctx.scales), *(None,) * len(base)
 
 

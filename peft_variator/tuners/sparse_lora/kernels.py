@@ -15,53 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...workspace import WORKSPACE
+from .effective import mask_, masked_sum, side_by_side
 from .layouts import get_layout
-from .masks import unpack_mask
 
 
-__all__ = [
-    "backward",
-    "backward_op",
-    "forward",
-    "forward_op",
-    "kept_weights",
-    "masked_sum",
-    "update_gradients",
-]
-
-
-def kept_weights(packed_mask: Tensor | None, layout: str, base: list[Tensor]) -> Tensor:
-    """The mask M, bool (out, in), True where the weight was not pruned."""
-    if packed_mask is None:
-        return get_layout(layout).kept(base)
-    return unpack_mask(packed_mask, columns=get_layout(layout).shape(base)[1])
-
-
-def _side_by_side(a: list[Tensor], b: list[Tensor], scales: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """s·A (Σ rank, in) and B (out, Σ rank) of all adapters: their product is Σ s·B·A."""
-    scaled = [matrix * scale for matrix, scale in zip(a, scales, strict=True)]
-    return torch.cat(scaled).to(dtype), torch.cat(b, dim=1).to(dtype)
-
-
-def masked_sum(
-    a: list[Tensor],
-    b: list[Tensor],
-    scales: list[float],
-    kept: Tensor,
-    layout: str,
-    base: list[Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The effective weight (W + Σ s·B·A) ⊙ M, (out, in)."""
-    scaled_a, all_b = _side_by_side(a, b, scales, dtype)
-    # A product and not a masked_fill, which is several times slower on CPUs. The -0.0 that it leaves are of no
-    # consequence here; merging, which stores the zeros, makes them +0.0.
-    return torch.addmm(get_layout(layout).weight(base).to(dtype), all_b, scaled_a).mul_(kept)
+__all__ = ["backward", "backward_op", "forward", "forward_op", "update_gradients"]
 
 
 def update_gradients(grad_weight: Tensor, a: list[Tensor], b: list[Tensor], scales: list[float]) -> list[Tensor]:
     """Gradients of every A, then of every B, from that of the masked sum, (out, in), with the mask applied."""
-    scaled_a, all_b = _side_by_side(a, b, scales, grad_weight.dtype)
+    scaled_a, all_b = side_by_side(a, b, scales, grad_weight.dtype)
     ranks = [matrix.shape[0] for matrix in a]
     grad_a = (all_b.t() @ grad_weight).split(ranks)
     grad_b = (grad_weight @ scaled_a.t()).split(ranks, dim=1)
@@ -81,9 +45,10 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (tokens, out) of x (tokens, in) and, where `keep` asks for it, the effective weight, else an empty tensor."""
+    shape = get_layout(layout).shape(base)
     with torch.autocast(x.device.type, enabled=False):
-        kept = kept_weights(packed_mask, layout, base)
-        weight = masked_sum(a, b, scales, kept, layout, base, x.dtype)
+        out = x.new_empty(shape) if keep else WORKSPACE.take(shape, x)
+        weight = masked_sum(a, b, scales, packed_mask, layout, base, out)
         return F.linear(x, weight, bias), weight if keep else x.new_empty(0)
 
 
@@ -103,14 +68,17 @@ def backward(
 
     `grad` is the gradient of y, (tokens, out), and `weight` the effective weight if the forward kept it, else empty.
     """
+    shape = get_layout(layout).shape(base)
     with torch.autocast(grad.device.type, enabled=False):
-        kept = kept_weights(packed_mask, layout, base)
         grad_x = grad.new_empty(0)
         if needs_x:
-            grad_x = grad @ (weight if weight.numel() else masked_sum(a, b, scales, kept, layout, base, grad.dtype))
+            if not weight.numel():
+                weight = masked_sum(a, b, scales, packed_mask, layout, base, WORKSPACE.take(shape, grad))
+            grad_x = grad @ weight
         if x is None:
             return [grad_x]
-        return [grad_x, *update_gradients((grad.t() @ x).mul_(kept), a, b, scales)]
+        grad_weight = torch.mm(grad.t(), x, out=WORKSPACE.take(shape, grad))
+        return [grad_x, *update_gradients(mask_(grad_weight, packed_mask, layout, base), a, b, scales)]
 
 
 # For torch.compile the two are opaque operators: its partitioner would find the effective weight in forward and

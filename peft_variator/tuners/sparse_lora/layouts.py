@@ -31,6 +31,8 @@ class WeightLayout:
         kept: these tensors -> the mask M, bool (out_features, in_features), True where the weight was not pruned.
         flatten: a tensor shaped like the layer's own weight -> (out_features, in_features).
         write: puts a matrix (out_features, in_features) into the base layer. Zeros of the matrix must stay zeros.
+        rows: these tensors and a slice of rows -> the tensors that the weight of these rows is made of, so that a
+            large weight need not be handled at once; `None` where that can't be told.
     """
 
     name: str
@@ -40,6 +42,7 @@ class WeightLayout:
     kept: Callable[[list[torch.Tensor]], torch.Tensor]
     flatten: Callable[[torch.Tensor], torch.Tensor]
     write: Callable[[nn.Module, torch.Tensor], None]
+    rows: Callable[[list[torch.Tensor], slice], list[torch.Tensor]] | None = None
 
 
 _BY_CLASS: dict[type[nn.Module], WeightLayout] = {}
@@ -85,6 +88,7 @@ def _dense_layout(
     name: str,
     flatten: Callable[[torch.Tensor], torch.Tensor],
     unflatten: Callable[[torch.Tensor, torch.Size], torch.Tensor],
+    rows: Callable[[torch.Tensor, slice], torch.Tensor] = lambda weight, rows: weight[rows],
 ) -> WeightLayout:
     """Layout of a layer with one dense `weight`; `unflatten` gives a matrix the shape of that weight."""
 
@@ -102,11 +106,17 @@ def _dense_layout(
         kept=lambda tensors: flatten(tensors[0]).ne(0),
         flatten=flatten,
         write=write,
+        rows=lambda tensors, block: [rows(tensors[0], block)],
     )
 
 
 register_layout(nn.Linear, _dense_layout("linear", lambda weight: weight, lambda matrix, shape: matrix))
-register_layout(Conv1D, _dense_layout("conv1d", lambda weight: weight.t(), lambda matrix, shape: matrix.t()))
+register_layout(
+    Conv1D,
+    _dense_layout(
+        "conv1d", lambda weight: weight.t(), lambda matrix, shape: matrix.t(), lambda weight, rows: weight[:, rows]
+    ),
+)
 register_layout(
     nn.Conv2d, _dense_layout("conv2d", lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
 )

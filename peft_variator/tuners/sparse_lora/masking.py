@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from .config import SparseLoraConfig
-from .kernels import kept_weights
+from .effective import kept_weights
 from .low_rank import LowRankLayer
 from .masks import fingerprint, matches_fingerprint, pack_mask, unpack_mask
 from .merging import merge_update
