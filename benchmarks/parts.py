@@ -85,7 +85,7 @@ class Stopwatch:
 
 def measure(
     base: nn.Module, plugin: PeftModel, inputs: dict[str, Any], rounds: int
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[dict[str, float]]]:
     """Seconds of the parts of a call, a dict a round, of the base and of the model with the plugin, in turn."""
     parts = plugin.get_base_model().named_modules()
     wrappers = {name: part for name, part in parts if isinstance(part, PluginModule)}

@@ -48,19 +48,39 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main_table(runs: list[Run], speeds: dict[str, dict[int, dict[str, float]]]) -> str:
-    """Score of the base and loss of points, FLOPs saved and speed-up at each ratio, a row a task."""
+def _by_task(runs: list[Run]) -> dict[str, list[Run]]:
     by_task: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_task[run["task"]].append(run)
-    rows = [_task_row(name, group, speeds.get(name, {})) for name, group in by_task.items()]
+    return by_task
+
+
+def _mean_drops(by_task: dict[str, list[Run]]) -> list[str]:
     drops = {
         ratio: [statistics.fmean(_drop(run, ratio) for run in group) for group in by_task.values()] for ratio in RATIOS
     }
-    mean = ["**mean**", "", "", *(f"**{statistics.fmean(drops[ratio]):+.2f}**" for ratio in RATIOS), "", "", ""]
+    return [f"**{statistics.fmean(drops[ratio]):+.2f}**" for ratio in RATIOS]
+
+
+def main_table(runs: list[Run], speeds: dict[str, dict[int, dict[str, float]]]) -> str:
+    """Score of the base and loss of points, FLOPs saved and speed-up at each ratio, a row a task."""
+    by_task = _by_task(runs)
+    rows = [_task_row(name, group, speeds.get(name, {})) for name, group in by_task.items()]
+    mean = ["**mean**", "", "", *_mean_drops(by_task), "", "", ""]
     head = ["task", "metric", "base", *(f"lost at k = {ratio}" for ratio in RATIOS)]
     head += ["FLOPs saved at 2 / 4 / 8", "speed-up at 2 / 4 / 8", "seeds"]
     return _table(head, [*rows, mean])
+
+
+def unlabelled_table(runs: list[Run]) -> str:
+    """Loss of points of the plugins that were adapted without labels, a row a task."""
+    by_task = _by_task(runs)
+    rows = [
+        [name, *(_with_spread([_drop(run, ratio) for run in group]) for ratio in RATIOS), str(len(group))]
+        for name, group in by_task.items()
+    ]
+    head = ["task", *(f"lost at k = {ratio}" for ratio in RATIOS), "seeds"]
+    return _table(head, [*rows, ["**mean**", *_mean_drops(by_task), ""]])
 
 
 def _task_row(name: str, runs: list[Run], speed: dict[int, dict[str, float]]) -> list[str]:
@@ -116,10 +136,7 @@ def plot(runs: list[Run], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    by_task: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_task[run["task"]].append(run)
-    for name, group in by_task.items():
+    for name, group in _by_task(runs).items():
         lost = [statistics.fmean(_drop(run, ratio) for run in group) for ratio in RATIOS]
         axes.plot([_saved(group[0], ratio) for ratio in RATIOS], lost, marker="o", label=name)
     axes.axhline(0, color="grey", linewidth=0.8)
@@ -153,6 +170,8 @@ def main(
     speeds = {run["task"]: {int(ratio): spread for ratio, spread in run["speedup"].items()} for run in timed}
     text = page.read_text(encoding="utf-8")
     text = _replace_between(text, "results", f"{main_table(main_runs, speeds)}\n\n{speed_note(timed)}".rstrip())
+    unlabelled = [run for run in runs if run["variant"] == "no-task-loss"]
+    text = _replace_between(text, "unlabelled", unlabelled_table(unlabelled))
     text = _replace_between(text, "ablation", ablation_table(runs))
     write_text(page, text)
     plot(main_runs, DOCS / "images" / "glue.png")
