@@ -128,22 +128,27 @@ def _ablation_cell(run: Run, ratio: int) -> str:
     return f"{_drop(run, ratio):+.2f}" if any(row["ratio"] == ratio for row in run["rows"]) else "–"
 
 
-def plot(runs: list[Run], path: Path) -> None:
-    """Points lost against FLOPs saved, a line a task."""
+def plot(labelled: list[Run], unlabelled: list[Run], path: Path) -> None:
+    """Points lost against FLOPs saved, a line a task; plugins adapted with the task's labels beside those without."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, group in _by_task(runs).items():
-        lost = [statistics.fmean(_drop(run, ratio) for run in group) for ratio in RATIOS]
-        axes.plot([_saved(group[0], ratio) for ratio in RATIOS], lost, marker="o", label=name)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel="FLOPs saved, %  (k = 2, 4, 8 from left to right)", ylabel="points lost against the base")
-    axes.set_title("One plugin for all-MiniLM-L6-v2, three ratios")
-    axes.legend(frameon=False, ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    panels_of = {"following the task model alone": unlabelled, "with the labels, too": labelled}
+    colours = {name: f"C{number}" for number, name in enumerate(_by_task(labelled))}
+    for axes, (title, runs) in zip(panels, panels_of.items(), strict=True):
+        for name, group in _by_task(runs).items():
+            lost = [statistics.fmean(_drop(run, ratio) for run in group) for ratio in RATIOS]
+            saved = [_saved(group[0], ratio) for ratio in RATIOS]
+            axes.plot(saved, lost, marker="o", color=colours[name], label=name)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set(xlabel="FLOPs saved, %  (k = 2, 4, 8 from left to right)", title=f"Adapted {title}")
+        axes.legend(frameon=False, ncols=2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("points lost against the base")
+    figure.suptitle("One plugin for all-MiniLM-L6-v2, three ratios")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
@@ -174,7 +179,7 @@ def main(
     text = _replace_between(text, "unlabelled", unlabelled_table(unlabelled))
     text = _replace_between(text, "ablation", ablation_table(runs))
     write_text(page, text)
-    plot(main_runs, DOCS / "images" / "glue.png")
+    plot(main_runs, unlabelled, DOCS / "images" / "glue.png")
     print(f"Wrote {page} and {DOCS / 'images' / 'glue.png'}")
 
 
