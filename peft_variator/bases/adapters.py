@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..tuners.sparse_lora.layouts import WeightLayout, register_layout
+from ..tuners.sparse_lora.base_weight import WeightLayout, register_layout
 from .layout import unpack, unpack_mask
 from .linear import Sparse24Linear
 

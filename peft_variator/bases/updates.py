@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..tuners.sparse_lora.layouts import WeightLayout
+from ..tuners.sparse_lora.base_weight import WeightLayout
+from ..tuners.sparse_lora.functional import merge_update, sum_updates
 from ..tuners.sparse_lora.masks import matches_fingerprint
-from ..tuners.sparse_lora.merging import merge_update, sum_updates
 from .checkpoint import CheckpointError, StoredTensor
 from .layout import LayoutError, PackedWeight, gather_kept, pack, unpack, unpack_mask
 from .pieces import packed_names, packed_specs

@@ -9,10 +9,9 @@ from sparse_lora_cases import plain_weight
 from torch.nn import functional as F
 
 from peft_variator.bases.layout import pack
-from peft_variator.tuners.sparse_lora import effective
-from peft_variator.tuners.sparse_lora.effective import kept_weights
-from peft_variator.tuners.sparse_lora.functional import effective_weight, masked_linear
-from peft_variator.tuners.sparse_lora.layouts import get_layout
+from peft_variator.tuners.sparse_lora import functional
+from peft_variator.tuners.sparse_lora.base_weight import get_layout
+from peft_variator.tuners.sparse_lora.functional import MaskedWeight, effective_weight, masked_linear
 from peft_variator.tuners.sparse_lora.masks import pack_mask
 
 
@@ -39,6 +38,11 @@ def make(rows=6, columns=10, rank=3, shape=(4,), dtype=torch.float64, seed=0, bi
     return tensors
 
 
+def frozen_base(tensors: dict[str, torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> MaskedWeight:
+    """One adapter on a weight that has its mask in its zeros."""
+    return MaskedWeight([a], [b], [SCALE], None, "linear", [tensors["weight"]])
+
+
 def run(tensors: dict[str, torch.Tensor], compute: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
     """The result and the gradients of x, A, B and the bias."""
     leaves = [tensors[name].clone().requires_grad_() for name in ("x", "a", "b", "bias") if name in tensors]
@@ -62,7 +66,10 @@ def ours(
     packed = pack_mask(tensors["mask"]) if stored else None
     base = [weight.t().contiguous() if layout == "conv1d" else weight]
     return run(
-        tensors, lambda x, a, b, bias=None: masked_linear(x, [a], [b], [SCALE], bias, packed, layout, base, recompute)
+        tensors,
+        lambda x, a, b, bias=None: masked_linear(
+            x, MaskedWeight([a], [b], [SCALE], packed, layout, base), bias, recompute
+        ),
     )
 
 
@@ -89,7 +96,7 @@ def test_values_and_gradients_are_those_of_autograd(
 @pytest.fixture
 def blocks_of_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of 10 to 14 columns are handled two rows at a time."""
-    monkeypatch.setattr(effective, "_ON_CPUS", 29)
+    monkeypatch.setattr(functional, "_BLOCK_ON_CPUS", 29)
 
 
 @pytest.mark.usefixtures("blocks_of_two_rows")
@@ -112,7 +119,9 @@ def test_an_effective_weight_in_blocks_of_rows(stored: bool) -> None:
     base = [weight.reshape(7, 3, 2, 2)]  # of a convolution
     found = run(
         tensors,
-        lambda x, a, b, bias: x @ effective_weight([a], [b], [SCALE], packed, "conv2d", base, x.dtype).t() + bias,
+        lambda x, a, b, bias: (
+            x @ effective_weight(MaskedWeight([a], [b], [SCALE], packed, "conv2d", base), x.dtype).t() + bias
+        ),
     )
     for ours_, expected in zip(found, plain(tensors), strict=True):
         torch.testing.assert_close(ours_, expected, rtol=1e-10, atol=1e-10)
@@ -126,15 +135,18 @@ def test_a_packed_weight_in_blocks_of_rows(recompute: bool) -> None:
     parts = pack(torch.where(tensors["mask"], tensors["weight"], 0.0))
     base = [parts.compressed, parts.bitmask]
     found = run(
-        tensors, lambda x, a, b, bias: masked_linear(x, [a], [b], [SCALE], bias, None, "sparse24", base, recompute)
+        tensors,
+        lambda x, a, b, bias: masked_linear(
+            x, MaskedWeight([a], [b], [SCALE], None, "sparse24", base), bias, recompute
+        ),
     )
     for ours_, expected in zip(found, plain(tensors), strict=True):
         torch.testing.assert_close(ours_, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_layout_that_cannot_tell_rows_is_handled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(effective, "_ON_CPUS", 1)
-    monkeypatch.setattr(effective, "get_layout", lambda name: replace(get_layout(name), rows=None))
+    monkeypatch.setattr(functional, "_BLOCK_ON_CPUS", 1)
+    monkeypatch.setattr(functional, "get_layout", lambda name: replace(get_layout(name), rows=None))
     tensors = make()
     for found, expected in zip(ours(tensors, recompute=True, stored=True), plain(tensors), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -144,7 +156,7 @@ def test_a_layout_that_cannot_tell_rows_is_handled_at_once(monkeypatch: pytest.M
 def test_the_effective_weight_is_rounded_once(dtype: torch.dtype) -> None:
     tensors = make(rows=40, columns=60, dtype=torch.float32)
     weight, packed = tensors["weight"].to(dtype), pack_mask(tensors["mask"])
-    found = effective_weight([tensors["a"]], [tensors["b"]], [SCALE], packed, "linear", [weight], dtype)
+    found = effective_weight(MaskedWeight([tensors["a"]], [tensors["b"]], [SCALE], packed, "linear", [weight]), dtype)
     exact = plain_weight(weight.double(), tensors["mask"], [(SCALE, tensors["a"].double(), tensors["b"].double())])
     assert (found == exact.to(dtype)).float().mean() > 0.99  # the others lie between two numbers
 
@@ -165,7 +177,7 @@ def test_several_adapters_of_different_rank_and_scale() -> None:
     packed = pack_mask(tensors["mask"])
     results = []
     for compute in (
-        lambda x, a, b: masked_linear(x, a, b, [1.5, -0.3], None, packed, "linear", [tensors["weight"]]),
+        lambda x, a, b: masked_linear(x, MaskedWeight(a, b, [1.5, -0.3], packed, "linear", [tensors["weight"]]), None),
         lambda x, a, b: (
             x @ plain_weight(tensors["weight"], tensors["mask"], list(zip([1.5, -0.3], a, b, strict=True))).t()
         ),
@@ -186,13 +198,8 @@ def test_float32_adapters_on_a_bfloat16_base_keep_no_casts_of_theirs(recompute: 
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = masked_linear(
             tensors["x"].requires_grad_(),
-            [leaves["a"]],
-            [leaves["b"]],
-            [SCALE],
+            MaskedWeight([leaves["a"]], [leaves["b"]], [SCALE], None, "linear", [tensors["weight"]]),
             None,
-            None,
-            "linear",
-            [tensors["weight"]],
             recompute,
         )
     known = {tensor.data_ptr() for tensor in (*tensors.values(), *leaves.values())}
@@ -206,7 +213,10 @@ def test_gradients_agree_with_finite_differences() -> None:
     packed = pack_mask(tensors["mask"])
     leaves = [tensors[name].requires_grad_() for name in ("x", "a", "b", "bias")]
     assert torch.autograd.gradcheck(
-        lambda x, a, b, bias: masked_linear(x, [a], [b], [SCALE], bias, packed, "linear", [tensors["weight"]]), leaves
+        lambda x, a, b, bias: masked_linear(
+            x, MaskedWeight([a], [b], [SCALE], packed, "linear", [tensors["weight"]]), bias
+        ),
+        leaves,
     )
 
 
@@ -233,7 +243,7 @@ def saved_bytes(tensors: dict[str, torch.Tensor], recompute: bool, stored: bool)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         x, a, b, bias = leaves
-        masked_linear(x, [a], [b], [SCALE], bias, packed, "linear", [weight], recompute)
+        masked_linear(x, MaskedWeight([a], [b], [SCALE], packed, "linear", [weight]), bias, recompute)
     return sum(kept.values())
 
 
@@ -249,7 +259,7 @@ def test_the_input_is_not_kept_for_a_frozen_adapter() -> None:
     x = tensors["x"].clone().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        y = masked_linear(x, [tensors["a"]], [tensors["b"]], [SCALE], None, None, "linear", [tensors["weight"]])
+        y = masked_linear(x, frozen_base(tensors, tensors["a"], tensors["b"]), None)
     assert not any(tensor.shape == x.shape for tensor in kept)
     effective = tensors["weight"] + SCALE * tensors["b"] @ tensors["a"]
     torch.testing.assert_close(torch.autograd.grad(y, x, tensors["grad"])[0], tensors["grad"] @ effective)
@@ -258,7 +268,7 @@ def test_the_input_is_not_kept_for_a_frozen_adapter() -> None:
 def test_only_the_adapter_needs_gradients() -> None:
     tensors = make()
     a, b = (tensors[name].clone().requires_grad_() for name in "ab")
-    y = masked_linear(tensors["x"], [a], [b], [SCALE], None, None, "linear", [tensors["weight"]])
+    y = masked_linear(tensors["x"], frozen_base(tensors, a, b), None)
     y.backward(tensors["grad"])
     expected = SCALE * tensors["b"].t() @ (tensors["grad"].t() @ tensors["x"])
     torch.testing.assert_close(a.grad, expected)
@@ -267,7 +277,7 @@ def test_only_the_adapter_needs_gradients() -> None:
 def test_a_weight_changed_before_the_backward_raises() -> None:
     tensors = make()
     b = tensors["b"].clone().requires_grad_()
-    y = masked_linear(tensors["x"], [tensors["a"]], [b], [SCALE], None, None, "linear", [tensors["weight"]])
+    y = masked_linear(tensors["x"], frozen_base(tensors, tensors["a"], b), None)
     tensors["weight"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -276,7 +286,7 @@ def test_a_weight_changed_before_the_backward_raises() -> None:
 def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     tensors = make()
     b = tensors["b"].clone().requires_grad_()
-    y = masked_linear(tensors["x"], [tensors["a"]], [b], [SCALE], None, None, "linear", [tensors["weight"]])
+    y = masked_linear(tensors["x"], frozen_base(tensors, tensors["a"], b), None)
     (first,) = torch.autograd.grad(y.square().sum(), b, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -298,7 +308,7 @@ def test_effective_weight_and_its_gradients(stored: bool) -> None:
     packed = pack_mask(tensors["mask"]) if stored else None
     results = []
     for compute in (
-        lambda a, b: effective_weight([a], [b], [SCALE], packed, "linear", [weight], torch.float64),
+        lambda a, b: effective_weight(MaskedWeight([a], [b], [SCALE], packed, "linear", [weight]), torch.float64),
         lambda a, b: plain_weight(weight, tensors["mask"], [(SCALE, a, b)]),
     ):
         a, b = (tensors[name].clone().requires_grad_() for name in "ab")
@@ -311,7 +321,7 @@ def test_effective_weight_and_its_gradients(stored: bool) -> None:
 
 def test_kept_weights_count_negative_zero_as_pruned() -> None:
     weight = torch.tensor([[0.0, -0.0, 1.0, torch.nan]])
-    assert kept_weights(None, "linear", [weight]).tolist() == [[False, False, True, True]]
+    assert MaskedWeight([], [], [], None, "linear", [weight]).kept().tolist() == [[False, False, True, True]]
 
 
 @pytest.mark.parametrize("recompute", [True, False])

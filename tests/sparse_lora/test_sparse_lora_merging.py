@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLinear
-from peft_variator.tuners.sparse_lora.merging import merge_update
+from peft_variator.tuners.sparse_lora.functional import merge_update
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

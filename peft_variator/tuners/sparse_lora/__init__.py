@@ -1,11 +1,10 @@
 """SparseLoRA: LoRA under the mask of a pruned model (He et al. 2024, https://arxiv.org/abs/2404.02424)."""
 
 from ...registration import register_method
-from .attaching import attach_masks
+from .base_weight import WeightLayout, register_layout
 from .config import SparseLoraConfig
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
-from .layouts import WeightLayout, register_layout
-from .model import SparseLoraModel
+from .model import SparseLoraModel, attach_masks
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The masked low-rank update y = x·((W + Σ s·B·A) ⊙ M)ᵀ + bias and its exact gradients (arXiv 2404.02424).
+"""The masked low-rank update y = x·((W + Σ s·B·A) ⊙ M)ᵀ + bias, its gradients, and merging it (arXiv 2404.02424).
 
 With the mask inside the product, the gradients of A and B need (dYᵀ·X) ⊙ M, one product of weight size more than plain
 LoRA's. Dropping M there would save it and bias the gradients, so it is not done. What can be saved is memory: the
@@ -7,19 +7,220 @@ effective weight (W + Σ s·B·A) ⊙ M follows from tensors that exist anyway, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from . import kernels
-from .effective import mask_, masked_sum
-from .layouts import get_layout
+from ...workspace import WORKSPACE
+from .base_weight import get_layout
+from .masks import unpack_mask
 
 
-__all__ = ["effective_weight", "masked_linear"]
+__all__ = ["MaskedWeight", "effective_weight", "masked_linear", "merge_update", "sum_updates"]
+
+# Weights handled at a time. The temporaries, 4 bytes a weight, then stay in the cache of a CPU's core; on GPUs, where
+# every launch costs, their memory is bounded.
+_BLOCK_ON_CPUS, _BLOCK_ELSEWHERE = 1 << 19, 1 << 24
+
+
+class MaskedWeight(NamedTuple):
+    """The tensors that an effective weight (W + Σ s·B·A) ⊙ M, (out, in), is made of.
+
+    Args:
+        a: A of each adapter, (rank, in).
+        b: B of each adapter, (out, rank).
+        scales: s of each adapter.
+        packed_mask: M, uint8 (out, ceil(in / 8)) as from `pack_mask`, or None to read it from the base weight.
+        layout: name of the `WeightLayout` of the base weight W; compiled graphs know it by that.
+        base: the frozen tensors W is made of; they get no gradient.
+    """
+
+    a: list[Tensor]
+    b: list[Tensor]
+    scales: list[float]
+    packed_mask: Tensor | None
+    layout: str
+    base: list[Tensor]
+
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return get_layout(self.layout).shape(self.base)
+
+    def kept(self) -> Tensor:
+        """The mask M, bool (out, in), True where the weight was not pruned."""
+        if self.packed_mask is None:
+            return get_layout(self.layout).kept(self.base)
+        return unpack_mask(self.packed_mask, columns=self.shape()[1])
+
+    def row_blocks(self) -> Iterator[tuple[slice, MaskedWeight]]:
+        """Slices that cover the rows, each with the mask and the base weight of these rows, and all of A and B."""
+        layout = get_layout(self.layout)
+        rows, columns = self.shape()
+        if layout.rows is None:
+            yield slice(0, rows), self
+            return
+        size = _BLOCK_ON_CPUS if self.base[0].device.type == "cpu" else _BLOCK_ELSEWHERE
+        step = max(1, size // max(columns, 1))
+        for start in range(0, rows, step):
+            block = slice(start, min(start + step, rows))
+            mask = None if self.packed_mask is None else self.packed_mask[block]
+            yield block, self._replace(packed_mask=mask, base=layout.rows(self.base, block))
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s·A (Σ rank, in) and B (out, Σ rank) of all adapters: their product is Σ s·B·A."""
+        scaled = [
+            matrix.to(torch.promote_types(matrix.dtype, dtype)) * scale
+            for matrix, scale in zip(self.a, self.scales, strict=True)
+        ]
+        return torch.cat(scaled).to(dtype), torch.cat(self.b, dim=1).to(dtype)
+
+    def effective(self, out: Tensor) -> Tensor:
+        """Put the effective weight into `out`, (out, in), and return it.
+
+        The sum is made in float32 or better and rounded once, as in merging, a block of rows at a time.
+        """
+        wide = torch.promote_types(out.dtype, torch.float32)
+        scaled_a, all_b = self.factors(wide)
+        for rows, block in self.row_blocks():
+            weight, target = get_layout(block.layout).weight(block.base).to(wide), out[rows]
+            total = torch.addmm(weight, all_b[rows], scaled_a, out=target if out.dtype == wide else None)
+            # A product and not a masked_fill, which is several times slower on CPUs. The -0.0 that it leaves are of no
+            # consequence here; merging, which stores the zeros, makes them +0.0.
+            total.mul_(block.kept().to(wide))
+            if total is not target:
+                target.copy_(total)
+        return out
+
+    def mask_(self, matrix: Tensor) -> Tensor:
+        """Multiply a matrix (out, in) by M, in place."""
+        for rows, block in self.row_blocks():
+            matrix[rows].mul_(block.kept().to(matrix.dtype))
+        return matrix
+
+    def gradients(self, grad_weight: Tensor) -> list[Tensor]:
+        """Gradients of every A, then of every B, from that of the sum, (out, in), with the mask applied."""
+        scaled_a, all_b = self.factors(grad_weight.dtype)
+        ranks = [matrix.shape[0] for matrix in self.a]
+        grad_a = (all_b.t() @ grad_weight).split(ranks)
+        grad_b = (grad_weight @ scaled_a.t()).split(ranks, dim=1)
+        scaled = [grad * scale for grad, scale in zip(grad_a, self.scales, strict=True)]
+        factors = [*self.a, *self.b]
+        return [grad.to(matrix.dtype, copy=True) for grad, matrix in zip([*scaled, *grad_b], factors, strict=True)]
+
+
+def _forward(x: Tensor, weight: MaskedWeight, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """y (tokens, out) of x (tokens, in) and, where `keep` asks for it, the effective weight, else an empty tensor."""
+    # all products run in one dtype, that of x, whatever autocast says
+    with torch.autocast(x.device.type, enabled=False):
+        effective = weight.effective(x.new_empty(weight.shape()) if keep else WORKSPACE.take(weight.shape(), x))
+        return F.linear(x, effective, bias), effective if keep else x.new_empty(0)
+
+
+def _backward(grad: Tensor, x: Tensor | None, weight: MaskedWeight, effective: Tensor, needs_x: bool) -> list[Tensor]:
+    """Gradient of x (empty unless `needs_x`), then of every A and every B (none of them if x is None).
+
+    `grad` is the gradient of y, (tokens, out), and `effective` the effective weight if the forward kept it, else
+    empty.
+    """
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_x = grad.new_empty(0)
+        if needs_x:
+            if not effective.numel():
+                effective = weight.effective(WORKSPACE.take(weight.shape(), grad))
+            grad_x = grad @ effective
+        if x is None:
+            return [grad_x]
+        grad_weight = torch.mm(grad.t(), x, out=WORKSPACE.take(weight.shape(), grad))
+        return [grad_x, *weight.gradients(weight.mask_(grad_weight))]
+
+
+# For torch.compile the two are opaque operators: its partitioner would find the effective weight in forward and
+# backward, compute it once and keep it in between. Called eagerly, the plain functions have less overhead.
+# Operators take no structures, so the fields of `MaskedWeight` are flat here; their schemas are written out because
+# PyTorch before 2.7 does not derive one from `list[Tensor]`.
+@torch.library.custom_op(
+    "peft_variator::masked_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] a, Tensor[] b, float[] scales, Tensor? bias, Tensor? packed_mask, str layout, "
+    "Tensor[] base, bool keep) -> (Tensor, Tensor)",
+)
+def _forward_op(
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    bias: Tensor | None,
+    packed_mask: Tensor | None,
+    layout: str,
+    base: list[Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, MaskedWeight(a, b, scales, packed_mask, layout, base), bias, keep)
+
+
+@_forward_op.register_fake
+def _forward_shapes(
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    bias: Tensor | None,
+    packed_mask: Tensor | None,
+    layout: str,
+    base: list[Tensor],
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = b[0].shape[0], a[0].shape[1]
+    return x.new_empty((x.shape[0], rows)), x.new_empty((rows, columns) if keep else 0)
+
+
+@torch.library.custom_op(
+    "peft_variator::masked_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? x, Tensor[] a, Tensor[] b, float[] scales, Tensor? packed_mask, Tensor weight, "
+    "str layout, Tensor[] base, bool needs_x) -> Tensor[]",
+)
+def _backward_op(
+    grad: Tensor,
+    x: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    packed_mask: Tensor | None,
+    weight: Tensor,
+    layout: str,
+    base: list[Tensor],
+    needs_x: bool,
+) -> list[Tensor]:
+    return _backward(grad, x, MaskedWeight(a, b, scales, packed_mask, layout, base), weight, needs_x)
+
+
+@_backward_op.register_fake
+def _backward_shapes(
+    grad: Tensor,
+    x: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    packed_mask: Tensor | None,
+    weight: Tensor,
+    layout: str,
+    base: list[Tensor],
+    needs_x: bool,
+) -> list[Tensor]:
+    grad_x = grad.new_empty((grad.shape[0], a[0].shape[1]) if needs_x else 0)
+    return [grad_x] if x is None else [grad_x, *(torch.empty_like(matrix) for matrix in (*a, *b))]
+
+
+def _gather(layout: str, scales: list[float], packed_mask: Tensor | None, tensors: Sequence[Tensor]) -> MaskedWeight:
+    """The record again from every A, every B and the base tensors, which autograd has to see one by one."""
+    count = len(scales)
+    a, b, base = list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :])
+    return MaskedWeight(a, b, scales, packed_mask, layout, base)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -36,23 +237,30 @@ class _MaskedLinear(torch.autograd.Function):
         recompute: bool,
         *tensors: Tensor,
     ) -> Tensor:
-        a, b, base = _split(tensors, len(scales))
-        forward = kernels.forward_op if torch.compiler.is_compiling() else kernels.forward
+        weight = _gather(layout, scales, packed_mask, tensors)
         keep = ctx.needs_input_grad[0] and not recompute  # only the gradient of x needs the effective weight
-        y, weight = forward(x, a, b, scales, bias, packed_mask, layout, base, keep)
+        if torch.compiler.is_compiling():
+            a, b, *_, base = weight
+            y, effective = _forward_op(x, a, b, scales, bias, packed_mask, layout, base, keep)
+        else:
+            y, effective = _forward(x, weight, bias, keep)
         trains = any(ctx.needs_input_grad[6:])
-        ctx.save_for_backward(x if trains else None, packed_mask, weight, *tensors)
+        ctx.save_for_backward(x if trains else None, packed_mask, effective, *tensors)
         ctx.layout, ctx.scales = layout, scales
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, packed_mask, weight, *tensors = ctx.saved_tensors
-        a, b, base = _split(tensors, len(ctx.scales))
+        x, packed_mask, effective, *tensors = ctx.saved_tensors
+        weight = _gather(ctx.layout, ctx.scales, packed_mask, tensors)
         needs_x, needs_bias = ctx.needs_input_grad[:2]
-        backward = kernels.backward_op if torch.compiler.is_compiling() else kernels.backward
-        grad_x, *grad_tensors = backward(grad, x, a, b, ctx.scales, packed_mask, weight, ctx.layout, base, needs_x)
+        if torch.compiler.is_compiling():
+            a, b, *_, base = weight
+            grads = _backward_op(grad, x, a, b, ctx.scales, packed_mask, effective, ctx.layout, base, needs_x)
+        else:
+            grads = _backward(grad, x, weight, effective, needs_x)
+        grad_x, *grad_tensors = grads
         return (
             grad_x if needs_x else None,
             grad.sum(dim=0) if needs_bias else None,
@@ -62,40 +270,24 @@ class _MaskedLinear(torch.autograd.Function):
         )
 
 
-def masked_linear(
-    x: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    bias: Tensor | None,
-    packed_mask: Tensor | None,
-    layout: str,
-    base: Sequence[Tensor],
-    recompute: bool = True,
-) -> Tensor:
+def masked_linear(x: Tensor, weight: MaskedWeight, bias: Tensor | None, recompute: bool = True) -> Tensor:
     """y = x·((W + Σ s·B·A) ⊙ M)ᵀ + bias, differentiable once in x, every A and B, and the bias.
 
     Computes in the dtype of x, inside of autocast too, whose casts are the caller's to make.
 
     Args:
         x: (..., in).
-        a: A of each adapter, (rank, in).
-        b: B of each adapter, (out, rank).
-        scales: s of each adapter.
+        weight: what the effective weight is made of.
         bias: (out,) in the dtype of x, or None.
-        packed_mask: M, uint8 (out, ceil(in / 8)) as from `pack_mask`, or None to read it from the base weight.
-        layout: name of the `WeightLayout` of the base weight.
-        base: the frozen tensors the base weight is made of; they get no gradient.
         recompute: rebuild the effective weight in the backward. Nothing but references to the arguments is kept for
             autograd then; with False the effective weight, (out, in), is.
 
     Returns:
         (..., out), in the dtype of x.
     """
+    a, b, scales, packed_mask, layout, base = weight
     # Flattened out here: autograd refuses to change a view in place that a custom function returned, as DeBERTa does.
-    flat = _MaskedLinear.apply(
-        x.reshape(-1, x.shape[-1]), bias, packed_mask, layout, list(scales), recompute, *a, *b, *base
-    )
+    flat = _MaskedLinear.apply(x.reshape(-1, x.shape[-1]), bias, packed_mask, layout, scales, recompute, *a, *b, *base)
     return flat.view(*x.shape[:-1], b[0].shape[0])
 
 
@@ -106,37 +298,67 @@ class _EffectiveWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed_mask, *tensors)
         ctx.layout, ctx.scales = layout, scales
-        a, b, base = _split(tensors, len(scales))
-        with torch.autocast(b[0].device.type, enabled=False):
-            out = b[0].new_empty(get_layout(layout).shape(base), dtype=dtype)
-            return masked_sum(a, b, scales, packed_mask, layout, base, out)
+        weight = _gather(layout, scales, packed_mask, tensors)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return weight.effective(tensors[0].new_empty(weight.shape(), dtype=dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed_mask, *tensors = ctx.saved_tensors
-        a, b, base = _split(tensors, len(ctx.scales))
+        weight = _gather(ctx.layout, ctx.scales, packed_mask, tensors)
         with torch.autocast(grad.device.type, enabled=False):
-            masked = mask_(grad.clone(), packed_mask, ctx.layout, base)
-            return *(None,) * 4, *kernels.update_gradients(masked, a, b, ctx.scales), *(None,) * len(base)
+            grads = weight.gradients(weight.mask_(grad.clone()))
+        return *(None,) * 4, *grads, *(None,) * len(weight.base)
 
 
-def effective_weight(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    packed_mask: Tensor | None,
-    layout: str,
-    base: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """(W + Σ s·B·A) ⊙ M, (out, in) in `dtype`, differentiable once in every A and B. Arguments as in `masked_linear`.
+def effective_weight(weight: MaskedWeight, dtype: torch.dtype) -> Tensor:
+    """(W + Σ s·B·A) ⊙ M, (out, in) in `dtype`, differentiable once in every A and B.
 
     For products other than a linear one, which then keep this weight for their own backward.
     """
-    return _EffectiveWeight.apply(packed_mask, layout, list(scales), dtype, *a, *b, *base)
+    a, b, scales, packed_mask, layout, base = weight
+    return _EffectiveWeight.apply(packed_mask, layout, scales, dtype, *a, *b, *base)
 
 
-def _split(tensors: Sequence[Tensor], adapters: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Every A, every B, and the base tensors."""
-    return list(tensors[:adapters]), list(tensors[adapters : 2 * adapters]), list(tensors[2 * adapters :])
+@torch.no_grad()
+def sum_updates(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """ΔW = Σ s·B·A, (out, in), in float32, or in `dtype` where that is wider.
+
+    Args:
+        a: A of each adapter, (rank, in).
+        b: B of each adapter, (out, rank).
+        scales: s of each adapter.
+        dtype: that of the weight to update.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    total = b[0].new_zeros(b[0].shape[0], a[0].shape[1], dtype=dtype)
+    for one_a, one_b, scale in zip(a, b, scales, strict=True):
+        total.addmm_(one_b.to(dtype), one_a.to(dtype), alpha=scale)
+    return total
+
+
+def merge_update(weight: Tensor, update: Tensor, kept: Tensor) -> Tensor:
+    """(W + ΔW) ⊙ M, summed in float32 or better and rounded once.
+
+    The zeros of the result are the zeros of the mask, all of them +0.0: kernels for n:m sparsity have been seen to
+    return garbage for -0.0. A weight that the update happens to cancel would be one zero more, and would look pruned
+    from then on; it becomes the smallest positive number of its dtype instead. So merging -ΔW brings back every zero
+    of W exactly, and the other weights to the rounding of their dtype.
+
+    Args:
+        weight: W, (out, in).
+        update: ΔW, (out, in), in float32 or float64.
+        kept: M, bool (out, in).
+
+    Returns:
+        (out, in), in the dtype of `weight`.
+    """
+    merged = (weight.to(update.dtype) + update).to(weight.dtype)
+    merged = merged.masked_fill((merged == 0) & (weight != 0), _smallest(weight.dtype))
+    return torch.where(kept & (merged != 0), merged, 0.0)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """Smallest positive number that stays one; subnormals may be flushed, except float16's, computed in float32."""
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny

@@ -1,31 +1,117 @@
-"""The layers of SparseLoRA: what a masked update computes, and merging it."""
+"""The layers of SparseLoRA: low-rank updates under a mask, and merging them."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import nn
+from accelerate.utils import align_module_device
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .functional import effective_weight, masked_linear
-from .masking import MaskedLayer
-from .masks import pack_mask
-from .merging import merge_update
+from .base_weight import WeightLayout, find_layout, get_layout
+from .config import SparseLoraConfig
+from .functional import MaskedWeight, effective_weight, masked_linear, merge_update, sum_updates
+from .masks import fingerprint, matches_fingerprint, pack_mask, unpack_mask
 
 
 __all__ = ["SparseLoraConv2d", "SparseLoraLayer", "SparseLoraLinear"]
 
 
-class SparseLoraLayer(MaskedLayer):
+class SparseLoraLayer(nn.Module, BaseTunerLayer):
     """A base layer with weight W, computed with (W + Σ s·B·A) ⊙ M over the active adapters (arXiv 2404.02424).
 
-    The adapters that are active or merged together must have the same mask.
+    Weights are matrices of shape (out_features, in_features) here, whatever shape the base layer keeps them in; for a
+    convolution, in_features is in_channels / groups · kernel height · kernel width. M is True where a weight was not
+    pruned. The adapters that are active or merged together must have the same mask.
+
+    Args:
+        base_layer: the layer to adapt, or another tuner's layer around it.
+        module_name: its name in the model, for messages.
+
+    Raises:
+        TypeError: the base layer has no floating point weight that can be adapted.
     """
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    adapter_layer_names: tuple[str, ...] = ("sparse_low_rank_A", "sparse_low_rank_B")
+    other_param_names: tuple[str, ...] = (
+        "rank",
+        "scaling",
+        "recompute",
+        "sparse_low_rank_mask",
+        "sparse_low_rank_source",
+    )
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        layout = find_layout(self.get_base_layer())
+        if layout is None or not layout.tensors(self.get_base_layer())[0].is_floating_point():
+            raise TypeError(
+                f"SparseLoRA cannot adapt the module {module_name!r} of type {type(self.get_base_layer()).__name__}. "
+                "It adapts nn.Linear, Conv1D and nn.Conv2d with floating point weights, and classes registered with "
+                "`register_layout`; not quantized layers and not the out_proj of nn.MultiheadAttention, whose weight "
+                "is read without calling it. Exclude it with `exclude_modules`."
+            )
+        self.layout_name = layout.name
+        self.out_features, self.in_features = layout.shape(self._base_tensors())
+        self.sparse_low_rank_A = nn.ParameterDict()  # (rank, in_features) each
+        self.sparse_low_rank_B = nn.ParameterDict()  # (out_features, rank) each
+        self.sparse_low_rank_mask = BufferDict(persistent=True)  # packed M, for adapters that store theirs
+        self.sparse_low_rank_source = BufferDict(persistent=True)  # fingerprint of the W it is for, 0 until attached
+        # Only while merged: the packed M, which can't be read from the merged weight, and, for stored masks, W itself:
+        # the merged weight has lost its pruned part, and the fingerprint would not know a W that has been rounded.
+        self.sparse_low_rank_merged_mask: Tensor | None
+        self.sparse_low_rank_dense_weight: Tensor | None
+        self.register_buffer("sparse_low_rank_merged_mask", None, persistent=False)
+        self.register_buffer("sparse_low_rank_dense_weight", None, persistent=False)
+        self.rank: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.recompute: dict[str, bool] = {}
+        self._checked: set[tuple[str, ...]] = set()  # groups of adapters whose stored masks were found to fit
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.register_load_state_dict_post_hook(_check_loaded_masks)
+
+    @property
+    def layout(self) -> WeightLayout:
+        """How the base layer keeps its weight."""
+        return get_layout(self.layout_name)
+
+    def update_layer(self, adapter_name: str, config: SparseLoraConfig, rank: int, alpha: float) -> None:
+        """Add an adapter of this rank to the layer, or replace it by a new one."""
+        if config.mask == "stored":
+            # zeros for now, so that a saved mask finds its place when a state dict is loaded
+            packed_columns = -(-self.in_features // 8)
+            self.sparse_low_rank_mask[adapter_name] = torch.zeros(self.out_features, packed_columns, dtype=torch.uint8)
+            self.sparse_low_rank_source[adapter_name] = torch.zeros_like(fingerprint(torch.zeros(1, 1)))
+        self._checked.clear()
+        self.rank[adapter_name] = rank
+        self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.recompute[adapter_name] = config.recompute
+        self.sparse_low_rank_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
+        self.sparse_low_rank_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
+        self._init_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _init_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.sparse_low_rank_A[adapter_name], std=1 / self.rank[adapter_name])
+        else:
+            nn.init.kaiming_uniform_(self.sparse_low_rank_A[adapter_name], a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.sparse_low_rank_B[adapter_name], a=math.sqrt(5))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(…, in) -> (…, out) with the active adapters; the base layer as it is when they are disabled or merged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -44,10 +130,10 @@ class SparseLoraLayer(MaskedLayer):
             result = result + self.base_layer(x, *args, **kwargs) - self.get_base_layer()(x)
         return result
 
-    def _masked_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _masked_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not say how its effective weight is applied.")
 
-    def _compute_dtype(self, x: torch.Tensor) -> torch.dtype:
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype the base layer would compute in: autocast's, else that of its weight."""
         dtype = self._base_tensors()[0].dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
@@ -57,10 +143,127 @@ class SparseLoraLayer(MaskedLayer):
     def _recomputes(self, adapter_names: list[str]) -> bool:
         return any(self.recompute[name] for name in adapter_names)
 
-    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+    def _masked_weight(self, adapter_names: list[str]) -> MaskedWeight:
+        """What the effective weight of these adapters is made of."""
+        packed_mask = self._packed_mask(adapter_names)
+        return MaskedWeight(*self._factors(adapter_names), packed_mask, self.layout_name, self._base_tensors())
+
+    def _factors(self, adapter_names: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """A, B and s of each of these adapters."""
+        a = [self.sparse_low_rank_A[name] for name in adapter_names]
+        b = [self.sparse_low_rank_B[name] for name in adapter_names]
+        return a, b, [self.scaling[name] for name in adapter_names]
+
+    def _update(self, adapter_names: Sequence[str]) -> Tensor:
+        """Σ s·B·A, (out, in), in float32 or better."""
+        return sum_updates(*self._factors(adapter_names), dtype=self._base_tensors()[0].dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
         """(s·B·A) ⊙ M of one adapter, (out_features, in_features), in float32 or better."""
         with self._onloaded():
             return torch.where(self._kept([adapter_name]), self._update([adapter_name]), 0.0)
+
+    def get_mask(self, adapter_name: str) -> Tensor:
+        """M of an adapter, bool (out_features, in_features)."""
+        with self._onloaded():
+            return self._kept([adapter_name])
+
+    def masks_nothing(self, adapter_name: str) -> bool:
+        """Whether M of the adapter keeps every weight. A weight that is not there yet (meta device) gives False."""
+        with self._onloaded():
+            return not self._is_meta() and bool(self._kept([adapter_name]).all())
+
+    def attach_mask(self, adapter_name: str, mask: Tensor | None) -> None:
+        """Store M of an adapter with `mask="stored"`, together with a fingerprint of the weight it is for.
+
+        Args:
+            mask: bool, of the shape of the base layer's own weight; None keeps every weight.
+
+        Raises:
+            TypeError: the mask is not bool.
+            ValueError: its shape is another, the adapter stores no mask, or an adapter is merged.
+        """
+        if adapter_name not in self.sparse_low_rank_mask:
+            raise ValueError(
+                f"Adapter {adapter_name!r} of {self.module_name!r} stores no mask: it was made with mask='weight', "
+                "which reads M from the zeros of the base weight. Create it with SparseLoraConfig(mask='stored')."
+            )
+        if self.merged:
+            raise ValueError(f"Unmerge {self.merged_adapters} of {self.module_name!r} before attaching a mask.")
+        with self._onloaded():
+            weight = self.layout.weight(self._base_tensors())
+            matrix = torch.ones_like(weight, dtype=torch.bool) if mask is None else self._mask_matrix(mask)
+            self.sparse_low_rank_mask[adapter_name] = pack_mask(matrix.to(weight.device))
+            self.sparse_low_rank_source[adapter_name] = fingerprint(weight)
+        self._checked.clear()
+
+    def _mask_matrix(self, mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"The mask of {self.module_name!r} must be bool (True = kept), not {mask.dtype}.")
+        matrix = self.layout.flatten(mask)
+        if matrix.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"The mask of {self.module_name!r} is {tuple(matrix.shape)} as (out_features, in_features), but the "
+                f"base weight is {(self.out_features, self.in_features)}. Give it the shape of the layer's own weight."
+            )
+        return matrix
+
+    def _kept(self, adapter_names: Sequence[str]) -> Tensor:
+        packed_mask = self._packed_mask(adapter_names)
+        if packed_mask is None:
+            packed_mask = self.sparse_low_rank_merged_mask
+        if packed_mask is None:
+            return self.layout.kept(self._base_tensors())
+        return unpack_mask(packed_mask, self.in_features)
+
+    def _packed_mask(self, adapter_names: Sequence[str]) -> Tensor | None:
+        """The stored mask that these adapters share, checked on first use; None if it is read from the base weight."""
+        stored = [name for name in adapter_names if name in self.sparse_low_rank_mask]
+        if not stored:
+            return None
+        if tuple(adapter_names) not in self._checked:
+            self._check_masks(tuple(adapter_names))
+        return self.sparse_low_rank_mask[stored[0]]
+
+    @torch.compiler.disable  # looks at values; with fullgraph=True, run one forward before compiling
+    def _check_masks(self, adapter_names: tuple[str, ...]) -> None:
+        packed = []
+        for name in adapter_names:
+            if name in self.sparse_low_rank_mask:
+                self._check_source(name)
+                packed.append(self.sparse_low_rank_mask[name])
+            else:
+                packed.append(pack_mask(self._kept([name])))
+        if not all(torch.equal(packed[0], other) for other in packed[1:]):
+            raise ValueError(
+                f"The adapters {list(adapter_names)} have different masks in {self.module_name!r} and cannot be "
+                "active or merged together. Use one of them at a time."
+            )
+        self._checked.add(adapter_names)
+
+    def _check_source(self, adapter_name: str) -> None:
+        source = self.sparse_low_rank_source[adapter_name]
+        if not source.any():
+            raise ValueError(
+                f"Adapter {adapter_name!r} was made with mask='stored', but {self.module_name!r} has no mask yet. "
+                "Call `attach_masks(model, masks, adapter_name)` or load a saved adapter."
+            )
+        if not matches_fingerprint(source, self._original_weight()):
+            raise ValueError(
+                f"The stored mask of adapter {adapter_name!r} was made for another base: the weight of "
+                f"{self.module_name!r} is not the one it came from. Load the adapter on the dense model that was "
+                "pruned, or prune this one and attach its masks."
+            )
+
+    def _original_weight(self) -> Tensor:
+        """W, (out, in), as it was before merging."""
+        if self.sparse_low_rank_dense_weight is not None:
+            return self.sparse_low_rank_dense_weight
+        weight = self.layout.weight(self._base_tensors()).detach()
+        if self.sparse_low_rank_merged_mask is None:
+            return weight
+        kept = unpack_mask(self.sparse_low_rank_merged_mask, self.in_features)
+        return merge_update(weight, -self._update(self.merged_adapters), kept)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -104,45 +307,76 @@ class SparseLoraLayer(MaskedLayer):
         self.sparse_low_rank_merged_mask = self.sparse_low_rank_dense_weight = None
         self.merged_adapters = []
 
+    def _base_tensors(self) -> list[Tensor]:
+        return self.layout.tensors(self.get_base_layer())
+
+    def _is_meta(self) -> bool:
+        return any(tensor.is_meta for tensor in self._base_tensors())
+
+    def _onloaded(self) -> AbstractContextManager[Any]:
+        """Brings in what accelerate has offloaded: its hooks sit on forwards that are not called here."""
+        if not self._is_offloaded():
+            return nullcontext()
+        stack = ExitStack()
+        for module in self._modules_with_weights():
+            stack.enter_context(align_module_device(module))
+        return stack
+
+    def _is_offloaded(self) -> bool:
+        modules = self._modules_with_weights()
+        return any(parameter.is_meta for module in modules for parameter in module.parameters(recurse=False))
+
+    def _modules_with_weights(self) -> tuple[nn.Module, ...]:
+        return self.get_base_layer(), self.sparse_low_rank_A, self.sparse_low_rank_B
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        """PEFT looks for a `weight`, which packed layers don't have, and puts adapters of offloaded ones on meta."""
+        with self._onloaded():
+            tensor = self._base_tensors()[0]
+            return tensor.device, tensor.dtype
+
 
 class SparseLoraLinear(SparseLoraLayer):
     """SparseLoRA on a linear layer: nn.Linear, Conv1D, or one registered with `register_layout`."""
 
-    def _masked_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _masked_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         x = self._cast_input_dtype(x, self._compute_dtype(x))
         with self._onloaded():
-            packed_mask = self._packed_mask(adapter_names)
-            a, b, scales = self._factors(adapter_names)
-            bias: torch.Tensor | None = self.bias
+            bias: Tensor | None = self.bias
             return masked_linear(
-                x=x,
-                a=a,
-                b=b,
-                scales=scales,
-                bias=None if bias is None else bias.to(x.dtype),
-                packed_mask=packed_mask,
-                layout=self.layout_name,
-                base=self._base_tensors(),
-                recompute=self._recomputes(adapter_names),
+                x,
+                self._masked_weight(adapter_names),
+                None if bias is None else bias.to(x.dtype),
+                self._recomputes(adapter_names),
             )
 
 
 class SparseLoraConv2d(SparseLoraLayer):
     """SparseLoRA on a convolution, such as the patch embedding of a vision transformer."""
 
-    def _masked_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _masked_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         x = self._cast_input_dtype(x, self._compute_dtype(x))
         if self._recomputes(adapter_names) and torch.is_grad_enabled():
             # stops as soon as the effective weight is there again, before the convolution
             return checkpoint(self._convolve, x, adapter_names, use_reentrant=False, preserve_rng_state=False)
         return self._convolve(x, adapter_names)
 
-    def _convolve(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+    def _convolve(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         """The base layer's own convolution, padding included, with the effective weight."""
         base_layer = self.get_base_layer()
         assert isinstance(base_layer, nn.Conv2d)  # what the model makes this layer for
         with self._onloaded():
-            packed_mask = self._packed_mask(adapter_names)
-            a, b, scales = self._factors(adapter_names)
-            weight = effective_weight(a, b, scales, packed_mask, self.layout_name, self._base_tensors(), x.dtype)
+            weight = effective_weight(self._masked_weight(adapter_names), x.dtype)
             return base_layer._conv_forward(x, weight.reshape(base_layer.weight.shape), base_layer.bias)
+
+
+def _check_loaded_masks(layer: SparseLoraLayer, incompatible_keys: object) -> None:
+    """After a state dict was loaded: a mask for another base raises now and not in the first forward."""
+    layer._checked.clear()
+    attached = [name for name, source in layer.sparse_low_rank_source.items() if source.any()]
+    if not attached:
+        return
+    with layer._onloaded():
+        for adapter_name in attached:
+            if not layer._is_meta():
+                layer._check_masks((adapter_name,))

@@ -1,25 +1,37 @@
-"""The tuner model of SparseLoRA."""
+"""The tuner model of SparseLoRA: which modules it adapts, and how masks reach them."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft import PeftModel
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...offloading import refuse_rewriting
-from .attaching import attach_masks, layers_of, warn_about_dense
+from .base_weight import find_layout
 from .config import SparseLoraConfig
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
-from .targets import all_linear, refuse_hidden_targets
 
 
-__all__ = ["SparseLoraModel"]
+__all__ = ["SparseLoraModel", "attach_masks"]
+
+_NAMES_SHOWN = 5
+# PEFT trains these heads whole, and looks for targets before it says so.
+_HEADS: dict[str, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class SparseLoraModel(BaseTuner):
@@ -50,10 +62,10 @@ class SparseLoraModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SparseLoraConfig, model: nn.Module) -> None:
-        """Resolve "all-linear" here, before PEFT does; see [`all_linear`]."""
+        """Resolve "all-linear" here, before PEFT does; see `_all_linear`."""
         target_modules = peft_config.target_modules
         if isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            peft_config.target_modules = all_linear(peft_config, model)
+            peft_config.target_modules = _all_linear(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, with one warning for all modules in which the mask would mask nothing.
@@ -62,10 +74,10 @@ class SparseLoraModel(BaseTuner):
             ValueError: targets lie where PEFT does not look for them, inside of another method's modules.
         """
         refuse_rewriting(model)
-        refuse_hidden_targets(self.peft_config[adapter_name], model)
+        _refuse_hidden_targets(self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self.peft_config[adapter_name].mask == "weight":
-            warn_about_dense(layers_of(model, adapter_name), adapter_name)
+            _warn_about_dense(_layers_of(model, adapter_name), adapter_name)
 
     def _create_and_replace(
         self,
@@ -109,3 +121,138 @@ class SparseLoraModel(BaseTuner):
     def attach_masks(self, masks: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
         """See [`attach_masks`]."""
         attach_masks(self, masks, adapter_name)
+
+
+def attach_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
+    """Hand the masks of a pruned model to an adapter that was created with `mask="stored"`.
+
+    They are saved with the adapter, one bit a weight, with a fingerprint of the base weight each one is for. Modules
+    of the adapter without a mask keep every weight, about which one warning says so.
+
+    Args:
+        model: a `PeftModel`, a `SparseLoraModel`, or a transformers model after `add_adapter`.
+        masks: name of the module in the base model -> bool mask of the shape of its weight, True where it is kept.
+        adapter_name: the adapter.
+
+    Raises:
+        TypeError: a mask is not bool.
+        ValueError: there is no such adapter; it stores no masks; a mask is for a module that it does not adapt, which
+            would stay dense; or a mask has the wrong shape.
+    """
+    layers = _layers_of(_base_model(model), adapter_name)
+    if not layers:
+        raise ValueError(f"The model has no SparseLoRA adapter named {adapter_name!r}. Add one, or name another.")
+    unknown = sorted(masks.keys() - layers.keys())
+    if unknown:
+        raise ValueError(
+            f"Adapter {adapter_name!r} does not adapt {len(unknown)} of the {len(masks)} masked modules, which would "
+            f"stay dense: {_shorten(unknown)}. Create it with SparseLoraConfig(target_modules=list(masks))."
+        )
+    for name, layer in layers.items():
+        layer.attach_mask(adapter_name, masks.get(name))
+    _warn_about_dense(layers, adapter_name)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseLoraLayer]:
+    """The layers that have this adapter, by the name their module has in the base model."""
+    return {
+        name.replace(".base_layer", ""): module  # inside the layer of another tuner
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLoraLayer) and adapter_name in module.sparse_low_rank_A
+    }
+
+
+def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) -> None:
+    """Say once for all modules of an adapter in which of them its mask masks nothing."""
+    dense = [name for name, layer in layers.items() if layer.masks_nothing(adapter_name)]
+    if dense:
+        warnings.warn(
+            f"Nothing is masked in {len(dense)} of the {len(layers)} modules of adapter {adapter_name!r}: none of "
+            f"their weights is pruned, so they are fine-tuned as with plain LoRA: {_shorten(dense)}.",
+            stacklevel=2,
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+
+
+def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
+    """Names of all linear layers of a model, in the layers that the configuration chooses.
+
+    Raises:
+        ValueError: there are none in these layers.
+    """
+    known_to_peft = _maybe_include_all_linear_layers(copy.copy(peft_config), model).target_modules
+    names = set(known_to_peft or ()) | _registered_linears(model)
+    heads = _HEADS.get(peft_config.task_type or "", ())
+    return _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
+
+
+def _refuse_hidden_targets(peft_config: SparseLoraConfig, model: nn.Module) -> None:
+    """Raise if targets lie inside of a module that another method has wrapped: PEFT passes over them without a word.
+
+    Raises:
+        ValueError: there are some.
+    """
+    wrappers = [name for name, module in model.named_modules() if _is_of_another_method(module)]
+    hidden = [
+        name
+        for name, module in model.named_modules()
+        if any(name.startswith(f"{wrapper}.base_layer.") for wrapper in wrappers)
+        and find_layout(module) is not None
+        and _is_target(peft_config, name)
+    ]
+    if hidden:
+        raise ValueError(
+            f"{len(hidden)} target modules lie inside of modules that carry an adapter of another method, where PEFT "
+            f"does not look for targets: {_shorten(hidden)}. Add SparseLoRA first and the other adapter (a Variator "
+            "plugin, say) after it, or name target_modules outside of them."
+        )
+
+
+def _is_of_another_method(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, SparseLoraLayer)
+
+
+def _is_target(peft_config: SparseLoraConfig, key: str) -> bool:
+    if peft_config.target_modules in (None, INCLUDE_LINEAR_LAYERS_SHORTHAND):
+        return True
+    return bool(check_target_module_exists(peft_config, key.replace(".base_layer", "")))
+
+
+def _registered_linears(model: nn.Module) -> set[str]:
+    """Names of the linear layers of classes that PEFT does not know, outside of other adapters."""
+    known = (nn.Linear, Conv1D, nn.Conv2d)
+    return {
+        name
+        for name, module in model.named_modules()
+        if find_layout(module) is not None and not isinstance(module, known) and not name.endswith(".base_layer")
+    }
+
+
+def _in_chosen_layers(peft_config: SparseLoraConfig, names: set[str]) -> set[str]:
+    """The names in the layers of `layers_to_transform`, which PEFT does not look at for full names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if peft_config.layers_to_transform is None:
+        return names
+    by_suffix = copy.copy(peft_config)
+    by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
+    chosen = {name for name in names if check_target_module_exists(by_suffix, name)}
+    if not chosen:
+        raise ValueError(
+            f"layers_to_transform={peft_config.layers_to_transform!r}, layers_pattern={peft_config.layers_pattern!r}: "
+            f"none of {_shorten(sorted(names))} is in these layers. Indices count from 0 in the list that "
+            "layers_pattern names."
+        )
+    return chosen
