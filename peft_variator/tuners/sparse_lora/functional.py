@@ -60,11 +60,11 @@ class MaskedWeight(NamedTuple):
         """Slices that cover the rows, each with the mask and the base weight of these rows, and all of A and B."""
         layout = get_layout(self.layout)
         rows, columns = self.shape()
-        if layout.rows is None:
-            yield slice(0, rows), self
-            return
         size = _BLOCK_ON_CPUS if self.base[0].device.type == "cpu" else _BLOCK_ELSEWHERE
         step = max(1, size // max(columns, 1))
+        if layout.rows is None or rows <= step:
+            yield slice(0, rows), self
+            return
         for start in range(0, rows, step):
             block = slice(start, min(start + step, rows))
             mask = None if self.packed_mask is None else self.packed_mask[block]
