@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from scores import SCORES, squad_f1
 from squad import answers, features, read_questions
 from tasks import TASKS, Example, read_examples
 from transformers import (
@@ -14,8 +15,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
-from peft_variator import metrics
 
 
 __all__ = ["Problem", "load_problem", "predict"]
@@ -54,7 +53,7 @@ class SentenceProblem:
 
     def __init__(self, data: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.task = TASKS[name]
-        self.metric, self.epochs = self.task.metric[1], self.task.epochs
+        self.metric, self.epochs = self.task.metric, self.task.epochs
         train, test = read_examples(data, name)
         self.train, self.test = self._features(train, tokenizer), self._features(test, tokenizer)
 
@@ -76,8 +75,7 @@ class SentenceProblem:
         stacked = torch.stack(logits)
         predictions = stacked.squeeze(1) if self.task.num_labels == 1 else stacked.argmax(1)
         references = [feature["labels"] for feature in self.test]
-        result = metrics.load(self.task.metric[0]).compute(predictions=predictions.tolist(), references=references)
-        return 100 * result[self.task.metric[1]]
+        return 100 * SCORES[self.metric](predictions.tolist(), references)
 
 
 class SquadProblem:
@@ -97,11 +95,7 @@ class SquadProblem:
     def score(self, logits: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         """F1 over words, in points."""
         given = answers(self.questions, self.windows, logits)
-        predictions = [
-            {"id": question.key, "prediction_text": text} for question, text in zip(self.questions, given, strict=True)
-        ]
-        references = [{"id": question.key, "answers": question.answers} for question in self.questions]
-        return metrics.load("squad").compute(predictions=predictions, references=references)["f1"]
+        return 100 * squad_f1(given, [question.answers["text"] for question in self.questions])
 
 
 def _plain(windows: Features) -> Features:

@@ -27,7 +27,7 @@ class Task:
         train: file of the training rows, relative to the data folder.
         test: file of the rows the score is computed on; the training file again where it has to be split.
         row: takes a row's columns, gives the example.
-        metric: name of the metric module, and of the score in its result.
+        metric: name of the score, one of `scores.SCORES`.
         header: whether the first line names the columns.
         num_labels: number of classes; 1 for a score.
         epochs: passes over the training rows when the task is learned.
@@ -38,7 +38,7 @@ class Task:
     train: str
     test: str
     row: Callable[[Sequence[str]], Example]
-    metric: tuple[str, str] = ("accuracy", "accuracy")
+    metric: str = "accuracy"
     header: bool = True
     num_labels: int = 2
     epochs: int = 3
@@ -72,7 +72,7 @@ TASKS: dict[str, Task] = {
         "stsb/sts-train.csv",
         "stsb/sts-test.csv",
         lambda row: Example((row[5], row[6]), float(row[4])),
-        metric=("spearmanr", "spearmanr"),
+        metric="spearmanr",
         header=False,
         num_labels=1,
         epochs=2,

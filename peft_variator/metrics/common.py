@@ -13,7 +13,7 @@ import evaluate
 import numpy as np
 
 
-__all__ = ["as_labels", "as_rows", "as_scores", "correlation", "pair_info"]
+__all__ = ["as_rows", "pair_info"]
 
 
 def pair_info(description: str | None, inputs: str, feature: Any) -> evaluate.MetricInfo:
@@ -28,39 +28,6 @@ def pair_info(description: str | None, inputs: str, feature: Any) -> evaluate.Me
     return evaluate.MetricInfo(
         description=description or "", citation="", inputs_description=inputs, features=features
     )
-
-
-def as_scores(values: Any, name: str) -> np.ndarray:
-    """`values` as float64 of shape (examples,).
-
-    Args:
-        values: one number an example.
-        name: `"predictions"` or `"references"`, for the message.
-
-    Raises:
-        ValueError: no example, or a value that is not finite.
-    """
-    scores = np.asarray(values, dtype=np.float64)
-    if scores.size == 0:
-        raise ValueError(f"{name} is empty: a metric needs at least one example.")
-    _check_finite(scores, name)
-    return scores
-
-
-def as_labels(values: Any, name: str) -> np.ndarray:
-    """`values` as int64 class ids of shape (examples,).
-
-    Raises:
-        ValueError: no example, or a value that is not a whole number, e.g. a probability instead of a class id.
-    """
-    scores = as_scores(values, name)
-    labels = scores.astype(np.int64)
-    if wrong := np.flatnonzero(labels != scores).tolist():
-        raise ValueError(
-            f"{name}[{wrong[0]}] is {scores[wrong[0]]}, which is not a class id. Pass whole numbers, e.g. the "
-            "argmax of the logits."
-        )
-    return labels
 
 
 def as_rows(values: Any, name: str) -> np.ndarray:
@@ -78,13 +45,6 @@ def as_rows(values: Any, name: str) -> np.ndarray:
     rows = np.stack([np.asarray(row, dtype=np.float64) for row in values])
     _check_finite(rows, name)
     return rows
-
-
-def correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Pearson correlation of two arrays of shape (examples,); nan when one of them is constant."""
-    left, right = left - left.mean(), right - right.mean()
-    norm = np.linalg.norm(left) * np.linalg.norm(right)
-    return float(left @ right / norm) if norm else float("nan")
 
 
 def _check_finite(values: np.ndarray, name: str) -> None:

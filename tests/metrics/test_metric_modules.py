@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,8 @@ import peft_variator
 from peft_variator import metrics
 
 
-NAMES = [
-    "accuracy",
-    "f1",
-    "fidelity",
-    "matthews_correlation",
-    "nearest_neighbour",
-    "pearsonr",
-    "spearmanr",
-    "squad",
-]
-LABELS = {"predictions": [1, 0, 1], "references": [1, 1, 1]}
+NAMES = ["fidelity", "nearest_neighbour"]
+ROWS = {"predictions": [[1.0, 0.0], [0.0, 1.0], [1.0, 0.2]], "references": [[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]}
 
 OFFLINE_SCRIPT = """
 import json, socket, sys
@@ -65,17 +57,41 @@ def test_metrics_travel_with_an_installed_package():
 
 
 def test_metrics_combine():
-    combined = evaluate.combine([metrics.path("accuracy"), metrics.path("f1")])
-    assert combined.compute(**LABELS) == {"accuracy": pytest.approx(2 / 3), "f1": pytest.approx(0.8)}
+    combined = evaluate.combine([metrics.path("fidelity"), metrics.path("nearest_neighbour")]).compute(**ROWS)
+    alone = [metrics.load(name).compute(**ROWS) for name in NAMES]
+    assert combined["kl"] == alone[0]["kl"]
+    assert set(combined) == {"cosine", "relative_error", "kl", "fidelity_agreement", "nearest_neighbour_agreement"}
 
 
 def test_batches_add_up_and_options_are_handed_on():
-    metric = metrics.load("accuracy", keep_in_memory=True)
-    for prediction, reference in zip(*LABELS.values(), strict=True):
+    metric = metrics.load("fidelity", config_name="logits", keep_in_memory=True)
+    for prediction, reference in zip(*ROWS.values(), strict=True):
         metric.add_batch(predictions=[prediction], references=[reference])
-    assert metric.compute() == {"accuracy": pytest.approx(2 / 3)}
+    assert metric.compute() == metrics.load("fidelity", config_name="logits").compute(**ROWS)
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="no metric 'glue'.*Choose one of: accuracy, f1, fidelity"):
+    with pytest.raises(ValueError, match="no metric 'glue'.*Choose one of: fidelity, nearest_neighbour"):
         metrics.path("glue")
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("accuracy", "sklearn.metrics.accuracy_score"),
+        ("f1", "sklearn.metrics.f1_score"),
+        ("matthews_correlation", "sklearn.metrics.matthews_corrcoef"),
+        ("pearsonr", "scipy.stats.pearsonr"),
+        ("spearmanr", "scipy.stats.spearmanr"),
+        ("squad", 'evaluate.load("squad")'),
+    ],
+)
+@pytest.mark.parametrize("function", [metrics.load, metrics.path])
+def test_a_removed_metric_names_the_call_to_use(function, name, call):
+    with pytest.raises(ValueError, match=f"{name!r}.*{re.escape(call)}"):
+        function(name)
+
+
+def test_evaluate_is_imported_when_a_metric_is_first_loaded():
+    script = "import sys, peft_variator.metrics as m; m.names(); sys.exit('evaluate' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,1 +1,0 @@
-"""Metric `accuracy`; load it with `peft_variator.metrics.load("accuracy")`."""

@@ -1,1 +1,0 @@
-"""Metric `f1`; load it with `peft_variator.metrics.load("f1")`."""

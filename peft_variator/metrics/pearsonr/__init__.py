@@ -1,1 +1,0 @@
-"""Metric `pearsonr`; load it with `peft_variator.metrics.load("pearsonr")`."""

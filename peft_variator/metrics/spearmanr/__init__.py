@@ -1,1 +1,0 @@
-"""Metric `spearmanr`; load it with `peft_variator.metrics.load("spearmanr")`."""

@@ -1,1 +1,0 @@
-"""Metric `squad`; load it with `peft_variator.metrics.load("squad")`."""
