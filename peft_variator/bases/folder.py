@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..pretrained import model_class
+from ..models import model_class
 from .checkpoint import Checkpoint, CheckpointError
 from .config import METHOD, Sparse24Config
 from .load import translate_compressed_tensors

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..models import Task
 from ..profiling import (
     SHAPES,
     BenchmarkReport,
@@ -24,7 +25,6 @@ from ..profiling import (
     was_busy,
 )
 from ..profiling.inputs import Lengths
-from ..profiling.shapes import Task
 from .console import open_console
 from .errors import reported
 from .outputs import check_outputs

@@ -11,7 +11,7 @@ import typer
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..files import check_new_folder, new_folder
-from ..pretrained import check_model_name, load_whole, model_class
+from ..models import check_model_name, load_whole, model_class
 from ..sparsity import PruningConfig, SparsityReport, prune
 from ..sparsity.calibration import read_batches
 from .console import open_console

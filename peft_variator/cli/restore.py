@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..profiling.shapes import Task
+from ..models import Task
 from ..training.restored_card import RestoredFacts
 from .console import show_result
 from .errors import reported

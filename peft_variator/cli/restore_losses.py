@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..profiling.shapes import Task
+from ..models import Task
 from ..training import DistillationTrainer
 from .train_data import Examples, TrainingData
 

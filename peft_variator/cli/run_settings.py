@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..files import check_new_folder
-from ..pretrained import check_model_name
+from ..models import Task, check_model_name
 from ..profiling import has_weights
-from ..profiling.shapes import Task
 
 
 __all__ = ["RunSettings"]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..profiling.shapes import Task
+from ..models import Task
 from ..training.card import PluginFacts
 from .console import show_result
 from .errors import reported

@@ -18,7 +18,7 @@ from transformers import (
     default_data_collator,
 )
 
-from ..profiling.shapes import Task
+from ..models import Task
 from ..training.images import ImageFolder
 from ..training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
+from ..models import Task
 from ..profiling import count_flops, find_task, load_config
-from ..profiling.shapes import Task
 from ..training import DistillationTrainer, load_plugin
 from ..training.card import PluginFacts, RatioFacts, plugin_card
 from ..training.quality import measure_quality

@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..files import new_folder, write_text
+from ..models import Task
 from ..profiling import build_model, count_positions, load_config
-from ..profiling.shapes import Task
 from ..training import DistillationConfig
 from ..training.card import PluginFacts
 from ..training.restored_card import RestoredFacts

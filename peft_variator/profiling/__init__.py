@@ -1,17 +1,12 @@
 """What a model costs: FLOPs, time, memory; and how a plugin compares with its base."""
 
-from .benchmark import BenchmarkSettings, count_steps, run_benchmark
-from .compare import compare
+from ..models import SHAPES, build_model, find_task, has_weights, load_config, share_weights
+from .benchmark import BenchmarkSettings, compare, count_steps, run_benchmark
 from .environment import describe_environment, was_busy
 from .flops import count_flops
-from .inputs import make_inputs, make_lengths
+from .inputs import count_positions, make_inputs, make_lengths
 from .memory import peak_memory
-from .models import build_model, find_task, has_weights, load_config, share_weights
-from .plot import check_plotting, save_plot
-from .positions import count_positions
-from .report import BenchmarkReport, Measurement
-from .shapes import SHAPES
-from .table import make_table
+from .report import BenchmarkReport, Measurement, check_plotting, make_table, save_plot
 from .timing import Candidate, Spread, num_threads, speedup, time_alternately
 
 

@@ -1,4 +1,4 @@
-"""Random inputs of a given shape."""
+"""Random inputs of a given shape, and how many tokens a model has positions for."""
 
 from __future__ import annotations
 
@@ -6,16 +6,38 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
 
-from .positions import count_positions
-from .shapes import Task
+from ..models import Task
 
 
-__all__ = ["Lengths", "make_inputs", "make_lengths", "without_padding"]
+__all__ = ["Lengths", "count_positions", "make_inputs", "make_lengths", "without_padding"]
 
 Lengths = Literal["even", "uneven"]
+
+
+def count_positions(config: PreTrainedConfig) -> int | None:
+    """Most tokens in a sequence, special tokens included; None for a model whose positions are relative.
+
+    RoBERTa and its kin number their positions from the one after the padding's, so they have fewer than their
+    configuration says: 512 of 514.
+
+    Args:
+        config: the model's configuration; of a model with several towers that of its text counts.
+    """
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    with torch.device("meta"):
+        modules = AutoModel.from_config(text).named_modules()
+    reserved = [
+        module.padding_idx + 1
+        for name, module in modules
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return positions - max(reserved, default=0)
 
 
 def make_lengths(batch: int, length: int, lengths: Lengths, generator: torch.Generator) -> Tensor:

@@ -1,17 +1,23 @@
-"""The figures of one benchmark run, and their JSON."""
+"""The figures of one benchmark run: their JSON, their table for the terminal, their picture."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from rich import box
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from ..files import replacing, write_text
 from .timing import Spread, speedup
 
 
-__all__ = ["BenchmarkReport", "Measurement"]
+__all__ = ["BenchmarkReport", "Measurement", "check_plotting", "make_table", "save_plot"]
 
 FORMAT = 1
 
@@ -125,3 +131,101 @@ class BenchmarkReport:
         content["base"] = Measurement(**content["base"])
         content["plugins"] = [Measurement(**plugin) for plugin in content["plugins"]]
         return cls(**content)
+
+
+def make_table(report: BenchmarkReport) -> Table:
+    """One row for the base and one a ratio; a batch with padding has two more columns.
+
+    Args:
+        report: the figures.
+    """
+    padded = report.base.flops_unpacked is not None
+    table = Table(
+        title=escape(report.title), caption=_caption(report, padded), caption_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("")
+    headers = ["FLOPs\nsaved", "ideal\nspeed-up", "measured\nspeed-up", "measured\n/ ideal"]
+    headers += ["ideal,\npads\ncomputed", "measured\n/ that"] if padded else []
+    headers += ["ms", "peak\nmemory", "added\nparams"]
+    for header in headers:
+        table.add_column(header, justify="right", overflow="fold")
+    table.add_row("base", *[""] * (len(headers) - 3), *_cost(report.base), "")
+    for plugin in report.plugins:
+        table.add_row(plugin.name, *_gains(report, plugin), *_cost(plugin), f"{report.added_parameters:,}")
+    return table
+
+
+def _caption(report: BenchmarkReport, padded: bool) -> str:
+    lines = [
+        f"{report.machine}; torch {report.environment['torch']}.",
+        f"Medians of {report.settings['rounds']} rounds, quartiles below them.",
+        f"Base: {report.base.flops / 1e9:,.2f} GFLOPs, {report.base_parameters:,} parameters.",
+        "Ideal: the base's FLOPs over the plugin's. Peak: memory held beyond weights and inputs.",
+    ]
+    if padded:
+        lines.append("Pads computed: the ideal of a plugin that, like the base, spends FLOPs on padding.")
+    return "\n".join(lines)
+
+
+def _gains(report: BenchmarkReport, plugin: Measurement) -> list[str]:
+    measured, ideal, unpacked = report.speedup(plugin), report.ideal_speedup(plugin), report.unpacked_speedup(plugin)
+    cells = [
+        f"{report.flops_saved(plugin):.1%}",
+        f"{ideal:.2f}×",
+        _spread(measured, "×"),
+        f"{measured.median / ideal:.2f}",
+    ]
+    return cells if unpacked is None else [*cells, f"{unpacked:.2f}×", f"{measured.median / unpacked:.2f}"]
+
+
+def _cost(measurement: Measurement) -> list[str]:
+    milliseconds = Spread.of([1000 * seconds for seconds in measurement.seconds])
+    return [_spread(milliseconds), decimal(measurement.peak_memory)]
+
+
+def _spread(spread: Spread, unit: str = "") -> str:
+    digits = 2 if spread.median < 100 else 0
+    return f"{spread.median:.{digits}f}{unit}\n{spread.low:.{digits}f}–{spread.high:.{digits}f}"
+
+
+def check_plotting() -> None:
+    """Raise if matplotlib is missing; call it before measuring, not after.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("A plot needs matplotlib, which is not installed. Run: pip install 'peft-variator[plots]'")
+
+
+def save_plot(report: BenchmarkReport, path: str | Path) -> None:
+    """Bars of the ideal and the measured speed-up of each ratio, with quartiles, as PNG; written whole or not at all.
+
+    Args:
+        report: the figures.
+        path: where the picture goes; matplotlib reads the format off its ending.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    measured = [report.speedup(plugin) for plugin in report.plugins]
+    medians = [spread.median for spread in measured]
+    places = range(len(measured))
+    figure = Figure(figsize=(1.6 + 1.4 * len(measured), 3.6), layout="constrained")
+    axes = figure.subplots()
+    ideal = [report.ideal_speedup(plugin) for plugin in report.plugins]
+    axes.bar([place - 0.2 for place in places], ideal, 0.4, label="ideal (FLOPs)", color="#c6d4e1")
+    spreads = [[s.median - s.low for s in measured], [s.high - s.median for s in measured]]
+    axes.bar(
+        [place + 0.2 for place in places], medians, 0.4, yerr=spreads, capsize=3, label="measured", color="#2f6690"
+    )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(list(places), [plugin.name for plugin in report.plugins])
+    axes.set_ylabel("times faster than the base")
+    axes.set_title(f"{report.title}\n{report.machine}", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..pretrained import model_class
+from ..models import model_class
 from .modalities import WHOLE_MODEL
 from .targets import find_prunable
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from peft_variator.bases import pack_checkpoint
 from peft_variator.cli import bench as bench_module
 from peft_variator.cli.main import app
-from peft_variator.profiling import BenchmarkReport, plot
+from peft_variator.profiling import BenchmarkReport
 from peft_variator.sparsity import PruningConfig, prune
 
 
@@ -161,7 +161,7 @@ def test_a_ratio_that_is_named_twice_is_measured_once(config):
 
 
 def test_a_picture_without_matplotlib(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr("peft_variator.profiling.report.find_spec", lambda name: None)
     status, _, err = invoke(config("encoder"), *QUICK, "--png", tmp_path / "out.png")
     assert status == 1
     assert "pip install 'peft-variator[plots]'" in err

@@ -20,7 +20,6 @@ from peft_variator.profiling import (
     count_flops,
     count_steps,
     make_table,
-    plot,
     run_benchmark,
     save_plot,
     share_weights,
@@ -225,7 +224,7 @@ def test_plot_is_a_picture(tmp_path):
 
 
 def test_plot_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr("peft_variator.profiling.report.find_spec", lambda name: None)
     with pytest.raises(
         ImportError, match=r"matplotlib, which is not installed. Run: pip install 'peft-variator\[plots"
     ):
