@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ..compat import TorchDispatchMode
 
 
 __all__ = ["count_flops"]

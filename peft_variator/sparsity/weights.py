@@ -13,6 +13,7 @@ from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..compat import offload_hook
 from .targets import PrunableModule
 
 
@@ -46,7 +47,7 @@ def replace_matrix(target: PrunableModule, matrix: Tensor) -> None:
         with torch.no_grad():
             target.module.weight.copy_(weight)
         return
-    hook: Any = target.module._hf_hook
+    hook: Any = offload_hook(target.module)
     weights, key = hook.weights_map, "weight"
     while isinstance(weights, PrefixedDataset):
         weights, key = weights.dataset, weights.prefix + key
