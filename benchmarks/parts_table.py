@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from peft_variator.markdown import make_table
 from peft_variator.profiling import Spread, speedup
 
 
@@ -33,11 +34,10 @@ def parts_table(cases: list[dict[str, Any]]) -> str:
         cases: contents of the files.
     """
     if not cases:
-        return "No results are committed yet.\n"
-    lines = [HEADER, ["---"] * 2 + ["---:"] * (len(HEADER) - 2), *map(_row, cases)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "No results are committed yet."
+    table = make_table(HEADER, map(_row, cases), text_columns=2)
     commands = "\n".join(["```sh", *(case["command"] for case in cases), "```"])
-    return f"{table}\n\n{commands}\n"
+    return f"{table}\n\n{commands}"
 
 
 def _row(case: dict[str, Any]) -> list[str]:

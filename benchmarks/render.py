@@ -18,14 +18,13 @@ from parts_table import parts_table
 from rich.filesize import decimal
 
 from peft_variator.files import write_text
+from peft_variator.markdown import make_table, replace_between
 from peft_variator.profiling import BenchmarkReport, Measurement, Spread
 
 
-__all__ = ["main", "pool", "render", "replace_between_markers"]
+__all__ = ["main", "pool", "render"]
 
 HERE = Path(__file__).resolve().parent
-MARKERS = "<!-- results: begin (written by benchmarks/render.py) -->", "<!-- results: end -->"
-PARTS_MARKERS = "<!-- parts: begin (written by benchmarks/render.py) -->", "<!-- parts: end -->"
 COLUMNS = ["model", "input", "k", "FLOPs saved", "ideal", "measured", "measured / ideal"]
 PADDED_COLUMNS = ["ideal, pads computed", "measured / that"]
 COST_COLUMNS = ["base, ms", "with plugin, ms", "peak memory", "with plugin", "added parameters"]
@@ -34,7 +33,7 @@ COST_COLUMNS = ["base, ms", "with plugin, ms", "peak memory", "with plugin", "ad
 def render(reports: list[BenchmarkReport]) -> str:
     """Markdown: one section a machine and dtype, one table for full and one for padded batches, then the commands."""
     if not reports:
-        return "No results are committed yet.\n"
+        return "No results are committed yet."
     sections = []
     for heading, group in groupby(sorted(reports, key=_order), key=_heading):
         by_command = [list(processes) for _, processes in groupby(group, key=lambda report: report.command)]
@@ -45,7 +44,7 @@ def render(reports: list[BenchmarkReport]) -> str:
                 parts.append(_table(rows, padded))
         parts.append("\n".join(["```sh", *(report.command for report in members), "```"]))
         sections.append("\n\n".join(parts))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(sections)
 
 
 def pool(processes: Sequence[BenchmarkReport]) -> BenchmarkReport:
@@ -82,20 +81,6 @@ def _agreement(by_command: list[list[BenchmarkReport]], pooled: list[BenchmarkRe
     return f"Processes a row: {numbers}. What a single one measured lies at most {apart:.0%} from its row's speed-up."
 
 
-def replace_between_markers(page: str, content: str, markers: tuple[str, str] = MARKERS) -> str:
-    """`page` with `content` between its two marker lines.
-
-    Raises:
-        ValueError: the page does not have each marker once, in their order.
-    """
-    begin, end = markers
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed) or page.count(begin) + page.count(end) != 2:
-        raise ValueError(f"The page must have the lines {begin!r} and {end!r} once each, in this order.")
-    return f"{before}{begin}\n\n{content}\n{end}{after}"
-
-
 def _heading(report: BenchmarkReport) -> str:
     environment = report.environment
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "peft"))
@@ -109,9 +94,8 @@ def _order(report: BenchmarkReport) -> tuple[str, str, int, int, str]:
 
 def _table(reports: list[BenchmarkReport], padded: bool) -> str:
     header = [*COLUMNS, *(PADDED_COLUMNS if padded else []), *COST_COLUMNS]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
-    lines += [_row(report, plugin) for report in reports for plugin in report.plugins]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = [_row(report, plugin) for report in reports for plugin in report.plugins]
+    return make_table(header, rows, text_columns=2)
 
 
 def _row(report: BenchmarkReport, plugin: Measurement) -> list[str]:
@@ -139,9 +123,10 @@ def main(
 ) -> None:
     """Write the tables of the page from the reports."""
     old = page.read_text(encoding="utf-8")
-    new = replace_between_markers(old, render([BenchmarkReport.load(path) for path in sorted(results.glob("*.json"))]))
+    reports = [BenchmarkReport.load(path) for path in sorted(results.glob("*.json"))]
+    new = replace_between(old, "results", render(reports))
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / "parts").glob("*.json"))]
-    new = replace_between_markers(new, parts_table(parts), PARTS_MARKERS)
+    new = replace_between(new, "parts", parts_table(parts))
     if check and new != old:
         typer.echo(f"{page} is out of date. Run: python benchmarks/render.py", err=True)
         raise typer.Exit(1)

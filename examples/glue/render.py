@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from peft_variator.files import replacing, write_text
+from peft_variator.markdown import make_table, replace_between
 
 
 HERE = Path(__file__).parent
@@ -43,11 +44,6 @@ def _with_spread(values: list[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _by_task(runs: list[Run]) -> dict[str, list[Run]]:
     by_task: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
@@ -69,7 +65,7 @@ def main_table(runs: list[Run], speeds: dict[str, dict[int, dict[str, float]]]) 
     mean = ["**mean**", "", "", *_mean_drops(by_task), "", "", ""]
     head = ["task", "metric", "base", *(f"lost at k = {ratio}" for ratio in RATIOS)]
     head += ["FLOPs saved at 2 / 4 / 8", "speed-up at 2 / 4 / 8", "seeds"]
-    return _table(head, [*rows, mean])
+    return make_table(head, [*rows, mean])
 
 
 def unlabelled_table(runs: list[Run]) -> str:
@@ -80,7 +76,7 @@ def unlabelled_table(runs: list[Run]) -> str:
         for name, group in by_task.items()
     ]
     head = ["task", *(f"lost at k = {ratio}" for ratio in RATIOS), "seeds"]
-    return _table(head, [*rows, ["**mean**", *_mean_drops(by_task), ""]])
+    return make_table(head, [*rows, ["**mean**", *_mean_drops(by_task), ""]])
 
 
 def _task_row(name: str, runs: list[Run], speed: dict[int, dict[str, float]]) -> list[str]:
@@ -121,7 +117,7 @@ def ablation_table(runs: list[Run]) -> str:
         [variant, *(_ablation_cell(found[variant, task], ratio) for task in tasks for ratio in RATIOS)]
         for variant in sorted(variants, key=lambda name: (name != "main", name))
     ]
-    return _table(head, rows)
+    return make_table(head, rows)
 
 
 def _ablation_cell(run: Run, ratio: int) -> str:
@@ -154,14 +150,6 @@ def plot(labelled: list[Run], unlabelled: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def _replace_between(text: str, marker: str, content: str) -> str:
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    if start not in text or end not in text:
-        raise ValueError(f"The page has no {start} … {end} to put the table between.")
-    before, rest = text.split(start, 1)
-    return f"{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}"
-
-
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = HERE / "results",
     page: Annotated[Path, typer.Option(help="The page to fill in.")] = DOCS / "glue.md",
@@ -174,10 +162,10 @@ def main(
     timed = _load(results, "*-speed.json")
     speeds = {run["task"]: {int(ratio): spread for ratio, spread in run["speedup"].items()} for run in timed}
     text = page.read_text(encoding="utf-8")
-    text = _replace_between(text, "results", f"{main_table(main_runs, speeds)}\n\n{speed_note(timed)}".rstrip())
+    text = replace_between(text, "results", f"{main_table(main_runs, speeds)}\n\n{speed_note(timed)}".rstrip())
     unlabelled = [run for run in runs if run["variant"] == "no-task-loss"]
-    text = _replace_between(text, "unlabelled", unlabelled_table(unlabelled))
-    text = _replace_between(text, "ablation", ablation_table(runs))
+    text = replace_between(text, "unlabelled", unlabelled_table(unlabelled))
+    text = replace_between(text, "ablation", ablation_table(runs))
     write_text(page, text)
     plot(main_runs, unlabelled, DOCS / "images" / "glue.png")
     print(f"Wrote {page} and {DOCS / 'images' / 'glue.png'}")

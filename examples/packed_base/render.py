@@ -6,13 +6,13 @@ python examples/packed_base/render.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from peft_variator.files import write_text
+from peft_variator.markdown import make_table, replace_between
 
 
 HERE = Path(__file__).resolve().parent
@@ -30,12 +30,6 @@ INFERENCE = (
     ("memory of the prefill, MB", "prefill_resident", 1e6),
 )
 TRAINING = (("step, s", "step_seconds", 1.0), ("memory of the step, MB", "step_resident", 1e6))
-
-
-def _table(head: Iterable[str], rows: Iterable[list[str]]) -> str:
-    lines = [list(head), *rows]
-    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _machine(facts: Record) -> str:
@@ -58,7 +52,7 @@ def end_to_end(report: Record) -> str:
         f"`{report['command']}`: {report['packed_layers']} packed layers, {report['trained_parameters']:,} trained "
         f"parameters, {report['steps']} steps, {seconds:.0f} CPU seconds. {_machine(report['environment'])}"
     )
-    return f"{_table(['', 'STS-B', 'embeddings differ by', 'files, MB'], rows)}\n\n{facts}"
+    return f"{make_table(['', 'STS-B', 'embeddings differ by', 'files, MB'], rows)}\n\n{facts}"
 
 
 def _cell(figure: Record | None, unit: float) -> str:
@@ -74,7 +68,7 @@ def _cell(figure: Record | None, unit: float) -> str:
 def _figures(rows: Record, columns: tuple[tuple[str, str, float], ...]) -> str:
     chosen = {name: row for name, row in rows.items() if columns[0][1] in row}
     body = [[name, *(_cell(row.get(figure), unit) for _, figure, unit in columns)] for name, row in chosen.items()]
-    return _table(["", *(heading for heading, _, _ in columns)], body)
+    return make_table(["", *(heading for heading, _, _ in columns)], body)
 
 
 def bench(report: Record) -> str:
@@ -92,19 +86,6 @@ def bench(report: Record) -> str:
         f"{settings['rank']}. {_machine(report['environment'])}",
     ]
     return "\n\n".join(parts)
-
-
-def replace_between(page: str, name: str, body: str) -> str:
-    """Put `body` between `<!-- name -->` and `<!-- /name -->`.
-
-    Raises:
-        ValueError: the page does not have both, in this order.
-    """
-    before, opening, rest = page.partition(f"<!-- {name} -->\n")
-    _, closing, after = rest.partition(f"<!-- /{name} -->")
-    if not opening or not closing:
-        raise ValueError(f"The page has no lines <!-- {name} --> and <!-- /{name} --> to write between.")
-    return f"{before}{opening}\n{body}\n\n{closing}{after}"
 
 
 def main(results: Path = RESULTS, page: Path = PAGE) -> None:

@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_variator.files import write_text
+from peft_variator.markdown import make_table, replace_between
 
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "packed_bases.md"
-START, END = "<!-- faults -->", "<!-- /faults -->"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table whose first column is text and whose others are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def source(report: dict[str, Any]) -> str:
@@ -39,7 +33,7 @@ def kills(report: dict[str, Any]) -> str:
         [f"`{name}`", str(count["rounds"]), *(str(count.get(column, 0)) for column in (*columns, partial))]
         for name, count in report["counts"].items()
     ]
-    return table(["", "rounds", *columns, partial], rows)
+    return make_table(["", "rounds", *columns, partial], rows)
 
 
 def mutations(report: dict[str, Any]) -> str:
@@ -51,7 +45,7 @@ def mutations(report: dict[str, Any]) -> str:
             total = sum((Counter(counts) for counts in by_damage.values()), Counter())
             rest = sum(total.values()) - sum(total[column] for column in columns)
             rows.append([f"{kind}, {read}", str(run["files"]), *(str(total[column]) for column in columns), str(rest)])
-    return table(["", "files", *columns, "crash or hang"], rows)
+    return make_table(["", "files", *columns, "crash or hang"], rows)
 
 
 def main() -> None:
@@ -60,8 +54,7 @@ def main() -> None:
         json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8")) for name in ("kill", "mutate")
     )
     growth = max(run["largest_growth_mib"] for run in mutated["counts"].values())
-    text = f"""{START}
-
+    text = f"""\
 SIGKILL at random moments of a run, on a tiny Llama in several files. The sources were unchanged every time, nothing
 but hidden folders was left beside the target, and every run that was taken up (a random half of those that left
 nothing) gave the same files. `save_pretrained` writes into the final folder, so it can leave a part; what it left
@@ -79,12 +72,8 @@ two tensors of one shape that change places are, too: these are the other number
 
 {mutations(mutated)}
 
-{source(mutated)}
-
-{END}"""
-    page = PAGE.read_text(encoding="utf-8")
-    start, end = page.index(START), page.index(END) + len(END)
-    write_text(PAGE, page[:start] + text + page[end:])
+{source(mutated)}"""
+    write_text(PAGE, replace_between(PAGE.read_text(encoding="utf-8"), "faults", text))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python examples/quickstart/render.py --check   # only says, by its exit status, 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +16,13 @@ from report import make_markdown
 from results import Results
 
 from peft_variator.files import write_text
+from peft_variator.markdown import replace_between
 
 
 __all__ = ["main"]
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
-BEGIN, END = "<!-- results: begin (written by examples/quickstart/render.py) -->", "<!-- results: end -->"
 
 
 def main(
@@ -35,10 +34,7 @@ def main(
     """Write the page's table and the picture."""
     loaded = Results.load(results)
     old = page.read_text(encoding="utf-8")
-    block = f"{BEGIN}\n\n{make_markdown(loaded)}\n\n{END}"
-    new, found = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, old, flags=re.DOTALL)
-    if found != 1:
-        raise typer.BadParameter(f"{page} must have the lines {BEGIN!r} and {END!r} once each, in this order.")
+    new = replace_between(old, "results", make_markdown(loaded))
     if check and new != old:
         typer.echo(f"{page} is out of date. Run: python examples/quickstart/render.py", err=True)
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from results import Results, Row
 from rich import box
 from rich.table import Table
 
+from peft_variator import markdown
 from peft_variator.profiling import was_busy
 
 
@@ -60,9 +61,8 @@ def make_table(results: Results) -> Table:
 
 def make_markdown(results: Results) -> str:
     """The same table, with what it was measured on."""
-    lines = [f"| | {' | '.join(HEADERS)} |", f"| :-- |{' --: |' * len(HEADERS)}"]
-    lines += [f"| {row.name} | {' | '.join(_cells(row))} |" for row in results.rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in make_notes(results))])
+    table = markdown.make_table(["", *HEADERS], [[row.name, *_cells(row)] for row in results.rows])
+    return "\n".join([table, "", *(f"- {note}" for note in make_notes(results))])
 
 
 def _cells(row: Row) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from peft_variator.files import write_text
+from peft_variator.markdown import make_table, replace_between
 
 
 HERE = Path(__file__).parent
@@ -25,11 +26,6 @@ TITLES = {
     "sparse-lora": "SparseLoRA, merged",
     "sparse-lora-distilled": "SparseLoRA following the dense model, merged",
 }
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -64,7 +60,7 @@ def table(records: list[Record], quality: str, digits: int) -> str:
         if "loss_with_zeros_put_back" in chosen[0]:
             back = _spread([record["loss_with_zeros_put_back"] for record in chosen], digits)
             rows.append(["… with the zeros put back", back, "", "50.0%", "yes", str(len(chosen))])
-    return _table(["", quality, "won back", "zeros", "pattern", "seeds"], rows)
+    return make_table(["", quality, "won back", "zeros", "pattern", "seeds"], rows)
 
 
 def main() -> None:
@@ -86,10 +82,7 @@ def main() -> None:
         f"{facts['cpu']}, {facts['threads']} thread(s), load {min(loads)}–{max(loads)}, {facts['date']}; Python "
         f"{facts['python']}, {versions}. {sum(record['cpu_seconds'] for record in records):.0f} CPU seconds in all."
     )
-    before, _, rest = PAGE.read_text("utf-8").partition("<!-- results -->")
-    after = rest.partition("<!-- /results -->")[2]
-    body = "\n\n".join(parts)
-    write_text(PAGE, f"{before}<!-- results -->\n\n{body}\n\n<!-- /results -->{after}")
+    write_text(PAGE, replace_between(PAGE.read_text("utf-8"), "results", "\n\n".join(parts)))
 
 
 if __name__ == "__main__":

@@ -14,17 +14,13 @@ import typer
 from plan import CONTROL, METHODS, RESTORATIONS, SPLITS, plan
 
 from peft_variator.files import replacing, write_text
+from peft_variator.markdown import make_table, replace_between
 
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 Record = dict[str, Any]
 LABELS = dict(zip(RESTORATIONS, ("pruned", "LoRA merged", "SparseLoRA", "SparseLoRA + KL"), strict=True))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _percent(values: list[float]) -> str:
@@ -61,7 +57,7 @@ def study_table(records: list[Record], dense: float) -> str:
         zeros = _percent([each["sparsity"] for each in by_how["lora"]])
         back = _percent([each["accuracy_with_zeros_put_back"] for each in by_how["lora"]])
         rows.append([setting, *cells, zeros, back])
-    return _table(["pruned by, to", *LABELS.values(), "zeros left by LoRA", "LoRA, zeros put back"], rows)
+    return make_table(["pruned by, to", *LABELS.values(), "zeros left by LoRA", "LoRA, zeros put back"], rows)
 
 
 def _mark_base(axes: Any, base: Record) -> None:
@@ -133,10 +129,7 @@ def main() -> None:
         f"{environment['transformers']}, peft {environment['peft']}, {environment['date']}.",
     ]
     page = (DOCS / "vlm_restore.md").read_text("utf-8")
-    before, _, rest = page.partition("<!-- results -->")
-    after = rest.partition("<!-- /results -->")[2]
-    body = "\n\n".join(parts)
-    write_text(DOCS / "vlm_restore.md", f"{before}<!-- results -->\n\n{body}\n\n<!-- /results -->{after}")
+    write_text(DOCS / "vlm_restore.md", replace_between(page, "results", "\n\n".join(parts)))
     splits = [{"vision": str(vision), "language": str(language)} for vision, language in SPLITS]
     if any(record["amounts"] in splits for record in records):
         allocation_plot(records, base, DOCS / "images" / "vlm_allocation.png")

@@ -203,7 +203,7 @@ def test_the_check_of_the_page_finds_other_results(smoke, scripts, tmp_path, cap
     render, results = scripts("render"), scripts("results").Results.load(smoke[0] / "results.json")
     replace(results, command="another command").save(tmp_path / "other.json")
     page = tmp_path / "page.md"
-    page.write_text(f"Before.\n{render.BEGIN}{render.END}\nAfter.\n")
+    page.write_text("Before.\n<!-- results --><!-- /results -->\nAfter.\n")
     with pytest.raises(typer.Exit):
         render.main(tmp_path / "other.json", page, tmp_path / "plot.png", check=True)
     assert "is out of date" in capsys.readouterr().err
@@ -225,5 +225,5 @@ def test_figures_of_a_busy_machine_are_marked(smoke, scripts, used, busy):
 
 def test_a_page_without_the_markers_is_refused(smoke, scripts, tmp_path):
     (tmp_path / "page.md").write_text("No markers.\n")
-    with pytest.raises(typer.BadParameter, match="must have the lines"):
+    with pytest.raises(ValueError, match="must have the lines"):
         scripts("render").main(smoke[0] / "results.json", tmp_path / "page.md", tmp_path / "plot.png")
