@@ -4,17 +4,18 @@ Importing this package registers its methods with PEFT, so that `get_peft_model`
 transformers' `load_adapter` know them, and makes transformers know packed 2:4 models.
 """
 
+import sys
 from importlib import import_module
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
-
-from .bases import Sparse24Config, Sparse24Linear, load_base
-from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel, attach_masks
-from .tuners.variator import VariatorConfig, VariatorModel, set_compression_ratio
 
 
 if TYPE_CHECKING:
+    from .bases import Sparse24Config, Sparse24Linear, load_base
     from .sparsity import PruningConfig, SparsityReport, prune
     from .training import DistillationConfig, DistillationTrainer, load_plugin
+    from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel, attach_masks
+    from .tuners.variator import VariatorConfig, VariatorModel, set_compression_ratio
 
 
 __all__ = [
@@ -37,18 +38,42 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Imported on first use: a program that only runs a model needs neither the trainer nor the pruners.
-_ON_FIRST_USE = {
-    "DistillationConfig": "training",
-    "DistillationTrainer": "training",
-    "PruningConfig": "sparsity",
-    "SparsityReport": "sparsity",
-    "load_plugin": "training",
-    "prune": "sparsity",
+# Where each name is, imported on first use: a program that only runs a model needs neither trainer nor pruners.
+_ROOMS = {
+    "bases": ("Sparse24Config", "Sparse24Linear", "load_base"),
+    "sparsity": ("PruningConfig", "SparsityReport", "prune"),
+    "training": ("DistillationConfig", "DistillationTrainer", "load_plugin"),
+    "tuners.sparse_lora": ("SparseLoraConfig", "SparseLoraModel", "attach_masks"),
+    "tuners.variator": ("VariatorConfig", "VariatorModel", "set_compression_ratio"),
 }
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+# Importing these registers what they hold.
+_REGISTERING = ("tuners.variator", "tuners.sparse_lora", "bases")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_FIRST_USE:
+    if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
+    return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_own_command() -> bool:
+    """Whether this process is the `peft-variator` command, which shows its help before anything heavy is imported."""
+    words = sys.orig_argv
+    script = PurePath(sys.argv[0]).stem if sys.argv else ""
+    # `-m` stands in `sys.argv[0]` while Python still looks for the module to run.
+    return script == "peft-variator" or (sys.argv[:1] == ["-m"] and f"-m {__name__}" in " ".join(words))
+
+
+def _register() -> None:
+    """Make the methods known to PEFT, and packed models to transformers; once is as good as often."""
+    for room in _REGISTERING:
+        import_module(f".{room}", __name__)
+
+
+if not _is_own_command():
+    _register()

@@ -23,7 +23,7 @@ from bench_models import FOLDERS, make_folders, size_of
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from peft_variator.cli.errors import reported
+from peft_variator.cli.console import reported
 from peft_variator.files import write_text
 from peft_variator.profiling import Spread, describe_environment, num_threads, speedup
 

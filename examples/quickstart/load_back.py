@@ -19,7 +19,7 @@ from text import load_corpus
 from torch import Tensor
 
 import peft_variator  # noqa: F401  without it PEFT does not know the plugin's type
-from peft_variator.cli.errors import reported
+from peft_variator.cli.console import reported
 
 
 EMBEDDINGS, PLUGIN = "embeddings.safetensors", "plugin"

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import set_seed
 
-from peft_variator.cli.errors import reported
+from peft_variator.cli.console import reported
 from peft_variator.files import check_new_folder, new_folder
 
 

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from step import kept_bytes, make_batch, make_loss, make_step
 
-from peft_variator.cli.errors import reported
+from peft_variator.cli.console import reported
 from peft_variator.files import write_text
 from peft_variator.profiling import (
     Candidate,

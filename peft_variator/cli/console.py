@@ -1,37 +1,169 @@
-"""How commands print tables and what comes next."""
+"""What every command shares when it talks to people and to other programs: tables, lines, JSON, errors, bars."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
+import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
+from .. import _register
+from ..files import check_new_file, write_text
 
-__all__ = ["open_console", "show_result"]
+
+__all__ = ["Reporter", "parse_ratios", "reported"]
+
+# A pipe has no width of its own, and rich would fold tables at 80 columns.
+PIPE_WIDTH = 160
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
-def open_console(least_width: int) -> Console:
-    """The console; a pipe has no width of its own, and rich would fold tables at 80 columns.
+@dataclass(frozen=True)
+class Reporter:
+    """Where a command tells what it did.
 
     Args:
-        least_width: columns that a pipe gets at least.
+        json: file for the figures, `"-"` for standard output, whose place the text then leaves; `None`: nowhere.
+        png: file for a picture, or `None`.
+        quiet: whether only errors, warnings and JSON are written.
     """
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, least_width)
-    return console
+
+    json: str | None = None
+    png: Path | None = None
+    quiet: bool = False
+
+    def check(self) -> None:
+        """Raise unless what `--json` and `--png` name can be written: before the work, not after it.
+
+        Raises:
+            ImportError: `png` is given and matplotlib is not installed.
+            OSError: a folder is there, or no file can be made there.
+            ValueError: the name of a picture does not end in `.png`.
+        """
+        if self.json not in (None, "-"):
+            _check_file("--json", Path(str(self.json)))
+        if self.png is not None:
+            _check_file("--png", self.png)
+            if self.png.suffix.lower() != ".png":
+                raise ValueError(f"--png is {str(self.png)!r}; the name has to end in .png, as the picture is one.")
+            from ..profiling import check_plotting  # only now: the command's help needs no torch
+
+            check_plotting()
+
+    @property
+    def console(self) -> Console:
+        """The console for text; a table of figures is not folded in a pipe."""
+        console = Console(quiet=self.quiet, stderr=self.json == "-")
+        if not console.is_terminal:
+            console.width = max(console.width, PIPE_WIDTH)
+        return console
+
+    def say(self, *lines: str) -> None:
+        """Print lines as they are, paths and brackets included."""
+        for line in lines:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        """Print what the user has to know although it went well, on the error stream."""
+        Console(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def show_table(self, table: Table) -> None:
+        """Print a table; no number in it is broken, however narrow the terminal."""
+        for column in table.columns[1:]:
+            column.min_width = max(
+                (cell_len(str(cell)) for cell in column.cells if cell is not column.header), default=1
+            )
+        console = self.console
+        # Names in the first column and heads may be folded, numbers not: they may be wider than the terminal.
+        least = console.measure(table, options=console.options.update(max_width=10_000)).minimum
+        console.width = max(console.width, least)
+        console.print(table)
+
+    def show_figures(self, title: str, rows: Sequence[Sequence[str]], lines: Iterable[str]) -> None:
+        """Print a table of figures, whose first row is its head, and plain lines below it."""
+        head, *body = rows
+        table = Table(title=title)
+        for index, name in enumerate(head):
+            table.add_column(name, justify="right" if index else "left")
+        for row in body:
+            table.add_row(*row)
+        self.show_table(table)
+        self.say(*lines)
+
+    def write_json(self, text: str) -> None:
+        """Write figures to where `--json` says, if it does, and name the file."""
+        if self.json == "-":
+            sys.stdout.write(text.rstrip("\n") + "\n")
+        elif self.json is not None:
+            write_text(self.json, text.rstrip("\n") + "\n")
+            self.say(f"Wrote {self.json}.")
+
+    def progress(self, *columns: ProgressColumn) -> Progress:
+        """A bar on the error stream that goes away, also above an error; none in a pipe."""
+        console = Console(stderr=True)
+        return Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal)
 
 
-def show_result(title: str, rows: Sequence[Sequence[str]], lines: Iterable[str]) -> None:
-    """Print a table of figures, whose first row is its head, and plain lines below it."""
-    console = open_console(160)
-    head, *body = rows
-    table = Table(title=title)
-    for index, name in enumerate(head):
-        table.add_column(name, justify="right" if index else "left")
-    for row in body:
-        table.add_row(*row)
-    console.print(table)
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn the errors that bad input raises into their message on the error stream and exit status 1.
+
+    Ctrl-C ends with a word and status 130. Anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        _register()
+        yield
+    except KeyboardInterrupt as error:
+        _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
+        raise typer.Exit(INTERRUPTED) from error
+    except (ImportError, OSError, ValueError) as error:
+        _tell("Error:", str(error))
+        raise typer.Exit(1) from error
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        _tell("Error:", f"{error} Nothing was written under the name of the output.")
+        raise typer.Exit(1) from error
+
+
+def _tell(head: str, message: str) -> None:
+    Console(stderr=True).print(f"[bold red]{head}[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """Whether a full disk, or a file that is none, raised what is no OSError: safetensors' and torch's own errors."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, SafetensorError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("PytorchStreamWriter", "iostream"))
+    )
+
+
+def _check_file(name: str, path: Path) -> None:
+    try:
+        check_new_file(path)
+    except OSError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def parse_ratios(texts: Sequence[str]) -> list[int]:
+    """`["2,4", "8"]` as numbers, each of them once.
+
+    Raises:
+        ValueError: a part is no whole number.
+    """
+    ratios: list[int] = []
+    for text in texts:
+        parts = text.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"--ratio is {text!r}; give whole numbers, with commas between them, e.g. 2,4,8.")
+        ratios += [int(part) for part in parts]
+    return list(dict.fromkeys(ratios))

@@ -1,37 +1,447 @@
-"""Entry point of the `peft-variator` command; every command lives in a file of its own beside this one."""
+"""The `peft-variator` command line: every command with its options, and nothing that takes time to import.
+
+What a command does stands in the file of its name. It is imported when the command runs, after its options were read:
+help and mistyped options need neither torch nor PEFT.
+"""
 
 from __future__ import annotations
 
-import typer
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from .bench import bench
-from .inspect import inspect_command
-from .merge import merge_command
-from .pack import pack_command
-from .prune import prune_command
-from .restore import restore_command
-from .train import train_command
-from .unpack import unpack_command
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .. import __version__
+from .console import Reporter, parse_ratios, reported
 
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Make the models you already have cheaper to run.", no_args_is_help=True, add_completion=False)
+# Spellings of earlier versions, still understood.
+RENAMED = {"--ratios": "--ratio", "--batch": "--batch-size", "--device-map": "--device"}
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
+
+Task = Literal["encoder", "causal", "seq2seq", "vision"]
+
+
+class Command(TyperCommand):
+    """A command that understands the earlier spellings of its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments, with the options under their present names."""
+        return super().parse_args(ctx, [_renamed(word) for word in args])
+
+
+def _renamed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return RENAMED.get(name, name) + equals + value
+
+
+class Group(TyperGroup):
+    """The commands, sorted by name."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the commands."""
+        return sorted(super().list_commands(ctx))
+
+
+app = typer.Typer(
+    help="Make the models you already have cheaper to run.",
+    cls=Group,
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the result.")]
+Ratio = Annotated[
+    list[str] | None,
+    typer.Option(help="Compression ratio k (4), repeated or with commas: one plugin serves all of them."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch; in training, on each process.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda:1; left out: a GPU if there is one.")]
+Json = Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the figures as JSON; -: to standard output.")]
+Png = Annotated[Path | None, typer.Option(help="Write a picture to this file; needs the extra 'plots'.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
+TaskOption = Annotated[Task | None, typer.Option(help="How the model is used; left out: read off the architecture.")]
+Data = Annotated[
+    list[str],
+    typer.Option(help="Text file, .jsonl, data set on the Hub; for vision models a folder of images. Repeatable."),
+]
+Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
+Accumulation = Annotated[int, typer.Option(help="Batches in an optimizer step.")]
+Rate = Annotated[float, typer.Option(help="Peak learning rate; it warms up and follows a cosine to 0.")]
+MaxLength = Annotated[int, typer.Option(help="Most tokens in an example; lengths vary from a quarter up.")]
+HeldOut = Annotated[int, typer.Option(help="Examples to measure on; at most a tenth of the data.")]
+TextColumn = Annotated[str, typer.Option(help="Column of a data set or .jsonl that holds the text.")]
+Split = Annotated[str, typer.Option(help="Split of a data set.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Mixed precision.")]
+Checkpoints = Annotated[
+    Path | None, typer.Option(help="Save ten checkpoints here, and go on from the last one that is found.")
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-variator {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Make the models you already have cheaper to run."""
 
 
-app.command()(bench)
-app.command("inspect")(inspect_command)
-app.command("merge")(merge_command)
-app.command("pack")(pack_command)
-app.command("prune")(prune_command)
-app.command("restore")(restore_command)
-app.command("train")(train_command)
-app.command("unpack")(unpack_command)
+@app.command("bench", cls=Command, context_settings=CONTEXT, short_help="Measure how much faster a plugin is.")
+def bench_command(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, path of a config.json, or name of a known shape.")],
+    ratio: Annotated[
+        list[str] | None, typer.Option(help="Compression ratios k (2,4,8), repeated or with commas.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences or images in a batch.")] = 8,
+    length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence (128). Not for images.")] = None,
+    lengths: Annotated[
+        Literal["even", "uneven"],
+        typer.Option(help="uneven: lengths are drawn from a quarter of --length up, and padded."),
+    ] = "even",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")
+    ] = "float32",
+    rounds: Annotated[int, typer.Option(help="Timed samples of each setting.")] = 10,
+    min_seconds: Annotated[float, typer.Option(help="Short calls are repeated to fill a sample of so many.")] = 0.2,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: as torch chooses.")] = None,
+    task: TaskOption = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Read only the configuration of MODEL and draw the weights.")
+    ] = False,
+    with_disabled: Annotated[
+        bool, typer.Option("--with-disabled", help="Measure the plugin switched off, too.")
+    ] = False,
+    device: Device = None,
+    seed: Seed = 0,
+    json: Json = None,
+    png: Png = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how much faster a Variator plugin makes MODEL, and how much of the ideal that is.
+
+    The untouched model and the model with a plugin run in turn in one process. Causal models are measured on a
+    prefill, encoder-decoders on the encoder and one decoder step.
+    """
+    with reported():
+        reporter = Reporter(json, png, quiet)
+        ratios = parse_ratios(["2,4,8"] if ratio is None else ratio)
+        import torch
+
+        from ..profiling import BenchmarkSettings
+        from .bench import bench
+
+        bench(
+            BenchmarkSettings(
+                model=model,
+                ratios=ratios,
+                batch=batch_size,
+                length=length,
+                lengths=lengths,
+                dtype=dtype,
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                rounds=rounds,
+                min_seconds=min_seconds,
+                threads=threads,
+                task=task,
+                random_weights=random_weights,
+                with_disabled=with_disabled,
+                seed=seed,
+            ),
+            reporter,
+        )
+
+
+@app.command("inspect", cls=Command, context_settings=CONTEXT, short_help="Count the zeros of a checkpoint on disk.")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="Folder with safetensors files, sharded or not, or one such file.")],
+    by: Annotated[
+        Literal["module", "block", "modality"], typer.Option(help="One row of the table for each.")
+    ] = "block",
+    pattern: Annotated[str | None, typer.Option(help="n:m pattern to check for, e.g. 2:4.")] = None,
+    json: Json = None,
+    png: Png = None,
+    quiet: Quiet = False,
+) -> None:
+    """Count the zeros of a checkpoint's linear layers. The model is read slice by slice and never loaded."""
+    with reported():
+        from .inspect import inspect
+
+        inspect(path, by, pattern, Reporter(json, png, quiet))
+
+
+@app.command("merge", cls=Command, context_settings=CONTEXT, short_help="Merge a SparseLoRA adapter into its base.")
+def merge_command(
+    base: Annotated[Path, typer.Argument(help="Folder of the base, dense or packed.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a SparseLoRA adapter, as save_pretrained wrote it.")],
+    output: Output,
+    packed: Annotated[
+        bool | None, typer.Option("--packed/--dense", help="Form of the result. Left out: that of the base.")
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Merge ADAPTER into BASE under its masks: every zero stays where it is.
+
+    It takes the memory of one tensor. The output folder appears when all of it is written; run again after an
+    interruption, the command goes on where it stopped. BASE and ADAPTER are not changed.
+    """
+    with reported():
+        from .packed import merge
+
+        merge(base, adapter, output, packed, Reporter(json, None, quiet))
+
+
+@app.command("pack", cls=Command, context_settings=CONTEXT, short_help="Store a 2:4 model in about half the bytes.")
+def pack_command(
+    source: Annotated[Path, typer.Argument(help="Folder of a 2:4 model, with config.json and safetensors files.")],
+    output: Output,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer that has to be 2:4: a name, a class, or re:EXPRESSION. Left out: all that are."),
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Layer to leave dense, given likewise.")] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Pack the 2:4 linear layers of SOURCE: 0.5625 of their bytes in 16 bits, for `from_pretrained` to load.
+
+    It takes the memory of one tensor. The output folder appears when all of it is written; run again after an
+    interruption, the command goes on where it stopped. SOURCE is not changed.
+    """
+    with reported():
+        from .packed import pack
+
+        pack(source, output, target, ignore or (), Reporter(json, None, quiet))
+
+
+@app.command("prune", cls=Command, context_settings=CONTEXT, short_help="Make a dense model sparse.")
+def prune_command(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of the dense model.")],
+    output: Output,
+    method: Annotated[
+        Literal["magnitude", "wanda", "sparsegpt", "dsnot"], typer.Option(help="How weights are chosen.")
+    ] = "wanda",
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of weights removed, in [0, 1).")] = None,
+    pattern: Annotated[str | None, typer.Option(help="n:m pattern, n weights kept of every m: 2:4, 4:8.")] = None,
+    modality_sparsity: Annotated[
+        list[str] | None,
+        typer.Option(help="How much of one modality, e.g. vision=0.4 or language=2:4; repeat for more of them."),
+    ] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="Prune only this modality with --sparsity or --pattern; may be repeated.")
+    ] = None,
+    allocation: Annotated[
+        Literal["uniform", "ecoflap"], typer.Option(help="ecoflap: less where the loss depends on the block more.")
+    ] = "uniform",
+    score_order: Annotated[
+        Literal["zeroth", "first"], typer.Option(help="ecoflap: from loss differences or from gradients.")
+    ] = "zeroth",
+    target_module: Annotated[list[str] | None, typer.Option(help="Module to prune, by the end of its name.")] = None,
+    exclude_module: Annotated[list[str] | None, typer.Option(help="Module to leave dense, likewise.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='Calibration: plain text, or .jsonl with {"text": ..., "image": path} a line.')
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text, or records, to calibrate on.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
+    batch_size: BatchSize = 8,
+    propagate: Annotated[
+        bool,
+        typer.Option(
+            "--propagate/--no-propagate",
+            help="Calibrate each block on what the pruned blocks before it give, or on the dense ones.",
+        ),
+    ] = True,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the checkpoint is stored.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda:0; auto offloads.")] = "auto",
+    seed: Seed = 0,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prune MODEL and save it with a report of its zeros. The output folder appears when all of it is written."""
+    with reported():
+        from ..sparsity import PruningConfig
+        from .prune import PruneSettings, parse_amounts, prune_model
+
+        config = PruningConfig(
+            method=method,
+            sparsity=sparsity,
+            pattern=pattern,
+            modality_sparsity=parse_amounts(modality_sparsity or []) or None,
+            modalities=modality,
+            allocation="modality" if modality_sparsity and allocation == "uniform" else allocation,
+            score_order=score_order,
+            target_modules=target_module,
+            exclude_modules=exclude_module,
+            propagate=propagate,
+            seed=seed,
+        )
+        settings = PruneSettings(model, output, config, data, samples, length, batch_size, dtype, device)
+        prune_model(settings, Reporter(json, None, quiet))
+
+
+@app.command("restore", cls=Command, context_settings=CONTEXT, short_help="Win back the quality of a pruned model.")
+def restore_command(
+    model: Annotated[str, typer.Argument(help="Pruned model; or the dense one of an --adapter that stores masks.")],
+    data: Data,
+    output: Output,
+    teacher: Annotated[
+        str | None, typer.Option(help="The dense model. Not with stored masks, where MODEL itself is dense.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="SparseLoRA adapter to start from instead of a new one.")] = None,
+    kl_weight: Annotated[
+        float | None, typer.Option(help="λ of (1 − λ)·task + λ·KL to the dense model (0.1; 0 without one).")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of a new adapter.")] = 8,
+    alpha: Annotated[float, typer.Option(help="Its update is scaled by alpha / rank.")] = 16.0,
+    steps: Steps = 1000,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
+    accumulation: Accumulation = 1,
+    lr: Rate = 1e-3,
+    max_length: MaxLength = 128,
+    held_out: HeldOut = 128,
+    text_column: TextColumn = "text",
+    split: Split = "train",
+    task: TaskOption = None,
+    bf16: Bf16 = False,
+    checkpoints: Checkpoints = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Restore a pruned MODEL with SparseLoRA, and write the adapter with a model card. Merged, it stays as sparse.
+
+    Language models learn the text and follow the dense model's predictions; encoders and vision models follow its
+    hidden states. Only pruned layers are adapted. Vision-language models: use DistillationTrainer in Python.
+    """
+    with reported():
+        from .restore import RestoreJob, restore
+
+        job = RestoreJob(
+            model=model,
+            data=data,
+            output=output,
+            teacher=teacher,
+            adapter=adapter,
+            kl_weight=kl_weight,
+            rank=rank,
+            alpha=alpha,
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            lr=lr,
+            max_length=max_length,
+            held_out=held_out,
+            text_column=text_column,
+            split=split,
+            task=task,
+            bf16=bf16,
+            checkpoints=checkpoints,
+            device=device,
+            seed=seed,
+        )
+        restore(job, Reporter(json, None, quiet))
+
+
+@app.command("train", cls=Command, context_settings=CONTEXT, short_help="Train a compression plugin for a model.")
+def train_command(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],
+    data: Data,
+    output: Output,
+    ratio: Ratio = None,
+    adapter: Annotated[str | None, typer.Option(help="Plugin to start from instead of a new one.")] = None,
+    steps: Steps = 1000,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
+    accumulation: Accumulation = 1,
+    lr: Rate = 2e-3,
+    max_length: MaxLength = 128,
+    hidden_loss: Annotated[
+        Literal["all", "last"], typer.Option(help="Hidden states to follow: of all layers, or the last.")
+    ] = "all",
+    logits_weight: Annotated[
+        float | None, typer.Option(help="Weight of the KL of predictions beside that of hidden states, which is 1.")
+    ] = None,
+    bottleneck_dim: Annotated[int | None, typer.Option(help="Width of the decompressor of a new plugin (64).")] = None,
+    held_out: HeldOut = 128,
+    text_column: TextColumn = "text",
+    split: Split = "train",
+    task: TaskOption = None,
+    bf16: Bf16 = False,
+    checkpoints: Checkpoints = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a Variator plugin for MODEL on plain text or images, and write it with a model card.
+
+    The plugin learns to give what the model gives without it, so the data needs no labels. Language models read the
+    first part of each text and predict the rest. Quality is measured on held-out data before and after.
+
+    On several processes: accelerate launch -m peft_variator train MODEL ...
+    """
+    with reported():
+        ratios = None if ratio is None else parse_ratios(ratio)
+        from .train import TrainJob, train
+
+        job = TrainJob(
+            model=model,
+            data=data,
+            output=output,
+            ratio=ratios,
+            adapter=adapter,
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            lr=lr,
+            max_length=max_length,
+            hidden_loss=hidden_loss,
+            logits_weight=logits_weight,
+            bottleneck_dim=bottleneck_dim,
+            held_out=held_out,
+            text_column=text_column,
+            split=split,
+            task=task,
+            bf16=bf16,
+            checkpoints=checkpoints,
+            device=device,
+            seed=seed,
+        )
+        train(job, Reporter(json, None, quiet))
+
+
+@app.command("unpack", cls=Command, context_settings=CONTEXT, short_help="Make a packed model dense.")
+def unpack_command(
+    source: Annotated[Path, typer.Argument(help="Folder of a model packed by this package or published packed.")],
+    output: Output,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make SOURCE dense, its zeros stored as such, for engines that know nothing of 2:4.
+
+    It takes the memory of one tensor. The output folder appears when all of it is written; run again after an
+    interruption, the command goes on where it stopped. SOURCE is not changed.
+    """
+    with reported():
+        from .packed import unpack
+
+        unpack(source, output, Reporter(json, None, quiet))
+
 
 if __name__ == "__main__":
     app()

@@ -2,85 +2,215 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
-import typer
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
-from ..training.restored_card import RestoredFacts
-from .console import show_result
-from .errors import reported
-from .restore_job import RestoreJob
+from ..profiling import find_task, load_config
+from ..sparsity import measure_sparsity
+from ..training import DistillationTrainer, load_plugin
+from ..training.restored_card import RestoredFacts, restored_card
+from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
+from .console import Reporter
+from .training_run import (
+    Examples,
+    RunSettings,
+    TrainingData,
+    check_checkpoints,
+    load_run_data,
+    load_weights,
+    train_or_resume,
+    training_arguments,
+    write_adapter,
+)
 
 
-__all__ = ["restore_command"]
+__all__ = ["RestoreJob", "restore"]
+
+# λ of He et al. 2024 (arXiv 2404.02424): the loss is (1 − λ)·task + λ·KL.
+KL_WEIGHT = 0.1
+# A dense weight can hold a zero by chance; a pruned one holds far more.
+LEAST_SPARSITY = 0.01
 
 
-def restore_command(
-    model: Annotated[str, typer.Argument(help="Pruned model; or the dense one of an --adapter that stores masks.")],
-    data: Annotated[
-        str, typer.Option(help="Text file, .jsonl, data set on the Hub; for vision models a folder of images.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the adapter.")],
-    teacher: Annotated[
-        str | None, typer.Option(help="The dense model. Not with stored masks, where MODEL itself is dense.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="SparseLoRA adapter to start from instead of a new one.")] = None,
-    kl_weight: Annotated[
-        float | None, typer.Option(help="λ of (1 − λ)·task + λ·KL to the dense model (0.1; 0 without one).")
-    ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of a new adapter.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Its update is scaled by alpha / rank.")] = 16.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
-    accumulation: Annotated[int, typer.Option(help="Batches in an optimizer step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; it warms up and follows a cosine to 0.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(help="Most tokens in an example; lengths vary from a quarter up.")] = 128,
-    held_out: Annotated[int, typer.Option(help="Examples to measure on; at most a tenth of the data.")] = 128,
-    text_column: Annotated[str, typer.Option(help="Column of a data set or .jsonl that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
-    task: Annotated[Task | None, typer.Option(help="Left out: read off the architecture.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
-    checkpoints: Annotated[
-        Path | None, typer.Option(help="Save ten checkpoints here, and go on from the last one that is found.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-) -> None:
-    """Restore a pruned MODEL with SparseLoRA, and write the adapter with a model card. Merged, it stays as sparse.
+@dataclass
+class RestoreJob(RunSettings):
+    """Settings of a run that restores a pruned model; each is an option of the command.
 
-    Language models learn the text and follow the dense model's predictions; encoders and vision models follow its
-    hidden states. Only pruned layers are adapted. Vision-language models: use DistillationTrainer in Python.
+    Raises:
+        ValueError: a setting is out of range, or the model has no pretrained weights.
+        FileExistsError: the output folder exists and is not empty.
     """
-    with reported():
-        job = RestoreJob(
-            model=model,
-            data=data,
-            output=output,
-            teacher=teacher,
-            adapter=adapter,
-            kl_weight=kl_weight,
-            rank=rank,
-            alpha=alpha,
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            lr=lr,
-            max_length=max_length,
-            held_out=held_out,
-            text_column=text_column,
-            split=split,
-            task=task,
-            bf16=bf16,
-            checkpoints=checkpoints,
-            seed=seed,
+
+    subcommand: ClassVar[str] = "restore"
+
+    lr: float = 1e-3
+    teacher: str | None = None
+    kl_weight: float | None = None
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_weight is not None and not 0 <= self.kl_weight <= 1:
+            raise ValueError(f"--kl-weight is {self.kl_weight}; it is the λ of (1 − λ)·task + λ·KL, from 0 to 1.")
+
+    def run(self) -> tuple[RestoredFacts, bool]:
+        """Train an adapter and write it with its card.
+
+        Returns:
+            tuple[RestoredFacts, bool]: what is known about it, and whether this is the process that wrote it.
+        """
+        check_checkpoints(self)
+        task = self.task or find_task(self.model, load_config(self.model))
+        # The adapter decides whether there is a teacher, and so which losses there are: before the data is read.
+        set_seed(self.seed)
+        model = self._adapter(load_weights(self.model, task))
+        has_teacher = self._follows_its_base(model) or self.teacher is not None
+        weights = _loss_weights(self.model, task, self.kl_weight, has_teacher)
+        teacher = None if self.teacher is None else load_weights(self.teacher, task)
+        data = load_run_data(self, task)
+        if task == "causal":
+            data = _label_all(data)
+        with training_arguments(self, prediction_loss_only=True, **weights) as args:
+            trainer = DistillationTrainer(
+                model,
+                args,
+                teacher_model=teacher,
+                train_dataset=data.train,
+                eval_dataset=data.held_out,
+                data_collator=data.collate,
+            )
+            losses = {"dense": _teacher_losses(trainer, data), "pruned": _held_out_losses(trainer)}
+            train_or_resume(trainer, self)
+            losses["restored"] = _held_out_losses(trainer)
+            facts = self._facts(model, data, weights, losses)
+            is_first = trainer.is_world_process_zero()
+            if is_first:
+                write_adapter(self.output, model, restored_card(facts), facts, trainer.state.log_history)
+        return facts, is_first
+
+    def _adapter(self, base: PreTrainedModel) -> PeftModel:
+        """The base with the adapter to train: the one that was named, or one on the modules that are pruned."""
+        if self.adapter is not None:
+            model = load_plugin(base, self.adapter)
+            if not isinstance(model.peft_config["default"], SparseLoraConfig):
+                kind = model.peft_config["default"].peft_type
+                raise ValueError(f"--adapter {self.adapter} has the method {kind!s}, not SparseLoRA.")
+            if self.teacher is not None and self._follows_its_base(model):
+                raise ValueError(
+                    "The adapter stores its masks, so its dense base is the teacher. Leave --teacher out."
+                )
+            return model
+        pruned = [row.name for row in measure_sparsity(base).modules if row.sparsity >= LEAST_SPARSITY]
+        if not pruned:
+            raise ValueError(
+                f"No linear layer of {self.model} is pruned, so there is nothing to restore. Prune it first: "
+                "peft-variator prune MODEL --pattern 2:4 --data FILE --output DIR. If its masks are stored in an "
+                "adapter, name that with --adapter."
+            )
+        return get_peft_model(base, SparseLoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=set(pruned)))
+
+    @staticmethod
+    def _follows_its_base(model: PeftModel) -> bool:
+        """Whether the base is still dense, since the adapter holds the masks, and so is its own teacher."""
+        return model.peft_config["default"].mask == "stored"
+
+    def _facts(
+        self, model: PeftModel, data: TrainingData, weights: dict[str, float], losses: dict[str, dict[str, float]]
+    ) -> RestoredFacts:
+        layers = [module for module in model.modules() if isinstance(module, SparseLoraLayer)]
+        masks = [layer.get_mask("default") for layer in layers]
+        return RestoredFacts(
+            base=self.model,
+            model_class=type(model.get_base_model()).__name__,
+            name=str(self.output),
+            data=", ".join(self.data),
+            teacher=self.model if self._follows_its_base(model) else self.teacher,
+            weights=weights,
+            steps=self.steps,
+            held_out=len(data.held_out),
+            parameters=sum(value.numel() for value in model.parameters() if value.requires_grad),
+            modules=len(layers),
+            masked=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
+            command=self.command,
+            losses=losses,
         )
-        facts, is_first = job.run()
-        if is_first:
-            _show(job, facts)
 
 
-def _show(job: RestoreJob, facts: RestoredFacts) -> None:
+def _loss_weights(model: str, task: Task, kl_weight: float | None, has_teacher: bool) -> dict[str, float]:
+    """Weights of the parts of the loss, fields of `DistillationConfig`.
+
+    Args:
+        model: the pruned model, named in messages.
+        task: how it is used.
+        kl_weight: λ; `None`: that of the paper if there is a teacher, else 0.
+        has_teacher: whether there is a dense model to follow.
+
+    Raises:
+        ValueError: a loss has a weight and needs a teacher or predictions that are not there.
+    """
+    if task in ("causal", "seq2seq"):
+        weight = (KL_WEIGHT if has_teacher else 0.0) if kl_weight is None else kl_weight
+        if weight and not has_teacher:
+            raise ValueError(f"--kl-weight is {weight}, but there is no dense model to follow. Name --teacher.")
+        return {"task_weight": 1.0 - weight, "logits_weight": weight, "hidden_weight": 0.0}
+    if kl_weight is not None:
+        raise ValueError(f"--kl-weight needs predictions; {model} is used as {task}, and follows states.")
+    if not has_teacher:
+        raise ValueError(
+            f"{model} is used as {task}: it has no loss of its own on plain data, and follows the hidden states of "
+            "the dense model. Name that with --teacher."
+        )
+    return {"task_weight": 0.0, "logits_weight": 0.0, "hidden_weight": 1.0}
+
+
+def _label_all(data: TrainingData) -> TrainingData:
+    """The data with every token predicted: nothing is merged here, so no part of a text is a mere prompt."""
+    return replace(data, train=_all_labelled(data.train), held_out=_all_labelled(data.held_out))
+
+
+def _all_labelled(rows: Examples) -> list[dict[str, Any]]:
+    examples: list[dict[str, Any]] = [rows[index] for index in range(len(rows))]
+    return [{**example, "labels": example["input_ids"]} for example in examples]
+
+
+def _held_out_losses(trainer: DistillationTrainer) -> dict[str, float]:
+    """The parts of the loss on the held-out data, by name, as means over predictions or tokens."""
+    metrics = trainer.evaluate()
+    return {name: metrics[f"eval_{name}_loss"] for name in trainer.terms}
+
+
+@torch.no_grad()
+def _teacher_losses(trainer: DistillationTrainer, data: TrainingData) -> dict[str, float]:
+    """The task loss of the dense model itself; it follows itself perfectly. Nothing where there is no such loss."""
+    if "task" not in trainer.terms or trainer.teacher is None:
+        return {}
+    total = items = 0.0
+    term, device = trainer.terms["task"], trainer.args.device
+    for batch in data.held_out_batches(trainer.args.per_device_eval_batch_size, device):
+        outputs = trainer.teacher.outputs(trainer.model, batch)
+        sums = term.loss(outputs, outputs, batch)
+        total += float(sums.errors.sum())
+        items += float(sums.items.sum())
+    return {"task": total / items}
+
+
+def restore(job: RestoreJob, reporter: Reporter) -> None:
+    """Restore a pruned model and tell what came of it."""
+    reporter.check()
+    facts, is_first = job.run()
+    if is_first:
+        reporter.write_json(json.dumps(asdict(facts), indent=2))
+        _show(job, facts, reporter)
+
+
+def _show(job: RestoreJob, facts: RestoredFacts, reporter: Reporter) -> None:
     lines = [
         f"Adapted {facts.modules} modules, {facts.masked:.2%} of whose weights are masked, "
         + ("following no dense model." if facts.teacher is None else f"following the dense model {facts.teacher}."),
@@ -89,4 +219,4 @@ def _show(job: RestoreJob, facts: RestoredFacts) -> None:
         "Next: merge it, which keeps every zero, and check that with peft-variator inspect restored:",
         *("  " + line for line in facts.usage.splitlines() if line),
     ]
-    show_result(f"{facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)
+    reporter.show_figures(f"{facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)

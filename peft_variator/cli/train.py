@@ -2,114 +2,174 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-import typer
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
-from ..training.card import PluginFacts
-from .console import show_result
-from .errors import reported
-from .ratios import parse_ratios
-from .train_job import TrainJob
+from ..profiling import count_flops, find_task, load_config
+from ..training import DistillationTrainer, load_plugin
+from ..training.card import PluginFacts, RatioFacts, plugin_card
+from ..training.quality import measure_quality
+from ..tuners.variator import VariatorConfig
+from .console import Reporter
+from .training_run import (
+    RunSettings,
+    TrainingData,
+    check_checkpoints,
+    load_run_data,
+    load_weights,
+    train_or_resume,
+    training_arguments,
+    write_adapter,
+)
 
 
-__all__ = ["train_command"]
+__all__ = ["TrainJob", "train"]
+
+# Hidden states are followed in any case; a causal language model is judged by its predictions, too.
+LOGITS_WEIGHTS: dict[Task, float] = {"causal": 1.0, "seq2seq": 0.0, "encoder": 0.0, "vision": 0.0}
 
 
-def train_command(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],
-    data: Annotated[
-        str,
-        typer.Option(help="Text file, .jsonl, data set on the Hub; for vision models a folder of images."),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the plugin.")],
-    ratio: Annotated[
-        list[int] | None,
-        typer.Option(help="Compression ratio k (4); may be repeated: one plugin is trained for all of them."),
-    ] = None,
-    ratios: Annotated[str | None, typer.Option(help="The same with commas: --ratios 2,4,8.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Plugin to start from instead of a new one.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
-    accumulation: Annotated[int, typer.Option(help="Batches in an optimizer step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; it warms up and follows a cosine to 0.")] = 2e-3,
-    max_length: Annotated[int, typer.Option(help="Most tokens in an example; lengths vary from a quarter up.")] = 128,
-    hidden_loss: Annotated[
-        Literal["all", "last"], typer.Option(help="Hidden states to follow: of all layers, or the last.")
-    ] = "all",
-    logits_weight: Annotated[
-        float | None, typer.Option(help="Weight of the KL of predictions beside that of hidden states, which is 1.")
-    ] = None,
-    bottleneck_dim: Annotated[int | None, typer.Option(help="Width of the decompressor of a new plugin (64).")] = None,
-    held_out: Annotated[int, typer.Option(help="Examples to measure on; at most a tenth of the data.")] = 128,
-    text_column: Annotated[str, typer.Option(help="Column of a data set or .jsonl that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
-    task: Annotated[Task | None, typer.Option(help="Left out: read off the architecture.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
-    checkpoints: Annotated[
-        Path | None, typer.Option(help="Save ten checkpoints here, and go on from the last one that is found.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-) -> None:
-    """Train a Variator plugin for MODEL on plain text or images, and write it with a model card.
+@dataclass
+class TrainJob(RunSettings):
+    """Settings of a run that trains a plugin; each is an option of the command.
 
-    The plugin learns to give what the model gives without it, so the data needs no labels. Language models read the
-    first part of each text and predict the rest. Quality is measured on held-out data before and after.
-
-    On several processes: accelerate launch -m peft_variator.cli.main train MODEL ...
+    Raises:
+        ValueError: a setting is out of range, or the model has no pretrained weights.
+        FileExistsError: the output folder exists and is not empty.
     """
-    with reported():
-        job = TrainJob(
-            model=model,
-            data=data,
-            output=output,
-            ratio=_ratios(ratio or [], ratios),
-            adapter=adapter,
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            lr=lr,
-            max_length=max_length,
-            hidden_loss=hidden_loss,
-            logits_weight=logits_weight,
-            bottleneck_dim=bottleneck_dim,
-            held_out=held_out,
-            text_column=text_column,
-            split=split,
-            task=task,
-            bf16=bf16,
-            checkpoints=checkpoints,
-            seed=seed,
+
+    subcommand: ClassVar[str] = "train"
+
+    ratio: list[int] | None = None
+    hidden_loss: str = "all"
+    logits_weight: float | None = None
+    bottleneck_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for ratio in self.ratio or ():
+            if ratio < 2:
+                raise ValueError(f"The ratio {ratio} compresses nothing, so there is nothing to train. Use 2 or more.")
+        if self.adapter is not None and self.bottleneck_dim is not None:
+            raise ValueError("--bottleneck-dim is that of the plugin in --adapter. Leave one of them out.")
+
+    def run(self) -> tuple[PluginFacts, bool]:
+        """Train a plugin and write it with its card.
+
+        Returns:
+            tuple[PluginFacts, bool]: what is known about the plugin, and whether this is the process that wrote it.
+        """
+        check_checkpoints(self)
+        task = self.task or find_task(self.model, load_config(self.model))
+        data = load_run_data(self, task)
+        set_seed(self.seed)
+        plugin, ratios = self._plugin(load_weights(self.model, task), data)
+        with training_arguments(self, **self._objective(task, ratios)) as args:
+            trainer = DistillationTrainer(plugin, args, train_dataset=data.train, data_collator=data.collate)
+            before = self._qualities(plugin, ratios, data)
+            train_or_resume(trainer, self)
+            after = self._qualities(plugin, ratios, data)
+            flops = self._flops(plugin, task, [1, *ratios], data)
+            rows = [RatioFacts(k, flops[1], flops[k], before[k], after[k]) for k in ratios]
+            facts = self._facts(plugin, data, rows)
+            is_first = trainer.is_world_process_zero()
+            if is_first:
+                write_adapter(self.output, plugin, plugin_card(facts), facts, trainer.state.log_history)
+        return facts, is_first
+
+    def _plugin(self, base: PreTrainedModel, data: TrainingData) -> tuple[PeftModel, list[int]]:
+        """The base with the plugin to train, and the ratios to train it for, the first of which it gets."""
+        if self.adapter is not None:
+            return self._old_plugin(base, self.adapter)
+        ratios = self.ratio or [VariatorConfig().compression_ratio]
+        options: dict[str, Any] = {"compression_ratio": ratios[0]}
+        if self.bottleneck_dim is not None:
+            options["bottleneck_dim"] = self.bottleneck_dim
+        if data.tokenizer is None:
+            return get_peft_model(base, VariatorConfig(**options)), ratios
+        return get_peft_model(base, VariatorConfig.from_tokenizer(data.tokenizer, **options)), ratios
+
+    def _old_plugin(self, base: PreTrainedModel, name: str) -> tuple[PeftModel, list[int]]:
+        plugin = load_plugin(base, name)
+        config = plugin.peft_config["default"]
+        if not isinstance(config, VariatorConfig):
+            raise ValueError(f"--adapter {name} has the method {config.peft_type!s}, not a Variator plugin.")
+        if self.ratio is None:
+            return plugin, [config.compression_ratio]
+        config.compression_ratio, config.ratio_pattern = self.ratio[0], {}
+        plugin.set_compression_ratio(self.ratio[0])
+        return plugin, self.ratio
+
+    def _objective(self, task: Task, ratios: list[int]) -> dict[str, Any]:
+        """What the plugin is trained for, fields of `DistillationConfig`."""
+        return {
+            "hidden_loss": self.hidden_loss,
+            "logits_weight": LOGITS_WEIGHTS[task] if self.logits_weight is None else self.logits_weight,
+            "ratios": ratios if len(ratios) > 1 else None,
+        }
+
+    def _qualities(self, plugin: PeftModel, ratios: list[int], data: TrainingData) -> dict[int, dict[str, float]]:
+        qualities = {}
+        for ratio in ratios:
+            plugin.set_compression_ratio(ratio)
+            qualities[ratio] = measure_quality(plugin, data.held_out_batches(self.batch_size, plugin.device))
+        plugin.set_compression_ratio(ratios[0])
+        return qualities
+
+    def _flops(self, plugin: PeftModel, task: Task, ratios: list[int], data: TrainingData) -> dict[int, int]:
+        """Operations of one held-out batch at each ratio: of a causal model the prefill, as `generate` runs it."""
+        inputs = next(data.held_out_batches(self.batch_size, plugin.device))
+        if task == "causal":
+            del inputs["labels"]
+            inputs |= {"use_cache": True, "logits_to_keep": 1}
+        counted = {}
+        for ratio in ratios:
+            plugin.set_compression_ratio(ratio)
+            counted[ratio] = count_flops(plugin.eval(), inputs)
+        return counted
+
+    def _facts(self, plugin: PeftModel, data: TrainingData, ratios: list[RatioFacts]) -> PluginFacts:
+        return PluginFacts(
+            base=self.model,
+            model_class=type(plugin.get_base_model()).__name__,
+            name=str(self.output),
+            data=", ".join(self.data),
+            steps=self.steps,
+            held_out=len(data.held_out),
+            parameters=sum(value.numel() for value in plugin.parameters() if value.requires_grad),
+            command=self.command,
+            ratios=ratios,
         )
-        facts, is_first = job.run()
-        if is_first:
-            _show(job, facts)
 
 
-def _ratios(repeated: list[int], listed: str | None) -> list[int] | None:
-    ratios = list(dict.fromkeys([*repeated, *([] if listed is None else parse_ratios(listed))]))
-    for ratio in ratios:
-        if ratio < 2:
-            raise ValueError(f"The ratio {ratio} compresses nothing, so there is nothing to train. Use 2 or more.")
-    return ratios or None
+def train(job: TrainJob, reporter: Reporter) -> None:
+    """Train a plugin and tell what came of it."""
+    reporter.check()
+    facts, is_first = job.run()
+    if is_first:
+        reporter.write_json(json.dumps(asdict(facts), indent=2))
+        _show(job, facts, reporter)
 
 
-def _show(job: TrainJob, facts: PluginFacts) -> None:
+def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
     size = (job.output / "adapter_model.safetensors").stat().st_size / 1e6
     lines = [
         f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size:.2f} MB), its model card README.md, "
         "and training.json with the losses.",
         "Next:",
         f"  how to load it:       {job.output / 'README.md'}",
-        "  how fast it is:       " + shlex.join(["peft-variator", "bench", facts.base, "--ratios", _listed(facts)]),
+        "  how fast it is:       " + shlex.join(["peft-variator", "bench", facts.base, "--ratio", _listed(facts)]),
         "  adapt it to a task:   "
         + shlex.join(["peft-variator", "train", facts.base, "--adapter", str(job.output)])
         + " --data TEXT_OF_THE_TASK --output DIR",
     ]
-    show_result(f"Fidelity to {facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)
+    reporter.show_figures(f"Fidelity to {facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)
 
 
 def _listed(facts: PluginFacts) -> str:

@@ -1,32 +1,262 @@
-"""What every run that trains an adapter goes through: the model, the data, the trainer's arguments, the result."""
+"""What every run that trains an adapter goes through: settings, data, trainer, checkpoints, the written result."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import shlex
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import PreTrainedModel
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    default_data_collator,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
-from ..files import new_folder, write_text
-from ..models import Task
-from ..profiling import build_model, count_positions, load_config
+from ..files import check_new_file, check_new_folder, new_folder, write_text
+from ..models import Task, check_model_name
+from ..profiling import build_model, count_positions, has_weights, load_config
 from ..training import DistillationConfig
 from ..training.card import PluginFacts
+from ..training.images import ImageFolder
 from ..training.restored_card import RestoredFacts
-from .run_settings import RunSettings
-from .train_data import TrainingData, load_data
+from ..training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
 
 
-__all__ = ["load_run_data", "load_weights", "training_arguments", "write_adapter"]
+__all__ = [
+    "Examples",
+    "RunSettings",
+    "TrainingData",
+    "check_checkpoints",
+    "load_data",
+    "load_run_data",
+    "load_weights",
+    "train_or_resume",
+    "training_arguments",
+    "write_adapter",
+]
+
+Examples = list[dict[str, list[int]]] | Subset[dict[str, Tensor]]
+
+MIN_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Examples, and how to make batches of them.
+
+    Args:
+        train: examples to train on.
+        held_out: examples to measure on, none of them in `train`.
+        collate: makes a batch of a list of examples.
+        tokenizer: the model's tokenizer; `None` for images.
+    """
+
+    train: Examples
+    held_out: Examples
+    collate: Callable[[list[Any]], dict[str, Any]]
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def held_out_batches(self, size: int, device: Any) -> Iterator[dict[str, Any]]:
+        """The held-out examples in batches of a size."""
+        for start in range(0, len(self.held_out), size):
+            stop = min(start + size, len(self.held_out))
+            batch = self.collate([self.held_out[index] for index in range(start, stop)])
+            yield {name: value.to(device) for name, value in batch.items()}
+
+
+def load_data(
+    model: str,
+    task: Task,
+    data: Sequence[str],
+    *,
+    column: str,
+    split: str,
+    max_length: int,
+    wanted: int,
+    held_out: int,
+    seed: int,
+) -> TrainingData:
+    """Read text or images and hold some out.
+
+    Args:
+        model: the base model, whose tokenizer or image processor is used.
+        task: how the model is used.
+        data: files, data sets, or for vision models folders of images.
+        column: column of the text in a data set.
+        split: split of the data set.
+        max_length: most tokens in an example.
+        wanted: number of examples that are enough; no more text is read than they need.
+        held_out: number of examples to hold out, at most a tenth of all.
+        seed: seed of the split, and of where text is cut.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is too little data to hold anything out.
+    """
+    names = ", ".join(data)
+    if task == "vision":
+        processor = AutoImageProcessor.from_pretrained(model)
+        images: ConcatDataset[dict[str, Tensor]] = ConcatDataset([ImageFolder(folder, processor) for folder in data])
+        order = list(range(len(images)))
+        random.Random(seed).shuffle(order)
+        count = _count_held_out(len(order), held_out, names)
+        return TrainingData(Subset(images, order[count:]), Subset(images, order[:count]), default_data_collator, None)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
+    texts = chain.from_iterable(read_texts(name, column=column, split=split) for name in data)
+    examples = _text_examples(tokenizer, task, texts, max_length, wanted, seed)
+    count = _count_held_out(len(examples), held_out, names)
+    collate = DataCollatorWithPadding(tokenizer) if task == "encoder" else DataCollatorForSeq2Seq(tokenizer)
+    # The end of the text, rather than spans here and there, whose neighbours would be trained on.
+    return TrainingData(examples[:-count], examples[-count:], collate, tokenizer)
+
+
+def _text_examples(
+    tokenizer: PreTrainedTokenizerBase, task: Task, texts: Iterator[str], max_length: int, wanted: int, seed: int
+) -> list[dict[str, list[int]]]:
+    before, after = surroundings(tokenizer)
+    room = max_length - len(before) - len(after)
+    spans = cut_spans(tokenize(texts, tokenizer, wanted * room), room, seed)
+    if task == "encoder":
+        return [{"input_ids": [*before, *span, *after]} for span in spans]
+    long_enough = (span for span in spans if len(span) >= MIN_TOKENS)
+    return split_spans(long_enough, before, after, is_decoder=task == "seq2seq", seed=seed)
+
+
+def _count_held_out(total: int, wanted: int, data: str) -> int:
+    if total < 2:
+        raise ValueError(f"{data} gives {total} examples; at least 2 are needed, one of them to measure on. Add data.")
+    return min(wanted, max(1, total // 10))
+
+
+@dataclass
+class RunSettings:
+    """Settings of a run that trains an adapter; each is an option of the command.
+
+    Raises:
+        ValueError: a setting is out of range, or the model has no pretrained weights.
+        FileExistsError: the output folder exists and is not empty.
+    """
+
+    subcommand: ClassVar[str]
+
+    model: str
+    data: list[str]
+    output: Path
+    adapter: str | None = None
+    steps: int = 1000
+    batch_size: int = 16
+    accumulation: int = 1
+    lr: float = 2e-3
+    max_length: int = 128
+    held_out: int = 128
+    text_column: str = "text"
+    split: str = "train"
+    task: Task | None = None
+    bf16: bool = False
+    checkpoints: Path | None = None
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it has to be at least 1.")
+        check_model_name(self.model)
+        if not has_weights(self.model):
+            raise ValueError(
+                f"{self.model} is a configuration without trained weights, so there is nothing to follow or to "
+                "restore. Name a model on the Hub or a folder with one."
+            )
+        check_new_folder(self.output)
+        _check_device(self.device)
+
+    @property
+    def command(self) -> str:
+        """The command line of these settings: what differs from the defaults."""
+        words = ["peft-variator", self.subcommand, self.model]
+        for option in fields(self)[1:]:
+            value, name = getattr(self, option.name), "--" + option.name.replace("_", "-")
+            if option.default is not MISSING and value == option.default:
+                continue
+            if value is True:
+                words.append(name)
+            else:
+                for each in value if isinstance(value, list) else [value]:
+                    words += [name, str(each)]
+        return shlex.join(words)
+
+
+SETTINGS_NAME = "run.json"
+
+
+def check_checkpoints(settings: RunSettings) -> None:
+    """Raise unless the folder for checkpoints is free, or holds those of this very run.
+
+    Raises:
+        OSError: the folder can't be written to.
+        ValueError: the checkpoints are of another run; the message says what differs.
+    """
+    if settings.checkpoints is None:
+        return
+    file = settings.checkpoints / SETTINGS_NAME
+    check_new_file(file)
+    if _last_checkpoint(settings) is None:
+        return
+    if not file.is_file():
+        raise ValueError(f"{settings.checkpoints} holds checkpoints of an unknown run. Name another folder.")
+    before, now = json.loads(file.read_text(encoding="utf-8")), _facts(settings)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{settings.checkpoints} holds checkpoints of a run with {name}={before.get(name)!r}, and this one "
+                f"has {now.get(name)!r}. Go on with the old value, or name another folder for checkpoints."
+            )
+
+
+def train_or_resume(trainer: Trainer, settings: RunSettings) -> None:
+    """Train, from the last checkpoint of the run if there is one; say in their folder which run they are of."""
+    last = _last_checkpoint(settings)
+    if settings.checkpoints is not None and trainer.is_world_process_zero():
+        write_text(settings.checkpoints / SETTINGS_NAME, json.dumps(_facts(settings), indent=2) + "\n")
+    # It prints raw dicts of floats. What they say is in training.json.
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last)
+
+
+def _last_checkpoint(settings: RunSettings) -> str | None:
+    folder = settings.checkpoints
+    return get_last_checkpoint(str(folder)) if folder is not None and folder.is_dir() else None
+
+
+def _facts(settings: RunSettings) -> dict[str, object]:
+    """All settings that decide what is trained, as JSON gives them back."""
+    facts = {"subcommand": settings.subcommand, **asdict(settings)}
+    if len(settings.data) == 1:
+        facts["data"] = settings.data[0]  # as runs wrote it when there was but one
+    return {name: value for name, value in facts.items() if name not in ("output", "checkpoints", "device")}
 
 
 def load_weights(name: str, task: Task) -> PreTrainedModel:
@@ -64,7 +294,7 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
         settings: settings of the run.
         objective: what is trained for, further fields of `DistillationConfig`.
     """
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
     with tempfile.TemporaryDirectory(prefix=f"peft-variator-{settings.subcommand}-") as scratch:
         yield DistillationConfig(
             output_dir=str(settings.checkpoints or scratch),
@@ -78,6 +308,8 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
             logging_steps=max(1, settings.steps // 20),
             save_strategy="no" if settings.checkpoints is None else "steps",
             save_steps=max(1, settings.steps // 10),
+            disable_tqdm=not sys.stderr.isatty(),
+            report_to="none",
             dataloader_pin_memory=not on_cpu,
             # Without these, several processes on the CPU would each train for themselves.
             use_cpu=on_cpu,
@@ -107,3 +339,16 @@ def _check_length(settings: RunSettings) -> None:
         raise ValueError(
             f"--max-length is {settings.max_length}, but {settings.model} has {positions} positions. Lower it."
         )
+
+
+def _check_device(name: str | None) -> None:
+    """Raise unless there is this device, and make it the one that the trainer takes."""
+    if name is None or name == "cpu":
+        return
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device is {name!r}, which can't be used here: {error}. Use cpu or a GPU.") from error
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)

@@ -109,11 +109,15 @@ class BenchmarkReport:
             "measured_over_ideal_unpacked": None if unpacked is None else measured.median / unpacked,
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write samples and derived figures as JSON, whole or not at all."""
+    def to_json(self) -> str:
+        """Samples and derived figures as JSON text."""
         content = {"format": FORMAT, **asdict(self)}
         content["summary"] = {plugin.name: self.summary(plugin) for plugin in self.plugins}
-        write_text(path, json.dumps(content, indent=2) + "\n")
+        return json.dumps(content, indent=2) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write what `to_json` gives, whole or not at all."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> BenchmarkReport:

@@ -30,7 +30,20 @@ CONFIGS = {
     "seq2seq": T5,
     "vision": {"model_type": "vit", **TEXT, "image_size": 16, "patch_size": 4},
 }
-QUICK = ["--ratios", "4", "--batch", "2", "--rounds", "2", "--min-seconds", "0", "--threads", "1", "--device", "cpu"]
+QUICK = [
+    "--ratio",
+    "4",
+    "--batch-size",
+    "2",
+    "--rounds",
+    "2",
+    "--min-seconds",
+    "0",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def invoke(*words):
@@ -81,12 +94,12 @@ def test_what_is_printed_and_written(config, tmp_path):
     assert [plugin.name for plugin in report.plugins] == ["k = 4", "plugin off"]
     assert report.settings["dtype"] == "bfloat16"
     assert report.command == (
-        f"peft-variator bench {model} --ratios 4 --batch 2 --length 13 --lengths uneven --dtype bfloat16 --device cpu "
-        "--rounds 2 --min-seconds 0.0 --threads 1 --with-disabled --seed 3"
+        f"peft-variator bench {model} --ratio 4 --batch-size 2 --length 13 --lengths uneven --dtype bfloat16 "
+        "--device cpu --rounds 2 --min-seconds 0.0 --threads 1 --with-disabled --seed 3"
     )
     for expected in ("uneven lengths, bfloat16", f"Wrote {files[0]}. Wrote {files[1]}. ", f"Again: {report.command}"):
         assert expected in out
-    assert out.endswith("peft-variator train MODEL --data FILE --ratio 4 --output DIR ")
+    assert out.endswith(f"peft-variator train {model} --data FILE --ratio 4 --output plugin ")
 
 
 def test_the_printed_command_gives_the_same_settings(config, tmp_path):
@@ -112,16 +125,16 @@ def test_a_busy_machine_is_told(config, monkeypatch, used, warned):
         return report
 
     monkeypatch.setattr(bench_module, "run_benchmark", run)
-    status, out, _ = invoke(config("encoder"), *QUICK)
+    status, _, err = invoke(config("encoder"), *QUICK)
     assert status == 0
-    assert ("Other programs kept 40% of the cores busy when the run began" in out) is warned
+    assert ("Other programs kept 40% of the cores busy when the run began" in err) is warned
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ratios", "2;4"], "--ratios is '2;4'; give whole numbers with commas between them"),
-        (["--ratios", ""], "--ratios is ''; give whole numbers"),
+        (["--ratios", "2;4"], "--ratio is '2;4'; give whole numbers, with commas between them"),
+        (["--ratios", ""], "--ratio is ''; give whole numbers"),
         (["--ratios", "0"], "compression_ratio=0 has to be an integer of at least 1"),
         (["--rounds", "1"], "rounds is 1; quartiles need at least 2"),
         (["--batch", "0"], "batch is 0; it must be at least 1"),
@@ -154,10 +167,10 @@ def test_a_model_that_is_not_there(tmp_path):
 
 
 def test_a_ratio_that_is_named_twice_is_measured_once(config):
-    status, out, err = invoke(config("encoder"), *QUICK, "--ratios", "2,4,2")
+    status, out, err = invoke(config("encoder"), *QUICK[2:], "--ratios", "2,4,2")
     assert status == 0, err
     assert re.findall(r"k = \d", out) == ["k = 2", "k = 4"]
-    assert "--ratios 2,4 " in out
+    assert "--ratio 2,4 " in out
 
 
 def test_a_picture_without_matplotlib(config, tmp_path, monkeypatch):

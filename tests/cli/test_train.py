@@ -207,7 +207,7 @@ def test_a_pooler_may_be_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ratios", "2;4"], "--ratios is '2;4'; give whole numbers with commas"),
+        (["--ratios", "2;4"], "--ratio is '2;4'; give whole numbers, with commas"),
         (["--ratio", "1"], "The ratio 1 compresses nothing"),
         (["--steps", "0"], "--steps is 0; it has to be at least 1"),
         (["--batch-size", "0"], "--batch-size is 0"),

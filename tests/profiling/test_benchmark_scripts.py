@@ -169,11 +169,11 @@ def test_an_unknown_part():
 def test_every_case_is_understood_by_the_command(name, monkeypatch):
     seen = []
 
-    def stop(settings):
+    def stop(settings, **more):
         seen.append(settings)
         raise ValueError("stopped before measuring")
 
-    monkeypatch.setattr(bench_module, "_run", stop)
+    monkeypatch.setattr(bench_module, "run_benchmark", stop)
     words = run_all.command(name, 2)
     done = CliRunner().invoke(app, words[1:])
     assert "stopped before measuring" in done.stderr, done.output

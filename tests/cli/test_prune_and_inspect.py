@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 from PIL import Image
-from pruning_cases import make
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -21,6 +20,7 @@ from typer.testing import CliRunner
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, SparsityReport, measure_sparsity, prune
 from peft_variator.sparsity.calibration import read_batches
+from tests.sparsity.pruning_cases import make
 
 
 WORDS = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(90))]
