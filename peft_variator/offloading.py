@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-__all__ = ["DISK_OFFLOAD_MESSAGE", "has_lost_its_hook", "refuse_rewriting"]
+__all__ = ["DISK_OFFLOAD_MESSAGE", "has_lost_its_hook", "refuse_disk_offload", "refuse_rewriting"]
 
 DISK_OFFLOAD_MESSAGE = (
     "The model is partly offloaded to disk, and PeftModel.from_pretrained rewrites the files that such a model was "
@@ -34,3 +34,20 @@ def refuse_rewriting(model: nn.Module) -> None:
     # set by from_pretrained, where there is a device map
     if "disk" in getattr(model, "hf_device_map", {}).values() and any(map(has_lost_its_hook, model.modules())):
         raise ValueError(DISK_OFFLOAD_MESSAGE)
+
+
+def refuse_disk_offload(model: nn.Module) -> None:
+    """Raise if parts of `model` are on disk: transformers' `load_adapter` would send the adapter's tensors there too.
+
+    For adapters that come from a file. Its loader takes what belongs to modules on disk to be on disk already, and
+    leaves the adapter with the random numbers it was made of. New adapters can be put on such a model.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ValueError(
+            "The model is partly offloaded to disk (see model.hf_device_map), and a saved adapter would not be loaded "
+            "into it: its tensors would be looked for on the disk. Load the model without disk offload; "
+            "device_map='cpu' will do."
+        )

@@ -76,9 +76,10 @@ def _find_renaming(adapted: set[str], modules: set[str], path: str) -> dict[str,
     ]
     if len(fitting) != 1:
         places = "in several places: " + ", ".join(repr(new) for _, new in fitting) if fitting else "nowhere"
+        unknown = min(adapted - modules, default="(none)")
         raise ValueError(
-            f"The adapter in {path} belongs to modules such as {min(adapted, default='(none)')!r}, which fit this "
-            f"model {places}. Load it onto the model, or the part of a model, that it was trained with."
+            f"The adapter in {path} belongs to modules such as {unknown!r}, which fit this model {places}. Load it "
+            "onto the model, or the part of a model, that it was trained with."
         )
     old, new = fitting[0]
     # Only the adapted modules are moved: a head that was saved with the adapter keeps its name.

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import PeftConfig, PeftType
+from peft import PeftType
+
+from ...adapter_state import SavedConfig
 
 
 __all__ = ["SparseLoraConfig"]
@@ -19,7 +21,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 
 
 @dataclass
-class SparseLoraConfig(PeftConfig):
+class SparseLoraConfig(SavedConfig):
     """LoRA under the mask of a pruned weight: y = x·((W + s·B·A) ⊙ M)ᵀ (He et al. 2024, arXiv 2404.02424).
 
     Fields that `LoraConfig` has too mean the same here. Not to be confused with MIT's SparseLoRA (arXiv 2506.16500),
@@ -86,9 +88,17 @@ class SparseLoraConfig(PeftConfig):
             "keeps it: faster where memory allows."
         },
     )
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which of a few fixed places of the adapted weights are not 0; filled in when an adapter with "
+            "mask='weight' is made, so that it is not loaded on a base that was pruned in another way."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.in_use = False  # by an adapter whose base it has the fingerprint of
         self.peft_type = PeftType("SPARSE_LOW_RANK")
         # PEFT looks names up in sets and saves them as lists
         if isinstance(self.target_modules, list):

@@ -235,6 +235,7 @@ class _MaskedLinear(torch.autograd.Function):
         layout: str,
         scales: list[float],
         recompute: bool,
+        identity: int,
         *tensors: Tensor,
     ) -> Tensor:
         weight = _gather(layout, scales, packed_mask, tensors)
@@ -244,15 +245,15 @@ class _MaskedLinear(torch.autograd.Function):
             y, effective = _forward_op(x, a, b, scales, bias, packed_mask, layout, base, keep)
         else:
             y, effective = _forward(x, weight, bias, keep)
-        trains = any(ctx.needs_input_grad[6:])
-        ctx.save_for_backward(x if trains else None, packed_mask, effective, *tensors)
+        trains = any(ctx.needs_input_grad[7:])
+        ctx.save_for_backward(x if trains else None, packed_mask, effective, x.new_empty(0, identity), *tensors)
         ctx.layout, ctx.scales = layout, scales
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, packed_mask, effective, *tensors = ctx.saved_tensors
+        x, packed_mask, effective, _, *tensors = ctx.saved_tensors
         weight = _gather(ctx.layout, ctx.scales, packed_mask, tensors)
         needs_x, needs_bias = ctx.needs_input_grad[:2]
         if torch.compiler.is_compiling():
@@ -264,13 +265,15 @@ class _MaskedLinear(torch.autograd.Function):
         return (
             grad_x if needs_x else None,
             grad.sum(dim=0) if needs_bias else None,
-            *(None,) * 4,
+            *(None,) * 5,
             *grad_tensors,
             *(None,) * (len(tensors) - len(grad_tensors)),
         )
 
 
-def masked_linear(x: Tensor, weight: MaskedWeight, bias: Tensor | None, recompute: bool = True) -> Tensor:
+def masked_linear(
+    x: Tensor, weight: MaskedWeight, bias: Tensor | None, recompute: bool = True, identity: int = 0
+) -> Tensor:
     """y = x·((W + Σ s·B·A) ⊙ M)ᵀ + bias, differentiable once in x, every A and B, and the bias.
 
     Computes in the dtype of x, inside of autocast too, whose casts are the caller's to make.
@@ -281,22 +284,31 @@ def masked_linear(x: Tensor, weight: MaskedWeight, bias: Tensor | None, recomput
         bias: (out,) in the dtype of x, or None.
         recompute: rebuild the effective weight in the backward. Nothing but references to the arguments is kept for
             autograd then; with False the effective weight, (out, in), is.
+        identity: a number that says which adapters these are. `torch.utils.checkpoint` raises if the forward that it
+            repeats in the backward saves tensors of other shapes, and an empty tensor of this many columns is saved.
 
     Returns:
         (..., out), in the dtype of x.
     """
     a, b, scales, packed_mask, layout, base = weight
     # Flattened out here: autograd refuses to change a view in place that a custom function returned, as DeBERTa does.
-    flat = _MaskedLinear.apply(x.reshape(-1, x.shape[-1]), bias, packed_mask, layout, scales, recompute, *a, *b, *base)
-    return flat.view(*x.shape[:-1], b[0].shape[0])
+    flat = x.reshape(-1, x.shape[-1])
+    y = _MaskedLinear.apply(flat, bias, packed_mask, layout, scales, recompute, identity, *a, *b, *base)
+    return y.view(*x.shape[:-1], b[0].shape[0])
 
 
 class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, packed_mask: Tensor | None, layout: str, scales: list[float], dtype: torch.dtype, *tensors: Tensor
+        ctx: Any,
+        packed_mask: Tensor | None,
+        layout: str,
+        scales: list[float],
+        dtype: torch.dtype,
+        identity: int,
+        *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(packed_mask, *tensors)
+        ctx.save_for_backward(packed_mask, tensors[0].new_empty(0, identity), *tensors)
         ctx.layout, ctx.scales = layout, scales
         weight = _gather(layout, scales, packed_mask, tensors)
         with torch.autocast(tensors[0].device.type, enabled=False):
@@ -305,20 +317,21 @@ class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed_mask, *tensors = ctx.saved_tensors
+        packed_mask, _, *tensors = ctx.saved_tensors
         weight = _gather(ctx.layout, ctx.scales, packed_mask, tensors)
         with torch.autocast(grad.device.type, enabled=False):
             grads = weight.gradients(weight.mask_(grad.clone()))
-        return *(None,) * 4, *grads, *(None,) * len(weight.base)
+        return *(None,) * 5, *grads, *(None,) * len(weight.base)
 
 
-def effective_weight(weight: MaskedWeight, dtype: torch.dtype) -> Tensor:
+def effective_weight(weight: MaskedWeight, dtype: torch.dtype, identity: int = 0) -> Tensor:
     """(W + Σ s·B·A) ⊙ M, (out, in) in `dtype`, differentiable once in every A and B.
 
-    For products other than a linear one, which then keep this weight for their own backward.
+    For products other than a linear one, which then keep this weight for their own backward. `identity` as in
+    `masked_linear`.
     """
     a, b, scales, packed_mask, layout, base = weight
-    return _EffectiveWeight.apply(packed_mask, layout, scales, dtype, *a, *b, *base)
+    return _EffectiveWeight.apply(packed_mask, layout, scales, dtype, identity, *a, *b, *base)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...compat import BufferDict, is_quantized_tensor, repeated_by_reentrant_checkpoint
 from .base_weight import WeightLayout, find_layout, get_layout
 from .config import SparseLoraConfig
 from .functional import MaskedWeight, effective_weight, masked_linear, merge_update, sum_updates
@@ -43,6 +43,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     other_param_names: tuple[str, ...] = (
         "rank",
         "scaling",
+        "initial_scaling",
         "recompute",
         "sparse_low_rank_mask",
         "sparse_low_rank_source",
@@ -53,12 +54,13 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.module_name = module_name
         layout = find_layout(self.get_base_layer())
-        if layout is None or not layout.tensors(self.get_base_layer())[0].is_floating_point():
+        if layout is None or not _is_plain(layout.tensors(self.get_base_layer())[0]):
+            weight = f" with a weight of type {type(self.get_base_layer().weight).__name__}" if layout else ""
             raise TypeError(
-                f"SparseLoRA cannot adapt the module {module_name!r} of type {type(self.get_base_layer()).__name__}. "
-                "It adapts nn.Linear, Conv1D and nn.Conv2d with floating point weights, and classes registered with "
-                "`register_layout`; not quantized layers and not the out_proj of nn.MultiheadAttention, whose weight "
-                "is read without calling it. Exclude it with `exclude_modules`."
+                f"SparseLoRA cannot adapt the module {module_name!r} of type {type(self.get_base_layer()).__name__}"
+                f"{weight}. It adapts nn.Linear, Conv1D and nn.Conv2d with floating point weights, and classes "
+                "registered with `register_layout`; not quantized layers and not the out_proj of "
+                "nn.MultiheadAttention, whose weight is read without calling it. Exclude it with `exclude_modules`."
             )
         self.layout_name = layout.name
         self.out_features, self.in_features = layout.shape(self._base_tensors())
@@ -73,9 +75,12 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.register_buffer("sparse_low_rank_merged_mask", None, persistent=False)
         self.register_buffer("sparse_low_rank_dense_weight", None, persistent=False)
         self.rank: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}  # s
+        self.initial_scaling: dict[str, float] = {}  # s as the config has it
+        self._merged_scaling: list[float] = []  # s of the merged adapters when they were merged
         self.recompute: dict[str, bool] = {}
         self._checked: set[tuple[str, ...]] = set()  # groups of adapters whose stored masks were found to fit
+        self._to_repeat: dict[tuple[str, ...], int] = {}  # see _check_repetition
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -96,6 +101,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self._checked.clear()
         self.rank[adapter_name] = rank
         self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.initial_scaling[adapter_name] = self.scaling[adapter_name]
         self.recompute[adapter_name] = config.recompute
         self.sparse_low_rank_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
         self.sparse_low_rank_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
@@ -111,11 +117,30 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if init_lora_weights is False:
             nn.init.kaiming_uniform_(self.sparse_low_rank_B[adapter_name], a=math.sqrt(5))
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make s of an adapter its initial one times `scale`; nothing where the layer has no such adapter."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply s of all active adapters by `scale`."""
+        for adapter in self._active_here():
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide s of all active adapters by `scale`; None makes it the initial one again."""
+        for adapter in self._active_here():
+            self.scaling[adapter] = self.initial_scaling[adapter] if scale is None else self.scaling[adapter] / scale
+
+    def _active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.sparse_low_rank_A]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(…, in) -> (…, out) with the active adapters; the base layer as it is when they are disabled or merged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [name for name in self.active_adapters if name in self.sparse_low_rank_A]
+        active = self._active_here()
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if self.training and torch.is_grad_enabled() and self._is_offloaded():
@@ -124,11 +149,40 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
                 "autograd would keep every weight that is brought in until the backward, and offloading would save no "
                 "memory. Load the model without offloading; for inference call model.eval()."
             )
+        if self.training and not torch.compiler.is_compiling():
+            self._check_repetition(tuple(active))
         result = self._masked_forward(x, active)
         if self.base_layer is not self.get_base_layer():
             # another tuner's layer in between, say LoRA's: add what it adds to the base
             result = result + self.base_layer(x, *args, **kwargs) - self.get_base_layer()(x)
         return result
+
+    def _check_repetition(self, adapter_names: tuple[str, ...]) -> None:
+        """Raise if a reentrant checkpoint repeats a forward with other adapters than those it was made with.
+
+        Such a checkpoint makes its forward without gradients, and repeats it in the backward. So the forwards without
+        gradients are counted for each group of adapters; checkpoints of the other kind look at `_identity`.
+        """
+        if not torch.is_grad_enabled():
+            self._to_repeat[adapter_names] = self._to_repeat.get(adapter_names, 0) + 1
+        elif self._to_repeat and repeated_by_reentrant_checkpoint():
+            left = self._to_repeat.pop(adapter_names, 0)
+            if left > 1:
+                self._to_repeat[adapter_names] = left - 1
+            elif left == 0 and self._to_repeat:
+                made_with = [list(names) for names in self._to_repeat]
+                self._to_repeat.clear()
+                raise RuntimeError(
+                    f"A checkpointed forward of {self.module_name!r} is repeated in the backward with the adapters "
+                    f"{list(adapter_names)}, but was made with {made_with}: the gradients would be wrong. Switch "
+                    "adapters after the backward."
+                )
+
+    def _identity(self, adapter_names: list[str]) -> int:
+        """A number that is the same only for the same adapters, scaled alike."""
+        if torch.compiler.is_compiling():
+            return 0
+        return hash(tuple((name, self.scaling[name]) for name in adapter_names)) & 0x7FFFFFFF
 
     def _masked_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not say how its effective weight is applied.")
@@ -167,6 +221,13 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         """M of an adapter, bool (out_features, in_features)."""
         with self._onloaded():
             return self._kept([adapter_name])
+
+    def base_weight(self) -> Tensor | None:
+        """W, (out_features, in_features), or None where it is not in memory as a whole: on meta, or sharded."""
+        with self._onloaded():
+            weight = None if self._is_meta() else self.layout.weight(self._base_tensors()).detach()
+            whole = weight is not None and weight.shape == (self.out_features, self.in_features)
+            return weight if whole else None
 
     def masks_nothing(self, adapter_name: str) -> bool:
         """Whether M of the adapter keeps every weight. A weight that is not there yet (meta device) gives False."""
@@ -230,7 +291,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         packed = []
         for name in adapter_names:
             if name in self.sparse_low_rank_mask:
-                self._check_source(name)
+                self.check_source(name, self.sparse_low_rank_source[name])
                 packed.append(self.sparse_low_rank_mask[name])
             else:
                 packed.append(pack_mask(self._kept([name])))
@@ -241,8 +302,12 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             )
         self._checked.add(adapter_names)
 
-    def _check_source(self, adapter_name: str) -> None:
-        source = self.sparse_low_rank_source[adapter_name]
+    def check_source(self, adapter_name: str, source: Tensor) -> None:
+        """Raise unless `source` is the fingerprint of this layer's base weight.
+
+        Raises:
+            ValueError: it is that of another weight, or of none; the message names the adapter and the module.
+        """
         if not source.any():
             raise ValueError(
                 f"Adapter {adapter_name!r} was made with mask='stored', but {self.module_name!r} has no mask yet. "
@@ -263,7 +328,8 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if self.sparse_low_rank_merged_mask is None:
             return weight
         kept = unpack_mask(self.sparse_low_rank_merged_mask, self.in_features)
-        return merge_update(weight, -self._update(self.merged_adapters), kept)
+        a, b, _ = self._factors(self.merged_adapters)
+        return merge_update(weight, -sum_updates(a, b, self._merged_scaling, weight.dtype), kept)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -281,6 +347,26 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             return
         # from the original weight, so that several adapters are rounded once and not one after the other
         names = self.merged_adapters + new
+        weight, kept, merged = self._merged(names, safe_merge)
+        self.sparse_low_rank_dense_weight = weight.clone() if self._packed_mask(names) is not None else None
+        self.sparse_low_rank_merged_mask = pack_mask(kept)
+        self.layout.write(self.get_base_layer(), merged)
+        self.merged_adapters, self._merged_scaling = names, [self.scaling[name] for name in names]
+
+    @torch.no_grad()
+    def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Raise what `merge` with these arguments would raise, and write nothing."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = self.merged_adapters + [
+            name for name in wanted if name in self.sparse_low_rank_A and name not in self.merged_adapters
+        ]
+        if safe_merge and names:
+            self._merged(names, safe_merge)
+        elif names:
+            self._packed_mask(names)
+
+    def _merged(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """W, M and (W + Σ s·B·A) ⊙ M of these adapters, (out, in) each."""
         weight, kept, update = self._original_weight(), self._kept(names), self._update(names)
         merged = merge_update(weight, update, kept)
         if safe_merge and not (update.isfinite().all() and merged.isfinite().all()):
@@ -288,10 +374,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: the merged "
                 f"weight of {self.module_name!r} is not finite. The base weight was left as it was."
             )
-        self.sparse_low_rank_dense_weight = weight.clone() if self._packed_mask(names) is not None else None
-        self.sparse_low_rank_merged_mask = pack_mask(kept)
-        self.layout.write(self.get_base_layer(), merged)
-        self.merged_adapters = names
+        return weight, kept, merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -305,7 +388,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             return
         self.layout.write(self.get_base_layer(), self._original_weight())
         self.sparse_low_rank_merged_mask = self.sparse_low_rank_dense_weight = None
-        self.merged_adapters = []
+        self.merged_adapters, self._merged_scaling = [], []
 
     def _base_tensors(self) -> list[Tensor]:
         return self.layout.tensors(self.get_base_layer())
@@ -336,6 +419,11 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             return tensor.device, tensor.dtype
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight consists of the floating point numbers that it says it does."""
+    return weight.is_floating_point() and not is_quantized_tensor(weight)
+
+
 class SparseLoraLinear(SparseLoraLayer):
     """SparseLoRA on a linear layer: nn.Linear, Conv1D, or one registered with `register_layout`."""
 
@@ -348,6 +436,7 @@ class SparseLoraLinear(SparseLoraLayer):
                 self._masked_weight(adapter_names),
                 None if bias is None else bias.to(x.dtype),
                 self._recomputes(adapter_names),
+                self._identity(adapter_names),
             )
 
 
@@ -366,7 +455,7 @@ class SparseLoraConv2d(SparseLoraLayer):
         base_layer = self.get_base_layer()
         assert isinstance(base_layer, nn.Conv2d)  # what the model makes this layer for
         with self._onloaded():
-            weight = effective_weight(self._masked_weight(adapter_names), x.dtype)
+            weight = effective_weight(self._masked_weight(adapter_names), x.dtype, self._identity(adapter_names))
             return base_layer._conv_forward(x, weight.reshape(base_layer.weight.shape), base_layer.bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 
-__all__ = ["fingerprint", "matches_fingerprint", "pack_mask", "unpack_mask"]
+__all__ = ["base_fingerprint", "fingerprint", "matches_fingerprint", "pack_mask", "same_base", "unpack_mask"]
 
 _PROJECTIONS = 8
 _ROWS_AT_ONCE = 1024  # bounds the float64 copy of a large weight
@@ -93,3 +94,38 @@ def matches_fingerprint(stored: torch.Tensor, weight: torch.Tensor) -> bool:
 def _signs(count: int, seed: int) -> torch.Tensor:
     """float64 (count, 8) of ±1, the same on every machine: NumPy never changes the stream of RandomState."""
     return torch.from_numpy(np.random.RandomState(seed).choice([-1.0, 1.0], size=(count, _PROJECTIONS)))
+
+
+def base_fingerprint(weights: Iterable[torch.Tensor | None]) -> str | None:
+    """What identifies the zeros of several weights: whether each of a few fixed places of every weight is 0.
+
+    A hash would change with every cast: some weights vanish in float16, one in a hundred in int8.
+
+    Args:
+        weights: floating point (out, in) each, in the order of their modules; taken one after the other.
+
+    Returns:
+        16 hexadecimal digits a weight, or None if one of the weights is None.
+    """
+    digits = []
+    for weight in weights:
+        if weight is None:
+            return None
+        places = _places(weight.numel())
+        rows, columns = torch.from_numpy(np.stack(np.divmod(places, weight.shape[1]))).to(weight.device)
+        digits.append(np.packbits(weight.detach()[rows, columns].ne(0).cpu().numpy()).tobytes().hex())
+    return "".join(digits)
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two texts from `base_fingerprint` are of one base: at most 3 % of the places, and two, may differ."""
+    if len(one) != len(other):
+        return False
+    differing = (int(one, 16) ^ int(other, 16)).bit_count()
+    return differing <= 0.03 * 4 * len(one) + 2
+
+
+@lru_cache(maxsize=64)
+def _places(count: int) -> np.ndarray:
+    """Indices of 64 weights of `count`, the same on every machine."""
+    return np.random.RandomState(0).randint(0, max(count, 1), size=64, dtype=np.int64)

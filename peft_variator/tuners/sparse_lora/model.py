@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...offloading import refuse_rewriting
+from ...adapter_state import TidyTuner, check_adapter_state
+from ...compat import include_all_linear_layers
+from ...offloading import refuse_disk_offload, refuse_rewriting
 from .base_weight import find_layout
 from .config import SparseLoraConfig
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
+from .masks import base_fingerprint, same_base
 
 
 __all__ = ["SparseLoraModel", "attach_masks"]
@@ -34,7 +34,7 @@ _NAMES_SHOWN = 5
 _HEADS: dict[str, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-class SparseLoraModel(BaseTuner):
+class SparseLoraModel(TidyTuner):
     """LoRA under the mask of a pruned model (He et al. 2024, arXiv 2404.02424).
 
     Example:
@@ -55,6 +55,23 @@ class SparseLoraModel(BaseTuner):
     tuner_layer_cls = SparseLoraLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: SparseLoraConfig | dict[str, SparseLoraConfig],
+        adapter_name: str,
+        **kwargs: Any,
+    ) -> None:
+        # What the model carries already, such as a task's LoRA, belongs to the base model, even under the same name.
+        configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+        self.carried_configs = {n: config for n, config in configs.items() if not isinstance(config, SparseLoraConfig)}
+        self.carried_wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if configs:
+            self.peft_config = {n: config for n, config in configs.items() if isinstance(config, SparseLoraConfig)}
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        if self.carried_configs:
+            model.peft_config = {**self.carried_configs, **self.peft_config}  # type: ignore[assignment]  # as PEFT does
+
     def _prepare_adapter_config(self, peft_config: SparseLoraConfig, model_config: dict[str, Any]) -> SparseLoraConfig:
         """Without target modules: all linear layers, the default of the paper and no matter what the architecture."""
         if peft_config.target_modules is None:
@@ -70,14 +87,32 @@ class SparseLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, with one warning for all modules in which the mask would mask nothing.
 
+        If it fails, the model is left as it was.
+
         Raises:
-            ValueError: targets lie where PEFT does not look for them, inside of another method's modules.
+            ValueError: targets lie where PEFT does not look for them, inside of another method's modules; the adapter
+                was trained on a base with other zeros; it comes from a file, and the model is partly on disk; or it
+                can't have this name.
         """
-        refuse_rewriting(model)
-        _refuse_hidden_targets(self.peft_config[adapter_name], model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if self.peft_config[adapter_name].mask == "weight":
-            _warn_about_dense(_layers_of(model, adapter_name), adapter_name)
+        with self.injecting(adapter_name):
+            config = self._own_config(adapter_name)
+            refuse_rewriting(model)
+            if config.was_saved:
+                refuse_disk_offload(model)
+            _refuse_hidden_targets(config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.mask == "weight":
+                layers = _layers_of(model, adapter_name)
+                _record_base(config, adapter_name, layers)
+                _warn_about_dense(layers, adapter_name)
+
+    def _own_config(self, adapter_name: str) -> SparseLoraConfig:
+        """The config of an adapter; a copy if another adapter has this very object, which tells of its base."""
+        config = self.peft_config[adapter_name]
+        if config.in_use:
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            config.base_fingerprint, config.in_use = None, False
+        return config
 
     def _create_and_replace(
         self,
@@ -107,6 +142,89 @@ class SparseLoraModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's version reads the `weight` of the base layer, which packed ones don't have, to find its device."""
         setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """SparseLoRA's tensors alone, where PEFT takes those of the layers of any method that bear the same name."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        return {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}" or key in biases}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Where PEFT shows a tuner what it is going to load: the place to refuse it."""
+        with cls.loading(model, adapter_name):
+            whole = check_adapter_state(model, adapter_name, state_dict, config.source)
+            if config.mask == "stored" and not whole:
+                _check_sources(_layers_of(_base_model(model), adapter_name), adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def _layers(self) -> list[SparseLoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, SparseLoraLayer)]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters of SparseLoRA into the base, all layers or none; see `BaseTuner.merge_adapter`.
+
+        Raises:
+            ValueError: adapters have different masks; a weight is shared with another module, which would change too;
+                or, with `safe_merge`, a result is not finite. No layer is merged then.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        for layer in self._layers():
+            with onload_layer(layer):
+                layer.merge(adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged adapters of SparseLoRA out again."""
+        for layer in self._layers():
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        owners: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+        for layer in self._layers():
+            for parameter in layer.get_base_layer().parameters(recurse=False):
+                _refuse_shared_weight(layer, owners[id(parameter)])
+            with onload_layer(layer):
+                layer.check_merge(safe_merge, adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """The base model without SparseLoRA, with the adapters of other methods that it carries."""
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        if not self.carried_wrappers and not any(map(_is_of_another_method, self.model.modules())):
+            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        for name, module in list(self.model.named_modules()):
+            parent_name, _, child_name = name.rpartition(".")
+            if isinstance(module, SparseLoraLayer):
+                with onload_layer(module):
+                    if merge:
+                        module.merge(adapter_names=adapter_names)
+                setattr(self.model.get_submodule(parent_name), child_name, module.base_layer)
+            elif isinstance(module, AuxiliaryTrainingWrapper) and module not in self.carried_wrappers:
+                own = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                setattr(self.model.get_submodule(parent_name), child_name, own)
+        kept = {n: c for n, c in self.model.peft_config.items() if not isinstance(c, SparseLoraConfig)}
+        self.model.peft_config = {**kept, **self.carried_configs}
+        _warn_about_filled_zeros(self.model)
+        return self.model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -179,6 +297,64 @@ def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) 
         )
 
 
+def _record_base(config: SparseLoraConfig, adapter_name: str, layers: Mapping[str, SparseLoraLayer]) -> None:
+    """Note in the config where the base is not zero, or compare it with what is noted there.
+
+    Raises:
+        ValueError: the adapter was trained on a base with other zeros.
+    """
+    found = base_fingerprint(layer.base_weight() for layer in layers.values())
+    if found is None:
+        return
+    if config.base_fingerprint is None:
+        config.base_fingerprint = found
+    elif not same_base(config.base_fingerprint, found):
+        raise ValueError(
+            f"Adapter {adapter_name!r} was trained on another base: it reads its mask from the zeros of the weights "
+            "(mask='weight'), and here they are others than those that base_fingerprint in its config was taken from. "
+            "Load it on the pruned model that it was trained on. To train it further on this one, set "
+            "base_fingerprint to null in adapter_config.json."
+        )
+    config.in_use = True
+
+
+def _check_sources(
+    layers: Mapping[str, SparseLoraLayer], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that the stored masks in a state dict were made for the weights of these layers."""
+    for name, layer in layers.items():
+        source = next(value for key, value in state_dict.items() if key.endswith(f"{name}.sparse_low_rank_source"))
+        if source.any() and layer.base_weight() is not None:
+            with layer._onloaded():
+                layer.check_source(adapter_name, source)
+
+
+def _refuse_shared_weight(layer: SparseLoraLayer, owners: list[str]) -> None:
+    if len(owners) > 1:
+        raise ValueError(
+            f"{layer.module_name!r} shares its weight with other modules: {_shorten(owners)}. Merging would change "
+            "them too, and give another model. Save the base once with tie_word_embeddings=False, and train above "
+            f"that; or leave the module out, with exclude_modules=[{layer.module_name!r}]."
+        )
+
+
+def _warn_about_filled_zeros(model: nn.Module) -> None:
+    """Say where merging a LoRA that the model goes on carrying would fill zeros."""
+    zeros = {
+        name: int(module.get_base_layer().get_parameter("weight").eq(0).sum())
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and find_layout(module.get_base_layer()) is not None
+    }
+    filled = [name for name, count in zeros.items() if count]
+    if filled:
+        warnings.warn(
+            f"The model still carries LoRA adapters on {len(filled)} modules with zeros in their weights: "
+            f"{_shorten(filled)}. Merging those would fill {sum(zeros.values())} zeros; keep them unmerged where the "
+            "sparsity has to stay.",
+            stacklevel=2,
+        )
+
+
 def _shorten(names: list[str]) -> str:
     """The first few names, for a message."""
     return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
@@ -190,7 +366,7 @@ def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
     Raises:
         ValueError: there are none in these layers.
     """
-    known_to_peft = _maybe_include_all_linear_layers(copy.copy(peft_config), model).target_modules
+    known_to_peft = include_all_linear_layers(copy.copy(peft_config), model).target_modules
     names = set(known_to_peft or ()) | _registered_linears(model)
     heads = _HEADS.get(peft_config.task_type or "", ())
     return _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})

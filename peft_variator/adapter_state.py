@@ -1,0 +1,217 @@
+"""Saved adapters: what one may bring into a model, checked before anything of it is taken over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .compat import mark_without_adapters
+from .snapshot import ModelSnapshot, undone_on_error
+
+
+__all__ = ["AdapterStateError", "SavedConfig", "TidyTuner", "check_adapter_state"]
+
+_PREFIX = "base_model.model."
+_NAMES_SHOWN = 3
+
+
+class AdapterStateError(ValueError, RuntimeError):
+    """The tensors of a saved adapter are not those of the adapter in the model. (For sizes torch has RuntimeError.)"""
+
+
+class SavedConfig(PeftConfig):
+    """A config that knows whether it was read from a file, and from which folder where PEFT told it."""
+
+    was_saved: bool
+    source: str | None
+
+    def __post_init__(self) -> None:
+        self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
+        self.source = None
+        super().__post_init__()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SavedConfig:
+        """As `PeftConfig.from_pretrained`."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.source = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        return config
+
+
+class TidyTuner(BaseTuner):
+    """A tuner that leaves nothing behind of an adapter that could not be put in or loaded.
+
+    Its configs are `SavedConfig`s.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.before_loading: dict[str, ModelSnapshot] = {}  # of adapters from files whose tensors are still to come
+        super().__init__(model, *args, **kwargs)
+
+    @contextmanager
+    def injecting(self, adapter_name: str) -> Iterator[None]:
+        """Around all of `inject_adapter`.
+
+        Raises:
+            ValueError: the adapter cannot have this name.
+        """
+        has_adapters = hasattr(self.model, "peft_config")
+        try:
+            _check_adapter_name(adapter_name)
+            with undone_on_error(self.model) as before:
+                yield
+        except BaseException:
+            if not has_adapters:
+                mark_without_adapters(self.model)
+            raise
+        if self.peft_config[adapter_name].was_saved:
+            self.before_loading[adapter_name] = before
+
+    @staticmethod
+    @contextmanager
+    def loading(model: nn.Module, adapter_name: str) -> Iterator[None]:
+        """Around the checks of a state dict that is to be loaded: if it came with the adapter, both are refused."""
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        if not isinstance(tuner, TidyTuner):
+            yield
+            return
+        before = tuner.before_loading.pop(adapter_name, None)
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                before.restore()
+                tuner.peft_config.pop(adapter_name)
+            raise
+
+
+def _check_adapter_name(adapter_name: str) -> None:
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not possible: it becomes a part of parameter names, so it has to be a "
+            "text of at least one character without a dot. Choose another name."
+        )
+
+
+def check_adapter_state(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], source: str | None = None
+) -> bool:
+    """Check that a state dict holds the tensors of an adapter, all of them and nothing else.
+
+    Args:
+        model: the model that has the adapter.
+        adapter_name: the adapter.
+        state_dict: what is to be loaded, as PEFT hands it to a tuner: names of modules that are saved whole have the
+            adapter's name in them, those of the adapter itself do not.
+        source: where it comes from, for messages.
+
+    Returns:
+        Whether it is the state of the whole model, base weights included, as some trainers keep it.
+
+    Raises:
+        AdapterStateError: a tensor is missing, or has no place in the adapter (a weight of the base model, say), or
+            has another shape or kind of number, or is not finite. The message has its key.
+    """
+    where = f"The adapter in {source}" if source else f"The state of adapter {adapter_name!r}"
+    found = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    everything = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}
+    whole = bool(everything) and everything.keys() <= found.keys()
+    expected = everything if whole else _expected_tensors(model, adapter_name)
+    surplus = [key for key in found if key not in expected and not _is_embedding(model, key, found, everything, where)]
+    missing = [key for key in expected if key not in found]
+    if surplus:
+        overwritten = [key for key in surplus if key in everything]
+        what = "are weights of the base model" if overwritten else "have no place in this model"
+        hint = f" It lacks {_shorten(missing)}." if missing else ""
+        raise AdapterStateError(
+            f"{where} brings tensors that are none of the adapter's and {what}: {_shorten(overwritten or surplus)}."
+            f"{hint} Load it onto the model that it was made for, or save it again with save_pretrained."
+        )
+    if missing:
+        raise AdapterStateError(
+            f"{where} lacks {_shorten(missing)}. The file is incomplete, its keys were renamed, or the adapter was "
+            "made for another model. Save it again with save_pretrained."
+        )
+    for key, wanted in expected.items():
+        _check_tensor(key, found[key], wanted, where)
+    return whole
+
+
+def _expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT would save of the adapter, by the names that it gives a tuner when it loads."""
+    saved = get_peft_model_state_dict(
+        model, state_dict=model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False
+    )
+    renamed = {
+        f"{name}.{key}": f"{name}.{loaded}"
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key, loaded in module.adapter_state_dict_load_map(adapter_name).items()
+    }
+    return {renamed.get(key, key).removeprefix(_PREFIX): value for key, value in saved.items()}
+
+
+def _check_tensor(key: str, found: Tensor, wanted: Tensor, where: str) -> None:
+    if found.shape != wanted.shape:
+        raise AdapterStateError(
+            f"{where} does not fit this model: size mismatch for {key}: {tuple(found.shape)} in the file, "
+            f"{tuple(wanted.shape)} in the model. Load it onto the model, and with the config, that it was made with."
+        )
+    same_kind = found.is_floating_point() if wanted.is_floating_point() else found.dtype == wanted.dtype
+    if not same_kind:
+        raise AdapterStateError(
+            f"{where} has {key} as {found.dtype}, where {wanted.dtype} is expected. Save it again with "
+            "save_pretrained; quantized adapters cannot be loaded."
+        )
+    if found.is_floating_point() and not found.is_meta and not bool(found.isfinite().all()):
+        raise AdapterStateError(f"{where} has NaN or infinite values in {key}: the adapter is broken. Train it again.")
+
+
+def _is_embedding(
+    model: nn.Module, key: str, found: Mapping[str, Tensor], everything: Mapping[str, Tensor], where: str
+) -> bool:
+    """Whether the tensor is one of the embeddings that PEFT saves with an adapter, and may be taken over.
+
+    It saves those of a vocabulary that was resized, and copies of those that are adapted or tied to what is.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if key not in everything or not hasattr(base, "get_input_embeddings"):
+        return False
+    embeddings = (base.get_input_embeddings(), base.get_output_embeddings())
+    names = [name for name, module in base.named_modules() if any(module is embedding for embedding in embeddings)]
+    if not any(key.startswith(f"{name}.") for name in names):
+        return False
+    _check_tensor(key, found[key], everything[key], where)
+    return _same_values(found[key], everything[key]) or _was_resized(base)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Equal up to a cast to the coarser of the two dtypes."""
+    dtype = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(one.to(other.device, dtype), other.to(dtype))
+
+
+def _was_resized(base: Any) -> bool:
+    """Whether the vocabulary differs from that of the checkpoint the model was loaded from."""
+    if not base.name_or_path:
+        return False
+    try:
+        saved = type(base.config).from_pretrained(base.name_or_path)
+    except (OSError, ValueError):
+        return False
+    return bool(saved.get_text_config().vocab_size != base.config.get_text_config().vocab_size)
+
+
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
+    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
