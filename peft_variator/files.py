@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all, and finding out beforehand whether they can be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-__all__ = ["check_new_file", "check_new_folder", "new_folder", "replacing", "write_text"]
+__all__ = ["check_new_file", "check_new_folder", "new_folder", "replacing", "replacing_folder", "write_text"]
+
+# Temporary names are made of the first letters of the real one, which may itself be as long as a name can be.
+PREFIX_LENGTH = 40
 
 
 @contextmanager
@@ -18,13 +21,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, to write to; on success it takes the place of `path`, else it goes away.
 
     Missing parent folders are made. The temporary name ends like `path`, for libraries that read the format off it.
+    A link stays one: the file that it leads to is replaced.
 
     Args:
         path: the file to write.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=_prefix(target), dir=target.parent) as folder:
         temporary = Path(folder, target.name)
         yield temporary
         os.replace(temporary, target)
@@ -41,13 +45,17 @@ def check_new_folder(path: str | Path) -> None:
 
     Raises:
         FileExistsError: a file or a folder that is not empty is there.
-        OSError: no folder can be made there.
+        OSError: no folder can be made there: it is the working folder, a link, a device or a mount point, its name is
+            too long, or it can't be written to.
     """
     target = Path(path)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(
             f"{str(target)!r} already exists and is not empty. Name another output folder, or remove this one first."
         )
+    _check_replaceable(target)
+    if os.path.lexists(target) and not target.is_dir():
+        raise FileExistsError(f"{str(target)!r} exists and is no folder. Name another output folder.")
     _check_parents(target)
 
 
@@ -55,11 +63,28 @@ def check_new_file(path: str | Path) -> None:
     """Raise unless a file can be written to `path`; one that is there would be replaced.
 
     Raises:
-        OSError: a folder is at `path`, or no file can be made there.
+        OSError: a folder or a device is at `path`, or no file can be made there.
     """
-    if Path(path).is_dir():
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder. Name a file in it.")
-    _check_parents(Path(path))
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{str(path)!r} is a device, which can't be replaced by a file. Name a file.")
+    if os.path.ismount(target):
+        raise OSError(f"{str(path)!r} is a mount point, which can't be replaced. Name another file.")
+    _check_parents(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise where only the last step, the new folder taking its name, would fail."""
+    if target.is_symlink():
+        raise FileExistsError(
+            f"{str(target)!r} is a link, which can't be replaced by a folder. Name what it leads to."
+        )
+    if os.path.ismount(target):
+        raise OSError(f"{str(target)!r} is a mount point, which can't be replaced. Name a folder in it.")
+    if target.name in ("", "..") or (target.is_dir() and target.samefile(Path.cwd())):
+        raise OSError(f"{str(target)!r} is the working folder or above it. Name a folder in it.")
 
 
 def _check_parents(target: Path) -> None:
@@ -67,8 +92,17 @@ def _check_parents(target: Path) -> None:
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise NotADirectoryError(f"{str(target)!r} can't be written: {str(parent)!r} is a file. Name another output.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{str(target)!r} can't be written: {str(parent)!r} is not yours to write to.")
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    for name in target.absolute().relative_to(parent).parts:
+        if len(os.fsencode(name)) > longest:
+            raise OSError(f"The name {name!r} is too long: at most {longest} bytes are allowed. Shorten it.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=parent):
+            pass  # rights alone don't tell: file systems may be full or read-only, and root may write anywhere
+    except OSError as error:
+        raise type(error)(
+            f"{str(target)!r} can't be written: {str(parent)!r} is not yours to write to ({error.strerror})."
+        ) from error
 
 
 @contextmanager
@@ -85,16 +119,54 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         OSError: no folder can be made there.
     """
     check_new_folder(path)
+    with _temporary_folder(Path(path)) as temporary:
+        yield temporary
+        os.replace(temporary, path)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Like `new_folder`, and a folder that is at `path` stays there, whole, until the new one is.
+
+    Args:
+        path: the folder to make or to replace.
+
+    Raises:
+        OSError: no folder can be made there.
+    """
     target = Path(path)
+    _check_replaceable(target)
+    if not target.is_dir():
+        check_new_folder(target)
+    with _temporary_folder(target) as temporary:
+        yield temporary
+        if not target.is_dir():
+            os.replace(temporary, target)
+            return
+        with tempfile.TemporaryDirectory(prefix=_prefix(target), dir=target.parent) as aside:
+            earlier = Path(aside, "earlier")
+            os.replace(target, earlier)
+            try:
+                os.replace(temporary, target)
+            except BaseException:
+                os.replace(earlier, target)
+                raise
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}partial-", dir=target.parent))
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
         yield temporary
-        os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:PREFIX_LENGTH]}."
 
 
 def _umask() -> int:

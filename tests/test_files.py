@@ -1,77 +1,87 @@
-"""Files are written whole or not at all."""
+"""Files and folders appear whole or not at all, and what can't be written is known beforehand."""
+
+from __future__ import annotations
 
 import os
-import stat
+from pathlib import Path
 
 import pytest
 
-from peft_variator.files import new_folder, replacing, write_text
+from peft_variator.files import check_new_file, check_new_folder, new_folder, replacing_folder, write_text
 
 
-def test_text_is_written_into_new_folders_and_replaces_what_was_there(tmp_path):
-    path = tmp_path / "a" / "b.txt"
-    write_text(path, "first")
-    write_text(str(path), "zweite Zeile: ü\n")
-    assert path.read_bytes() == "zweite Zeile: ü\n".encode()
-    assert list(path.parent.iterdir()) == [path]
+LONG = "n" * 250
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "b.txt"
-    write_text(path, "old")
-
-    def fail():
-        with replacing(path) as temporary:
-            assert temporary.name == "b.txt"
-            temporary.write_text("half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_who_reads_the_old_file_meanwhile_keeps_reading_it(tmp_path):
-    """The new file takes the name of the old one; it is not written over its bytes."""
-    path = tmp_path / "b.txt"
-    write_text(path, "old")
-    with path.open() as reader:
-        write_text(path, "new")
-        assert reader.read() == "old"
-    assert path.read_text() == "new"
+def test_a_name_of_250_bytes_is_written(tmp_path: Path) -> None:
+    with new_folder(tmp_path / LONG) as folder:
+        write_text(folder / LONG, "text")
+    assert names(tmp_path) == [LONG]
+    assert (tmp_path / LONG / LONG).read_text() == "text"
 
 
-def test_a_new_folder_appears_when_it_is_full(tmp_path):
-    out = tmp_path / "a" / "out"
-    with new_folder(out) as folder:
-        (folder / "file").write_text("text")
-        assert not out.exists()
-        assert folder.parent == out.parent
-        assert folder.name.startswith(".out.partial-")
-    assert (out / "file").read_text() == "text"
-    assert list(out.parent.iterdir()) == [out]
-    umask = os.umask(0)
-    os.umask(umask)
-    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask, "as mkdir would have made it"
+@pytest.mark.parametrize("check", [check_new_file, check_new_folder])
+def test_a_name_that_is_too_long_is_refused_beforehand(tmp_path: Path, check: object) -> None:
+    with pytest.raises(OSError, match="too long"):
+        check(tmp_path / "made" / ("n" * 256))  # type: ignore[operator]
+    assert names(tmp_path) == []
 
 
-def test_a_failure_leaves_no_folder(tmp_path):
-    def fail():
-        with new_folder(tmp_path / "out") as folder:
-            (folder / "file").write_text("half")
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("path", [".", "..", "/", "/dev/null", "/proc", "/proc/new"])
+def test_folders_that_could_only_fail_at_the_end(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(OSError, match=r"Name|written"):
+        check_new_folder(path)
 
+
+def test_a_link_is_no_folder_to_make(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name in ("link", "nowhere"):
+        with pytest.raises(FileExistsError, match="link"):
+            check_new_folder(tmp_path / name)
+
+
+def test_an_empty_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    with pytest.raises(OSError, match="mount point"):
+        check_new_folder(tmp_path / "mounted")
+
+
+def test_devices_are_not_replaced_by_files() -> None:
+    with pytest.raises(FileExistsError, match="device"):
+        check_new_file("/dev/null")
+
+
+def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real.json")
+    check_new_file(tmp_path / "link")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+
+
+def interrupt(path: Path) -> None:
+    with replacing_folder(path) as folder:
+        (folder / "result").write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_an_earlier_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    with replacing_folder(tmp_path / "run") as folder:
+        (folder / "result").write_text("first")
     with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_new_folder_takes_the_place_of_an_empty_one_only(tmp_path):
-    (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("mine")
-    for taken in (tmp_path / "out", tmp_path / "out" / "file"):
-        with pytest.raises(FileExistsError, match="already exists and is not empty"), new_folder(taken):
-            pass
-    assert (tmp_path / "out" / "file").read_text() == "mine"
+        interrupt(tmp_path / "run")
+    assert (tmp_path / "run" / "result").read_text() == "first"
+    with replacing_folder(tmp_path / "run") as folder:
+        assert (tmp_path / "run" / "result").read_text() == "first"
+        (folder / "result").write_text("second")
+    assert (tmp_path / "run" / "result").read_text() == "second"
+    assert names(tmp_path) == ["run"]

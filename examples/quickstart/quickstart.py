@@ -8,7 +8,6 @@ Model and text come with installed packages, so nothing is downloaded.
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from peft_variator.cli.console import reported
-from peft_variator.files import check_new_folder, new_folder
+from peft_variator.files import check_new_folder, new_folder, replacing_folder
 
 
 RESULTS, PLOT = "results.json", "speed_and_quality.png"
@@ -83,9 +82,8 @@ def _introduce(settings: Settings, console: Console) -> None:
 
 def _write(results: Results, plugin: PeftModel, embeddings: dict[int, Tensor], output: Path) -> None:
     """Everything or nothing, after a fresh process has loaded the plugin and got the same embeddings."""
-    if _is_earlier_run(output):
-        shutil.rmtree(output)
-    with new_folder(output) as folder:
+    make_folder = replacing_folder if _is_earlier_run(output) else new_folder
+    with make_folder(output) as folder:
         plugin.save_pretrained(str(folder / PLUGIN))
         make_card(results).save(folder / PLUGIN / "README.md")
         save_file({str(ratio): rows for ratio, rows in embeddings.items()}, folder / EMBEDDINGS)

@@ -100,8 +100,8 @@ class RestoreJob(RunSettings):
         if self.adapter is not None:
             model = load_plugin(base, self.adapter)
             if not isinstance(model.peft_config["default"], SparseLoraConfig):
-                kind = model.peft_config["default"].peft_type
-                raise ValueError(f"--adapter {self.adapter} has the method {kind!s}, not SparseLoRA.")
+                kind = model.peft_config["default"].peft_type.value
+                raise ValueError(f"--adapter {self.adapter} has the method {kind}, not SparseLoRA.")
             if self.teacher is not None and self._follows_its_base(model):
                 raise ValueError(
                     "The adapter stores its masks, so its dense base is the teacher. Leave --teacher out."

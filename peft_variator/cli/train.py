@@ -99,7 +99,7 @@ class TrainJob(RunSettings):
         plugin = load_plugin(base, name)
         config = plugin.peft_config["default"]
         if not isinstance(config, VariatorConfig):
-            raise ValueError(f"--adapter {name} has the method {config.peft_type!s}, not a Variator plugin.")
+            raise ValueError(f"--adapter {name} has the method {config.peft_type.value}, not a Variator plugin.")
         if self.ratio is None:
             return plugin, [config.compression_ratio]
         config.compression_ratio, config.ratio_pattern = self.ratio[0], {}

@@ -251,4 +251,4 @@ def test_an_adapter_of_another_method_is_refused(tmp_path: Path) -> None:
         tmp_path / "model", "--data", data, "-o", tmp_path / "out", "--adapter", tmp_path / "lora", *QUICK
     )
     assert status == 1
-    assert "lora has the method PeftType.LORA, not a Variator plugin" in err
+    assert "lora has the method LORA, not a Variator plugin" in err

@@ -1,0 +1,170 @@
+"""What all commands share: help, versions, errors, interrupts, and what importing the package does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from safetensors import SafetensorError
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from typer.testing import CliRunner
+
+import peft_variator
+from peft_variator.cli.console import Reporter, parse_ratios, reported
+from peft_variator.cli.main import app
+
+
+COMMANDS = ["bench", "inspect", "merge", "pack", "prune", "restore", "train", "unpack"]
+
+
+def run_python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_nothing_is_cut_in_help(command: str, option: str) -> None:
+    done = CliRunner().invoke(app, [command, option])
+    assert done.exit_code == 0
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_help_and_versions_import_nothing_heavy() -> None:
+    for words in (["--help"], ["--version"], ["train", "--help"], ["prune", "--help"]):
+        done = run_python("-X", "importtime", "-m", "peft_variator", *words)
+        assert done.returncode == 0, done.stderr
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert not {"torch", "peft", "transformers", "numpy"} & imported
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip().endswith(peft_variator.__version__)
+
+
+PROGRAMS = {
+    "before": "import peft_variator, peft",
+    "after": "import peft, peft_variator",
+    "alone": "import peft_variator",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", PROGRAMS.values(), ids=PROGRAMS)
+def test_a_program_that_imports_the_package_can_load_everything(imports: str, tmp_path: Path) -> None:
+    set_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20
+    )
+    base = LlamaForCausalLM(config)
+    peft_variator.prune(base, peft_variator.PruningConfig(method="magnitude", pattern="2:4"), progress=False)
+    base.save_pretrained(tmp_path / "base")
+    from peft import get_peft_model
+
+    from peft_variator.bases import pack_checkpoint
+
+    pack_checkpoint(tmp_path / "base", tmp_path / "packed")
+    adapters = {
+        "variator": peft_variator.VariatorConfig(),
+        "sparse": peft_variator.SparseLoraConfig(target_modules=["q_proj"]),
+    }
+    for name, adapter in adapters.items():
+        get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), adapter).save_pretrained(tmp_path / name)
+    done = run_python(
+        "-c",
+        f"{imports}\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "import sys\n"
+        "root = sys.argv[1]\n"
+        "packed = AutoModelForCausalLM.from_pretrained(root + '/packed')\n"
+        "assert type(packed.model.layers[0].mlp.up_proj).__name__ == 'Sparse24Linear'\n"
+        "from peft import PeftModel\n"
+        "for name in ('variator', 'sparse'):\n"
+        "    base = AutoModelForCausalLM.from_pretrained(root + '/base')\n"
+        "    print(PeftModel.from_pretrained(base, f'{root}/{name}').peft_config['default'].peft_type.value)\n"
+        "    AutoModelForCausalLM.from_pretrained(root + '/base').load_adapter(f'{root}/{name}')\n"
+        "import peft_variator\n"
+        "assert set(peft_variator.__all__) <= set(dir(peft_variator))\n",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["VARIATOR", "SPARSE_LOW_RANK"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError("No space left on device"), 1),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_ends_a_command_is_a_line(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as raised, reported():
+        raise error
+    assert raised.value.exit_code == code
+    told = capsys.readouterr().err
+    assert str(error) in told
+    assert len(told.strip().splitlines()) == 1
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), reported():
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_importing_ends_with_a_word() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peft_variator", "inspect", os.devnull], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.2)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert "Traceback" not in told
+    if process.returncode != 1:  # it was faster than the signal
+        assert process.returncode == 130
+        assert "Interrupted" in told
+
+
+def test_json_goes_to_standard_output_and_text_leaves_it(tmp_path: Path) -> None:
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    ).save_pretrained(tmp_path / "base")
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "base"), "--json", "-"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["total"]["zeros"] == 0
+    assert "Sparsity by block" in done.stderr
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "base"), "--quiet"])
+    assert (done.exit_code, done.stdout) == (0, "")
+
+
+def test_swapped_arguments_of_merge_are_told(tmp_path: Path) -> None:
+    for name, file in {"base": "config.json", "adapter": "adapter_config.json"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    words = ["merge", str(tmp_path / "adapter"), str(tmp_path / "base"), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    assert f"merge {tmp_path / 'base'} {tmp_path / 'adapter'}" in done.stderr
+
+
+def test_ratios_are_repeated_or_listed() -> None:
+    assert parse_ratios(["2,4", "8", "4"]) == [2, 4, 8]
+    with pytest.raises(ValueError, match="--ratio"):
+        parse_ratios(["2", "k"])
+
+
+def test_no_number_of_a_table_is_broken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    head = ["name of the row", *(f"a long head {index}" for index in range(6))]
+    Reporter().show_figures("title", [head, ["a" * 30, *["1,234,567.89"] * 6]], ["below"])
+    assert capsys.readouterr().out.count("1,234,567.89") == 6
