@@ -96,3 +96,18 @@ def test_a_stored_mask_is_checked_against_an_offloaded_base(tmp_path) -> None:
     cpu_offload(base, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="was made for another base"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_saved_adapter_is_not_loaded_by_transformers_on_a_base_partly_on_disk(is_trainable: bool, tmp_path) -> None:
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    randomize_(get_peft_model(base, SparseLoraConfig())).save_pretrained(tmp_path / "adapter")
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
+    model = type(base).from_pretrained(tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offload")
+    with torch.no_grad():
+        expected = outputs(model, CASES["llama"])
+        with pytest.raises(ValueError, match="partly offloaded to disk"):
+            model.load_adapter(str(tmp_path / "adapter"), is_trainable=is_trainable)
+        assert torch.equal(outputs(model, CASES["llama"]), expected)

@@ -180,7 +180,7 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def _identity(self, adapter_names: list[str]) -> int:
         """A number that is the same only for the same adapters, scaled alike."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return 0
         return hash(tuple((name, self.scaling[name]) for name in adapter_names)) & 0x7FFFFFFF
 
