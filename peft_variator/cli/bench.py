@@ -5,10 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..profiling import (
+    SHAPES,
     BenchmarkReport,
     BenchmarkSettings,
     count_steps,
@@ -29,7 +32,17 @@ OPTIONS = {"ratios": "ratio", "batch": "batch-size"}
 def bench(settings: BenchmarkSettings, reporter: Reporter) -> None:
     """Measure and tell; see [`run_benchmark`]."""
     reporter.check()
-    report = _run(settings, reporter)
+    if Path(settings.model, "adapter_config.json").is_file() and not Path(settings.model, "config.json").is_file():
+        raise ValueError(
+            f"{settings.model!r} holds an adapter. Name its base model: a fresh plugin on it is measured."
+        )
+    try:
+        report = _run(settings, reporter)
+    except OSError as error:
+        close = get_close_matches(settings.model, SHAPES, n=1)
+        if not close:
+            raise
+        raise OSError(f"{error} Did you mean {close[0]!r}?") from error
     reporter.write_json(report.to_json())
     if reporter.png is not None:
         save_plot(report, reporter.png)

@@ -120,6 +120,7 @@ def reported() -> Iterator[None]:
     """
     try:
         _register()
+        _hide_bars_in_pipes()
         yield
     except KeyboardInterrupt as error:
         _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
@@ -132,6 +133,14 @@ def reported() -> Iterator[None]:
             raise
         _tell("Error:", f"{error} Nothing was written under the name of the output.")
         raise typer.Exit(1) from error
+
+
+def _hide_bars_in_pipes() -> None:
+    """Have transformers draw no bars where nobody sees them move."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging  # only now: the command's help needs no transformers
+
+        logging.disable_progress_bar()
 
 
 def _tell(head: str, message: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
@@ -26,6 +26,7 @@ from .training_run import (
     load_weights,
     train_or_resume,
     training_arguments,
+    warn_about_little_data,
     write_adapter,
 )
 
@@ -100,7 +101,7 @@ class RestoreJob(RunSettings):
         if self.adapter is not None:
             model = load_plugin(base, self.adapter)
             if not isinstance(model.peft_config["default"], SparseLoraConfig):
-                kind = model.peft_config["default"].peft_type.value
+                kind = PeftType(model.peft_config["default"].peft_type).value
                 raise ValueError(f"--adapter {self.adapter} has the method {kind}, not SparseLoRA.")
             if self.teacher is not None and self._follows_its_base(model):
                 raise ValueError(
@@ -208,6 +209,7 @@ def restore(job: RestoreJob, reporter: Reporter) -> None:
     if is_first:
         reporter.write_json(json.dumps(asdict(facts), indent=2))
         _show(job, facts, reporter)
+        warn_about_little_data(facts.held_out, reporter)
 
 
 def _show(job: RestoreJob, facts: RestoredFacts, reporter: Reporter) -> None:

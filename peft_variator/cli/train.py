@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
@@ -25,6 +25,7 @@ from .training_run import (
     load_weights,
     train_or_resume,
     training_arguments,
+    warn_about_little_data,
     write_adapter,
 )
 
@@ -99,7 +100,9 @@ class TrainJob(RunSettings):
         plugin = load_plugin(base, name)
         config = plugin.peft_config["default"]
         if not isinstance(config, VariatorConfig):
-            raise ValueError(f"--adapter {name} has the method {config.peft_type.value}, not a Variator plugin.")
+            raise ValueError(
+                f"--adapter {name} has the method {PeftType(config.peft_type).value}, not a Variator plugin."
+            )
         if self.ratio is None:
             return plugin, [config.compression_ratio]
         config.compression_ratio, config.ratio_pattern = self.ratio[0], {}
@@ -155,6 +158,7 @@ def train(job: TrainJob, reporter: Reporter) -> None:
     if is_first:
         reporter.write_json(json.dumps(asdict(facts), indent=2))
         _show(job, facts, reporter)
+        warn_about_little_data(facts.held_out, reporter)
 
 
 def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:

@@ -41,6 +41,7 @@ from ..training.card import PluginFacts
 from ..training.images import ImageFolder
 from ..training.restored_card import RestoredFacts
 from ..training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
+from .console import Reporter
 
 
 __all__ = [
@@ -53,12 +54,15 @@ __all__ = [
     "load_weights",
     "train_or_resume",
     "training_arguments",
+    "warn_about_little_data",
     "write_adapter",
 ]
 
 Examples = list[dict[str, list[int]]] | Subset[dict[str, Tensor]]
 
 MIN_TOKENS = 2
+# Fewer held-out examples than these give figures that another draw would change visibly.
+ENOUGH_HELD_OUT = 32
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,8 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
         objective: what is trained for, further fields of `DistillationConfig`.
     """
     on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
+    if settings.steps == 1:
+        objective["warmup_steps"] = 0  # a warm-up begins at a rate of 0, which would be the only one
     with tempfile.TemporaryDirectory(prefix=f"peft-variator-{settings.subcommand}-") as scratch:
         yield DistillationConfig(
             output_dir=str(settings.checkpoints or scratch),
@@ -315,6 +321,15 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
             use_cpu=on_cpu,
             ddp_backend="gloo" if on_cpu and _processes() > 1 else None,
             **objective,
+        )
+
+
+def warn_about_little_data(held_out: int, reporter: Reporter) -> None:
+    """Tell where quality was measured on too few examples to be trusted."""
+    if held_out < ENOUGH_HELD_OUT:
+        reporter.warn(
+            f"Quality was measured on {held_out} held-out examples only: another draw would give other figures. Hold "
+            "out more with --held-out, and give enough --data; at most a tenth of what is read is held out."
         )
 
 

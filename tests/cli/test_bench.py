@@ -195,3 +195,11 @@ def test_says_which_product_the_packed_layers_run_and_why(tmp_path):
     packed = report.packed_layers
     assert set(packed.values()) == {path}
     assert "model.layers.0.mlp.down_proj" in packed
+
+
+def test_a_shape_that_is_misspelt_and_an_adapter_are_told(tmp_path):
+    status, _, err = invoke("bert-bse", *QUICK)
+    assert (status, "Did you mean 'bert-base'?" in err) == (1, True)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    status, _, err = invoke(tmp_path, *QUICK)
+    assert (status, "holds an adapter" in err) == (1, True)

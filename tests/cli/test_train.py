@@ -252,3 +252,17 @@ def test_an_adapter_of_another_method_is_refused(tmp_path: Path) -> None:
     )
     assert status == 1
     assert "lora has the method LORA, not a Variator plugin" in err
+
+
+def test_one_step_trains_and_several_files_are_read(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data = [save_data(tmp_path / f"{name}.txt", "encoder") for name in "ab"]
+    words = [tmp_path / "model", "--data", data[0], "--data", data[1], *QUICK, *SMALL, "--steps", 1]
+    status, _, err = invoke(*words, "-o", tmp_path / "out", "--quiet")
+    assert status == 0, err
+    assert "held-out examples only" in err
+    assert "%|" not in err
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    (row,) = record["facts"]["ratios"]
+    assert row["before"] != row["after"]
+    assert record["facts"]["data"] == f"{data[0]}, {data[1]}"
