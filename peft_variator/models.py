@@ -213,8 +213,9 @@ def share_weights(model: nn.Module) -> nn.Module:
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The transformers class that wrote a checkpoint, by its config's `architectures`; None if there is none."""
     for name in config.architectures or ():
-        if name in dir(transformers):
-            return getattr(transformers, name)
+        found = getattr(transformers, name) if name in dir(transformers) else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):  # transformers has other classes, too
+            return found
     return None
 
 

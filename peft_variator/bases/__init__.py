@@ -3,17 +3,13 @@
 Importing the package makes transformers know packed models, see `Sparse24Config`, and SparseLoRA packed layers.
 """
 
-from .adapters import register_packed_layout
 from .checkpoint import CheckpointError
 from .config import Sparse24Config
 from .convert import pack_checkpoint, unpack_checkpoint
-from .layout import LayoutError
-from .linear import Sparse24Linear
-from .load import load_base
+from .linear import Sparse24Linear, describe_paths, register_packed_layout
 from .merge import MergeReport, merge_checkpoint
-from .paths import describe_paths
-from .quantizer import Sparse24Quantizer, register
-from .save import save_base
+from .packing import LayoutError
+from .quantizer import Sparse24Quantizer, load_base, register, save_base
 
 
 __all__ = [

@@ -1,22 +1,78 @@
-"""`Sparse24Config`: the entry `quantization_config` of a packed model's config.json."""
+"""What config.json says about a packed model: reading it, `Sparse24Config`, and the rules that follow from it."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint import CheckpointError
+from .compressed_tensors import CODECS, Sparse24Codec
 from .linear import Unpacked
 
 
-__all__ = ["METHOD", "Sparse24Config"]
+__all__ = [
+    "CONFIG_NAME",
+    "METHOD",
+    "Rules",
+    "Sparse24Config",
+    "matches",
+    "names_dtype",
+    "pop_quantization",
+    "read_config",
+    "read_model_config",
+    "read_quantization",
+    "shorten",
+    "translate_compressed_tensors",
+]
+
+CONFIG_NAME = "config.json"
 
 METHOD = "sparse24"
 """The `quant_method` of packed models."""
 
-_PACKED_FORMAT = "sparse-24-bitmask"
-_FORMATS = (_PACKED_FORMAT, "sparse-bitmask", "dense")
+_PACKED_FORMAT = Sparse24Codec.name
+# What compressed-tensors calls the form of the values; that of the zeros is in its sparsity_config.
+_QUANTIZED_FORMATS = ("dense", "sparse-24-bitmask", "int-quantized", "float-quantized", "naive-quantized")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which layers are, or become, packed.
+
+    Args:
+        pack_dense: pack the dense weights that are 2:4. Otherwise a weight that `targets` means has to be packed.
+        targets: the layers that have to be 2:4, see `names.matches`; None for those that happen to be.
+        ignore: exceptions from `targets`, never packed from dense.
+    """
+
+    pack_dense: bool
+    targets: tuple[str, ...] | None
+    ignore: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for pattern in (*(self.targets or ()), *self.ignore):
+            if not pattern.startswith("re:"):
+                continue
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+
+    def requires(self, module: nn.Module, name: str) -> bool:
+        """Whether the layer has to be 2:4."""
+        return self.targets is not None and matches(module, name, self.targets) and not self.ignores(module, name)
+
+    def ignores(self, module: nn.Module, name: str) -> bool:
+        """Whether the layer stays as it is stored."""
+        return matches(module, name, self.ignore)
 
 
 class Sparse24Config(QuantizationConfigMixin):
@@ -54,8 +110,20 @@ class Sparse24Config(QuantizationConfigMixin):
         self.checksums = checksums
         if unpacked not in get_args(Unpacked):
             raise ValueError(f"unpacked={unpacked!r} is not one of {get_args(Unpacked)}.")
-        if format not in _FORMATS:
-            raise ValueError(f"format={format!r} can't be read. These can: {', '.join(_FORMATS)}.")
+        if format not in CODECS:
+            raise ValueError(f"format={format!r} can't be read. These can: {', '.join(CODECS)}.")
+
+    def rules(self, pre_quantized: bool = True) -> Rules:
+        """Which layers are, or become, packed.
+
+        Args:
+            pre_quantized: whether the files are those that the config was saved with, and not dense ones to pack.
+        """
+        return Rules(
+            pack_dense=not pre_quantized or self.format == "dense",
+            targets=None if self.targets is None else tuple(self.targets),
+            ignore=tuple(self.ignore),
+        )
 
     @classmethod
     def from_dict(
@@ -86,3 +154,120 @@ class Sparse24Config(QuantizationConfigMixin):
         """The entry of config.json."""
         fields = {name: value for name, value in vars(self).items() if name != "quant_method"}
         return {"quant_method": METHOD, "sparsity_config": {"sparsity_structure": "2:4", **fields}}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it holds no fields.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not the fields of a config.")
+    return config
+
+
+def read_model_config(folder: Path, **kwargs: Any) -> PreTrainedConfig:
+    """A folder's config.json as transformers reads it.
+
+    Args:
+        folder: the folder.
+        kwargs: for `AutoConfig.from_pretrained`.
+
+    Raises:
+        CheckpointError: transformers can't read it.
+    """
+    fields, path = read_config(folder), folder / CONFIG_NAME
+    architectures = fields.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise CheckpointError(f"{path}: architectures={shorten(architectures)} is no list of names of classes.")
+    try:
+        return AutoConfig.from_pretrained(folder, **kwargs)
+    # what a config raises at a value of another kind is up to each model
+    except Exception as error:
+        raise CheckpointError(f"{path} describes no model that transformers can read: {shorten(error)}") from error
+
+
+def names_dtype(config: dict[str, Any]) -> bool:
+    """Whether the fields of a config.json name the model's dtype.
+
+    Where they don't, it has to be given from `Checkpoint.dtype`: transformers takes it from the first floating tensor
+    of the files, which may be an 8-bit one, before they are checked.
+    """
+    return bool(config.get("dtype") or config.get("torch_dtype"))
+
+
+def pop_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the entry about quantization and sparsity out of the fields of a config.json; None for a dense model.
+
+    Raises:
+        ValueError: it is no dict.
+    """
+    # config.json had the entry `compression_config` before transformers knew the format
+    entries = {name: config.pop(name, None) for name in ("quantization_config", "compression_config")}
+    for name, entry in entries.items():
+        if entry and not isinstance(entry, dict):
+            raise ValueError(f"{name}={shorten(entry)} in config.json is no dict of fields.")
+    return next((entry for entry in entries.values() if entry), None)
+
+
+def read_quantization(entry: dict[str, Any]) -> Sparse24Config:
+    """What an entry of config.json says about sparsity, written by this package or by compressed-tensors.
+
+    Raises:
+        ValueError: the model is quantized in a way that can't be read.
+    """
+    ours = entry.get("quant_method") == METHOD
+    return Sparse24Config.from_entry(entry) if ours else translate_compressed_tensors(entry)
+
+
+def translate_compressed_tensors(entry: dict[str, Any]) -> Sparse24Config:
+    """What the `quantization_config` of a model written by compressed-tensors says about its sparsity.
+
+    Raises:
+        ValueError: the model is quantized in a way that can't be read.
+    """
+    method = entry.get("quant_method", "compressed-tensors")
+    quantized_format = entry.get("format") or "dense"
+    if method != "compressed-tensors" or quantized_format not in _QUANTIZED_FORMATS:
+        raise ValueError(
+            f"The model is quantized with quant_method={method!r}, format={quantized_format!r}, which can't be read. "
+            f"compressed-tensors can, with format {', '.join(_QUANTIZED_FORMATS)}."
+        )
+    sparsity = entry.get("sparsity_config") or {}
+    # what is called unstructured may still be 2:4; then nothing has to be
+    claimed = str(sparsity.get("sparsity_structure")).lower() == "2:4" and sparsity.get("targets")
+    return Sparse24Config(
+        targets=sparsity["targets"] if claimed else None,
+        ignore=sparsity.get("ignore") or (),
+        format=sparsity.get("format") or "dense",
+    )
+
+
+def matches(module: nn.Module, name: str, patterns: Iterable[str]) -> bool:
+    """Whether `patterns` mean a layer: by its name, its class, or a regular expression `re:...` for its name.
+
+    Args:
+        module: the layer.
+        name: its name in the checkpoint.
+        patterns: as in the `targets` and `ignore` of compressed-tensors; an expression has to match from the start.
+    """
+    return any(
+        re.match(pattern[3:], name) is not None
+        if pattern.startswith("re:")
+        else pattern in (name, type(module).__name__)
+        for pattern in patterns
+    )
+
+
+def shorten(value: object) -> str:
+    """What to show of a value or an error of any length."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

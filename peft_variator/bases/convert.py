@@ -1,24 +1,85 @@
-"""Packing and unpacking checkpoints on disk, without loading the model."""
+"""Packing and unpacking checkpoints on disk, weight by weight, without loading the model.
+
+A conversion opens a `ModelFolder`, makes a `Piece` of every weight that changes its form, and has `rewrite` write
+them, with everything else copied, to a folder that appears when it is whole.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import CheckpointError
-from .completeness import check_complete
-from .config import Sparse24Config
-from .folder import ModelFolder
-from .names import KeyNames
-from .pieces import dense_piece, layers_left_dense, own_dtype, planned_piece
-from .plan import Rules, check_size, plan_weights
-from .shards import ConversionReport, OnProgress, rewrite
-from .stored import StoredWeight, find_stored_weights
+from ..bitmask import mask_width
+from ..files import check_new_folder, write_text
+from ..models import model_class
+from .checkpoint import INDEX_NAME, Checkpoint, CheckpointError, ShardWriter, StoredTensor, TensorSpec
+from .compressed_tensors import StoredWeight, find_stored_weights
+from .config import (
+    CONFIG_NAME,
+    METHOD,
+    Rules,
+    Sparse24Config,
+    names_dtype,
+    pop_quantization,
+    read_config,
+    read_model_config,
+    read_quantization,
+    shorten,
+)
+from .loading_plan import KeyNames, PlannedWeight, check_complete, check_size, plan_weights
+from .packing import PackedWeight
 
 
-__all__ = ["pack_checkpoint", "unpack_checkpoint"]
+__all__ = [
+    "ConversionReport",
+    "ModelFolder",
+    "OnProgress",
+    "Piece",
+    "dense_piece",
+    "fingerprint",
+    "layers_left_dense",
+    "pack_checkpoint",
+    "packed_names",
+    "packed_specs",
+    "planned_piece",
+    "replaced_piece",
+    "rewrite",
+    "unpack_checkpoint",
+]
+
+
+OnProgress = Callable[[int, int], None]
+"""Called with the source bytes done and those there are."""
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+_STATE_NAME = ".conversion.json"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Args:
+        output: the folder it made.
+        converted: how many weights changed their form.
+        bytes_before: size of the source's tensors.
+        bytes_after: size of the tensors written.
+    """
+
+    output: Path
+    converted: int
+    bytes_before: int
+    bytes_after: int
 
 
 def pack_checkpoint(
@@ -48,18 +109,14 @@ def pack_checkpoint(
     folder = ModelFolder.open(source)
     if folder.ours:
         raise CheckpointError(f"{folder.path} is packed already.")
-    published = folder.published or Sparse24Config(format="dense")
-    wanted = published.targets if targets is None else list(targets)
-    rules = Rules(
-        pack_dense=published.format == "dense",
-        targets=None if wanted is None else tuple(wanted),
-        ignore=(*published.ignore, *ignore),
-    )
+    rules = folder.rules
+    if targets is not None:
+        rules = replace(rules, targets=tuple(targets))
     model = folder.skeleton()
-    planned = plan_weights(model, folder.checkpoint, rules, folder.dtype())
-    check_complete(model, folder.checkpoint, (weight.stored for weight in planned))
-    pieces = [planned_piece(weight) for weight in planned if weight.action != "as_is"]
-    packed = (weight.module for weight in planned if weight.action != "dense")
+    planned = plan_weights(model, folder.checkpoint, replace(rules, ignore=(*rules.ignore, *ignore)), folder.dtype)
+    folder.check(model)
+    pieces = [planned_piece(weight) for weight in planned if weight.action != "keep"]
+    packed = (weight.module for weight in planned if weight.becomes_packed)
     config = folder.packed_config(layers_left_dense(model, folder.checkpoint, packed))
     return rewrite(folder, output, pieces, config, {"task": "pack"}, on_progress)
 
@@ -88,20 +145,315 @@ def unpack_checkpoint(
     stored = [weight for weight in find_stored_weights(folder.checkpoint.tensors).values() if not weight.plain]
     if not stored:
         raise CheckpointError(f"{folder.path} is dense already.")
-    for weight in stored:
-        weight.check()
-    if folder.has_class:
-        _compare(folder.skeleton(), folder, stored)
-    dtype = folder.dtype()  # reads a file
-    pieces = [dense_piece(weight, own_dtype(weight, dtype)) for weight in stored]
+    folder.check(folder.skeleton() if model_class(folder.model_config) is not None else None)
+    pieces = [dense_piece(weight, weight.own_dtype(folder.dtype)) for weight in stored]
     return rewrite(folder, output, pieces, folder.config, {"task": "unpack"}, on_progress)
 
 
-def _compare(model: PreTrainedModel, folder: ModelFolder, stored: Iterable[StoredWeight]) -> None:
-    """Raise where the model of config.json has other parameters than the files, or parameters of other shapes."""
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with config.json and safetensors files.
+
+    Args:
+        path: the folder.
+        config: config.json without what it says about quantization.
+        published: what it says about sparsity; None for a plain dense model.
+        checkpoint: the tensors.
+        ours: whether this package packed it.
+        model_config: config.json as transformers reads it.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    published: Sparse24Config | None
+    checkpoint: Checkpoint
+    ours: bool
+    model_config: PreTrainedConfig
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> ModelFolder:
+        """Read a folder's config.json and headers, and check the checksums where there are any.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+            ValueError: the model is quantized in a way that can't be read.
+        """
+        folder = Path(path)
+        config = read_config(folder)
+        entry = pop_quantization(config)
+        published = None if entry is None else read_quantization(entry)
+        checkpoint = Checkpoint.from_directory(folder)
+        if published is not None and published.checksums:
+            checkpoint.check_checksums()
+        ours = entry is not None and entry.get("quant_method") == METHOD
+        return cls(folder, config, published, checkpoint, ours, read_model_config(folder))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of config.json, which 8-bit weights are decompressed to."""
+        return self.model_config.dtype or torch.float32
+
+    @property
+    def rules(self) -> Rules:
+        """Which layers are packed when the model is loaded, or may be when it is dense."""
+        return (self.published or Sparse24Config(format="dense")).rules()
+
+    def check(self, model: PreTrainedModel | None) -> None:
+        """Check every tensor, without decoding it: its parts, and that it and no other is what the model needs.
+
+        Args:
+            model: the dense model of config.json; without one, only what the files themselves say is checked.
+
+        Raises:
+            CheckpointError: naming file and tensor.
+        """
+        weights = find_stored_weights(self.checkpoint.tensors)
+        decoded = [weight for weight in weights.values() if not weight.plain]
+        for weight in decoded:
+            weight.check()
+        if model is None:
+            return
+        names, parts = KeyNames(model), {part.name for weight in decoded for part in weight.parts.values()}
+        dense = [
+            StoredWeight.of_dense(stored) for name, stored in self.checkpoint.tensors.items() if name not in parts
+        ]
+        for weight in (*decoded, *dense):
+            parameter = names.parameter(weight.name)
+            if parameter is not None:
+                check_size(weight, tuple(model.get_parameter_or_buffer(parameter).shape))
+        check_complete(model, self.checkpoint, decoded)
+
+    def skeleton(self, architecture: str | None = None) -> PreTrainedModel:
+        """The model that config.json describes, dense and without weights.
+
+        Args:
+            architecture: the class to make instead of the one that was saved, if transformers has it for this config.
+
+        Raises:
+            CheckpointError: its architecture is no class of transformers.
+        """
+        config = copy.deepcopy(self.model_config)
+        vars(config).pop("quantization_config", None)
+        cls = model_class(config)
+        if architecture is not None:
+            config.architectures = [architecture]
+            other = model_class(config)
+            cls = other if other is not None and other.config_class is type(config) else cls
+        if cls is None:
+            raise CheckpointError(
+                f"{self.path / CONFIG_NAME}: architectures={config.architectures} names no class of transformers, "
+                "so its linear layers are unknown. Load the model with its own code and Sparse24Config, and save it."
+            )
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        # what a constructor raises at sizes that are none is up to each model
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path / CONFIG_NAME}: {cls.__name__} can't be built from it: {shorten(error)}"
+            ) from error
+
+    def packed_config(self, left_dense: list[str]) -> dict[str, Any]:
+        """config.json of the packed model, whose layers are all packed but those named."""
+        new = dict(self.config)
+        if not names_dtype(new):
+            new["dtype"] = str(self.checkpoint.dtype).removeprefix("torch.")
+        entry = Sparse24Config(targets=["Linear"], ignore=left_dense, checksums=True).to_dict()
+        return {**new, "quantization_config": entry}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are written in the place of others.
+
+    Args:
+        sources: what they are made from. They go to the file that has the same name as that of the first.
+        specs: name -> dtype and shape.
+        make: reads the sources and makes the tensors.
+    """
+
+    sources: tuple[StoredTensor, ...]
+    specs: dict[str, TensorSpec]
+    make: Callable[[], dict[str, Tensor]]
+
+
+def packed_specs(weight: StoredWeight, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Names and forms of the packed tensors of a weight."""
+    rows, columns = weight.size()
+    return {
+        f"{weight.module}.compressed": TensorSpec(dtype, (rows, columns // 2)),
+        f"{weight.module}.bitmask": TensorSpec(torch.uint8, (rows, mask_width(columns))),
+        f"{weight.module}.shape": TensorSpec(torch.int64, (2, 1)),
+    }
+
+
+def packed_names(weight: StoredWeight, packed: PackedWeight) -> dict[str, torch.Tensor]:
+    """The tensors of a packed weight by the names that `packed_specs` gives them."""
+    return {f"{weight.module}.{part}": tensor for part, tensor in packed._asdict().items()}
+
+
+def packed_piece(weight: StoredWeight, dtype: torch.dtype) -> Piece:
+    """A piece that packs one stored weight."""
+    specs = packed_specs(weight, dtype)
+    return Piece(weight.sources, specs, lambda: packed_names(weight, weight.read_packed(dtype)))
+
+
+def dense_piece(weight: StoredWeight, dtype: torch.dtype) -> Piece:
+    """A piece that unpacks, or rescales, one stored weight."""
+    specs = {weight.name: TensorSpec(dtype, weight.size())}
+    return Piece(weight.sources, specs, lambda: {weight.name: weight.read_dense(dtype)})
+
+
+def replaced_piece(weight: StoredWeight, dtype: torch.dtype, new: StoredTensor) -> Piece:
+    """A piece that writes `new`, as a dense tensor, in the place of a stored weight or another parameter."""
+    specs = {weight.name: TensorSpec(dtype, new.shape)}
+    return Piece(weight.sources, specs, lambda: {weight.name: new.read().to(dtype)})
+
+
+def planned_piece(weight: PlannedWeight) -> Piece:
+    """The piece for a weight that is planned to be packed or dense."""
+    make = packed_piece if weight.action == "pack" else dense_piece
+    return make(weight.stored, weight.stored.own_dtype(weight.dtype))
+
+
+def layers_left_dense(model: PreTrainedModel, checkpoint: Checkpoint, packed: Iterable[str]) -> list[str]:
+    """The linear layers that are not packed, by their name in the checkpoint, or in the model where they have none.
+
+    Args:
+        model: dense model.
+        checkpoint: the source.
+        packed: names in the model of the layers that are.
+    """
     names = KeyNames(model)
-    for weight in stored:
-        parameter = names.parameter(weight.name)
-        if parameter is not None:
-            check_size(weight, tuple(model.get_parameter_or_buffer(parameter).shape))
-    check_complete(model, folder.checkpoint, stored)
+    dense = {name for name, module in model.named_modules() if type(module) is nn.Linear} - set(packed)
+    stored = {(names.parameter(name) or "").rpartition(".")[0]: name.rpartition(".")[0] for name in checkpoint.tensors}
+    return sorted(stored.get(name, name) for name in dense)
+
+
+def _copy_pieces(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces that copy all tensors which are not the source of one of `pieces`."""
+    taken = {stored.name for piece in pieces for stored in piece.sources}
+    return [_copy(stored) for name, stored in checkpoint.tensors.items() if name not in taken]
+
+
+def _copy(stored: StoredTensor) -> Piece:
+    spec = TensorSpec(stored.dtype, stored.shape)
+    return Piece((stored,), {stored.name: spec}, lambda: {stored.name: stored.read()})
+
+
+def rewrite(
+    source: ModelFolder,
+    output: str | os.PathLike[str],
+    pieces: list[Piece],
+    config: dict[str, Any],
+    job: dict[str, Any],
+    on_progress: OnProgress,
+) -> ConversionReport:
+    """Write the pieces, and all other tensors and files of the source as they are, to a new folder.
+
+    Memory holds one piece at a time. A run that is killed leaves no folder at `output`; the same run takes it up, with
+    the files that were complete. Nothing in `source` is written.
+
+    Args:
+        source: the model folder.
+        output: the folder to make.
+        pieces: what changes.
+        config: the new config.json.
+        job: what else decides what is written, to tell one run from another.
+        on_progress: see `OnProgress`.
+
+    Raises:
+        FileExistsError: `output` exists and is not empty.
+        CheckpointError: a piece can't be made.
+    """
+    files = [source.path / CONFIG_NAME, *source.checkpoint.files]
+    stage = StagedFolder(output, {"source": fingerprint(files), "config": config, **job})
+    every = pieces + _copy_pieces(source.checkpoint, pieces)
+    total = sum(_source_bytes(piece) for piece in every)
+    done, weight_map = 0, {}
+    for file in source.checkpoint.files:
+        own = [piece for piece in every if piece.sources[0].file == file]
+        specs = {name: spec for piece in own for name, spec in piece.specs.items()}
+        weight_map.update(dict.fromkeys(specs, file.name))
+        if own and not (stage.path / file.name).exists():
+            with ShardWriter(stage.path / file.name, specs) as writer:
+                for piece in own:
+                    for name, tensor in piece.make().items():
+                        writer.write(name, tensor)
+                    done += _source_bytes(piece)
+                    on_progress(done, total)
+        else:
+            done += sum(_source_bytes(piece) for piece in own)
+            on_progress(done, total)
+    after = sum(spec.nbytes for piece in every for spec in piece.specs.values())
+    names = set(weight_map.values()) | {CONFIG_NAME}
+    if (source.path / INDEX_NAME).exists():
+        index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(stage.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        names.add(INDEX_NAME)
+    names |= _copy_other_files(source.path, stage.path)
+    write_text(stage.path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    stage.finish(names)
+    return ConversionReport(stage.output, len(pieces), total, after)
+
+
+def _source_bytes(piece: Piece) -> int:
+    return sum(stored.nbytes for stored in piece.sources)
+
+
+def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of files, to tell whether they changed between two runs."""
+    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _copy_other_files(source: Path, target: Path) -> set[str]:
+    """Copy tokenizer, generation config and so on, but no weights and nothing hidden; returns the names copied."""
+    names = set()
+    for entry in source.iterdir():
+        if entry.name.startswith(".") or entry.name == CONFIG_NAME or entry.name.endswith(_WEIGHT_SUFFIXES):
+            continue
+        names.add(entry.name)
+        if entry.is_dir():
+            hidden_and_weights = shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in _WEIGHT_SUFFIXES))
+            shutil.copytree(entry, target / entry.name, ignore=hidden_and_weights, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+    return names
+
+
+class StagedFolder:
+    """The folder `.NAME.partial` beside the folder NAME to make. A run that was killed is taken up where it stopped.
+
+    Args:
+        output: the folder to make. Missing parents are made.
+        job: JSON that describes what is written; files left by a run with another one are thrown away.
+
+    Raises:
+        FileExistsError: a file or a folder that is not empty is at `output`.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], job: dict[str, Any]) -> None:
+        self.output = Path(output).absolute()
+        check_new_folder(self.output)
+        self.path = self.output.with_name(f".{self.output.name}.partial")
+        description = json.dumps(job, sort_keys=True, indent=1)
+        if self._read_state() != description:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            write_text(self.path / _STATE_NAME, description)
+
+    def _read_state(self) -> str | None:
+        state = self.path / _STATE_NAME
+        return state.read_text(encoding="utf-8") if state.is_file() else None
+
+    def finish(self, names: set[str]) -> None:
+        """Give the folder its name.
+
+        Args:
+            names: the files it is to have; what else there is was left by a run that was killed, and goes.
+        """
+        for entry in self.path.iterdir():
+            if entry.name not in names | {_STATE_NAME}:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (self.path / _STATE_NAME).unlink()
+        os.replace(self.path, self.output)

@@ -1,4 +1,4 @@
-"""`Sparse24Linear`: a linear layer whose 2:4 weight stays packed."""
+"""`Sparse24Linear`: a linear layer whose 2:4 weight stays packed, its product, and how SparseLoRA reads it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
+from ..bitmask import mask_width, unpack_mask
 from ..offloading import DISK_OFFLOAD_MESSAGE, has_lost_its_hook
-from .bits import mask_width
-from .handle import PackedWeightHandle
+from ..tuners.sparse_lora.base_weight import WeightLayout, register_layout
+from ..workspace import WORKSPACE
 from .kernels import Accelerator, KernelChoice, build_sparse_weight, choose_kernel
-from .layout import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack, unpack_mask
-from .product import as_autocast, packed_linear
+from .packing import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack
 
 
-__all__ = ["Sparse24Linear", "Unpacked"]
+__all__ = ["PACKED_LAYOUT", "Sparse24Linear", "Unpacked", "describe_path", "describe_paths", "register_packed_layout"]
+
 
 Unpacked = Literal["forward", "always"]
 """When the dense weight exists: in every forward, in a buffer that all layers share, or always, for speed."""
@@ -27,7 +30,7 @@ class Sparse24Linear(nn.Linear):
     """y = x·Wᵀ + b with a 2:4 weight W that is kept packed, in 0.5625 of its bytes in 16 bits.
 
     Parameters, all frozen but the bias: `compressed` (out_features, in_features / 2), `bitmask` uint8 (out_features,
-    ceil(in_features / 8)), `shape` int64 (2, 1), `bias` (out_features,); see `peft_variator.bases.layout`. They are
+    ceil(in_features / 8)), `shape` int64 (2, 1), `bias` (out_features,); see `peft_variator.bases.packing`. They are
     parameters and not buffers, so that device maps and offloading take care of them.
 
     The output equals that of the dense layer bit for bit, except on sparse tensor cores, where it is within the
@@ -202,3 +205,218 @@ class Sparse24Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         # what was built is built again by the copy
         return {**self.__dict__, "_dense": None, "_sparse": None}
+
+
+def describe_path(layer: Sparse24Linear, dtype: torch.dtype | None = None, device: torch.device | None = None) -> str:
+    """What the forward of a packed layer does and the reason, in one clause without a full stop.
+
+    Args:
+        layer: the layer.
+        dtype: dtype of the product; that of the layer by default.
+        device: where it is computed; where the layer is by default.
+    """
+    choice = layer.kernel(dtype, device)
+    if choice.kernel != "dense":
+        return f"sparse tensor cores ({choice.kernel}), because {choice.reason}"
+    if layer.unpacked == "always" and not layer.offloaded:
+        return f"a dense weight that is unpacked once and kept, because unpacked='always', and {choice.reason}"
+    return f"unpack into a buffer, because {choice.reason}"
+
+
+def describe_paths(model: nn.Module) -> dict[str, str]:
+    """`describe_path` of every packed layer of a model, by the layer's name; empty for a dense model."""
+    modules = model.named_modules()
+    return {name: describe_path(module) for name, module in modules if isinstance(module, Sparse24Linear)}
+
+
+class PackedWeightHandle(Tensor):
+    """A read-only tensor of the dense shape that costs nothing until it is computed with.
+
+    Models ask their layers for `weight.dtype`, `weight.device` or `weight.shape`, which must not unpack anything.
+    Operations that read it work on a freshly unpacked copy. Operations that write raise, since what they write would
+    be lost: an update of a packed weight has to keep its zeros.
+    """
+
+    # transformers draws every weight that has no such mark when it is done loading; see check_complete
+    _is_hf_initialized = True
+
+    _compressed: Tensor
+    _bitmask: Tensor
+
+    @staticmethod
+    def __new__(cls, compressed: Tensor, bitmask: Tensor, in_features: int) -> PackedWeightHandle:
+        handle = Tensor._make_wrapper_subclass(
+            cls, (compressed.shape[0], in_features), dtype=compressed.dtype, device=compressed.device
+        )
+        handle._compressed, handle._bitmask = compressed, bitmask
+        return handle
+
+    def unpack(self) -> Tensor:
+        """The dense weight, a new tensor (out_features, in_features)."""
+        return unpack(self._compressed, self._bitmask, self.shape[1])
+
+    @property
+    def data(self) -> Tensor:
+        """The handle itself: what is written to it raises."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise _read_only("assignment to .data")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Run `func` on the unpacked weight."""
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        if func._schema.is_mutable:
+            raise _read_only(func.name())
+        args, kwargs = tree_map_only(cls, lambda handle: handle.unpack(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def _read_only(operation: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{operation} would write to the weight of a packed 2:4 layer, and the change would be lost. A plain low-rank "
+        "update does not keep the zeros: train and merge with SparseLoRA, use layer.write(matrix) for a matrix with "
+        "the same zeros, or make the layer dense first with layer.to_dense()."
+    )
+
+
+def as_autocast(input: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """Input, bias and dtype of the product as autocast would have them for `F.linear`, which leaves float64 alone."""
+    device_type = input.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return input, bias, dtype
+    target = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(target)
+
+    return cast(input), None if bias is None else cast(bias), dtype if dtype == torch.float64 else target
+
+
+def packed_linear(
+    input: Tensor,
+    bias: Tensor | None,
+    compressed: Tensor,
+    bitmask: Tensor,
+    dtype: torch.dtype,
+    sparse: Tensor | None = None,
+) -> Tensor:
+    """x·Wᵀ + b for a packed W.
+
+    Args:
+        input: (..., in_features), of `dtype`.
+        bias: (out_features,), of `dtype`.
+        compressed: (out_features, in_features / 2).
+        bitmask: uint8 (out_features, ceil(in_features / 8)).
+        dtype: what W is cast to, before it is unpacked.
+        sparse: W as a semi-structured tensor of `torch.sparse`; the forward uses it, the backward unpacks.
+
+    Returns:
+        (..., out_features).
+    """
+    if sparse is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _PackedLinear.apply(input, bias, compressed, bitmask, dtype, sparse)
+    return _forward(input, bias, compressed, bitmask, dtype)
+
+
+def _unpacked(compressed: Tensor, bitmask: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """W (out_features, in_features) in the workspace."""
+    compressed = compressed.to(dtype)
+    return unpack(compressed, bitmask, in_features, out=WORKSPACE.take((compressed.shape[0], in_features), compressed))
+
+
+def _forward(input: Tensor, bias: Tensor | None, compressed: Tensor, bitmask: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.linear(input, _unpacked(compressed, bitmask, 2 * compressed.shape[1], dtype), bias)
+
+
+def _input_gradient(grad: Tensor, compressed: Tensor, bitmask: Tensor, dtype: torch.dtype) -> Tensor:
+    """g·W, (..., out_features) -> (..., in_features)."""
+    weight = _unpacked(compressed, bitmask, 2 * compressed.shape[1], dtype)
+    return grad.reshape(-1, grad.shape[-1]).mm(weight).view(*grad.shape[:-1], weight.shape[1])
+
+
+# Opaque to torch.compile: traced through, its partitioner would see the same unpacked weight in forward and backward
+# and keep it in between.
+_forward_op = torch.library.custom_op("peft_variator::packed_linear", _forward, mutates_args=())
+_input_gradient_op = torch.library.custom_op(
+    "peft_variator::packed_linear_input_gradient", _input_gradient, mutates_args=()
+)
+
+
+@_forward_op.register_fake
+def _(input, bias, compressed, bitmask, dtype):  # type: ignore[no-untyped-def]
+    return input.new_empty(*input.shape[:-1], compressed.shape[0])
+
+
+@_input_gradient_op.register_fake
+def _(grad, compressed, bitmask, dtype):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], 2 * compressed.shape[1])
+
+
+class _PackedLinear(torch.autograd.Function):
+    """Keeps the packed tensors for the backward, which are kept anyway, and unpacks again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        compressed: Tensor,
+        bitmask: Tensor,
+        dtype: torch.dtype,
+        sparse: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(compressed, bitmask)
+        ctx.dtype = dtype
+        if sparse is not None:
+            return F.linear(input, sparse, bias)
+        forward = _forward_op if torch.compiler.is_compiling() else _forward
+        return forward(input, bias, compressed, bitmask, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input_gradient = _input_gradient_op if torch.compiler.is_compiling() else _input_gradient
+        needs_input, needs_bias = ctx.needs_input_grad[:2]
+        compressed, bitmask = ctx.saved_tensors
+        grad_input = input_gradient(grad, compressed, bitmask, ctx.dtype) if needs_input else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if needs_bias else None
+        return grad_input, grad_bias, None, None, None, None
+
+
+def _tensors(layer: nn.Module) -> list[Tensor]:
+    return [layer.get_parameter("compressed"), layer.get_parameter("bitmask")]
+
+
+def _in_features(tensors: list[Tensor]) -> int:
+    return 2 * tensors[0].shape[1]
+
+
+def _write(layer: nn.Module, matrix: Tensor) -> None:
+    assert isinstance(layer, Sparse24Linear)  # what the layout is registered for
+    layer.write(matrix)
+
+
+PACKED_LAYOUT = WeightLayout(
+    name="sparse24",
+    tensors=_tensors,
+    shape=lambda tensors: torch.Size((tensors[0].shape[0], _in_features(tensors))),
+    weight=lambda tensors: unpack(tensors[0], tensors[1], _in_features(tensors)),
+    # The kept places, straight from the bitmask: those whose weight happens to be 0 are free to be learned, too.
+    kept=lambda tensors: unpack_mask(tensors[1], _in_features(tensors)),
+    flatten=lambda weight: weight,
+    write=_write,
+    rows=lambda tensors, rows: [tensor[rows] for tensor in tensors],
+)
+"""The accessors of `Sparse24Linear`."""
+
+
+def register_packed_layout() -> None:
+    """Let SparseLoRA wrap packed layers. Does nothing the second time."""
+    register_layout(Sparse24Linear, PACKED_LAYOUT)

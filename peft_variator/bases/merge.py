@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from .checkpoint import CheckpointError
-from .folder import ModelFolder
-from .locate import locate_adapter
-from .merge_plan import MergePlan
-from .pieces import layers_left_dense
-from .saved_adapter import SavedAdapter
-from .shards import ConversionReport, OnProgress, fingerprint, rewrite
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..bitmask import unpack_mask
+from ..tuners.sparse_lora.masks import base_fingerprint, same_base
+from .adapter_file import ADAPTER_CONFIG_NAME, AdapterFile
+from .checkpoint import CheckpointError, TensorSpec
+from .compressed_tensors import StoredWeight
+from .config import CONFIG_NAME
+from .convert import (
+    ConversionReport,
+    ModelFolder,
+    OnProgress,
+    Piece,
+    dense_piece,
+    fingerprint,
+    layers_left_dense,
+    packed_names,
+    packed_specs,
+    planned_piece,
+    replaced_piece,
+    rewrite,
+)
+from .loading_plan import KeyNames, PlannedWeight, is_free_linear, plan_weight
+from .packing import PackedWeight, gather_kept, pack, unpack
 
 
 __all__ = ["MergeReport", "merge_checkpoint"]
@@ -25,8 +45,7 @@ class MergeReport(ConversionReport):
         merged: how many weights got an update under their mask.
         replaced: how many other tensors of the base the adapter has new values for.
         packed: how many layers are packed in the result; 0 for a dense one.
-        unmasked: names of merged weights of which the base prunes nothing, so that the whole update went in; those of
-            an interrupted run are not among them.
+        unmasked: names of merged weights of which the base prunes nothing, so that the whole update went in.
     """
 
     merged: int
@@ -60,32 +79,178 @@ def merge_checkpoint(
 
     Raises:
         CheckpointError: a file is damaged; the adapter is none of SparseLoRA, does not fit the base or was made for
-            another one; its masks are not 2:4, or nothing is, and `packed` is True. The message names file and tensor.
+            another one; no weight that it changes is pruned; its masks are not 2:4, or nothing is, and `packed` is
+            True. The message names file and tensor.
         FileExistsError: `output` exists and is not empty.
     """
-    folder, saved = ModelFolder.open(base), SavedAdapter.open(adapter)
-    located = locate_adapter(folder, saved)
+    _check_order(Path(base), Path(adapter))
+    folder = ModelFolder.open(base)
+    located = AdapterFile.open(adapter).locate(folder)
     if packed is None:
-        packed = any(weight.layout != "dense" for weight in located.weights.values())
-    model = folder.skeleton()
-    plan = MergePlan.make(folder, model, located, packed)
+        packed = any(weight.codec.sparse for weight in located.weights.values())
+    merge = _Merge(folder, located, packed)
+    folder.check(merge.model)
+    unmasked = merge.unmasked()
+    pieces = merge.pieces()
     config = folder.config
     if packed:
-        if not plan.packed_layers:
+        if not merge.packed_layers:
             raise CheckpointError(
-                f"{folder.path}: no linear layer of {type(model).__name__} is 2:4 with {saved.path}, so there is "
-                "nothing to pack. Merge to the dense form."
+                f"{folder.path}: no linear layer of {type(merge.model).__name__} is 2:4 with {located.path}, so there "
+                "is nothing to pack. Merge to the dense form."
             )
-        config = folder.packed_config(layers_left_dense(model, folder.checkpoint, plan.packed_layers))
-    job = {"task": "merge", "adapter": fingerprint(saved.files), "packed": packed}
-    report = rewrite(folder, output, plan.pieces, config, job, on_progress)
+        config = folder.packed_config(layers_left_dense(merge.model, folder.checkpoint, merge.packed_layers))
+    job = {"task": "merge", "adapter": fingerprint(located.files), "packed": packed}
+    report = rewrite(folder, output, pieces, config, job, on_progress)
     return MergeReport(
         output=report.output,
         converted=report.converted,
         bytes_before=report.bytes_before,
         bytes_after=report.bytes_after,
-        merged=len(located.updates),
+        merged=len(located.modules),
         replaced=len(located.replaced),
-        packed=len(plan.packed_layers),
-        unmasked=tuple(plan.unmasked),
+        packed=len(merge.packed_layers),
+        unmasked=tuple(unmasked),
     )
+
+
+def _check_order(base: Path, adapter: Path) -> None:
+    """Raise where the adapter is given as the base, and the base as the adapter."""
+    given_adapter = (base / ADAPTER_CONFIG_NAME).is_file() and not (base / CONFIG_NAME).is_file()
+    if given_adapter and (adapter / CONFIG_NAME).is_file() and not (adapter / ADAPTER_CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{base} is an adapter and {adapter} a model: they are swapped. Give the base first, then the adapter."
+        )
+
+
+class _Merge:
+    """What becomes of every weight of a base that an adapter is merged into.
+
+    Args:
+        folder: the base.
+        adapter: the adapter, with the weights that it changes.
+        packed: whether the result is to be packed.
+    """
+
+    def __init__(self, folder: ModelFolder, adapter: AdapterFile, packed: bool) -> None:
+        self.model: PreTrainedModel = folder.skeleton()
+        self.packed_layers: list[str] = []  # by name in the model; known when the pieces are
+        self._folder, self._adapter, self._packed = folder, adapter, packed
+        self._names = KeyNames(self.model)
+        self._plans = {name: self._plan(weight) for name, weight in adapter.weights.items()}
+
+    def unmasked(self) -> list[str]:
+        """Names of the weights that get an update and have no zero that it has to spare.
+
+        Raises:
+            CheckpointError: all of them, or the adapter was trained above a base with other zeros.
+        """
+        if self._adapter.stores_masks:
+            return []
+        unmasked = [name for name in self._adapter.modules if self._masks_nothing(self._adapter.weights[name])]
+        if unmasked and len(unmasked) == len(self._adapter.modules):
+            raise CheckpointError(
+                f"{self._folder.path}: nothing is masked: none of the {len(unmasked)} weights that the adapter in "
+                f"{self._adapter.path} changes has a zero, the first being {unmasked[0]}. With mask='weight' the "
+                "zeros of the base are the mask: merge into the pruned model that the adapter was trained above, "
+                "and not into its dense original."
+            )
+        recorded = self._adapter.config.base_fingerprint
+        matrices = (self._read(self._adapter.weights[name])[0] for name in self._adapter.modules)
+        if recorded is not None and not same_base(recorded, base_fingerprint(matrices) or ""):
+            raise CheckpointError(
+                f"{self._folder.path}: its zeros are others than those of the base that the adapter in "
+                f"{self._adapter.path} was trained above (base_fingerprint in adapter_config.json). Merge into that "
+                "base."
+            )
+        return unmasked
+
+    def pieces(self) -> list[Piece]:
+        """All that is not copied as it is.
+
+        Raises:
+            CheckpointError: a mask is not 2:4 and the result is to be packed.
+        """
+        pieces = (self._piece(name, weight) for name, weight in self._adapter.weights.items())
+        return [piece for piece in pieces if piece is not None]
+
+    def _plan(self, weight: StoredWeight) -> PlannedWeight | None:
+        """What loading the base, or packing a dense one, makes of the weight."""
+        if weight.name in self._adapter.replaced or (self._folder.published is None and not self._packed):
+            return None
+        return plan_weight(self.model, self._names, weight, self._folder.rules, self._folder.dtype)
+
+    def _piece(self, name: str, weight: StoredWeight) -> Piece | None:
+        """The piece for one weight; None where it is copied."""
+        planned = self._plans[name]
+        if name in self._adapter.replaced:
+            return replaced_piece(weight, weight.own_dtype(self._folder.dtype), self._adapter.replaced[name])
+        if name in self._adapter.modules:
+            return self._merged_piece(name, weight)
+        if planned is not None and planned.becomes_packed and self._packed:
+            self.packed_layers.append(planned.module)
+            return None if planned.action == "keep" else planned_piece(planned)
+        if weight.plain or (planned is None and self._packed):
+            return None
+        return dense_piece(weight, self._dtype(weight))
+
+    def _merged_piece(self, name: str, weight: StoredWeight) -> Piece:
+        planned = self._plans[name]
+        if self._adapter.stores_masks:
+            packs = self._packed and self._can_be_packed(weight) and self._adapter.stores_two_four(name)
+        else:
+            packs = self._packed and planned is not None and planned.becomes_packed
+        dtype = self._dtype(weight)
+        if not packs:
+            specs = {name: TensorSpec(dtype, weight.size())}
+            return Piece(weight.sources, specs, lambda: {name: self._merge_dense(weight)})
+        self.packed_layers.append((self._names.parameter(name) or "").rpartition(".")[0])
+        return Piece(weight.sources, packed_specs(weight, dtype), lambda: self._merge_packed(weight))
+
+    def _merge_dense(self, weight: StoredWeight) -> Tensor:
+        dense = torch.empty(weight.size(), dtype=self._dtype(weight))
+        matrix, kept, _ = self._read(weight)
+        self._adapter.layout(weight.name).flatten(dense).copy_(
+            self._adapter.merge(weight.name, matrix, kept)
+        )  # a view
+        return dense
+
+    def _merge_packed(self, weight: StoredWeight) -> dict[str, Tensor]:
+        matrix, kept, bitmask = self._read(weight)
+        merged = self._adapter.merge(weight.name, matrix, kept)
+        if bitmask is None or self._adapter.stores_masks:
+            return packed_names(weight, pack(merged, weight.name))
+        shape = torch.tensor([[size] for size in merged.shape])
+        return packed_names(weight, PackedWeight(gather_kept(merged, bitmask), bitmask, shape))
+
+    def _read(self, weight: StoredWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+        """W and the places that pruning kept, (out_features, in_features), and the bitmask of a packed weight."""
+        dtype = self._dtype(weight)
+        if not self._has_bitmask(weight):
+            matrix = self._adapter.layout(weight.name).flatten(weight.read_dense(dtype))
+            return matrix, matrix != 0, None
+        packed = weight.read_packed(dtype)
+        in_features = 2 * packed.compressed.shape[1]
+        # also the zeros that a bitmask keeps are free to be learned
+        kept = unpack_mask(packed.bitmask, in_features)
+        return unpack(packed.compressed, packed.bitmask, in_features), kept, packed.bitmask
+
+    def _has_bitmask(self, weight: StoredWeight) -> bool:
+        """Whether the base is loaded with this weight packed, so that the adapter saw its bitmask as the mask."""
+        planned = self._plans[weight.name]
+        return self._folder.published is not None and planned is not None and planned.becomes_packed
+
+    def _masks_nothing(self, weight: StoredWeight) -> bool:
+        return not self._has_bitmask(weight) and bool(self._read(weight)[1].all())
+
+    def _dtype(self, weight: StoredWeight) -> torch.dtype:
+        planned = self._plans[weight.name]
+        return weight.own_dtype(self._folder.dtype if planned is None else planned.dtype)
+
+    def _can_be_packed(self, weight: StoredWeight) -> bool:
+        parameter = self._names.parameter(weight.name)
+        if parameter is None:
+            return False
+        module = self.model.get_submodule(parameter.rpartition(".")[0])
+        free = is_free_linear(self.model, module, parameter)
+        return free and not self._folder.rules.ignores(module, weight.module)

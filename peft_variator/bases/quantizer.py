@@ -1,16 +1,18 @@
-"""The transformers quantizer of packed 2:4 models: `from_pretrained` and `save_pretrained` go through it."""
+"""The transformers quantizer of packed 2:4 models: `from_pretrained`, `load_base` and saving go through it."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -20,17 +22,81 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
+from ..files import new_folder
 from .checkpoint import CHECKSUM_METADATA, Checkpoint, CheckpointError, checksum
-from .completeness import check_complete
-from .config import METHOD, Sparse24Config
-from .layout import PackedWeight
-from .linear import Sparse24Linear
-from .names import KeyNames
-from .operations import DecodeWeight, make_converter
-from .plan import PlannedWeight, Rules, plan_weights
+from .config import METHOD, Sparse24Config, names_dtype, pop_quantization, read_model_config, read_quantization
+from .linear import Sparse24Linear, Unpacked
+from .loading_plan import KeyNames, PlannedWeight, check_complete, plan_weights
+from .packing import PackedWeight
 
 
-__all__ = ["Sparse24Quantizer", "register"]
+__all__ = ["DecodeWeight", "Sparse24Quantizer", "load_base", "register", "save_base"]
+
+
+_HUB_ARGUMENTS = (
+    "revision",
+    "code_revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "trust_remote_code",
+)
+
+
+def load_base(
+    path: str | os.PathLike[str],
+    auto_class: Any = AutoModelForCausalLM,
+    *,
+    unpacked: Unpacked = "forward",
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a 2:4 model: one that this package packed, or one published as `sparse-24-bitmask`, as `sparse-bitmask`, in
+    8 bits with scales over either, or dense with its zeros. Layers that are 2:4 stay or become packed.
+
+    Args:
+        path: directory, or repository on the Hub.
+        auto_class: the class whose `from_pretrained` loads it.
+        unpacked: when the dense weights exist, see `Sparse24Linear`.
+        kwargs: for `from_pretrained`; `dtype` is the one that 8-bit weights are decompressed to.
+
+    Raises:
+        CheckpointError: the files are damaged or incomplete, or not 2:4 where they have to be.
+        ValueError: the model is quantized in a way that can't be read.
+    """
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    local = Path(path).is_dir() and not kwargs.get("subfolder")
+    config = read_model_config(Path(path), **hub) if local else AutoConfig.from_pretrained(path, **hub)
+    fields = config.to_dict()
+    if local and not kwargs.get("dtype") and not names_dtype(fields):
+        kwargs["dtype"] = Checkpoint.from_directory(path).dtype
+    entry = pop_quantization(fields)
+    if entry is None:
+        kwargs["quantization_config"] = Sparse24Config(unpacked=unpacked)
+    else:
+        published = read_quantization(entry)
+        published.unpacked = unpacked
+        config.quantization_config = published.to_dict()
+        vars(config).pop("compression_config", None)
+    return auto_class.from_pretrained(path, config=config, **kwargs)
+
+
+def save_base(model: PreTrainedModel, output: str | os.PathLike[str], **kwargs: Any) -> None:
+    """`model.save_pretrained`, into a new folder that appears under its name when all of it is written.
+
+    `save_pretrained` itself writes one file after the other into the folder with its final name. A process that is
+    killed meanwhile leaves a folder that no one can load; here it leaves one called `.NAME.partial-…`.
+
+    Args:
+        model: a packed model, or any other.
+        output: the folder to make.
+        kwargs: for `save_pretrained`.
+
+    Raises:
+        FileExistsError: `output` exists and is not empty.
+    """
+    with new_folder(os.fspath(output)) as folder:
+        model.save_pretrained(folder, **kwargs)
 
 
 class Sparse24Quantizer(HfQuantizer):
@@ -57,7 +123,7 @@ class Sparse24Quantizer(HfQuantizer):
         with ThreadPoolExecutor(max_workers=1) as thread:
             planned = thread.submit(self._plan, model, checkpoint_files, torch.get_default_dtype()).result()
         names = KeyNames(model)
-        self._converters = [make_converter(weight, names) for weight in planned if weight.action != "as_is"]
+        self._converters = [make_converter(weight, names) for weight in planned if weight.action != "keep"]
         _replace_layers(model, planned, self.quantization_config)
 
     def _plan(self, model: PreTrainedModel, files: list[str], dtype: torch.dtype) -> list[PlannedWeight]:
@@ -65,17 +131,9 @@ class Sparse24Quantizer(HfQuantizer):
         checkpoint = Checkpoint.from_files(files)
         if self.pre_quantized and self.quantization_config.checksums:
             checkpoint.check_checksums()
-        planned = plan_weights(model, checkpoint, self._rules(), dtype)
+        planned = plan_weights(model, checkpoint, self.quantization_config.rules(self.pre_quantized), dtype)
         check_complete(model, checkpoint, (weight.stored for weight in planned))
         return planned
-
-    def _rules(self) -> Rules:
-        config = self.quantization_config
-        return Rules(
-            pack_dense=not self.pre_quantized or config.format == "dense",
-            targets=None if config.targets is None else tuple(config.targets),
-            ignore=tuple(config.ignore),
-        )
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """A converter for each weight that is not stored as the model has it."""
@@ -142,7 +200,7 @@ def _replace_layers(model: PreTrainedModel, planned: Iterable[PlannedWeight], co
     """Put empty packed layers, on the meta device, in the place of the dense ones, under every name they have."""
     layers: dict[nn.Module, Sparse24Linear] = {}
     for weight in planned:
-        if weight.action == "dense":
+        if not weight.becomes_packed:
             continue
         dense = model.get_submodule(weight.module)
         layer = Sparse24Linear(
@@ -153,7 +211,7 @@ def _replace_layers(model: PreTrainedModel, planned: Iterable[PlannedWeight], co
             dtype=weight.dtype,
             unpacked=config.unpacked,
         )
-        if weight.action == "as_is":
+        if weight.action == "keep":
             # some write (2, 1) and some (2,)
             shape = torch.empty(weight.stored.parts["shape"].shape, dtype=torch.int64, device="meta")
             layer.shape = nn.Parameter(shape, requires_grad=False)
@@ -184,3 +242,67 @@ def _checksums(model: PreTrainedModel) -> Iterable[tuple[str, str]]:
             (saved, checksum(value)) for saved, value in revert_weight_conversion(model, {name: tensor}).items()
         )
     yield from ((saved, checksum(value)) for saved, value in revert_weight_conversion(model, state).items())
+
+
+class DecodeWeight(ConversionOps):
+    """Turns the parts of one stored weight into those that the model has.
+
+    Args:
+        weight: the weight and what becomes of it, `"pack"` or `"unpack"`.
+        part_of_pattern: the patterns of the converter, each the name of one part.
+    """
+
+    supports_many_to_many = True
+
+    def __init__(self, weight: PlannedWeight, part_of_pattern: dict[str, str]) -> None:
+        self.weight, self.part_of_pattern = weight, part_of_pattern
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Tensors by pattern -> tensors by full name in the model."""
+        parts = {self.part_of_pattern[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
+        stored, dtype = self.weight.stored, self.weight.dtype
+        if self.weight.action == "unpack":
+            return {full_layer_name: stored.codec.decode_dense(parts, dtype, stored.prefix)}
+        packed = stored.codec.decode_packed(parts, dtype, stored.prefix)
+        module = full_layer_name.rpartition(".")[0]
+        return {f"{module}.{part}": tensor for part, tensor in packed._asdict().items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What is saved is what the model has."""
+        return _KeepNames()
+
+
+class _KeepNames(ConversionOps):
+    """Leaves every tensor as it is, under the name it has in the model."""
+
+    supports_many_to_many = True
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Tensors by pattern, which is their name, anchored or not, -> tensors by name."""
+        return {pattern.removeprefix("^"): tensors[0] for pattern, tensors in input_dict.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Itself."""
+        return self
+
+
+def make_converter(weight: PlannedWeight, names: KeyNames) -> WeightConverter:
+    """The converter for one weight, for the names that its parts, and no other tensors, have after renaming."""
+    patterns = {"^" + names.renamed(part.name).replace(".", r"\."): kind for kind, part in weight.stored.parts.items()}
+    dense = names.renamed(weight.stored.name)
+    targets = [dense]
+    if weight.action == "pack":
+        targets = [f"{dense.rpartition('.')[0]}.{part}" for part in ("compressed", "bitmask", "shape")]
+    return WeightConverter(list(patterns), targets, [DecodeWeight(weight, patterns)])

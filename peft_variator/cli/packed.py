@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from ..bases import MergeReport, merge_checkpoint, pack_checkpoint, unpack_checkpoint
-from ..bases.shards import ConversionReport, OnProgress
+from ..bases.convert import ConversionReport, OnProgress
 from .console import Reporter
 
 

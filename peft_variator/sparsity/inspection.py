@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..bitmask import unpack_mask
 from .patterns import Pattern
 from .places import Place, place_by_config, place_by_name
 from .report import ModuleSparsity, SparsityReport, count_module
@@ -92,11 +91,9 @@ def _count_dense(tensor: Any, place: Place, pattern: Pattern | None) -> ModuleSp
 
 
 def _count_packed(bitmask: Tensor, shape: Tensor, place: Place, pattern: Pattern | None) -> ModuleSparsity:
-    """Count a weight that is stored as its non-zero values and a bitmask, one bit a weight, little bit order."""
+    """Count a weight that is stored as its non-zero values and a bitmask."""
     rows, width = (int(size) for size in shape)
-    bits = np.unpackbits(bitmask.numpy(), axis=1, count=width, bitorder="little")
-    kept = torch.from_numpy(bits).view(rows, width).float()
-    return count_module(*place[:3], kept, pattern)
+    return count_module(*place[:3], unpack_mask(bitmask.view(rows, -1), width).float(), pattern)
 
 
 def _count_file(

@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_variator.bases.checkpoint import Checkpoint, CheckpointError, checksum
-from peft_variator.bases.writer import ShardWriter, spec_of
+from peft_variator.bases.checkpoint import Checkpoint, CheckpointError, ShardWriter, checksum, spec_of
 
 from .reference import same_bits
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from peft_variator.bases import CheckpointError, pack_checkpoint, unpack_checkpoint, writer
-from peft_variator.bases.layout import pack
+from peft_variator.bases import CheckpointError, checkpoint, pack_checkpoint, unpack_checkpoint
+from peft_variator.bases.packing import pack
 from peft_variator.cli.main import app
 
 from .models import contents, logits, tiny_bert, tiny_llama
@@ -208,7 +208,7 @@ def test_sources_that_are_not_the_model_of_their_config(dense_dir, foreign_dir, 
 def test_an_interrupted_run_is_taken_up(sharded_dir, tmp_path, monkeypatch, after):
     pack_checkpoint(sharded_dir, tmp_path / "whole")
     written = []
-    write = writer.ShardWriter.write
+    write = checkpoint.ShardWriter.write
 
     def dying(self, name, tensor):
         if len(written) == after:
@@ -216,7 +216,7 @@ def test_an_interrupted_run_is_taken_up(sharded_dir, tmp_path, monkeypatch, afte
         written.append(name)
         write(self, name, tensor)
 
-    monkeypatch.setattr(writer.ShardWriter, "write", dying)
+    monkeypatch.setattr(checkpoint.ShardWriter, "write", dying)
     with pytest.raises(Killed):
         pack_checkpoint(sharded_dir, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
@@ -225,7 +225,7 @@ def test_an_interrupted_run_is_taken_up(sharded_dir, tmp_path, monkeypatch, afte
     (tmp_path / ".packed.partial" / "model-00001-of-00005.safetensors.partial").write_bytes(b"half")
     again = []
     monkeypatch.setattr(
-        writer.ShardWriter, "write", lambda self, name, tensor: again.append(name) or write(self, name, tensor)
+        checkpoint.ShardWriter, "write", lambda self, name, tensor: again.append(name) or write(self, name, tensor)
     )
     pack_checkpoint(sharded_dir, tmp_path / "packed")
     assert contents(tmp_path / "packed") == contents(tmp_path / "whole")
@@ -235,17 +235,17 @@ def test_an_interrupted_run_is_taken_up(sharded_dir, tmp_path, monkeypatch, afte
 
 
 def test_another_run_does_not_take_up_what_is_not_its_own(sharded_dir, tmp_path, monkeypatch):
-    write = writer.ShardWriter.write
+    write = checkpoint.ShardWriter.write
 
     def dying(self, name, tensor):
         if "layers.1" in name:
             raise Killed
         write(self, name, tensor)
 
-    monkeypatch.setattr(writer.ShardWriter, "write", dying)
+    monkeypatch.setattr(checkpoint.ShardWriter, "write", dying)
     with pytest.raises(Killed):
         pack_checkpoint(sharded_dir, tmp_path / "packed")
-    monkeypatch.setattr(writer.ShardWriter, "write", write)
+    monkeypatch.setattr(checkpoint.ShardWriter, "write", write)
     pack_checkpoint(sharded_dir, tmp_path / "packed", ignore=["re:.*layers.0"])
     names = tensors_of(tmp_path / "packed").keys()
     assert sum(name.endswith(".compressed") for name in names) == 7

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from peft_variator.bases import CheckpointError, Sparse24Linear, load_base, pack_checkpoint, unpack_checkpoint
-from peft_variator.bases.decode import check_parts, decode_dense, decode_packed
-from peft_variator.bases.layout import LayoutError
-from peft_variator.bases.load import translate_compressed_tensors
+from peft_variator.bases.compressed_tensors import CODECS
+from peft_variator.bases.config import translate_compressed_tensors
+from peft_variator.bases.packing import LayoutError
 
 from .models import contents, logits, tiny_bert, tiny_llama
 from .reference import same_bits, two_four
@@ -264,9 +264,9 @@ def test_bits_past_the_end_of_a_sparse_bitmask():
     parts = {name[2:]: tensor for name, tensor in sparse_bitmask("m", two_four(3, 12)).items()}
     parts["bitmask"][2, 1] |= 0x80
     with pytest.raises(LayoutError, match=r"m\.bitmask, row 2: bits are set past the last column"):
-        check_parts("sparse-bitmask", parts, "m")
+        CODECS["sparse-bitmask"].check(parts, "m")
     with pytest.raises(LayoutError, match=r"m\.bitmask, row 2"):
-        decode_dense("sparse-bitmask", parts, torch.float32, "m")
+        CODECS["sparse-bitmask"].decode_dense(parts, torch.float32, "m")
 
 
 def test_a_scale_that_does_not_fit():
@@ -274,7 +274,7 @@ def test_a_scale_that_does_not_fit():
     for shape in ((4,), (8, 1), (4, 3), (2, 2, 2)):
         parts["weight_scale"] = torch.ones(shape)
         with pytest.raises(LayoutError, match=r"m\.weight_scale has shape"):
-            decode_packed("sparse-24-bitmask", parts, torch.float32, "m")
+            CODECS["sparse-24-bitmask"].decode_packed(parts, torch.float32, "m")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_variator.bases import Sparse24Linear
-from peft_variator.bases.layout import LayoutError
+from peft_variator.bases.packing import LayoutError
 from peft_variator.profiling import peak_memory
 
 from .reference import DTYPES, same_bits, two_four, two_four_linear

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from peft_variator import SparseLoraConfig, load_base
-from peft_variator.bases import Sparse24Linear, merge_checkpoint, pack_checkpoint
+from peft_variator.bases import CheckpointError, Sparse24Linear, merge_checkpoint, pack_checkpoint
 from peft_variator.sparsity import PruningConfig, prune
 
 from .adapters import dense_state, merged_in_memory, save_adapter
@@ -247,6 +247,16 @@ def test_an_adapted_head_that_is_tied_is_not_merged_in_memory(tmp_path):
     adapter = save_adapter(tied, SparseLoraConfig(r=2, target_modules=["lm_head"]), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"lm_head.*embed_tokens.*tie_word_embeddings=False"):
         merged_in_memory(tied, adapter)
+
+
+@pytest.mark.filterwarnings("ignore:.*tied")
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_adapted_head_that_is_tied_is_refused(tmp_path, packed):
+    tiny_llama(tie=True).save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tiny_llama(), SparseLoraConfig(r=2, target_modules=["lm_head"]), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="lm_head"):
+        merge_checkpoint(tmp_path / "base", adapter, tmp_path / "merged", packed)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_encoder_and_a_decoder(tmp_path):

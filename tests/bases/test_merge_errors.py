@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Ll
 from typer.testing import CliRunner
 
 from peft_variator import SparseLoraConfig, VariatorConfig
-from peft_variator.bases import CheckpointError, merge_checkpoint, save_base, writer
+from peft_variator.bases import CheckpointError, checkpoint, merge_checkpoint, save_base
 from peft_variator.cli.main import app
 
 from .adapters import save_adapter
@@ -154,9 +154,10 @@ def test_masks_of_another_base_or_none(tmp_path):
 
 def test_nothing_to_pack(tmp_path):
     model = LlamaForCausalLM(tiny_llama().config)
+    for parameter in model.parameters():
+        parameter.data.view(-1)[0] = 0
     model.save_pretrained(tmp_path / "base")
-    with pytest.warns(UserWarning, match="Nothing is masked"):
-        adapter = save_adapter(model, SparseLoraConfig(r=2), tmp_path / "adapter")
+    adapter = save_adapter(model, SparseLoraConfig(r=2), tmp_path / "adapter")
     refuses(tmp_path / "base", adapter, r"no linear layer of LlamaForCausalLM is 2:4 .* Merge to the dense form", True)
 
 
@@ -178,7 +179,7 @@ def test_an_interrupted_merge_is_taken_up_and_only_by_the_same_merge(tmp_path, a
     other = save_adapter(tiny_llama(), SparseLoraConfig(r=4), tmp_path / "other", seed=1)
     for name, one in (("whole", adapter), ("whole-other", other)):
         merge_checkpoint(tmp_path / "base", one, tmp_path / name, packed=True)
-    write, written = writer.ShardWriter.write, []
+    write, written = checkpoint.ShardWriter.write, []
 
     def dying(self, name, tensor):
         if "layers.1" in name:
@@ -186,7 +187,7 @@ def test_an_interrupted_merge_is_taken_up_and_only_by_the_same_merge(tmp_path, a
         write(self, name, tensor)
 
     for again, wanted in ((adapter, "whole"), (other, "whole-other")):
-        monkeypatch.setattr(writer.ShardWriter, "write", dying)
+        monkeypatch.setattr(checkpoint.ShardWriter, "write", dying)
         with pytest.raises(Killed):
             merge_checkpoint(tmp_path / "base", adapter, tmp_path / "merged", packed=True)
         assert not (tmp_path / "merged").exists()
@@ -194,7 +195,9 @@ def test_an_interrupted_merge_is_taken_up_and_only_by_the_same_merge(tmp_path, a
         assert kept > 0
         written.clear()
         monkeypatch.setattr(
-            writer.ShardWriter, "write", lambda self, name, tensor: written.append(name) or write(self, name, tensor)
+            checkpoint.ShardWriter,
+            "write",
+            lambda self, name, tensor: written.append(name) or write(self, name, tensor),
         )
         merge_checkpoint(tmp_path / "base", again, tmp_path / "merged", packed=True)
         assert contents(tmp_path / "merged") == contents(tmp_path / wanted)
@@ -249,14 +252,34 @@ def test_the_command(dense_dir, adapter, tmp_path, flag, words):
     assert contents(tmp_path / "again") == contents(tmp_path / "merged")
 
 
-def test_the_command_says_where_nothing_was_masked(dense_dir, adapter, tmp_path):
-    result = run(str(dense_dir), str(adapter), "-o", str(tmp_path / "pruned"))
-    assert "Nothing was masked" not in result.output
+@pytest.fixture
+def unpruned_dir(dense_dir, tmp_path):
+    """The base of `dense_dir` before it was pruned."""
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_llama().config).save_pretrained(tmp_path / "unpruned")
-    result = run(str(tmp_path / "unpruned"), str(adapter), "-o", str(tmp_path / "whole"))
+    return tmp_path / "unpruned"
+
+
+@pytest.mark.parametrize("packed", [None, False, True])
+def test_a_base_in_which_nothing_is_masked(adapter, unpruned_dir, tmp_path, packed):
+    with pytest.raises(CheckpointError, match=r"model\S+_proj\.weight"):
+        merge_checkpoint(unpruned_dir, adapter, tmp_path / "merged", packed)
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_the_command_says_where_nothing_was_masked(dense_dir, adapter, unpruned_dir, tmp_path):
+    result = run(str(dense_dir), str(adapter), "-o", str(tmp_path / "pruned"))
+    assert "Nothing was masked" not in result.output
+    partly = load_file(unpruned_dir / "model.safetensors")
+    partly["model.layers.0.mlp.up_proj.weight"] = load_file(dense_dir / "model.safetensors")[
+        "model.layers.0.mlp.up_proj.weight"
+    ]
+    save_file(partly, unpruned_dir / "model.safetensors", {"format": "pt"})
+    base = LlamaForCausalLM.from_pretrained(unpruned_dir)
+    adapter = save_adapter(base, SparseLoraConfig(r=4), tmp_path / "above the partly pruned one")
+    result = run(str(unpruned_dir), str(adapter), "-o", str(tmp_path / "whole"))
     assert result.exit_code == 0, result.output
-    assert re.search(r"Nothing was masked in 14 of them, the first being model\S+_proj\.weight: ", result.output)
+    assert re.search(r"Nothing was masked in 13 of them, the first being model\S+_proj\.weight: ", result.output)
     assert result.output.index("Nothing was masked") < result.output.index("Next: ")
 
 
@@ -274,3 +297,16 @@ def test_saving_appears_whole(packed_dir, tmp_path):
     assert same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
     with pytest.raises(FileExistsError, match="already exists"):
         save_base(model, tmp_path / "saved")
+
+
+def test_a_base_that_was_pruned_otherwise(dense_dir, adapter, tmp_path):
+    shutil.copytree(dense_dir, tmp_path / "other")
+    tensors = load_file(dense_dir / "model.safetensors")
+    tensors = {name: tensor.flip(0) if "mlp" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    refuses(tmp_path / "other", adapter, "base_fingerprint")
+
+
+def test_base_and_adapter_swapped(dense_dir, adapter):
+    with pytest.raises(CheckpointError, match="swapped"):
+        merge_checkpoint(adapter, dense_dir, dense_dir.parent / "refused")

@@ -7,7 +7,7 @@ import torch
 
 from peft_variator.bases import Sparse24Linear, describe_paths
 from peft_variator.bases.kernels import Accelerator
-from peft_variator.bases.paths import describe_path
+from peft_variator.bases.linear import describe_path
 
 from .models import tiny_llama
 from .reference import two_four_linear

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_variator.tuners.sparse_lora.masks import fingerprint, matches_fingerprint, pack_mask, unpack_mask
+from peft_variator.bitmask import pack_mask, unpack_mask
+from peft_variator.tuners.sparse_lora.masks import fingerprint, matches_fingerprint
 
 
 def random_mask(rows: int, columns: int, seed: int) -> torch.Tensor:

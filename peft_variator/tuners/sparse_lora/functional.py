@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ...bitmask import unpack_mask
 from ...workspace import WORKSPACE
 from .base_weight import get_layout
-from .masks import unpack_mask
 
 
 __all__ = ["MaskedWeight", "effective_weight", "masked_linear", "merge_update", "sum_updates"]

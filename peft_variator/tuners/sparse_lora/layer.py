@@ -14,11 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...bitmask import pack_mask, unpack_mask
 from ...compat import BufferDict, is_quantized_tensor, repeated_by_reentrant_checkpoint
 from .base_weight import WeightLayout, find_layout, get_layout
 from .config import SparseLoraConfig
 from .functional import MaskedWeight, effective_weight, masked_linear, merge_update, sum_updates
-from .masks import fingerprint, matches_fingerprint, pack_mask, unpack_mask
+from .masks import fingerprint, matches_fingerprint
 
 
 __all__ = ["SparseLoraConv2d", "SparseLoraLayer", "SparseLoraLinear"]

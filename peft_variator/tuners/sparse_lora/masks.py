@@ -1,4 +1,4 @@
-"""Masks on disk: one bit a weight, and a fingerprint of the weight that a mask was made for."""
+"""A fingerprint of the weight that a stored mask was made for."""
 
 from __future__ import annotations
 
@@ -7,47 +7,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 
-__all__ = ["base_fingerprint", "fingerprint", "matches_fingerprint", "pack_mask", "same_base", "unpack_mask"]
+__all__ = ["base_fingerprint", "fingerprint", "matches_fingerprint", "same_base"]
 
 _PROJECTIONS = 8
 _ROWS_AT_ONCE = 1024  # bounds the float64 copy of a large weight
-
-
-def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Pack a mask to one bit a weight, in the layout of the `bitmask` of sparse-24-bitmask checkpoints.
-
-    Args:
-        mask: bool (rows, columns).
-
-    Returns:
-        uint8 (rows, ceil(columns / 8)); bit i of byte j stands for column 8·j + i (little bit order), the bits beyond
-        the last column are 0.
-    """
-    rows, columns = mask.shape
-    bits = F.pad(mask.to(torch.uint8), (0, -columns % 8)).reshape(rows, -(-columns // 8), 8)
-    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return bits.mul_(powers).sum(dim=-1, dtype=torch.uint8)
-
-
-def unpack_mask(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """The inverse of `pack_mask`: uint8 (rows, ceil(columns / 8)) -> bool (rows, columns)."""
-    # Each byte looks up its eight bools as one int64: several times faster than shifting bits apart.
-    table = _bools_of_bytes if torch.compiler.is_compiling() else _cached_bools_of_bytes
-    eight_bools = table(packed.device).take(packed.long())
-    return eight_bools.view(torch.bool)[:, :columns]
-
-
-def _bools_of_bytes(device: torch.device) -> torch.Tensor:
-    """int64 (256,): the eight bits of every byte as bools, side by side in memory."""
-    all_bytes = torch.arange(256, device=device).unsqueeze(1)
-    bits = all_bytes.bitwise_right_shift(torch.arange(8, device=device)).bitwise_and(1)
-    return bits.to(torch.bool).view(torch.int64).flatten()
-
-
-_cached_bools_of_bytes = lru_cache(maxsize=8)(_bools_of_bytes)
 
 
 def fingerprint(weight: torch.Tensor) -> torch.Tensor:

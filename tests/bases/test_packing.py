@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_variator.bases import layout
-from peft_variator.bases.layout import LayoutError, PackedWeight
+from peft_variator.bases import packing
+from peft_variator.bases.packing import LayoutError, PackedWeight
+from peft_variator.bitmask import unpack_mask
 
 from .reference import DTYPES, reference_bits, reference_pack, reference_unpack, same_bits, two_four
 
@@ -22,7 +23,7 @@ sizes = st.tuples(st.integers(0, 9), st.integers(1, 9).map(lambda groups: 4 * gr
 def test_pack_follows_the_description(dtype, size, seed):
     weight = two_four(*size, dtype, seed)
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.3] = 0  # groups with 0 and 1
-    packed = layout.pack(weight)
+    packed = packing.pack(weight)
     compressed, bitmask = reference_pack(weight)
     assert same_bits(packed.compressed, compressed)
     assert torch.equal(packed.bitmask, bitmask)
@@ -35,48 +36,48 @@ def test_pack_follows_the_description(dtype, size, seed):
 @settings(max_examples=25, deadline=None)
 def test_unpack_gives_back_the_weight_bit_for_bit(dtype, size, seed):
     weight = two_four(*size, dtype, seed)
-    packed = layout.pack(weight)
-    unpacked = layout.unpack(packed.compressed, packed.bitmask, size[1])
+    packed = packing.pack(weight)
+    unpacked = packing.unpack(packed.compressed, packed.bitmask, size[1])
     assert same_bits(unpacked, weight)
     assert same_bits(unpacked, reference_unpack(packed.compressed, packed.bitmask, size[1]))
-    assert torch.equal(layout.unpack_mask(packed.bitmask, size[1]) | (weight == 0), torch.ones(size, dtype=torch.bool))
-    assert same_bits(layout.gather_kept(weight, packed.bitmask), packed.compressed)
+    assert torch.equal(unpack_mask(packed.bitmask, size[1]) | (weight == 0), torch.ones(size, dtype=torch.bool))
+    assert same_bits(packing.gather_kept(weight, packed.bitmask), packed.compressed)
 
 
 @pytest.mark.parametrize("width", [1024, 1028])
 def test_weights_larger_than_a_block(width):
     weight = two_four(1100, width)
-    packed = layout.pack(weight)
-    assert same_bits(layout.unpack(packed.compressed, packed.bitmask, width), weight)
-    assert layout.is_two_four(weight)
-    layout.check_packed(packed, "layer")
+    packed = packing.pack(weight)
+    assert same_bits(packing.unpack(packed.compressed, packed.bitmask, width), weight)
+    assert packing.is_two_four(weight)
+    packing.check_packed(packed, "layer")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities_and_nan_are_values(dtype):
     weight = torch.tensor([[float("nan"), 0, 0, float("-inf"), 0, float("inf"), 0, 1]], dtype=dtype)
-    packed = layout.pack(weight)
-    assert same_bits(layout.unpack(packed.compressed, packed.bitmask, 8), weight)
+    packed = packing.pack(weight)
+    assert same_bits(packing.unpack(packed.compressed, packed.bitmask, 8), weight)
 
 
 def test_every_zero_is_positive():
     weight = torch.tensor([[-0.0, -0.0, 1.0, -0.0, -0.0, -0.0, -0.0, -0.0]])
-    packed = layout.pack(weight)
+    packed = packing.pack(weight)
     assert not packed.compressed.signbit().any()
-    assert not layout.unpack(packed.compressed, packed.bitmask, 8).signbit().any()
+    assert not packing.unpack(packed.compressed, packed.bitmask, 8).signbit().any()
 
 
 def test_a_16_bit_weight_takes_0_5625_of_its_bytes():
     weight = two_four(64, 128, torch.bfloat16)
-    packed = layout.pack(weight)
+    packed = packing.pack(weight)
     assert (packed.compressed.nbytes + packed.bitmask.nbytes) / weight.nbytes == 0.5625
 
 
 def test_unpack_fills_the_buffer_it_is_given():
     weight = two_four(3, 8)
-    packed = layout.pack(weight)
+    packed = packing.pack(weight)
     buffer = torch.full((3, 8), float("nan"))
-    assert layout.unpack(packed.compressed, packed.bitmask, 8, out=buffer) is buffer
+    assert packing.unpack(packed.compressed, packed.bitmask, 8, out=buffer) is buffer
     assert same_bits(buffer, weight)
 
 
@@ -84,7 +85,7 @@ def test_unpack_takes_every_dtype_that_is_stored():
     bitmask = torch.tensor([[0x35]], dtype=torch.uint8)
     for dtype in (torch.int8, torch.float8_e4m3fn):
         values = torch.tensor([[1, 2, -3, 4]]).to(dtype)
-        unpacked = layout.unpack(values, bitmask, 8)
+        unpacked = packing.unpack(values, bitmask, 8)
         assert unpacked.to(torch.float32).tolist() == [[1, 0, 2, 0, -3, 4, 0, 0]]
 
 
@@ -92,8 +93,8 @@ def test_pack_names_weight_row_and_columns():
     weight = two_four(700, 1024)
     weight[611, 12:16] = 1
     with pytest.raises(LayoutError, match=r"mlp\.up, row 611: columns 12 to 15 have 4 non-zero weights"):
-        layout.pack(weight, "mlp.up")
-    assert not layout.is_two_four(weight)
+        packing.pack(weight, "mlp.up")
+    assert not packing.is_two_four(weight)
 
 
 @pytest.mark.parametrize(
@@ -109,20 +110,20 @@ def test_pack_names_weight_row_and_columns():
 )
 def test_pack_refuses_what_is_no_weight(weight, message):
     with pytest.raises(LayoutError, match=message):
-        layout.pack(weight)
-    assert not layout.is_two_four(weight)
+        packing.pack(weight)
+    assert not packing.is_two_four(weight)
 
 
 @given(size=sizes, seed=st.integers(0, 2**16), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_check_bitmask_accepts_two_of_four_alone(size, seed, data):
     rows, columns = max(size[0], 1), size[1]
-    bitmask = layout.pack(two_four(rows, columns, seed=seed)).bitmask
-    layout.check_bitmask(bitmask, columns)
+    bitmask = packing.pack(two_four(rows, columns, seed=seed)).bitmask
+    packing.check_bitmask(bitmask, columns)
     row, bit = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, 8 * bitmask.shape[1] - 1))
     bitmask[row, bit // 8] ^= 1 << (bit % 8)  # any flipped bit breaks a group, or lies past the end
     with pytest.raises(LayoutError, match=rf"^m, row {row}: "):
-        layout.check_bitmask(bitmask, columns, "m")
+        packing.check_bitmask(bitmask, columns, "m")
 
 
 def test_check_bitmask_says_what_is_wrong():
@@ -130,11 +131,11 @@ def test_check_bitmask_says_what_is_wrong():
     one = good.clone()
     one[0, 1] = 0x1
     with pytest.raises(LayoutError, match="columns 8 to 11 keep 1 weights"):
-        layout.check_bitmask(one, 12)
+        packing.check_bitmask(one, 12)
     past = good.clone()
     past[0, 1] = 0x33
     with pytest.raises(LayoutError, match="bits are set past the last column, 11"):
-        layout.check_bitmask(past, 12)
+        packing.check_bitmask(past, 12)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +151,8 @@ def test_check_bitmask_says_what_is_wrong():
     ],
 )
 def test_check_packed_names_the_tensor(change, message):
-    packed = layout.pack(two_four(4, 8))
-    layout.check_packed(packed, "layer")
-    layout.check_packed(packed._replace(shape=packed.shape.flatten()), "layer")  # written flat by some
+    packed = packing.pack(two_four(4, 8))
+    packing.check_packed(packed, "layer")
+    packing.check_packed(packed._replace(shape=packed.shape.flatten()), "layer")  # written flat by some
     with pytest.raises(LayoutError, match=message):
-        layout.check_packed(PackedWeight(**{**packed._asdict(), **change}), "layer")
+        packing.check_packed(PackedWeight(**{**packed._asdict(), **change}), "layer")

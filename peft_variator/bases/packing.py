@@ -15,12 +15,13 @@ value.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bits import bools, fill_groups, kept_places, mask_width, nonzero_bits, overfull, row_blocks, wrong_bytes
+from ..bitmask import mask_width, pack_mask, row_blocks, unpack_mask
 
 
 __all__ = [
@@ -32,8 +33,8 @@ __all__ = [
     "is_two_four",
     "pack",
     "unpack",
-    "unpack_mask",
 ]
+
 
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -68,10 +69,10 @@ def pack(weight: Tensor, name: str = "weight") -> PackedWeight:
     compressed = weight.new_empty(out_features, in_features // 2)
     bitmask = torch.empty(out_features, mask_width(in_features), dtype=torch.uint8, device=weight.device)
     for rows in row_blocks(out_features, in_features):
-        bits = nonzero_bits(weight[rows])
-        if overfull(bits).any():
-            raise LayoutError(_overfull_message(name, weight[rows], rows.start))
-        bitmask[rows] = fill_groups(bits, in_features)
+        bits = pack_mask(weight[rows] != 0)
+        if _exceeds_two_four(bits).any():
+            raise LayoutError(_not_two_four(name, weight[rows], rows.start))
+        bitmask[rows] = _fill_groups(bits, in_features)
         compressed[rows] = gather_kept(weight[rows], bitmask[rows])
     return PackedWeight(compressed, bitmask, torch.tensor([[out_features], [in_features]], device=weight.device))
 
@@ -94,7 +95,7 @@ def unpack(compressed: Tensor, bitmask: Tensor, in_features: int, out: Tensor | 
     integer = _INTEGER_OF_SIZE[compressed.element_size()]
     source, target = compressed.contiguous().view(integer), out.view(integer)
     for rows in row_blocks(out.shape[0], in_features):
-        places = kept_places(bitmask[rows], in_features)
+        places = _kept_columns(bitmask[rows], in_features)
         groups = target[rows].view(-1, 2 * places.shape[1])
         groups.zero_().scatter_(1, places, source[rows].view(places.shape))
     return out
@@ -115,22 +116,17 @@ def gather_kept(weight: Tensor, bitmask: Tensor) -> Tensor:
     integer = _INTEGER_OF_SIZE[weight.element_size()]  # see unpack
     source, target = weight.view(integer), kept.view(integer)
     for rows in row_blocks(weight.shape[0], in_features):
-        places = kept_places(bitmask[rows], in_features)
+        places = _kept_columns(bitmask[rows], in_features)
         target[rows] = source[rows].reshape(-1, 2 * places.shape[1]).gather(1, places).view(-1, in_features // 2)
     target.masked_fill_(kept == 0, 0)
     return kept
-
-
-def unpack_mask(bitmask: Tensor, in_features: int) -> Tensor:
-    """The mask of kept weights, bool (out_features, in_features), from uint8 (out_features, ceil(in_features / 8))."""
-    return bools(bitmask)[:, :in_features]
 
 
 def is_two_four(weight: Tensor) -> bool:
     """Whether `pack` accepts the weight: a matrix, inputs in whole groups of four, at most two non-zero in each."""
     if weight.ndim != 2 or weight.dtype not in _PACKABLE or weight.shape[1] == 0 or weight.shape[1] % 4:
         return False
-    return not any(overfull(nonzero_bits(weight[rows])).any() for rows in row_blocks(*weight.shape))
+    return not any(_exceeds_two_four(pack_mask(weight[rows] != 0)).any() for rows in row_blocks(*weight.shape))
 
 
 def check_packed(packed: PackedWeight, name: str) -> None:
@@ -159,10 +155,10 @@ def check_bitmask(bitmask: Tensor, in_features: int, name: str = "bitmask") -> N
         name: what to call the tensor in the error, which also names the row.
     """
     for rows in row_blocks(len(bitmask), in_features, weights_at_once=1 << 23):
-        wrong = wrong_bytes(bitmask[rows], in_features)
+        wrong = _malformed_bytes(bitmask[rows], in_features)
         if wrong.any():
             row = rows.start + int(wrong.any(dim=1).nonzero()[0])
-            raise LayoutError(f"{name}, row {row}: {_wrong_bits(bitmask[row], in_features)}")
+            raise LayoutError(f"{name}, row {row}: {_describe_malformed(bitmask[row], in_features)}")
 
 
 def _check_packable(weight: Tensor, name: str) -> None:
@@ -176,7 +172,7 @@ def _check_packable(weight: Tensor, name: str) -> None:
         raise LayoutError(f"{name} has {weight.shape[1]} inputs, which do not fill groups of 4, so it can't be 2:4.")
 
 
-def _overfull_message(name: str, block: Tensor, first_row: int) -> str:
+def _not_two_four(name: str, block: Tensor, first_row: int) -> str:
     counts = (block != 0).view(len(block), -1, 4).sum(dim=-1)
     row, group = (counts > 2).nonzero()[0].tolist()
     return (
@@ -185,7 +181,7 @@ def _overfull_message(name: str, block: Tensor, first_row: int) -> str:
     )
 
 
-def _wrong_bits(row: Tensor, in_features: int) -> str:
+def _describe_malformed(row: Tensor, in_features: int) -> str:
     counts = unpack_mask(row.unsqueeze(0), in_features).view(-1, 4).sum(dim=1).tolist()
     group = next((index for index, count in enumerate(counts) if count != 2), None)
     if group is None:
@@ -194,3 +190,66 @@ def _wrong_bits(row: Tensor, in_features: int) -> str:
         f"columns {4 * group} to {4 * group + 3} keep {counts[group]} weights, but a 2:4 bitmask keeps exactly 2 of "
         "every 4. The file is damaged, or the model is not 2:4."
     )
+
+
+def _exceeds_two_four(bits: Tensor) -> Tensor:
+    """bool, shape of the uint8 `bits`: whether a half of each byte has more than two bits set."""
+    return _tables(bits.device).exceeds.index_select(0, bits.reshape(-1).int()).view(bits.shape)
+
+
+def _fill_groups(bits: Tensor, in_features: int) -> Tensor:
+    """`bits` (rows, ceil(in_features / 8)), with the lowest free ones set until every group of four has two."""
+    filled = _tables(bits.device).filled.index_select(0, bits.reshape(-1).int()).view(bits.shape)
+    if in_features % 8:
+        filled[:, -1] &= 15
+    return filled
+
+
+def _malformed_bytes(bitmask: Tensor, in_features: int) -> Tensor:
+    """uint8, shape of `bitmask`: 0 where a byte keeps two of either half, and nothing past the end, else not 0."""
+    # Counting bits in parallel (Hacker's Delight, 5-1) is faster here than looking the bytes up.
+    pairs = bitmask - (bitmask.bitwise_right_shift(1) & 0x55)
+    counts = (pairs & 0x33) + (pairs.bitwise_right_shift(2) & 0x33)
+    wrong = counts ^ 0x22
+    if in_features % 8:
+        wrong[:, -1] = counts[:, -1] ^ 0x02
+    return wrong
+
+
+def _kept_columns(bitmask: Tensor, in_features: int) -> Tensor:
+    """Columns of the kept weights, in order: int64 (bytes, 4), counted within eight columns, or, where rows do not end
+    on a byte, (nibbles, 2), counted within four."""
+    tables = _tables(bitmask.device)
+    if in_features % 8 == 0:
+        return tables.places_in_byte.index_select(0, bitmask.reshape(-1).int())
+    nibbles = torch.stack((bitmask & 15, bitmask.bitwise_right_shift(4)), dim=-1).flatten(1)[:, : in_features // 4]
+    return tables.places_in_nibble.index_select(0, nibbles.reshape(-1).int())
+
+
+class _Tables(NamedTuple):
+    """What to know of every value of a byte, on one device."""
+
+    filled: Tensor  # uint8 (256,)
+    exceeds: Tensor  # bool (256,)
+    places_in_byte: Tensor  # int64 (256, 4)
+    places_in_nibble: Tensor  # int64 (16, 2)
+
+
+@lru_cache(maxsize=16)
+def _tables(device: torch.device) -> _Tables:
+    kept = [[bit for bit in range(4) if nibble >> bit & 1] for nibble in range(16)]
+    # A nibble with more than two bits is refused before its entry is used; the entry only has to be in range.
+    places = [sorted((bits + [bit for bit in range(4) if bit not in bits])[:2]) for bits in kept]
+    halves = [(byte & 15, byte >> 4) for byte in range(256)]
+    in_byte = [places[low] + [4 + place for place in places[high]] for low, high in halves]
+    with torch.inference_mode(False):  # the tables outlive the inference mode that they may first be needed in
+        return _Tables(
+            filled=_byte_table([sum(1 << place for place in row) for row in in_byte], device),
+            exceeds=_byte_table([max(len(kept[low]), len(kept[high])) > 2 for low, high in halves], device).bool(),
+            places_in_byte=torch.tensor(in_byte, device=device),
+            places_in_nibble=torch.tensor(places, device=device),
+        )
+
+
+def _byte_table(rows: list, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.uint8, device=device)

@@ -1,0 +1,272 @@
+"""What becomes of a checkpoint's weights in a model: whose they are, which are packed, and whether all are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+
+from .checkpoint import Checkpoint, CheckpointError
+from .compressed_tensors import StoredWeight, find_stored_weights
+from .config import Rules, matches
+from .packing import is_two_four
+
+
+__all__ = [
+    "Action",
+    "KeyNames",
+    "PlannedWeight",
+    "check_complete",
+    "check_size",
+    "is_free_linear",
+    "plan_weight",
+    "plan_weights",
+]
+
+Action = Literal["keep", "pack", "unpack"]
+"""`keep` loads the stored tensors into a `Sparse24Linear`, `pack` converts them for one, `unpack` makes them dense."""
+
+
+class KeyNames:
+    """How `from_pretrained` renames the keys of checkpoints for one model.
+
+    Args:
+        model: the model, possibly on the meta device.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._targets = {
+            pattern: entry.target_patterns for entry in self._converters for pattern in entry.source_patterns
+        }
+        self._prefix = model.base_model_prefix
+        self._state = model.state_dict()
+
+    def renamed(self, key: str) -> str:
+        """`key` before the prefix of the base model is added or removed."""
+        return apply_renamings(key, self._renamings)
+
+    def parameter(self, key: str) -> str | None:
+        """The name in the model of the parameter that `key` is; None where there is none, or it is a part of one."""
+        name, pattern = self._rename(key)
+        return name if pattern is None and name in self._state else None
+
+    def targets(self, key: str) -> list[str]:
+        """The names in the model of all that is made of `key`; empty where the model has no use for it."""
+        name, pattern = self._rename(key)
+        first, *others = self._targets.get(pattern, [name]) if pattern else [name]
+        return [
+            target for target in (name, *(name.replace(first, other) for other in others)) if target in self._state
+        ]
+
+    def _rename(self, key: str) -> tuple[str, str | None]:
+        renamed = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
+        if renamed[0] not in self._state and key in self._state:
+            # as transformers does: a key that is already right is not renamed
+            renamed = rename_source_key(key, [], [], self._prefix, self._state)
+        return renamed
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One stored weight and what becomes of it.
+
+    Args:
+        stored: the weight.
+        parameter: the name of the dense parameter in the model, for example `"model.layers.0.mlp.up_proj.weight"`.
+        action: what becomes of it.
+        dtype: dtype that it gets.
+    """
+
+    stored: StoredWeight
+    parameter: str
+    action: Action
+    dtype: torch.dtype
+
+    @property
+    def module(self) -> str:
+        """The name of the layer in the model."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def becomes_packed(self) -> bool:
+        """Whether the model has a packed layer for it."""
+        return self.action != "unpack"
+
+
+def plan_weights(
+    model: PreTrainedModel, checkpoint: Checkpoint, rules: Rules, dtype: torch.dtype
+) -> list[PlannedWeight]:
+    """Plan every weight of `checkpoint` that has to be packed, unpacked or rescaled; plain dense ones are left out.
+
+    Args:
+        model: dense model, on the meta device or not.
+        checkpoint: its files.
+        rules: which layers are packed.
+        dtype: the model's dtype.
+
+    Raises:
+        CheckpointError: a weight is not 2:4 where it has to be, is damaged, or has another shape than the model's; the
+            message names file, tensor and row. Or nothing is 2:4 at all.
+    """
+    names = KeyNames(model)
+    weights = find_stored_weights(checkpoint.tensors).values()
+    candidates = (plan_weight(model, names, stored, rules, dtype) for stored in weights)
+    planned = [weight for weight in candidates if weight is not None]
+    if rules.pack_dense and rules.targets is not None:
+        _check_targets(model, names, weights, rules.targets)
+    if all(weight.action == "unpack" and not weight.stored.codec.sparse for weight in planned):
+        raise CheckpointError(
+            f"{', '.join(map(str, checkpoint.files))}: no linear layer of {type(model).__name__} is 2:4. Prune the "
+            "model to 2:4 first, or load it without a Sparse24Config."
+        )
+    return planned
+
+
+def _check_targets(
+    model: PreTrainedModel, names: KeyNames, weights: Iterable[StoredWeight], targets: tuple[str, ...]
+) -> None:
+    parameters = {stored.module: names.parameter(stored.name) for stored in weights}
+    layers = {name: model.get_submodule(found.rpartition(".")[0]) for name, found in parameters.items() if found}
+    linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    if not any(matches(layers[name], name, targets) for name in linear):
+        raise CheckpointError(
+            f"targets={list(targets)} match no linear layer of {type(model).__name__}. A target is a layer's whole "
+            f"name, such as {linear[:1]}, a class, such as 'Linear', or 're:' and a regular expression."
+        )
+
+
+def plan_weight(
+    model: PreTrainedModel, names: KeyNames, stored: StoredWeight, rules: Rules, dtype: torch.dtype
+) -> PlannedWeight | None:
+    """Plan one weight; None if it stays plain and dense, or the model has no use for it. See `plan_weights`."""
+    parameter = _find_parameter(stored, names)
+    if parameter is None:
+        return None
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    action = _choose_action(stored, module, is_free_linear(model, module, parameter), rules)
+    if action is None:
+        return None
+    check_size(stored, tuple(model.get_parameter_or_buffer(parameter).shape))
+    stored.check()
+    return PlannedWeight(stored, parameter, action, _dtype_of(model, parameter, dtype))
+
+
+def _find_parameter(stored: StoredWeight, names: KeyNames) -> str | None:
+    parameter = names.parameter(stored.name)
+    if parameter is None and stored.codec.sparse and names.targets(stored.name):
+        raise CheckpointError(
+            f"{stored.main}: the model keeps this weight fused with others, which can't be packed. Make the "
+            "checkpoint dense with `peft-variator unpack` and load that."
+        )
+    return parameter
+
+
+def _choose_action(stored: StoredWeight, module: nn.Module, free_linear: bool, rules: Rules) -> Action | None:
+    if not free_linear:
+        return None if stored.plain else "unpack"
+    if stored.codec.two_four:
+        return "keep" if stored.matches_packed_layer else "pack"
+    required = rules.requires(module, stored.module)
+    if required and not rules.pack_dense and not stored.codec.sparse:
+        raise CheckpointError(f"{stored.main}: the weight is dense, but config.json says that it is packed.")
+    may_pack = rules.pack_dense or stored.codec.sparse
+    if may_pack and not rules.ignores(module, stored.module) and (required or rules.targets is None):
+        if _stores_two_four(stored):
+            return "pack"
+        if required:
+            stored.read_packed(torch.float32)  # raises with the row
+    return None if stored.plain else "unpack"
+
+
+def _stores_two_four(stored: StoredWeight) -> bool:
+    return is_two_four(stored.main.read() if stored.plain else stored.read_dense(torch.float32))
+
+
+def is_free_linear(model: PreTrainedModel, module: nn.Module, parameter: str) -> bool:
+    """Whether a layer can be replaced: a plain nn.Linear whose weight no other module shares.
+
+    Subclasses are left alone: their forward, or that of their parent, may read the weight.
+    """
+    tied: dict[str, str] = model.all_tied_weights_keys
+    return type(module) is nn.Linear and parameter not in {*tied, *tied.values()} and parameter.endswith(".weight")
+
+
+def check_size(stored: StoredWeight, expected: tuple[int, ...]) -> None:
+    """Raise a CheckpointError unless the dense weight has the shape that the model expects."""
+    if stored.size() != expected:
+        raise CheckpointError(
+            f"{stored.main}: it stores a weight of shape {stored.size()}, but the model of config.json has {expected}."
+        )
+
+
+def _dtype_of(model: PreTrainedModel, parameter: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, except for the parameters that the model keeps in float32."""
+    kept: Iterable[tuple[str, torch.dtype]] = model._get_dtype_plan(dtype).items()
+    return next((own for pattern, own in kept if re.search(pattern.replace("*", ".*"), parameter)), dtype)
+
+
+def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, stored: Iterable[StoredWeight]) -> None:
+    """Check that no parameter would be left without weights, or get numbers of another kind.
+
+    A new head is no error: a layer may be missing where the checkpoint was saved from another class, if all of it is.
+
+    Args:
+        model: dense model.
+        checkpoint: its files.
+        stored: the weights that are not stored as plain dense tensors.
+
+    Raises:
+        CheckpointError: naming the parameters.
+    """
+    names = KeyNames(model)
+    stored = list(stored)
+    _check_kinds(model, checkpoint, names, stored)
+    keys = {*checkpoint.tensors, *(weight.name for weight in stored)}
+    loaded = {target for key in keys for target in names.targets(key)}
+    missing = _missing(model, loaded)
+    if type(model).__name__ not in (model.config.architectures or ()):
+        layers_with_weights = {name.rpartition(".")[0] for name in loaded}
+        missing = [name for name in missing if name.rpartition(".")[0] in layers_with_weights]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise CheckpointError(
+            f"{', '.join(map(str, checkpoint.files))}: {shown} of {type(model).__name__} missing. The checkpoint is "
+            "incomplete; the parameters would be random."
+        )
+
+
+def _missing(model: PreTrainedModel, loaded: set[str]) -> list[str]:
+    """Parameters that are neither loaded, nor tied to one that is, nor declared optional by the model."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    sources = {tied.get(name, name) for name in loaded}
+    optional = model._keys_to_ignore_on_load_missing or ()
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in loaded
+        and tied.get(name, name) not in sources
+        and not any(re.search(pattern, name) for pattern in optional)
+    ]
+
+
+def _check_kinds(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: KeyNames, weights: Iterable[StoredWeight]
+) -> None:
+    """transformers would load integers for a floating point parameter without a word."""
+    decoded = {part.name for weight in weights for part in weight.parts.values()}
+    for stored in checkpoint.tensors.values():
+        parameter = None if stored.name in decoded else names.parameter(stored.name)
+        if parameter is None or stored.dtype.is_floating_point:
+            continue
+        if model.get_parameter_or_buffer(parameter).is_floating_point():
+            raise CheckpointError(f"{stored} has dtype {stored.dtype}, but {parameter} holds floating point numbers.")
