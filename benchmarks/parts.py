@@ -36,7 +36,7 @@ from peft_variator.profiling import (
     num_threads,
     share_weights,
 )
-from peft_variator.tuners.variator.plugin import PluginModule
+from peft_variator.tuners.variator.layer import PluginModule
 
 
 __all__ = ["CASES", "main", "measure"]

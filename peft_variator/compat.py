@@ -12,14 +12,18 @@ peft:
 transformers:
 - `transformers.PreTrainedModel._hf_peft_config_loaded`: `add_adapter` sets it before it injects anything, and leaves
   it set when that fails; to go when transformers takes it back itself.
+- `_gradient_checkpointing_func` of stacks and blocks, set by `gradient_checkpointing_enable`: what a block is computed
+  with, and again with in the backward. Watch `GradientCheckpointingLayer`.
 
 accelerate:
 - `_hf_hook` of a module, set by `accelerate.hooks.add_hook_to_module`: where an offloaded weight is kept. Nothing
   public writes an offloaded weight. Watch `AlignDevicesHook.weights_map`.
+- `_old_forward` of a module, set by the same: what its wrapped `forward` calls. A wrapper of ours goes there, behind
+  the hook that moves inputs to the module's device, and stays when accelerate replaces or removes its hook.
 
 torch:
-- `torch._C._current_graph_task_id`: whether a forward runs inside of a backward, as `torch.utils.checkpoint` asks it;
-  -1 outside.
+- `torch._C._current_graph_task_id`: whether a forward runs inside of a backward and of which, as
+  `torch.utils.checkpoint` asks it; -1 outside.
 - `torch._C._autograd._top_saved_tensors_default_hooks`: whether a checkpoint that is not reentrant repeats a forward;
   None if not.
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own
@@ -29,6 +33,7 @@ torch:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,14 +45,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 
 __all__ = [
+    "FORWARD_SLOTS",
     "BufferDict",
     "TorchDispatchMode",
     "add_peft_type",
+    "backward_id",
+    "checkpoint_function",
+    "forward_slot",
     "include_all_linear_layers",
     "is_quantized_tensor",
     "mark_without_adapters",
     "offload_hook",
     "repeated_by_reentrant_checkpoint",
+    "set_checkpoint_function",
 ]
 
 
@@ -78,10 +88,33 @@ def offload_hook(module: nn.Module) -> Any | None:
     return vars(module).get("_hf_hook")
 
 
+FORWARD_SLOTS = ("forward", "_old_forward")
+"""Attributes of a module that may hold what stands in for its class's `forward`."""
+
+
+def forward_slot(module: nn.Module) -> str:
+    """Which of `FORWARD_SLOTS` holds the forward that runs inside of accelerate's hook, if there is one."""
+    return "_old_forward" if {"_hf_hook", "_old_forward"} <= vars(module).keys() else "forward"
+
+
+def checkpoint_function(block: nn.Module) -> Callable[..., Any] | None:
+    """What transformers computes a block with when it checkpoints, or `None` where checkpointing was never set."""
+    return vars(block).get("_gradient_checkpointing_func")
+
+
+def set_checkpoint_function(block: nn.Module, function: Callable[..., Any]) -> None:
+    """Have transformers compute a block with another function when it checkpoints."""
+    vars(block)["_gradient_checkpointing_func"] = function
+
+
+def backward_id() -> int:
+    """A number of the backward that runs in this thread, -1 outside of any."""
+    return int(torch._C._current_graph_task_id())
+
+
 def repeated_by_reentrant_checkpoint() -> bool:
     """Whether a forward with gradients is one that a checkpoint with `use_reentrant=True` repeats in a backward."""
-    inside_backward = torch._C._current_graph_task_id() != -1
-    return inside_backward and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return backward_id() != -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def is_quantized_tensor(tensor: Tensor) -> bool:

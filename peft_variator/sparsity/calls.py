@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tuners.variator.forward_context import single_blocks
+
 
 __all__ = ["Batch", "Call", "Slot", "hooked", "leaves", "run_block", "run_model"]
 
@@ -82,7 +84,8 @@ def run_block(block: nn.Module, call: Call, links: Mapping[Slot, int], previous:
     for slot, index in links.items():
         call.fill(slot, previous[index])
     with torch.no_grad():
-        output = leaves(block(*call.args, **call.kwargs))
+        with single_blocks():  # the base model is calibrated, whatever plugins it carries
+            output = leaves(block(*call.args, **call.kwargs))
     for slot in links:
         call.fill(slot, None)
     return output

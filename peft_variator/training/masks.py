@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tuners.variator.forward_context import IGNORED_LABEL, next_token_labels
+
 
 __all__ = ["batch_size", "decoder_tokens", "labelled_tokens", "last_tokens", "predicting_tokens", "real_tokens"]
-
-IGNORED_LABEL = -100
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:
@@ -86,10 +86,9 @@ def predicting_tokens(inputs: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: the batch has no text.
     """
-    if inputs.get("labels") is None:
-        return last_tokens(_require_text(inputs))
-    used = inputs["labels"] != IGNORED_LABEL
-    return torch.cat([used[:, 1:], torch.zeros_like(used[:, :1])], dim=1)
+    told = inputs.get("labels") if inputs.get("shift_labels") is None else inputs["shift_labels"]
+    labels = None if told is None else next_token_labels(inputs, (told.shape[0], told.shape[1]))
+    return last_tokens(_require_text(inputs)) if labels is None else labels != IGNORED_LABEL
 
 
 def labelled_tokens(inputs: Mapping[str, Any]) -> Tensor:

@@ -56,19 +56,19 @@ class TrainedRatios:
             )
         for layer, name in self._plugins:
             for ratio in ratios:
-                layer.ratio_for(name, ratio)  # raises for one that it can't serve
+                layer.rule_at(name, ratio)  # raises for one that it can't serve
 
     def set(self, ratio: int) -> None:
         """Let every module of the plugin compress by `ratio`."""
         for layer, name in self._plugins:
-            layer.set_ratio(name, layer.ratio_for(name, ratio))
+            layer.ratios.choose(name, ratio)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Give every module the ratio back that it had before."""
-        before = [layer.rules[name].ratio for layer, name in self._plugins]
+        before = [layer.ratios.chosen.get(name) for layer, name in self._plugins]
         try:
             yield
         finally:
             for (layer, name), ratio in zip(self._plugins, before, strict=True):
-                layer.set_ratio(name, ratio)
+                layer.ratios.choose(name, ratio)

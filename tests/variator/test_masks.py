@@ -11,10 +11,16 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from peft_variator import VariatorConfig
-from peft_variator.tuners.variator.call import StackCall
-from peft_variator.tuners.variator.facts import CallFacts
-from peft_variator.tuners.variator.masks import places, real_tokens, single_mask, text_starts, with_those_before
-from peft_variator.tuners.variator.rule import MergeRule
+from peft_variator.tuners.variator.attention_mask import (
+    TokenOrder,
+    real_tokens,
+    single_mask,
+    text_starts,
+    token_ranks,
+    with_those_before,
+)
+from peft_variator.tuners.variator.forward_context import CallFacts
+from peft_variator.tuners.variator.token_groups import MergeRule, StackGroups
 
 from .cases import ALL, BERT, CAUSAL, ENCODERS, LLAMA, Case, by_name, outputs_of
 from .reference import watch
@@ -50,7 +56,7 @@ def hidden(model: torch.nn.Module, **inputs: Any) -> Tensor:
 @pytest.mark.parametrize("case", [BERT, LLAMA], ids=by_name)
 def test_masks_with_four_dimensions_say_the_same(case: Case, form: str) -> None:
     if form == "keys" and case is LLAMA:
-        return  # without the causal part it would be another model
+        pytest.skip("without the causal part it would be another model")
     model, ids = with_plugin(case), case.inputs(3, 12)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :5], mask[1, 9:] = 0, 0
@@ -160,35 +166,57 @@ def test_groups_follow_a_layer_to_its_device() -> None:
     """Arguments may be on another device than a layer, whose inputs accelerate moves."""
     rule = MergeRule(ratio=4)
     facts = CallFacts("encoder", {"input_ids": torch.full((2, 12), 20)})
-    call = StackCall(facts, {"mlp": ("default", rule)})
+    call = StackGroups(facts, {"mlp": ("default", rule)})
     call.prepare()
-    groups = call.grouping(rule, torch.empty(2, 12, 8))
-    moved = call.grouping(rule, torch.empty(2, 12, 8, device="meta"))
+    groups = call.of(rule, torch.empty(2, 12, 8))
+    moved = call.of(rule, torch.empty(2, 12, 8, device="meta"))
     assert groups.row_of.device.type == "cpu"
     assert {moved.row_of.device.type, moved.is_merged.device.type} == {"meta"}
 
 
-def test_real_tokens_places_and_text_starts() -> None:
+def test_real_tokens_ranks_and_text_starts() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 1, 0]])
     real = real_tokens(mask, (2, 5), 0)
     assert real is not None
     assert real.tolist() == mask.bool().tolist()
-    assert places(mask, real, (2, 5), 0, mask.device)[real].tolist() == [0, 1, 2, 0, 1, 2]
-    assert real_tokens(mask[:, 2:4], (2, 2), 0) is None
+    assert token_ranks(mask, real, (2, 5), 0, mask.device)[real].tolist() == [0, 1, 2, 0, 1, 2]
+    assert real_tokens(mask[:, 2:4], (2, 2), 0).all()
+    assert real_tokens(None, (2, 2), 0) is None
     # With three tokens in a cache, the last two columns are this call's.
-    assert places(mask, None, (2, 2), 3, mask.device).tolist() == [[1, 2], [2, 2]]
-    starts = text_starts(None, torch.tensor([[0, 1, 0, 1, 2]]), None, (2, 5), 0)
+    assert token_ranks(mask, None, (2, 2), 3, mask.device).tolist() == [[1, 2], [2, 2]]
+    starts = text_starts({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, None, None, (2, 5), 0)
     assert starts is not None
     assert starts.tolist() == [[False, False, True, False, False]] * 2
-    assert text_starts(None, torch.arange(5).unsqueeze(0), None, (2, 5), 0) is None
+    starts = text_starts({"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}, None, None, (1, 5), 0)
+    assert starts is not None
+    assert starts[0, 1:].tolist() == [False, True, False, False]
+    going_on = text_starts({"position_ids": torch.arange(5).unsqueeze(0)}, None, None, (2, 5), 0)
+    assert going_on is not None
+    assert not going_on.any()
+    assert text_starts({}, None, None, (2, 5), 0) is None
 
 
-def test_those_before_are_real_ones() -> None:
+def order_of(real: Tensor | None, starts: Tensor | None = None, length: int = 6) -> TokenOrder:
+    return TokenOrder(real, starts, token_ranks(None, real, (1, length), 0, torch.device("cpu")))
+
+
+def test_those_before_are_real_ones_of_the_same_text() -> None:
     chosen = torch.tensor([[False, False, False, True, False, True]])
-    assert with_those_before(chosen, None, 1) is chosen
-    assert with_those_before(chosen, None, 2).int().tolist() == [[0, 0, 1, 1, 1, 1]]
+    assert with_those_before(chosen, order_of(None), 1) is chosen
+    assert with_those_before(chosen, order_of(None), 2).int().tolist() == [[0, 0, 1, 1, 1, 1]]
     real = torch.tensor([[True, True, False, True, False, True]])
-    assert (with_those_before(chosen, real, 2) & real).int().tolist() == [[0, 1, 0, 1, 0, 1]]
+    assert (with_those_before(chosen, order_of(real), 2) & real).int().tolist() == [[0, 1, 0, 1, 0, 1]]
+    starts = torch.tensor([[False, False, False, True, False, False]])
+    assert with_those_before(chosen, order_of(None, starts), 3).int().tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+def test_order_of_tokens_in_texts() -> None:
+    real = torch.tensor([[False, True, True, True, False, True]])
+    starts = torch.tensor([[False, False, False, True, False, False]])
+    order = order_of(real, starts)
+    assert order.from_start[real].tolist() == [0, 1, 0, 1]
+    assert order.last(1).int().tolist() == [[0, 0, 1, 0, 0, 1]]
+    assert order.last(2).int().tolist() == [[0, 1, 1, 1, 0, 1]]
 
 
 def test_the_widest_of_several_masks_counts() -> None:

@@ -4,9 +4,9 @@ from ...registration import register_method
 from .config import VariatorConfig
 from .layer import VariatorLayer
 from .model import VariatorModel
-from .ratios import set_compression_ratio
+from .ratios import set_compression_ratio, using_ratio
 
 
-__all__ = ["VariatorConfig", "VariatorLayer", "VariatorModel", "set_compression_ratio"]
+__all__ = ["VariatorConfig", "VariatorLayer", "VariatorModel", "set_compression_ratio", "using_ratio"]
 
 register_method("variator", VariatorConfig, VariatorModel)

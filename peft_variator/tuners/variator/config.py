@@ -6,18 +6,21 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftType
 from transformers import PreTrainedTokenizerBase
+
+from ...adapter_state import SavedConfig
 
 
 __all__ = ["VariatorConfig"]
 
 SCORINGS = ("token", "concat")
+DECOMPRESSIONS = ("bottleneck",)
 PATCH_GROUPINGS = ("window", "raster")
 
 
 @dataclass
-class VariatorConfig(PeftConfig):
+class VariatorConfig(SavedConfig):
     """Configuration of Variator, plug-and-play compression plugins around the feed-forward networks of a transformer.
 
     Based on Xiao et al. 2023, "Variator: Accelerating Pre-trained Models with Plug-and-Play Compression Modules"
@@ -63,7 +66,10 @@ class VariatorConfig(PeftConfig):
     )
     ratio_pattern: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "Compression ratio of the modules whose name ends in (or matches as a regex) the key."},
+        metadata={
+            "help": "Compression ratio of the modules whose name ends in the key, contains it as whole parts "
+            "(`layer.0` is all of layer 0), or matches it as a regex."
+        },
     )
     bottleneck_dim: int = field(
         default=64, metadata={"help": "Width of the decompressor's hidden layer, in units of vector entries."}
@@ -124,6 +130,28 @@ class VariatorConfig(PeftConfig):
             "cannot answer: it counts as bidirectional."
         },
     )
+    decompression: str = field(
+        default="bottleneck",
+        metadata={
+            "help": "How each token of a group gets back what is its own: `bottleneck` is the paper's correction, "
+            "`Linear(2d → r), tanh, Linear(r → d)`."
+        },
+    )
+    max_kept_tokens: int = field(
+        default=4,
+        metadata={
+            "help": "K, how many tokens of a sequence that are not merged there is room for in compiled and exported "
+            "code, whose shapes cannot depend on a text: ⌈length / k⌉ + 2K + 1 rows. A sequence that needs more stops "
+            "with an error. Without a compiler it has no effect."
+        },
+    )
+    trained_ratios: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The compression ratios that the plugin was trained for, in order; `None`: it is not known. "
+            "Written by the trainer."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={
@@ -163,12 +191,23 @@ class VariatorConfig(PeftConfig):
                 ) from error
 
     def _check_choices(self) -> None:
-        for name, allowed in (("scoring", SCORINGS), ("patch_grouping", PATCH_GROUPINGS)):
+        for name, allowed in (
+            ("scoring", SCORINGS),
+            ("decompression", DECOMPRESSIONS),
+            ("patch_grouping", PATCH_GROUPINGS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
 
     def _check_counts(self) -> None:
         _check_integer("bottleneck_dim", self.bottleneck_dim, 1)
+        _check_integer("max_kept_tokens", self.max_kept_tokens, 0)
+        if self.trained_ratios is not None:
+            if not isinstance(self.trained_ratios, list | tuple | set):
+                raise ValueError(f"trained_ratios={self.trained_ratios!r} has to be a list of compression ratios.")
+            for ratio in self.trained_ratios:
+                _check_integer("trained_ratios: entry", ratio, 1)
+            self.trained_ratios = sorted(set(self.trained_ratios))
         _check_integer("keep_first_tokens", self.keep_first_tokens, 0)
         _check_integer("keep_last_tokens", self.keep_last_tokens, 0)
         if not isinstance(self.keep_token_ids, list | tuple | set):
@@ -184,7 +223,7 @@ class VariatorConfig(PeftConfig):
             module_name: full name of the module in the base model.
         """
         for pattern, ratio in self.ratio_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module_name):
+            if matches_pattern(pattern, module_name):
                 return ratio
         return self.compression_ratio
 
@@ -214,6 +253,11 @@ class VariatorConfig(PeftConfig):
             tokenizer.eos_token_id,
         )
         return cls(keep_token_ids=[token_id for token_id in special if token_id is not None], **fields)
+
+
+def matches_pattern(pattern: str, module_name: str) -> bool:
+    """Whether a key of `ratio_pattern` means a module: as the end of its name, whole parts of it, or a regex."""
+    return re.match(rf"(.*\.)?({pattern})(\..*)?$", module_name) is not None
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

@@ -1,119 +1,427 @@
-"""Forward hooks that tell the plugins of a stack about the call they take part in."""
+"""Where a call is noticed: the wrapped `forward` of a stack, and of the models around it.
+
+An instance's `forward` is wrapped, and not hooked, since programs call it without `__call__`, as sentence-transformers
+does. Classes stay as they are.
+"""
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from .call import StackCall
-from .checkpointing import tie
-from .facts import CallFacts, StackKind
-from .layer import VariatorLayer
-from .plugin import PluginModule, hand_out
-from .predictions import uses_every_prediction
-from .recorder import recorded
-from .surroundings import check_routers, gather_facts
+from ...compat import FORWARD_SLOTS, checkpoint_function, forward_slot, set_checkpoint_function
+from .attention_mask import TokenOrder, real_tokens, single_mask, token_ranks
+from .forward_context import (
+    OF_HEADS,
+    CallFacts,
+    ForwardCall,
+    PluginRatios,
+    StackKind,
+    chosen_ratios,
+    next_token_labels,
+    open_calls,
+    parameter_names,
+    recompute_inside,
+    recomputed_calls,
+    recorded_arguments,
+    run_inside,
+    selection_of,
+)
+from .layer import PluginModule, VariatorLayer
+from .token_groups import MergeRule, StackGroups
 
 
-__all__ = ["StackHooks", "hooks_of"]
+__all__ = ["StackForward", "SurroundingForward", "forward_of", "unwrap_forwards"]
 
 
-class StackHooks:
-    """Hands the plugins of a stack a `StackCall` for as long as a call of the stack runs.
+class WrappedForward:
+    """Stands in for the `forward` of one module and looks like it; deep copies and pickles go with their module.
 
     Args:
-        stack: the module that receives the tokens and their 2-D mask.
+        module: the module.
+        ratios: the compression ratios of all plugins of the base model.
+    """
+
+    def __init__(self, module: nn.Module, ratios: PluginRatios) -> None:
+        self.module, self.ratios = module, ratios
+        self.names = parameter_names(module)
+        # accelerate wraps forwards, too, and moves the inputs of a call to the module's device first: go inside of it.
+        self.slot = forward_slot(module)
+        self.wrapped: Callable[..., Any] | None = vars(module).get(self.slot)
+        """What was there: `None` where it is the forward of the module's class."""
+        setattr(module, self.slot, self)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._bound)
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export looks up where a forward stands
+        return inspect.unwrap(type(self.module).forward).__code__
+
+    @property
+    def _bound(self) -> Callable[..., Any]:
+        return type(self.module).forward.__get__(self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.begin(recorded_arguments(self.names, args, kwargs))
+        return run_inside((*open_calls(), call), self._forward, *args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.wrapped is not None:
+            return self.wrapped(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def begin(self, arguments: dict[str, Any]) -> ForwardCall:
+        """The record of a call that is about to run."""
+        return ForwardCall(self.module, arguments, self.ratios, chosen_ratios(self.ratios))
+
+    def unwrap(self) -> None:
+        """Give the module its own `forward` back, wherever others have moved this one since."""
+        for slot in FORWARD_SLOTS:
+            if vars(self.module).get(slot) is self:
+                if self.wrapped is not None:
+                    setattr(self.module, slot, self.wrapped)
+                elif slot == "forward":
+                    delattr(self.module, slot)
+                else:
+                    setattr(self.module, slot, self._bound)
+
+
+def forward_of(module: nn.Module) -> WrappedForward | None:
+    """The wrapped `forward` of a module, if it has one."""
+    for slot in FORWARD_SLOTS:
+        found = vars(module).get(slot)
+        if isinstance(found, WrappedForward):
+            return found
+    return None
+
+
+def unwrap_forwards(model: nn.Module) -> None:
+    """Give all modules of a model their own `forward` back."""
+    for module in model.modules():
+        forward = forward_of(module)
+        if forward is not None:
+            forward.unwrap()
+
+
+class SurroundingForward(WrappedForward):
+    """The `forward` of a model around a stack, which knows more than the stack is told."""
+
+    def is_used(self) -> bool:
+        """Whether a stack inside has a plugin."""
+        return any(isinstance(module, VariatorLayer) and module.rules for module in self.module.modules())
+
+
+class StackForward(WrappedForward):
+    """The `forward` of the module that receives the tokens and their mask: its calls know how plugins merge.
+
+    Args:
+        module: the stack.
+        ratios: the compression ratios of all plugins of the base model.
         kind: whether it is an encoder, causal, or a vision encoder.
     """
 
-    def __init__(self, stack: nn.Module, kind: StackKind) -> None:
-        self.stack, self.kind = stack, kind
+    def __init__(self, module: nn.Module, ratios: PluginRatios, kind: StackKind) -> None:
+        self.kind = kind
         self.warned: set[str] = set()
-        self._plugins: list[PluginModule] | None = None
-        self.handles: list[RemovableHandle] = [
-            stack.register_forward_pre_hook(self.before, with_kwargs=True),
-            stack.register_forward_hook(self.after, always_call=True),
-        ]
+        self.surroundings: list[SurroundingForward] = []
+        self._layers: list[VariatorLayer] = []
+        self._blocks: list[nn.Module] = []
+        super().__init__(module, ratios)
 
-    def refresh(self) -> None:
-        """Look for the stack's plugins anew, after modules were replaced."""
-        self._plugins = None
+    def refresh(self, surroundings: list[SurroundingForward]) -> None:
+        """Look for the stack's plugins anew, after modules were replaced.
 
-    def plugins(self, stack: nn.Module) -> list[PluginModule]:
-        """The plugins inside `stack`, which is this stack or a replica of it made for data parallelism."""
-        if stack is not self.stack or self._plugins is None:
-            found = [module for module in stack.modules() if isinstance(module, PluginModule)]
-            if stack is not self.stack:
-                return found
-            self._plugins = found
-        return self._plugins
+        Args:
+            surroundings: the wrapped forwards around the stack, which go with its own.
+        """
+        self.surroundings = surroundings
+        self._layers, self._blocks = [], []
+        for module in self.module.modules():
+            if isinstance(module, PluginModule):
+                module.stack = self
+            if isinstance(module, VariatorLayer):
+                self._layers.append(module)
+            if hasattr(
+                module, "gradient_checkpointing"
+            ):  # of transformers' stacks and blocks that can be checkpointed
+                self._blocks.append(module)
 
-    @torch.compiler.disable
-    def before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find out about the call's tokens and hand that to the plugins."""
-        plugins = self.plugins(stack)
-        if plugins[0].call is not None:
-            hand_out(None, plugins)  # left by a call that ended in an error inside of compiled code
-        own = recorded(stack, args, kwargs)
+    def release_if_unused(self) -> None:
+        """Give the stack and what is around it their own forwards back, when no plugin is left."""
+        if not any(layer.rules for layer in self._layers):
+            self.unwrap()
+            for forward in self.surroundings:
+                if not forward.is_used():
+                    forward.unwrap()
+
+    def current_groups(self) -> StackGroups | None:
+        """How plugins merge in the call of this stack that is under way in this thread; `None`: there is none."""
+        for call in reversed(open_calls()):
+            if call.module is self.module:
+                return call.groups
+        if torch.compiler.is_compiling():
+            return None
+        return next((call.groups for call in reversed(recomputed_calls()) if call.module is self.module), None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.begin(recorded_arguments(self.names, args, kwargs))
+        calls = (*open_calls(), call)
+        if self.module.training and torch.is_grad_enabled():
+            self._keep_calls_for_checkpoints()
+            output = run_inside(calls, self._forward, *args, **kwargs)
+            if call.groups.choices:
+                tie(output, calls)
+            return output
+        return run_inside(calls, self._forward, *args, **kwargs)
+
+    def begin(self, arguments: dict[str, Any]) -> ForwardCall:
+        call = super().begin(arguments)
+        call.groups = self._groups(call)
+        return call
+
+    def _groups(self, call: ForwardCall) -> StackGroups:
+        """Find out about the call's tokens."""
+        own = call.arguments
         tokens = own.get("input_ids", own.get("inputs_embeds"))
         if self.kind == "causal" and tokens is not None and tokens.shape[1] == 1:
-            return  # decoding one token at a time: there is nothing to merge
-        choices = {plugin.name: plugin.choice for plugin in plugins if isinstance(plugin, VariatorLayer)}
-        active = {name: choice for name, choice in choices.items() if choice is not None}
-        if not active:
-            return
+            return StackGroups(CallFacts(self.kind), {})  # decoding one token at a time: there is nothing to merge
+        choices = self.choices(call.chosen)
+        if not choices:
+            return StackGroups(CallFacts(self.kind), {})
         if "write_index" in own:
             self._warn_once(
                 "Continuous batching puts prompts and single tokens of several requests into one sequence, where a "
                 "Variator plugin merges nothing: the base model runs. Call `generate` to have prompts merged."
             )
-            return
-        check_routers(stack, own)
-        call = StackCall(gather_facts(stack, self.kind, own), active)
-        if self.kind == "causal":
-            self._warn_about_losses(call.facts)
-        call.prepare()
-        hand_out(call, plugins)
+            return StackGroups(CallFacts(self.kind), {})
+        check_routers(self.module, own)
+        groups = StackGroups(gather_facts(self.module, self.kind, own, self.names), choices)
+        groups.prepare()
+        if self.kind == "causal" and not torch.compiler.is_compiling():
+            self._warn_about_losses(groups)
+        return groups
 
-    @torch.compiler.disable
-    def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Take the call back: outside of it, a plugin's feed-forward network is the base model's."""
-        plugins = self.plugins(stack)
-        if plugins[0].call is not None:
-            tie(plugins, output)
-            hand_out(None, plugins)
+    def choices(self, chosen: Mapping[str, int]) -> dict[str, tuple[str, MergeRule]]:
+        """The plugin and its rule of every layer that merges, by the layer's name.
 
-    def _warn_about_losses(self, facts: CallFacts) -> None:
-        if uses_every_prediction(facts):
-            self._warn_once(
-                "Every token has a label, so every prediction is used and a Variator plugin has nothing to merge. "
-                "Set the labels of the prompt to -100: only tokens whose prediction is not used are merged."
-            )
-        elif facts.arguments.get("labels") is None and self._trains_a_language_head(facts):
-            self._warn_once(
-                "A causal model with a Variator plugin is trained without `labels`, so the call counts as the prefill "
-                "of a prompt: all but its last position are merged, and a loss on them would see later tokens. Pass "
-                "the labels to the model."
-            )
+        Args:
+            chosen: the ratio that was set at run time, by plugin.
+        """
+        selection, found = selection_of(self.ratios), {}
+        for layer in self._layers:
+            plugin = layer.active_plugin
+            ratio = None if plugin is None else chosen.get(plugin)
+            if selection is not None and not layer.disable_adapters:
+                plugin, ratio = selection if selection.adapter in layer.rules else (None, None)
+            if plugin is not None:
+                rule = layer.rule_at(plugin, ratio)
+                if rule.ratio > 1:
+                    found[layer.name] = (plugin, rule)
+        return found
 
-    def _trains_a_language_head(self, facts: CallFacts) -> bool:
-        asked_for = facts.arguments.get("logits_to_keep") is not None
-        return facts.shifted_labels and not asked_for and self.stack.training and torch.is_grad_enabled()
+    def _warn_about_losses(self, groups: StackGroups) -> None:
+        facts, arguments = groups.facts, groups.facts.arguments
+        has_labels = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
+        if has_labels:
+            if groups.merges_nothing() and _uses_every_prediction(facts):
+                self._warn_once(
+                    "Every token has a label, so every prediction is used and a Variator plugin has nothing to merge. "
+                    "Set the labels of the prompt to -100: only tokens whose prediction is not used are merged."
+                )
+        elif facts.shifted_labels and self.module.training and torch.is_grad_enabled():
+            if arguments.get("logits_to_keep") is None:
+                self._warn_once(
+                    "A causal model with a Variator plugin is trained without `labels`, so the call counts as the "
+                    "prefill of a prompt: all but its last position are merged, and a loss on them would see later "
+                    "tokens. Pass the labels to the model."
+                )
 
     def _warn_once(self, message: str) -> None:
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=2)
 
+    def _keep_calls_for_checkpoints(self) -> None:
+        """Have blocks that are computed again in the backward find the call that they belong to."""
+        for block in self._blocks:
+            function = checkpoint_function(block)
+            if function is not None and not isinstance(function, CheckpointInsideCalls):
+                set_checkpoint_function(block, CheckpointInsideCalls(function))
 
-def hooks_of(module: nn.Module, hook_type: type) -> Any:
-    """The hook object of a type that is registered on a module, or `None`. Copies of a model have copies of it."""
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, hook_type):
-            return owner
+
+# Gradient checkpointing
+
+
+class CheckpointInsideCalls:
+    """A checkpointing function of transformers that keeps the calls under way for when it computes again.
+
+    Args:
+        checkpoint: `torch.utils.checkpoint.checkpoint`, or what a model was given in its place.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # It may run again in another thread, after other calls of the same model.
+        return self.checkpoint(partial(run_inside, open_calls(), function), *args, **kwargs)
+
+
+def tie(output: Any, calls: tuple[ForwardCall, ...]) -> None:
+    """Have the calls found again when the backward reaches what they gave, for models that checkpoint by themselves.
+
+    The gradient of a later tensor is computed just before, in the same thread.
+
+    Args:
+        output: what the stack gave.
+        calls: the calls that were under way.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tensor in _tensors(output):
+        if tensor.requires_grad:
+            tensor.register_hook(partial(_recompute_inside, calls))
+
+
+def _recompute_inside(calls: tuple[ForwardCall, ...], gradient: Tensor) -> None:
+    recompute_inside(calls)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
+
+
+# What the models around a stack tell about the tokens of its call
+
+
+def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any], names: tuple[str, ...]) -> CallFacts:
+    """What is known about the tokens of a call that is about to run.
+
+    Args:
+        stack: the module that is called.
+        kind: whether it is an encoder, causal, or a vision encoder.
+        own: the arguments of its call.
+        names: of all arguments that the stack could have been called with.
+    """
+    around = _calls_around(stack)
+    known: dict[str, Any] = {}
+    for call in around:
+        known |= call.arguments
+    # What the stack was not given though it takes it, it was not meant to have.
+    asked = set(names) - set(OF_HEADS)
+    arguments = {name: value for name, value in known.items() if name not in asked} | own
+    surrounding = [call.module for call in around]
+    image_ids = _image_ids(surrounding)
+    past = arguments.get("past_key_values") if kind == "causal" else None
+    by_embedding = kind == "causal" and image_ids and "input_ids" not in arguments
+    return CallFacts(
+        kind=kind,
+        arguments=arguments,
+        image_ids=image_ids,
+        image_tokens=_image_tokens(around, image_ids) if by_embedding else None,
+        shifted_labels=any(_has_language_head(module) for module in surrounding),
+        patch_size=_patch_size(stack),
+        pooled_pad_id=_pooled_pad_id(surrounding) if kind == "causal" else None,
+        past_length=0 if past is None else past.get_seq_length(),
+    )
+
+
+def _calls_around(stack: nn.Module) -> list[ForwardCall]:
+    """Calls of the models that a stack is part of, behind the last call of the stack itself."""
+    around: list[ForwardCall] = []
+    for call in open_calls():
+        if call.module is stack:
+            around.clear()
+        elif call.groups is None:
+            around.append(call)
+    return around
+
+
+def check_routers(stack: nn.Module, own: dict[str, Any]) -> None:
+    """Raise if a call asks for the loss that balances the load of experts, with a mask: routers see merged rows.
+
+    Args:
+        stack: the module that is called.
+        own: the arguments of its call.
+
+    Raises:
+        ValueError: it does.
+    """
+    asked = own.get("output_router_logits", getattr(getattr(stack, "config", None), "output_router_logits", False))
+    if asked and own.get("attention_mask") is not None:
+        raise ValueError(
+            "output_router_logits=True with an attention_mask: with a Variator plugin the routers see merged rows, "
+            "which the mask of the tokens does not fit, so the loss that balances the load cannot be computed. Set "
+            "output_router_logits to False, in the call and in the model's config, or the ratio to 1."
+        )
+
+
+def _uses_every_prediction(facts: CallFacts) -> bool:
+    """Whether labels leave no token of the call to merge: all real ones but the last of a text have one."""
+    shape = facts.shape
+    labels = None if shape is None else next_token_labels(facts.arguments, shape, shifted=facts.shifted_labels)
+    if shape is None or labels is None:
+        return False
+    mask = single_mask(facts.arguments.get("attention_mask"))
+    real = real_tokens(mask, shape, facts.past_length)
+    order = TokenOrder(real, None, token_ranks(mask, real, shape, facts.past_length, labels.device))
+    is_free = (labels == -100) & ~order.last(1)
+    return not bool((is_free if real is None else is_free & real).any())
+
+
+def _has_language_head(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+
+
+def _pooled_pad_id(surrounding: list[nn.Module]) -> int | None:
+    """The id that the surrounding sequence classifier, if there is one, takes for padding."""
+    for module in surrounding:
+        if isinstance(module, PreTrainedModel) and type(module).__name__ in _SEQUENCE_CLASSIFIERS:
+            pad_id = module.config.get_text_config().pad_token_id
+            if pad_id is not None:
+                return int(pad_id)
     return None
+
+
+_SEQUENCE_CLASSIFIERS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+
+
+def _image_ids(surrounding: list[nn.Module]) -> tuple[int, ...]:
+    """Ids that stand for image or video tokens in the text of the surrounding vision-language model."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = [getattr(module.config, name, None) for module in surrounding for name in names if hasattr(module, "config")]
+    return tuple(sorted({token_id for token_id in ids if isinstance(token_id, int)}))
+
+
+def _image_tokens(around: list[ForwardCall], image_ids: tuple[int, ...]) -> Tensor | None:
+    """Which of the embeddings that a vision-language model was called with are placeholders; `(batch, length)`."""
+    for call in around:
+        embeddings = call.arguments.get("inputs_embeds")
+        if embeddings is not None and isinstance(call.module, PreTrainedModel):
+            with torch.no_grad():
+                placeholders = call.module.get_input_embeddings()(torch.tensor(image_ids, device=embeddings.device))
+                return (embeddings.unsqueeze(2) == placeholders.to(embeddings)).all(-1).any(-1)
+    return None
+
+
+def _patch_size(stack: nn.Module) -> tuple[int, int] | None:
+    """Edge of a patch in pixels, `(height, width)`; `None` for stacks without patches."""
+    size = getattr(getattr(stack, "config", None), "patch_size", None)
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

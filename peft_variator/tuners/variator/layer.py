@@ -2,20 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .compression import compress, expand
 from .config import VariatorConfig
-from .grouping import Grouping
-from .plugin import PluginModule
-from .rule import MergeRule, rule_of
+from .decompression import DECOMPRESSIONS, Decompression
+from .forward_context import PluginRatios, runs_single_blocks
+from .merging import Groups, SharedGroups
+from .scoring import SCORINGS, Scoring
+from .token_groups import MergeRule, StackGroups, rule_of
 
 
-__all__ = ["FeedForwardEnd", "VariatorLayer"]
+__all__ = ["FeedForwardEnd", "PluginModule", "PluginStack", "VariatorLayer", "plugin_layers"]
+
+
+class PluginStack(Protocol):
+    """The stack that a plugin is part of, which knows the call that is under way."""
+
+    def current_groups(self) -> StackGroups | None:
+        """How plugins merge in the call that is under way in this thread; `None`: there is none."""
+
+    def release_if_unused(self) -> None:
+        """Undo what was put around the stack, when no plugin is left."""
+
+
+class PluginModule(nn.Module, BaseTunerLayer):
+    """What both ends of a plugin have in common: a wrapped module, and the stack that it is part of.
+
+    Args:
+        base_layer: the wrapped module.
+        hidden_size: d, width of the hidden states.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    cast_input_dtype_enabled: bool = True
+    # Set when the stack's forward is wrapped.
+    stack: PluginStack | None = None
+
+    def __init__(self, base_layer: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        # What PEFT asks of its layers; here the width of a token's vector on either side of the plugin.
+        self.in_features = self.out_features = hidden_size
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Raise: a plugin changes how many vectors the network sees, which no weight of the base model can express."""
+        raise NotImplementedError(
+            "A Variator plugin cannot be merged: it changes how many vectors go through the feed-forward network, and "
+            "no weight of the base model can express that. Keep the plugin beside the base model, or call unload()."
+        )
+
+    def unmerge(self) -> NoReturn:
+        """Raise: nothing is ever merged."""
+        self.merge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The wrapped module, with adapters of other methods that it may carry left on it."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        return self.base_layer
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Raise: a replica's layers would ask the original's stack for the call they belong to."""
+        raise RuntimeError(
+            "A model with a Variator plugin cannot be replicated by nn.DataParallel. Use DistributedDataParallel, for "
+            "example by starting the program with `accelerate launch`."
+        )
 
 
 class FeedForwardEnd(PluginModule):
@@ -34,44 +96,42 @@ class FeedForwardEnd(PluginModule):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped module on the merged vectors and expand its output, if the start of the network merged."""
         output = self.base_layer(hidden_states, *args, **kwargs)
-        if self.call is None or self.start_name not in self.call.pending:
+        call = None if self.stack is None else self.stack.current_groups()
+        if call is None or self.start_name not in call.pending:
             return output
-        start, grouping, inputs, plugin = self.call.pending.pop(self.start_name)
-        return start.expand(output, inputs, grouping, plugin)
+        start, groups, inputs, plugin = call.pending.pop(self.start_name)
+        return start.expand(output, inputs, groups, plugin)
 
 
 class VariatorLayer(PluginModule):
     """A compression plugin around a feed-forward network, or around the module where it starts.
 
-    Compression is the weighted mean of a group (Xiao et al. 2023, section 3.2). Decompression gives each token of the
-    group the network's output plus `up(tanh(down_output(output) + down_input(input)))`, which is the paper's
-    `Linear(2d → r), tanh, Linear(r → d)` on the concatenation of both, with the part of the output computed once per
-    group.
+    Compression is the weighted mean of a group (Xiao et al. 2023, section 3.2), see [`Scoring`]; what each token of
+    the group gets of the network's output is up to the [`Decompression`].
 
     Args:
         base_layer: the wrapped module.
         name: full name of the wrapped module in the base model.
         hidden_size: d, width of the hidden states.
         has_end: whether a `FeedForwardEnd` expands, because the network goes on behind the wrapped module.
+        ratios: the compression ratios of all plugins of the base model.
     """
 
     adapter_layer_names: tuple[str, ...] = (
         "variator_scorer",
-        "variator_down_input",
-        "variator_down_output",
-        "variator_up",
+        *dict.fromkeys(part for decompression in DECOMPRESSIONS.values() for part in decompression.parts),
     )
-    other_param_names: tuple[str, ...] = ("rules", "trained_ratios")
+    other_param_names: tuple[str, ...] = ("rules", "configs")
 
-    def __init__(self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool, ratios: PluginRatios
+    ) -> None:
         super().__init__(base_layer, hidden_size)
-        self.name, self.has_end = name, has_end
+        self.name, self.has_end, self.ratios = name, has_end, ratios
         self.rules: dict[str, MergeRule] = {}
-        self.trained_ratios: dict[str, tuple[int, int]] = {}  # of the whole plugin, and of this layer
-        self.variator_scorer = nn.ModuleDict()
-        self.variator_down_input = nn.ModuleDict()
-        self.variator_down_output = nn.ModuleDict()
-        self.variator_up = nn.ModuleDict()
+        self.configs: dict[str, VariatorConfig] = {}
+        for part in self.adapter_layer_names:
+            setattr(self, part, nn.ModuleDict())
 
     def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
         """Add a plugin, or build it anew.
@@ -81,48 +141,53 @@ class VariatorLayer(PluginModule):
             config: its configuration.
         """
         self.rules[adapter_name] = rule_of(config, self.name)
-        dim, ratio = self.in_features, self.rules[adapter_name].ratio
-        self.trained_ratios[adapter_name] = (config.compression_ratio, ratio)
-        is_token = config.scoring == "token"
-        self.variator_scorer[adapter_name] = (
-            nn.Linear(dim, 1, bias=False) if is_token else nn.Linear(ratio * dim, ratio)
-        )
-        self.variator_down_input[adapter_name] = nn.Linear(dim, config.bottleneck_dim, bias=False)
-        self.variator_down_output[adapter_name] = nn.Linear(dim, config.bottleneck_dim)
-        self.variator_up[adapter_name] = nn.Linear(config.bottleneck_dim, dim, bias=False)
+        self.configs[adapter_name] = config
+        self.ratios.choose(adapter_name, None)
+        scorer = SCORINGS[config.scoring].create(self.in_features, self.rules[adapter_name].ratio)
         if config.init_weights:
-            for module in (self.variator_scorer[adapter_name], self.variator_up[adapter_name]):
-                for parameter in module.parameters():
-                    nn.init.zeros_(parameter)
+            for parameter in scorer.parameters():
+                nn.init.zeros_(parameter)
+        parts = DECOMPRESSIONS[config.decompression].create(self.in_features, config)
+        for part, module in {"variator_scorer": scorer, **parts}.items():
+            getattr(self, part)[adapter_name] = module
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def ratio_for(self, adapter_name: str, ratio: int) -> int:
-        """The compression ratio of this layer when that of the whole plugin is `ratio`.
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a plugin; see `BaseTunerLayer.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        if self.stack is not None:
+            self.stack.release_if_unused()
 
-        It is `ratio`, but where the scores are tied to one k: there the ratio of the configuration stands for what was
-        trained, which `ratio_pattern` may have made another one in this layer.
+    def scoring(self, adapter_name: str) -> Scoring:
+        """How a plugin weights the members of a group."""
+        return SCORINGS[self.configs[adapter_name].scoring]
+
+    def decompression(self, adapter_name: str) -> Decompression:
+        """How a plugin gives a row's output back to its tokens."""
+        return DECOMPRESSIONS[self.configs[adapter_name].decompression]
+
+    def rule_at(self, adapter_name: str, ratio: int | None) -> MergeRule:
+        """What this layer merges when the whole plugin's compression ratio is `ratio`; `None`: as configured.
+
+        The layer's ratio is `ratio`, but where the weights are tied to one k: there the ratio of the configuration
+        stands for what was trained, which `ratio_pattern` may have made another one in this layer.
 
         Raises:
-            ValueError: the plugin's scores are tied to another k.
+            ValueError: the plugin's weights are tied to another k.
         """
-        trained, own = self.trained_ratios[adapter_name]
-        if ratio == 1 or not self._is_concat(adapter_name):
-            return ratio
-        if ratio not in (trained, own):
+        rule = self.rules[adapter_name]
+        if ratio is None or ratio == 1 or self.scoring(adapter_name).serves_any_ratio:
+            return rule if ratio is None else rule._replace(ratio=ratio)
+        trained = self.configs[adapter_name].compression_ratio
+        if ratio not in (trained, rule.ratio):
             raise ValueError(
-                f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring='concat', whose weights map "
-                f"{own} concatenated vectors to {own} scores, so it serves {trained}, as it was trained, and "
-                "1 (the exact base model) only. Train a plugin with scoring='token' to change the ratio at run time."
+                f"compression_ratio={ratio}: the plugin {adapter_name!r} has "
+                f"scoring={self.configs[adapter_name].scoring!r}, whose weights map {rule.ratio} concatenated vectors "
+                f"to {rule.ratio} scores, so it serves {trained}, as it was trained, and 1 (the exact base model) "
+                "only. Train a plugin with scoring='token' to change the ratio at run time."
             )
-        return own
-
-    def set_ratio(self, adapter_name: str, ratio: int) -> None:
-        """Change the compression ratio k of a plugin at run time, to what `ratio_for` gave."""
-        self.rules[adapter_name] = replace(self.rules[adapter_name], ratio=ratio)
-
-    def _is_concat(self, adapter_name: str) -> bool:
-        return self.variator_scorer[adapter_name].bias is not None
+        return rule
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -148,10 +213,10 @@ class VariatorLayer(PluginModule):
         return names[0] if names else None
 
     @property
-    def choice(self) -> tuple[str, MergeRule] | None:
-        """The plugin that merges and its rule; `None` where the base model's network runs, as with a ratio of 1."""
+    def merges_by_itself(self) -> bool:
+        """Whether the plugin that is active would merge, by what was set and configured for it."""
         plugin = self.active_plugin
-        return None if plugin is None or self.rules[plugin].ratio == 1 else (plugin, self.rules[plugin])
+        return plugin is not None and self.rule_at(plugin, self.ratios.chosen.get(plugin)).ratio > 1
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the feed-forward network, or its start, on merged vectors.
@@ -160,10 +225,15 @@ class VariatorLayer(PluginModule):
             hidden_states: shape `(batch, length, dim)` or `(batch * length, dim)`.
 
         Raises:
+            RuntimeError: the layer is called outside of any call of its model, which alone tells its tokens apart.
             ValueError: the input has another width than the plugin.
         """
-        choice = None if self.call is None else self.call.choices.get(self.name)
-        if self.call is None or choice is None:
+        call = None if self.stack is None else self.stack.current_groups()
+        if call is None:
+            self._check_reached_without_call()
+            return self.base_layer(hidden_states, *args, **kwargs)
+        choice = call.choices.get(self.name)
+        if choice is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         if hidden_states.shape[-1] != self.in_features:
             raise ValueError(
@@ -172,22 +242,82 @@ class VariatorLayer(PluginModule):
                 "in target_modules."
             )
         self._check_alone(hidden_states, *args, *kwargs.values())
+        return self._forward_merged(call, choice, hidden_states, args, kwargs)
+
+    def _forward_merged(
+        self,
+        call: StackGroups,
+        choice: tuple[str, MergeRule],
+        hidden_states: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         plugin, rule = choice
-        grouping = self.call.grouping(rule, hidden_states)
-        if grouping.num_rows == 0 and not self.has_end:
+        groups = call.of(rule, hidden_states)
+        if groups.num_rows == 0 and not self.has_end:
             return torch.zeros_like(hidden_states)
-        output = self.base_layer(compress(hidden_states, grouping, self.variator_scorer[plugin]), *args, **kwargs)
-        self._check_output(output)
-        if not self.has_end:
-            return self.expand(output, hidden_states, grouping, plugin)
-        self.call.pending[self.name] = (self, grouping, hidden_states, plugin)
-        return output
+        output = self.base_layer(self.compress(hidden_states, groups, plugin), *args, **kwargs)
+        if self.has_end:
+            self._check_output(output)
+            call.pending[self.name] = (self, groups, hidden_states, plugin)
+            return output
+        # Some mixtures of experts give what their routers said of the rows behind their output.
+        rows, *others = output if isinstance(output, tuple) else (output,)
+        self._check_output(rows)
+        expanded = self.expand(rows, hidden_states, groups, plugin)
+        return (expanded, *others) if isinstance(output, tuple) else expanded
+
+    def compress(self, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
+        """Merge each group into one vector.
+
+        Args:
+            hidden_states: shape `(batch, length, dim)` or `(batch * length, dim)`.
+            groups: the groups.
+            plugin: name of the plugin.
+
+        Returns:
+            Shape `(sequences, rows, dim)`.
+        """
+        shape = self.stack_shape(hidden_states, groups)
+        tokens = hidden_states.reshape(*shape, hidden_states.shape[-1])
+        scorer = self._parts(plugin, ("variator_scorer",))["variator_scorer"]
+        assert isinstance(scorer, nn.Linear)  # what a `Scoring` creates
+        rows = groups.merge(tokens, self.scoring(plugin).score(scorer, tokens))
+        if groups.merges:
+            return rows
+        # Data parallelism waits for a gradient of every parameter, also from a batch with nothing to merge.
+        return rows + 0 * torch.stack([parameter.sum() for parameter in scorer.parameters()]).sum().to(rows.dtype)
+
+    @staticmethod
+    def stack_shape(hidden_states: Tensor, groups: Groups) -> tuple[int, int]:
+        """`(sequences, length)` of hidden states that may hold all sequences one after the other."""
+        if isinstance(groups, SharedGroups):
+            length = sum(block.length for block in groups.blocks)
+            return groups.row_of.shape[0] // max(length, 1), length
+        return 1, groups.row_of.shape[0]
+
+    def expand(self, output: Tensor, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
+        """Give every token what its group came to, by the weights of a plugin; see [`Decompression`]."""
+        decompression = self.decompression(plugin)
+        return decompression.expand(output, hidden_states, groups, self._parts(plugin, decompression.parts))
+
+    def _parts(self, plugin: str, names: tuple[str, ...]) -> dict[str, nn.Module]:
+        return {name: getattr(self, name)[plugin] for name in names}
+
+    def _check_reached_without_call(self) -> None:
+        if self.merges_by_itself and not runs_single_blocks():
+            raise RuntimeError(
+                f"{self.name} has a Variator plugin and was reached outside of a call of its model, so nothing tells "
+                "which of its tokens are neighbours. Call the model (or the module that takes input_ids or "
+                "inputs_embeds and the attention mask), set the compression ratio to 1, or run the base model's "
+                "layers inside `with model.disable_adapter():`."
+            )
 
     def _check_output(self, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"{self.name} gives a {type(output).__name__}, but a Variator plugin needs a network that gives its "
-                "output alone. Name other modules where the feed-forward network starts and ends."
+                "output alone, or first in a tuple. Name other modules where the feed-forward network starts and ends."
             )
         if not self.has_end and output.shape[-1] != self.in_features:
             raise ValueError(
@@ -206,7 +336,7 @@ class VariatorLayer(PluginModule):
                     "where the feed-forward network starts (target_modules) and ends (end_module)."
                 )
 
-    def expand(self, output: Tensor, hidden_states: Tensor, grouping: Grouping, plugin: str) -> Tensor:
-        """Give every token what its group came to, by the weights of a plugin; see [`expand`]."""
-        down_input, down_output = self.variator_down_input[plugin], self.variator_down_output[plugin]
-        return expand(output, hidden_states, grouping, down_input, down_output, self.variator_up[plugin])
+
+def plugin_layers(model: nn.Module) -> Iterator[VariatorLayer]:
+    """The layers of a model that have plugins."""
+    return (module for module in model.modules() if isinstance(module, VariatorLayer))

@@ -5,28 +5,30 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, _get_submodules
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ...offloading import refuse_rewriting
-from .config import VariatorConfig
-from .layer import VariatorLayer
-from .plugin import PluginModule
-from .ratios import set_compression_ratio
-from .targets import default_targets
-from .wrapping import refresh_hooks, remove_hooks, wrap
+from ...adapter_state import TidyTuner, check_adapter_state
+from ...offloading import refuse_disk_offload, refuse_rewriting
+from .architectures import Placement, default_targets, place
+from .config import VariatorConfig, matches_pattern
+from .forward_context import PluginRatios
+from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
+from .layer import FeedForwardEnd, PluginModule, VariatorLayer, plugin_layers
+from .ratios import compression_ratio_of, set_compression_ratio, using_ratio
 
 
 __all__ = ["VariatorModel"]
 
 
-class VariatorModel(BaseTuner):
+class VariatorModel(TidyTuner):
     """Puts compression plugins around the feed-forward networks of a frozen model.
 
     Based on Xiao et al. 2023 (https://arxiv.org/abs/2310.15724). Created by `get_peft_model(model, VariatorConfig())`.
@@ -71,14 +73,61 @@ class VariatorModel(BaseTuner):
             config.target_modules = default_targets(model, config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put a plugin into the model; see `BaseTuner.inject_adapter`."""
-        refuse_rewriting(model)
-        self._pre_injection_hook(model, self.peft_config[adapter_name], adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # PEFT leaves adapters that were there before as trainable as they were.
-        for module in self.carried_modules:
-            module.requires_grad_(False)
-        refresh_hooks(model)
+        """Put a plugin into the model, or raise and leave the model as it was; see `BaseTuner.inject_adapter`.
+
+        Raises:
+            ValueError: no feed-forward network was found, the model cannot take a plugin, it is partly on disk and the
+                plugin comes from a file, or the plugin can't have this name.
+        """
+        with self.injecting(adapter_name):
+            config = self.peft_config[adapter_name]
+            refuse_rewriting(model)
+            if config.was_saved:
+                refuse_disk_offload(model)
+            self._pre_injection_hook(model, config, adapter_name)
+            self._placements = self._place_all(model, config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # PEFT leaves adapters that were there before as trainable as they were.
+            for module in self.carried_modules:
+                module.requires_grad_(False)
+            for placement in self._placements.values():
+                _wrap_forwards(model, placement)
+            _refresh_stacks(model)
+            self._warn_about_patterns(config, list(self._placements))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: VariatorConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Where PEFT shows a tuner what it is going to load: the place to refuse it.
+
+        Raises:
+            AdapterStateError: it is not what the plugin consists of; see [`check_adapter_state`].
+        """
+        with cls.loading(model, adapter_name):
+            check_adapter_state(model, adapter_name, state_dict, config.source)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def _place_all(self, model: nn.Module, config: VariatorConfig) -> dict[str, Placement]:
+        """Where the plugins of all networks go, found out before anything is changed."""
+        wrapped = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        placements = {}
+        for key, module in model.named_modules():
+            if key and not key.startswith(tuple(wrapped)) and self._check_target_module_exists(config, key):
+                target = module.base_layer if isinstance(module, VariatorLayer) else module
+                placements[key] = place(model, config, key, target)
+        return placements
+
+    @staticmethod
+    def _warn_about_patterns(config: VariatorConfig, names: list[str]) -> None:
+        unused = [key for key in config.ratio_pattern if not any(matches_pattern(key, name) for name in names)]
+        if unused:
+            warnings.warn(
+                f"ratio_pattern has keys that match no module with a plugin: {unused}. Modules with a plugin are "
+                f"{names[:3]}{' and others' if len(names) > 3 else ''}.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _check_new_adapter_config(self, config: VariatorConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -114,7 +163,9 @@ class VariatorModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, VariatorLayer):
-            target = wrap(self.model, peft_config, target, target_name, parent, current_key)
+            if current_key not in self._placements:  # PEFT takes the names of a state dict where it is given one
+                self._placements[current_key] = place(self.model, peft_config, current_key, target)
+            target = _wrap_network(self.model, self._placements[current_key], target, target_name, parent)
         target.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             target.requires_grad_(False)
@@ -160,8 +211,9 @@ class VariatorModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep a plugin in single precision on a base model in half precision; see `BaseTuner`."""
-        layers = [module for module in self.model.modules() if isinstance(module, VariatorLayer)]
-        containers = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+        containers = [
+            getattr(layer, name) for layer in plugin_layers(self.model) for name in layer.adapter_layer_names
+        ]
         for container in containers if autocast_adapter_dtype else ():
             for parameter in container[adapter_name].parameters() if adapter_name in container else ():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -191,20 +243,83 @@ class VariatorModel(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model without plugins and without their hooks, with the adapters that it carried before."""
         for name, module in list(self._own_modules()):
-            parent, _, child_name = _get_submodules(self.model, name)
             base = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-            setattr(parent, child_name, base)
-        remove_hooks(self.model)
+            _replace(self.model, name, base)
+        unwrap_forwards(self.model)
         if self.carried_configs:
             self.model.peft_config = self.carried_configs
         else:
             del self.model.peft_config
         return self.model
 
+    @property
+    def compression_ratio(self) -> int:
+        """The compression ratio k of the active plugin, as it was made or last set for all callers."""
+        return compression_ratio_of(self.model)
+
     def set_compression_ratio(self, k: int, adapter_name: str | None = None) -> None:
         """Change the compression ratio k of a plugin; see [`set_compression_ratio`]."""
         set_compression_ratio(self.model, k, adapter_name)
 
+    def using_ratio(self, k: int, adapter_name: str | None = None) -> AbstractContextManager[None]:
+        """Use a plugin at a compression ratio in this thread or task alone; see [`using_ratio`]."""
+        return using_ratio(self.model, k, adapter_name)
+
 
 def _is_of_another_method(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, PluginModule)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another one, by its full name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _wrap_network(
+    model: nn.Module, placement: Placement, target: nn.Module, target_name: str, parent: nn.Module
+) -> VariatorLayer:
+    """Put a plugin's modules where a feed-forward network starts and ends.
+
+    Args:
+        model: the base model.
+        placement: where the plugin goes.
+        target: module where the network starts.
+        target_name: its name in `parent`.
+        parent: module that holds it.
+    """
+    end = placement.feed_forward.end
+    if end is not None:
+        end_module = FeedForwardEnd(parent.get_submodule(end), placement.key, placement.hidden_size)
+        _replace(parent, end, end_module)
+    ratios = next((layer.ratios for layer in plugin_layers(model)), None) or PluginRatios()
+    layer = VariatorLayer(target, placement.key, placement.hidden_size, has_end=end is not None, ratios=ratios)
+    setattr(parent, target_name, layer)
+    return layer
+
+
+def _wrap_forwards(model: nn.Module, placement: Placement) -> None:
+    """Wrap the forwards of a stack and of the models around it, where that is not done yet."""
+    ratios = model.get_submodule(placement.key).ratios
+    if forward_of(placement.stack) is None:
+        StackForward(placement.stack, ratios, placement.kind)  # type: ignore[arg-type]
+    for module in _models_around(model, placement.stack_name):
+        if forward_of(module) is None:
+            SurroundingForward(module, ratios)  # type: ignore[arg-type]
+
+
+def _models_around(model: nn.Module, stack_name: str) -> Iterator[nn.Module]:
+    """The models that a stack is part of, outermost first."""
+    for name, module in model.named_modules():
+        is_around = stack_name != "" and (not name or stack_name.startswith(f"{name}."))
+        if is_around and (not name or isinstance(module, PreTrainedModel)):
+            yield module
+
+
+def _refresh_stacks(model: nn.Module) -> None:
+    """Have the stacks look for their plugins anew, after modules were replaced."""
+    for name, module in model.named_modules():
+        forward = forward_of(module)
+        if isinstance(forward, StackForward):
+            around = [forward_of(each) for each in _models_around(model, name)]
+            forward.refresh([each for each in around if isinstance(each, SurroundingForward)])

@@ -1,20 +1,27 @@
-"""Changing the compression ratio of a plugin at run time."""
+"""Choosing a plugin's compression ratio at run time: for all callers of a model, or for one thread or task."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 from torch import nn
 
-from .layer import VariatorLayer
+from .forward_context import Selection, selected
+from .layer import VariatorLayer, plugin_layers
 
 
-__all__ = ["set_compression_ratio"]
+__all__ = ["compression_ratio_of", "set_compression_ratio", "using_ratio"]
 
 
 def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
     """Change the compression ratio k at run time, for every module of a plugin, those of `ratio_pattern` included.
 
-    With `scoring="concat"` the ratio of the configuration gives every module the ratio that it was trained for. The
-    saved configuration keeps the ratio that the plugin was made with.
+    It counts for every call that starts from now on, in all threads; a call that is under way keeps its ratio. See
+    [`using_ratio`] for one that counts in this thread or task alone. With `scoring="concat"` the ratio of the
+    configuration gives every module the ratio that it was trained for. The saved configuration keeps the ratio that
+    the plugin was made with. A ratio that the plugin was not trained for (`trained_ratios`) works and warns once.
 
     Args:
         model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
@@ -25,18 +32,88 @@ def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = N
         ValueError: `k` is not a positive integer, the model has no such plugin, or the plugin's scores are tied to
             another ratio (`scoring="concat"`).
     """
+    chosen = _chosen(model, k, adapter_name)
+    for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
+        ratios.choose(name, k)
+
+
+@contextmanager
+def using_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> Iterator[None]:
+    """Use a plugin at a compression ratio inside of a `with` block, in this thread or task alone.
+
+    Covers every call of the model inside the block, `generate` included, whatever `set_compression_ratio` and
+    `set_adapter` do elsewhere meanwhile. Blocks nest. asyncio tasks and `asyncio.to_thread` that are started inside
+    inherit it; threads that are started by other means do not. A plugin that is switched off (`disable_adapter`) stays
+    so. Code compiled with `torch.compile(fullgraph=True)` raises an error while any block is open.
+
+    Args:
+        model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
+        k: the ratio, from 1 (the exact base model) upwards.
+        adapter_name: which plugin; `None`: the one that is active when the block is entered.
+
+    Raises:
+        ValueError: as [`set_compression_ratio`].
+    """
+    chosen = _chosen(model, k, adapter_name)
+    with ExitStack() as stack:
+        for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
+            stack.enter_context(selected(ratios, Selection(name, k)))
+        yield
+
+
+def compression_ratio_of(model: nn.Module, adapter_name: str | None = None) -> int:
+    """The compression ratio k of a plugin, as it was made or last set for all callers.
+
+    Args:
+        model: a model with a Variator plugin.
+        adapter_name: which plugin; `None`: the active one.
+
+    Raises:
+        ValueError: the model has no such plugin.
+    """
+    layer, name = _layers_of(model, adapter_name)[0]
+    return layer.ratios.chosen.get(name, layer.configs[name].compression_ratio)
+
+
+def _chosen(model: nn.Module, k: int, adapter_name: str | None) -> list[tuple[VariatorLayer, str]]:
+    """The layers of a plugin, each with the plugin's name, if all of them can take the ratio."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"compression_ratio={k!r} has to be an integer of at least 1.")
-    layers = [module for module in model.modules() if isinstance(module, VariatorLayer)]
+    chosen = _layers_of(model, adapter_name)
+    for layer, name in chosen:
+        layer.rule_at(name, k)
+    for layer, name in chosen[:1]:
+        _warn_if_untrained(layer, name, k)
+    return chosen
+
+
+def _layers_of(model: nn.Module, adapter_name: str | None) -> list[tuple[VariatorLayer, str]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"A {type(model).__name__} has no Variator plugin whose ratio could be chosen: name the model that it was "
+            "made from. An exported program has one ratio, the one that it was exported with."
+        )
+    layers = list(plugin_layers(model))
     available = sorted({name for layer in layers for name in layer.rules})
     chosen = [(layer, name) for layer in layers for name in layer.rules if _is_chosen(layer, name, adapter_name)]
     if not chosen:
         missing = "active Variator plugin" if adapter_name is None else f"Variator plugin {adapter_name!r}"
         raise ValueError(f"The model has no {missing}. Its plugins are {available}.")
-    ratios = [layer.ratio_for(name, k) for layer, name in chosen]  # all, before any layer is changed
-    for (layer, name), ratio in zip(chosen, ratios, strict=True):
-        layer.set_ratio(name, ratio)
+    return chosen
 
 
 def _is_chosen(layer: VariatorLayer, name: str, adapter_name: str | None) -> bool:
     return name == adapter_name if adapter_name is not None else name in layer.active_adapters
+
+
+def _warn_if_untrained(layer: VariatorLayer, name: str, k: int) -> None:
+    trained = layer.configs[name].trained_ratios
+    if k == 1 or trained is None or k in trained or k in layer.ratios.warned.setdefault(name, set()):
+        return
+    layer.ratios.warned[name].add(k)
+    warnings.warn(
+        f"compression_ratio={k}: the plugin {name!r} was trained for the ratios {trained}. It works, and may lose "
+        "more than at those.",
+        UserWarning,
+        stacklevel=4,
+    )

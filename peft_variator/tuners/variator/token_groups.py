@@ -1,0 +1,473 @@
+"""Which tokens of a call share a row: from what the call tells and the rule of a module to groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .attention_mask import (
+    TokenOrder,
+    count_before,
+    real_tokens,
+    shifted,
+    single_mask,
+    text_starts,
+    token_ranks,
+    with_those_before,
+)
+from .config import VariatorConfig
+from .forward_context import CallFacts, used_predictions
+from .merging import Block, BoundedGroups, Groups, PackedGroups, SharedGroups
+
+
+__all__ = ["MergeRule", "StackGroups", "rule_of"]
+
+# More pieces than this are cheaper to gather than to walk through one by one.
+MAX_BLOCKS = 8
+# As many token ids are compared one by one, which needs no copy of them on the device.
+MAX_COMPARISONS = 16
+
+
+class MergeRule(NamedTuple):
+    """The fields of a `VariatorConfig` that decide which tokens are merged, for one module.
+
+    Args:
+        ratio: the compression ratio k.
+        keep_first: number of tokens at the start of a text that are not merged.
+        keep_last: number of tokens at the end of a text that are not merged.
+        keep_ids: token ids that are not merged.
+        windows: whether image patches are grouped in windows rather than in reading order.
+        text: whether text tokens are merged.
+        images: whether image tokens among the text are merged.
+        max_kept: K, for which number of tokens a sequence that are not merged there is room in compiled code.
+    """
+
+    ratio: int
+    keep_first: int = 1
+    keep_last: int = 1
+    keep_ids: tuple[int, ...] = ()
+    windows: bool = True
+    text: bool = True
+    images: bool = True
+    max_kept: int = 4
+
+
+def rule_of(config: VariatorConfig, module_name: str) -> MergeRule:
+    """What a configuration says about one module, by the module's full name in the base model."""
+    return MergeRule(
+        ratio=config.ratio_of(module_name),
+        keep_first=config.keep_first_tokens,
+        keep_last=config.keep_last_tokens,
+        keep_ids=tuple(config.keep_token_ids),
+        windows=config.patch_grouping == "window",
+        text=config.compress_text_tokens,
+        images=config.compress_image_tokens,
+        max_kept=config.max_kept_tokens,
+    )
+
+
+class StackGroups:
+    """The groups of one forward call of a stack, computed once for each rule and shared by all layers.
+
+    Args:
+        facts: what the call tells about its tokens.
+        choices: the plugin and its rule of every module that merges in this call, by the module's name. Later changes
+            do not touch them, so that a layer that is computed again in the backward does the same again.
+    """
+
+    def __init__(self, facts: CallFacts, choices: Mapping[str, tuple[str, MergeRule]]) -> None:
+        self.facts, self.choices = facts, choices
+        self.pending: dict[str, Any] = {}
+        """What the start of a network leaves for its end, by the name of the module where it starts."""
+        self._groups: dict[tuple[MergeRule, torch.device], Groups] = {}
+
+    def prepare(self) -> None:
+        """Make the groups of all modules, if the arguments suffice, so that no layer has to.
+
+        Raises:
+            ValueError: a mask cannot be read, or text cannot be told from images.
+        """
+        if self.facts.tokens is not None:
+            for _, rule in self.choices.values():
+                self._on(self.facts.tokens.device, rule, None)
+
+    def merges_nothing(self) -> bool:
+        """Whether no module found tokens to merge, as far as groups are made."""
+        return not any(groups.merges for groups in self._groups.values())
+
+    def of(self, rule: MergeRule, hidden_states: Tensor) -> Groups:
+        """The groups for one module.
+
+        Args:
+            rule: what that module merges.
+            hidden_states: its input, shape `(batch, length, dim)` or `(batch * length, dim)`.
+
+        Raises:
+            ValueError: the hidden states do not have the shape that the call's arguments tell, or nothing tells it.
+        """
+        groups, shape = self._on(hidden_states.device, rule, hidden_states), self.facts.shape
+        fits = groups.row_of.shape[0] * hidden_states.shape[-1] == hidden_states.numel()
+        # Several rows of hidden states are the sequences; one row may hold all of them, one after the other.
+        if fits and shape is not None and hidden_states.dim() == 3 and hidden_states.shape[0] != 1:
+            fits = tuple(hidden_states.shape[:2]) == shape
+        if not fits:
+            tokens = shape or groups.row_of.shape[0]
+            raise ValueError(
+                f"A Variator plugin got hidden states of shape {tuple(hidden_states.shape)}, but the call it belongs "
+                f"to has tokens of shape (batch, length) = {tokens}. A feed-forward network has to see whole "
+                "sequences, batch first: set chunk_size_feed_forward=0 where the model has it. A model that pads or "
+                "turns its hidden states inside, as Longformer and XLNet do, cannot take a plugin."
+            )
+        return groups
+
+    def _on(self, device: torch.device, rule: MergeRule, hidden_states: Tensor | None) -> Groups:
+        """The groups on the device of a layer, which need not be that of the arguments."""
+        if (rule, device) not in self._groups:
+            tokens = self.facts.tokens
+            if tokens is None:
+                assert hidden_states is not None  # `prepare` asks only where the arguments suffice
+                shape, at = _shape_of(hidden_states), device
+            else:
+                shape, at = (tokens.shape[0], tokens.shape[1]), tokens.device
+            group = group_patches if self.facts.kind == "vision" else group_text
+            self._groups[rule, device] = _moved(group(self.facts, rule, shape, at), device)
+        return self._groups[rule, device]
+
+
+def _shape_of(hidden_states: Tensor) -> tuple[int, int]:
+    if hidden_states.dim() != 3:
+        raise ValueError(
+            f"A Variator plugin cannot tell which of the hidden states of shape {tuple(hidden_states.shape)} belong "
+            "to one sequence: the call has no input_ids, inputs_embeds or attention_mask of shape (batch, length). "
+            "Pass one of them to the model, or name the module that takes them in stack_module."
+        )
+    return hidden_states.shape[0], hidden_states.shape[1]
+
+
+def _moved(groups: Groups, device: torch.device) -> Groups:
+    """The groups with their index tensors on a device."""
+    moved: dict[str, Any] = {
+        name: _to(value, device)
+        for name, value in vars(groups).items()
+        if isinstance(value, Tensor) and value.device != device
+    }
+    return replace(groups, **moved) if moved else groups
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device; one to a GPU does not wait for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# Text
+
+
+class MergeFlags(NamedTuple):
+    """What decides the groups of a text, each of shape `(batch, length)`.
+
+    Args:
+        may_merge: which tokens may share a row.
+        real: which tokens are no padding; `None`: all.
+        breaks: which tokens must not share a row with the one before them; `None`: no more than `may_merge` says.
+    """
+
+    may_merge: Tensor
+    real: Tensor | None
+    breaks: Tensor | None
+
+
+def group_text(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Groups:
+    """The groups of the tokens of a text: shared by all sequences where they look alike, else packed.
+
+    Args:
+        facts: what the call tells.
+        rule: what the module merges.
+        shape: `(batch, length)`.
+        device: that of the call's arguments.
+
+    Raises:
+        ValueError: a mask cannot be read, or text cannot be told from images.
+    """
+    if _shapes_must_not_depend_on_values(device):
+        return bound(merge_flags(facts, rule, shape, device), rule, _number_of_texts(facts, shape))
+    if not _depends_on_values(facts, rule):
+        device = torch.device("cpu")
+    return arrange(merge_flags(facts, rule, shape, device), rule.ratio)
+
+
+def _shapes_must_not_depend_on_values(device: torch.device) -> bool:
+    """Whether this call is being compiled, exported, traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _depends_on_values(facts: CallFacts, rule: MergeRule) -> bool:
+    """Whether the groups depend on more than the shape of the call."""
+    positions_alone = {"input_ids", "inputs_embeds", "past_key_values", "output_router_logits", "logits_to_keep"}
+    return not (
+        facts.arguments.keys() <= positions_alone
+        and not rule.keep_ids
+        and not facts.image_ids
+        and facts.pooled_pad_id is None
+        and isinstance(facts.past_length, int)
+        and not isinstance(facts.arguments.get("logits_to_keep"), Tensor)
+    )
+
+
+def merge_flags(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> MergeFlags:
+    """What decides the groups of a text; see [`group_text`] for the arguments. Looks at no value on the host."""
+    mask = single_mask(facts.arguments.get("attention_mask"))
+    real = real_tokens(mask, shape, facts.past_length)
+    starts = text_starts(facts.arguments, mask, real, shape, facts.past_length)
+    order = TokenOrder(real, starts, token_ranks(mask, real, shape, facts.past_length, device))
+    may_merge = (order.from_start >= rule.keep_first) & ~order.last(rule.keep_last)
+    ids = facts.token_ids(shape)
+    if rule.keep_ids and ids is not None:
+        may_merge = may_merge & ~_is_any(ids, rule.keep_ids)
+    breaks = starts
+    if facts.image_ids and rule.text != rule.images:
+        is_image = _is_image(facts, shape)
+        may_merge = may_merge & (is_image if rule.images else ~is_image)
+    elif not rule.text:
+        may_merge = may_merge & torch.zeros_like(may_merge)
+    elif facts.image_ids:
+        is_image = _is_image(facts, shape, must_differ=False)
+        edges = is_image != shifted(is_image, False)
+        breaks = edges if breaks is None else breaks | edges
+    if facts.kind == "causal":
+        # The last token of a prompt is the first whose prediction is used: `keep_last_tokens` count from there.
+        may_merge = may_merge & ~with_those_before(
+            used_predictions(facts, order, shape, device), order, rule.keep_last
+        )
+    return MergeFlags(may_merge if real is None else may_merge & real, real, breaks)
+
+
+def _is_any(ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """Which ids are among the wanted ones."""
+    if len(wanted) > MAX_COMPARISONS:
+        return torch.isin(ids, torch.tensor(wanted, device=ids.device))
+    found = ids == wanted[0]
+    for token_id in wanted[1:]:
+        found = found | (ids == token_id)
+    return found
+
+
+def _is_image(facts: CallFacts, shape: tuple[int, int], must_differ: bool = True) -> Tensor:
+    """Which tokens belong to an image, shape `(batch, length)`."""
+    ids = facts.token_ids(shape)
+    if ids is not None:
+        return _is_any(ids, facts.image_ids)
+    is_image = facts.image_tokens
+    if is_image is None or tuple(is_image.shape) != shape or (must_differ and not bool(is_image.any())):
+        raise ValueError(
+            "A Variator plugin cannot tell text from image tokens: the call has no input_ids, and its "
+            "inputs_embeds have no placeholders of an image. Pass input_ids, or set compress_text_tokens and "
+            "compress_image_tokens to False."
+        )
+    return is_image
+
+
+def arrange(flags: MergeFlags, ratio: int) -> Groups:
+    """The groups that flags decide, worked out on the host from one copy of them.
+
+    Args:
+        flags: what decides the groups.
+        ratio: the compression ratio k.
+    """
+    (may_merge, real, breaks), device = _on_host(flags), flags.may_merge.device
+    batch, length = may_merge.shape
+    if real is not None and real.all():
+        real = None
+    if breaks is not None and not breaks[:, 1:].any():
+        breaks = None
+    if real is None and breaks is None and may_merge.size and (may_merge == may_merge[:1]).all():
+        blocks, position = [], 0
+        for may, run in groupby(may_merge[0].tolist()):
+            tokens = len(list(run))
+            blocks += text_blocks(position, tokens, ratio) if may else [Block(position, (tokens, 1))]
+            position += tokens
+        if len(blocks) <= MAX_BLOCKS:
+            return SharedGroups.of(blocks, batch, device)
+    token_of = np.arange(batch * length) if real is None else np.flatnonzero(real)
+    may, sequence = may_merge.ravel()[token_of], token_of // max(length, 1)
+    starts_run = ~may if breaks is None else ~may | breaks.ravel()[token_of]
+    # What follows a token that is not merged, or lies in another sequence, starts anew.
+    starts_run[1:] |= ~may[:-1] | (sequence[1:] != sequence[:-1])
+    starts_run[:1] = True
+    slots = max(min(ratio, length), 1)
+    position_of = np.arange(token_of.size)
+    run_start = np.maximum.accumulate(np.where(starts_run, position_of, 0))
+    group_of = np.cumsum(starts_run | ((position_of - run_start) % slots == 0)) - 1
+    return pack(group_of, token_of, slots, batch * length, device)
+
+
+def _on_host(flags: MergeFlags) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """The flags as arrays, by one copy from their device."""
+    told = [flag for flag in flags if flag is not None]
+    if flags.may_merge.device.type == "cpu":
+        copied = [flag.numpy() for flag in told]
+    else:
+        copied = list(torch.stack(told).cpu().numpy())
+    found = iter(copied)
+    may_merge, real, breaks = (None if flag is None else next(found) for flag in flags)
+    assert may_merge is not None  # never left out of the flags
+    return may_merge, real, breaks
+
+
+def text_blocks(start: int, length: int, ratio: int) -> list[Block]:
+    """Blocks of a run of `length` tokens that may be merged: full groups, then what is left over as a smaller one."""
+    full, rest = divmod(length, ratio)
+    blocks = [Block(start, (full, ratio))] if full else []
+    return [*blocks, Block(start + full * ratio, (1, rest))] if rest else blocks
+
+
+def pack(
+    group_of: NDArray[np.int64], token_of: NDArray[np.int64], ratio: int, num_tokens: int, device: torch.device
+) -> PackedGroups:
+    """The groups of packed tokens, from the number of each token's group.
+
+    Args:
+        group_of: the group of each real token, numbered from 0 without gaps; shape `(tokens,)`.
+        token_of: the number of each real token in the flattened batch; shape `(tokens,)`.
+        ratio: the compression ratio k, the largest size of a group.
+        num_tokens: `batch * length`, padding included.
+        device: where the index tensors are made.
+    """
+    sizes = np.bincount(group_of)
+    is_merged = sizes > 1
+    num_merged = int(is_merged.sum())
+    # Merged groups are numbered before single tokens, so that the former are one slice of the rows.
+    row = np.where(is_merged, np.cumsum(is_merged) - 1, num_merged + np.cumsum(~is_merged) - 1)[group_of]
+    order = np.argsort(row, kind="stable")
+    merged, singles = np.split(order, [int(sizes[is_merged].sum())])
+    # Slots: the place of each token among the members of its row.
+    rows, tokens = row[merged], token_of[merged]
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    slot = np.arange(rows.size) - np.repeat(starts, np.diff(starts, append=rows.size))
+    members = np.repeat(tokens[starts][:, None], ratio, axis=1)
+    members[rows, slot] = tokens
+    is_member = np.zeros((num_merged, ratio), dtype=bool)
+    is_member[rows, slot] = True
+    row_of = np.full(num_tokens, sizes.size, dtype=np.int64)
+    row_of[token_of] = row
+    return PackedGroups(
+        num_rows=int(sizes.size),
+        row_of=_tensor(row_of, device),
+        is_merged=_tensor((row_of < num_merged)[:, None], device),
+        all_real=num_tokens == token_of.size,
+        member_of=_tensor(members, device),
+        is_member=_tensor(is_member, device),
+        singles=_tensor(token_of[singles], device),
+    )
+
+
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    return _to(torch.from_numpy(array), device)
+
+
+# Text in compiled code
+
+
+def _number_of_texts(facts: CallFacts, shape: tuple[int, int]) -> int:
+    """How many texts a row holds at most, as far as shapes tell."""
+    lengths = [facts.arguments[name] for name in ("cu_seq_lens_q", "cu_seqlens") if name in facts.arguments]
+    return lengths[0].shape[0] - 1 if lengths and shape[0] == 1 else 1
+
+
+def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
+    """The groups that flags decide, in a layout whose shapes depend on the shape of the flags alone.
+
+    Each of up to K tokens that are not merged has a row and may split a group in two, and each border between texts
+    splits one more: ⌈length / k⌉ + 2K + 1 rows, and 2K + 1 for every further text. An input that needs more stops with
+    an index out of range.
+
+    Args:
+        flags: what decides the groups.
+        rule: what the module merges.
+        texts: how many texts a row holds at most.
+    """
+    may_merge, real, breaks = flags
+    length, ratio = may_merge.shape[1], rule.ratio
+    rows = (length + ratio - 1) // ratio + (2 * rule.max_kept + 1) * texts
+    present = torch.ones_like(may_merge) if real is None else real
+    alone = present & ~may_merge
+    # Numbers that grow wherever a run ends: at a token by itself, behind it, and where texts or images start.
+    ends = alone if breaks is None else alone | (present & breaks)
+    behind = alone.long().cumsum(1) - alone.long()
+    run = ends.long().cumsum(1) + behind
+    rank = present.long().cumsum(1) - 1
+    before, _ = count_before(run, present.long(), 2 * length + 1)
+    slot = (rank - before) % ratio
+    row = (present & (slot == 0)).long().cumsum(1) - 1
+    return BoundedGroups.of(row, slot, real, rows, ratio)
+
+
+# Images
+
+
+def group_patches(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Groups:
+    """The groups of a vision encoder's tokens; patches follow a prefix of other tokens.
+
+    Args:
+        facts: what the call tells.
+        rule: what the module merges.
+        shape: `(batch, length)`.
+        device: where the index tensors are made.
+    """
+    batch, length = shape
+    grid = _patch_grid(facts, length)
+    prefix = rule.keep_first if grid is None else length - grid[0] * grid[1]
+    if grid is not None and rule.windows:
+        return group_windows(prefix, grid, rule.ratio, batch, device)
+    first = [Block(0, (min(prefix, length), 1))] if prefix else []
+    return SharedGroups.of([*first, *text_blocks(prefix, max(length - prefix, 0), rule.ratio)], batch, device)
+
+
+def group_windows(
+    prefix: int, grid: tuple[int, int], ratio: int, batch: int, device: torch.device
+) -> SharedGroups | PackedGroups:
+    """The groups of image patches in windows; windows at the right and lower edge may be cut off.
+
+    Args:
+        prefix: number of tokens before the patches (class token, registers), which are never merged.
+        grid: number of patches, `(height, width)`.
+        ratio: the compression ratio k; see [`window_of`].
+        batch: number of images.
+        device: where the index tensors are made.
+    """
+    (height, width), (tall, wide) = grid, window_of(ratio)
+    if height % tall == 0 and width % wide == 0:
+        blocks = [Block(0, (prefix, 1))] if prefix else []
+        blocks.append(Block(prefix, (height // tall, tall, width // wide, wide)))
+        return SharedGroups.of(blocks, batch, device)
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    windows = (rows // tall * -(-width // wide) + columns // wide).ravel() + prefix
+    group_of = np.concatenate([np.arange(prefix), windows])
+    offsets = np.arange(batch)[:, None] * (group_of.max() + 1)
+    tokens = np.arange(group_of.size * batch)
+    return pack((group_of + offsets).ravel(), tokens, ratio, tokens.size, device)
+
+
+def window_of(ratio: int) -> tuple[int, int]:
+    """The most nearly square window of `ratio` patches, as `(height, width)` with `height <= width`."""
+    height = max(divisor for divisor in range(1, int(ratio**0.5) + 1) if ratio % divisor == 0)
+    return height, ratio // height
+
+
+def _patch_grid(facts: CallFacts, length: int) -> tuple[int, int] | None:
+    """Patches of the image, `(height, width)`; `None` where the image's own size does not tell."""
+    pixels = facts.arguments.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or facts.patch_size is None:
+        return None
+    height, width = pixels.shape[-2] // facts.patch_size[0], pixels.shape[-1] // facts.patch_size[1]
+    return (height, width) if height * width <= length else None
