@@ -87,6 +87,4 @@ def test_wikitext_is_joined_as_people_write(scripts, tmp_path):
     (tmp_path / "wikitext2_valid_test").mkdir()
     text = ' = Title = \n He had a well @-@ known " role " , then left . \n'
     (tmp_path / "wikitext2_valid_test" / "test.txt").write_text(text)
-        ' = Title = \n He had a well @-@ known " role " , then left . \n'
-    )
     assert scripts("texts").wikitext2(tmp_path, "test") == ['He had a well-known "role", then left.']
