@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .sparsity import PruningConfig, SparsityReport, prune
     from .training import DistillationConfig, DistillationTrainer, load_plugin
     from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel, attach_masks
-    from .tuners.variator import VariatorConfig, VariatorModel, set_compression_ratio, using_ratio
+    from .tuners.variator import VariatorConfig, VariatorModel, calibrate, set_compression_ratio, using_ratio
 
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "VariatorConfig",
     "VariatorModel",
     "attach_masks",
+    "calibrate",
     "load_base",
     "load_plugin",
     "prune",
@@ -45,7 +46,7 @@ _ROOMS = {
     "sparsity": ("PruningConfig", "SparsityReport", "prune"),
     "training": ("DistillationConfig", "DistillationTrainer", "load_plugin"),
     "tuners.sparse_lora": ("SparseLoraConfig", "SparseLoraModel", "attach_masks"),
-    "tuners.variator": ("VariatorConfig", "VariatorModel", "set_compression_ratio", "using_ratio"),
+    "tuners.variator": ("VariatorConfig", "VariatorModel", "calibrate", "set_compression_ratio", "using_ratio"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 # Importing these registers what they hold.

@@ -1,12 +1,13 @@
 """Variator: plug-and-play compression plugins (Xiao et al. 2023, https://arxiv.org/abs/2310.15724)."""
 
 from ...registration import register_method
+from .calibration import calibrate
 from .config import VariatorConfig
 from .layer import VariatorLayer
 from .model import VariatorModel
 from .ratios import set_compression_ratio, using_ratio
 
 
-__all__ = ["VariatorConfig", "VariatorLayer", "VariatorModel", "set_compression_ratio", "using_ratio"]
+__all__ = ["VariatorConfig", "VariatorLayer", "VariatorModel", "calibrate", "set_compression_ratio", "using_ratio"]
 
 register_method("variator", VariatorConfig, VariatorModel)

@@ -15,7 +15,8 @@ from ...adapter_state import SavedConfig
 __all__ = ["VariatorConfig"]
 
 SCORINGS = ("token", "concat")
-DECOMPRESSIONS = ("bottleneck",)
+DECOMPRESSIONS = ("bottleneck", "neurons")
+DEFAULT_CORRECTION = 0.125
 PATCH_GROUPINGS = ("window", "raster")
 
 
@@ -134,7 +135,15 @@ class VariatorConfig(SavedConfig):
         default="bottleneck",
         metadata={
             "help": "How each token of a group gets back what is its own: `bottleneck` is the paper's correction, "
-            "`Linear(2d → r), tanh, Linear(r → d)`."
+            "`Linear(2d → r), tanh, Linear(r → d)`; `neurons` runs a copy of some of the network's neurons for every "
+            "token, and the rest once for a group."
+        },
+    )
+    correction_dim: int | float | None = field(
+        default=None,
+        metadata={
+            "help": "Number of neurons that `decompression='neurons'` copies, or a share of the network's inner width "
+            "as a float in (0, 1]. `None` is an eighth of it."
         },
     )
     max_kept_tokens: int = field(
@@ -201,6 +210,7 @@ class VariatorConfig(SavedConfig):
 
     def _check_counts(self) -> None:
         _check_integer("bottleneck_dim", self.bottleneck_dim, 1)
+        self._check_correction()
         _check_integer("max_kept_tokens", self.max_kept_tokens, 0)
         if self.trained_ratios is not None:
             if not isinstance(self.trained_ratios, list | tuple | set):
@@ -215,6 +225,42 @@ class VariatorConfig(SavedConfig):
         for token_id in self.keep_token_ids:
             _check_integer("keep_token_ids: entry", token_id, 0)
         self.keep_token_ids = sorted(set(self.keep_token_ids))
+
+    def _check_correction(self) -> None:
+        if self.correction_dim is None:
+            return
+        if self.decompression != "neurons":
+            raise ValueError(
+                f"correction_dim={self.correction_dim!r} is the width of decompression='neurons', not of "
+                f"{self.decompression!r}. Set decompression='neurons', or bottleneck_dim in its place."
+            )
+        if isinstance(self.correction_dim, float):
+            if not 0 < self.correction_dim <= 1:
+                raise ValueError(
+                    f"correction_dim={self.correction_dim!r}: as a float it is a share of the network's inner width, "
+                    "so it has to lie in (0, 1]. A number of neurons is an integer."
+                )
+        else:
+            _check_integer("correction_dim", self.correction_dim, 1)
+
+    def correction_width(self, inner: int) -> int:
+        """Number of neurons that `decompression="neurons"` copies of a network.
+
+        Args:
+            inner: number of neurons of the network.
+
+        Raises:
+            ValueError: the network has fewer than `correction_dim`.
+        """
+        width = DEFAULT_CORRECTION if self.correction_dim is None else self.correction_dim
+        if isinstance(width, float):
+            return max(1, round(width * inner))
+        if width > inner:
+            raise ValueError(
+                f"correction_dim={width} is more than the {inner} neurons that a feed-forward network of this model "
+                "has. Choose a smaller one, or a share of them as a float in (0, 1]."
+            )
+        return width
 
     def ratio_of(self, module_name: str) -> int:
         """The compression ratio that this configuration gives a module.

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -14,9 +14,19 @@ from torch.nn.functional import linear
 
 from .config import VariatorConfig
 from .merging import Groups
+from .network import Network
 
 
-__all__ = ["DECOMPRESSIONS", "BottleneckDecompression", "Decompression"]
+__all__ = [
+    "DECOMPRESSIONS",
+    "BottleneckDecompression",
+    "Decompression",
+    "NeuronsDecompression",
+    "copy_neurons",
+    "has_left_its_start",
+]
+
+Modules = Mapping[str, nn.Module]
 
 
 class Decompression:
@@ -29,23 +39,27 @@ class Decompression:
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
 
-    def create(self, dim: int, config: VariatorConfig) -> dict[str, nn.Module]:
+    def serves(self, network: Network | None, config: VariatorConfig) -> bool:
+        """Whether it can stand behind a feed-forward network; `None` is one whose inside is not known."""
+        return True
+
+    def create(self, dim: int, config: VariatorConfig, network: Network | None) -> dict[str, nn.Module]:
         """The weights of a plugin, by part.
 
         Args:
             dim: d, width of the hidden states.
             config: the plugin's configuration.
+            network: the feed-forward network; `None`: its inside is not known.
         """
         raise NotImplementedError
 
-    def expand(
-        self, output: Tensor, hidden_states: Tensor, groups: Groups, modules: Mapping[str, nn.Module]
-    ) -> Tensor:
+    def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
         """What every token gets.
 
         Args:
             output: output of the feed-forward network, shape `(sequences, rows, d)`.
-            hidden_states: its input before merging, shape `(batch, length, d)` or `(batch * length, d)`.
+            rows: its input, the merged vectors, in the same shape.
+            hidden_states: the vectors before merging, shape `(batch, length, d)` or `(batch * length, d)`.
             groups: the groups.
             modules: what `create` made.
 
@@ -65,7 +79,7 @@ class BottleneckDecompression(Decompression):
     name = "bottleneck"
     parts = ("variator_down_input", "variator_down_output", "variator_up")
 
-    def create(self, dim: int, config: VariatorConfig) -> dict[str, nn.Module]:
+    def create(self, dim: int, config: VariatorConfig, network: Network | None) -> dict[str, nn.Module]:
         up = nn.Linear(config.bottleneck_dim, dim, bias=False)
         if config.init_weights:
             nn.init.zeros_(up.weight)
@@ -75,21 +89,131 @@ class BottleneckDecompression(Decompression):
             "variator_up": up,
         }
 
-    def expand(
-        self, output: Tensor, hidden_states: Tensor, groups: Groups, modules: Mapping[str, nn.Module]
-    ) -> Tensor:
-        rows, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
-        per_row = _linear(modules["variator_down_output"], rows)
+    def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
+        outputs, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
+        per_row = _linear(modules["variator_down_output"], outputs)
         per_token = _linear(modules["variator_down_input"], tokens)
         # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
         inner = torch.where(groups.is_merged, per_token + groups.spread(per_row), 0).tanh()
         up = modules["variator_up"]
         assert isinstance(up, nn.Linear)  # what `create` made
-        return groups.expand(rows.to(inner.dtype), inner, up.weight.to(inner.dtype)).view(hidden_states.shape)
+        return groups.expand(outputs.to(inner.dtype), inner, up.weight.to(inner.dtype)).view(hidden_states.shape)
+
+
+class NeuronIndex(nn.Module):
+    """S, which neurons of a network a plugin has copies of.
+
+    Args:
+        index: their numbers, shape `(r,)`.
+        activation: act, that of the network.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self._activation = (activation,)  # in a tuple: the module is the network's
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The activation."""
+        return self._activation[0](inputs)
+
+
+class NeuronsDecompression(Decompression):
+    """A narrow copy of the network: y = F(m) + Σ_{j∈S} v_j·(a_j(x) − a_j(m)), the r neurons S run for every token.
+
+    F(m) is the network's output for the token's group, m its merged vector. The copies w, u, v of the neurons' weights
+    start as the base model's and are trained; the base model is only called, so it may be quantised or packed later.
+    Untrained and with S all neurons, a token gets what the base model gives, F(x).
+    """
+
+    name = "neurons"
+    parts = ("variator_neurons", "variator_neuron_into", "variator_neuron_gate", "variator_neuron_out")
+
+    def serves(self, network: Network | None, config: VariatorConfig) -> bool:
+        # The copies of a plugin that was saved are in its file.
+        return network is not None and (network.is_readable or config.was_saved)
+
+    def create(self, dim: int, config: VariatorConfig, network: Network | None) -> dict[str, nn.Module]:
+        assert network is not None  # `serves` says so
+        width = config.correction_width(network.width)
+        index = torch.arange(width)
+        if network.is_readable:  # without data: those that can say most
+            index = network.strengths().topk(width).indices.sort().values.cpu()
+        modules: dict[str, nn.Module] = {
+            "variator_neurons": NeuronIndex(index, network.activation),
+            "variator_neuron_into": nn.Linear(dim, width),
+            "variator_neuron_out": nn.Linear(width, dim, bias=False),
+        }
+        if network.gated:
+            modules["variator_neuron_gate"] = nn.Linear(dim, width)
+        if config.init_weights and network.is_readable:
+            copy_neurons(modules, network, index)
+        return modules
+
+    def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        of_tokens = _neurons(modules, tokens)
+        of_rows = _neurons(modules, rows.flatten(0, -2).to(tokens.dtype))
+        inner = torch.where(groups.is_merged, of_tokens - groups.spread(of_rows), 0)
+        out = modules["variator_neuron_out"]
+        assert isinstance(out, nn.Linear)  # what `create` made
+        outputs = output.flatten(0, -2).to(inner.dtype)
+        return groups.expand(outputs, inner, out.weight.to(inner.dtype)).view(hidden_states.shape)
+
+
+def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
+    """Set a plugin's copies to neurons of the base model.
+
+    Args:
+        modules: what `NeuronsDecompression.create` made.
+        network: the base model's network.
+        index: numbers of the neurons, shape `(r,)`.
+    """
+    with torch.no_grad():
+        for part, value in _start(modules, network, index).items():
+            for name, tensor in value.items():
+                modules[part].get_parameter(name).copy_(tensor)
+        neurons = modules["variator_neurons"]
+        assert isinstance(neurons, NeuronIndex)  # what `create` made
+        neurons.index.copy_(index)
+
+
+def has_left_its_start(modules: Modules, network: Network) -> bool:
+    """Whether a plugin's copies differ from the base model's neurons."""
+    neurons = modules["variator_neurons"]
+    assert isinstance(neurons, NeuronIndex)  # what `create` made
+    start = _start(modules, network, neurons.index)
+    return any(
+        not torch.equal(modules[part].get_parameter(name), tensor.to(modules[part].get_parameter(name)))
+        for part, value in start.items()
+        for name, tensor in value.items()
+    )
+
+
+def _start(modules: Modules, network: Network, index: Tensor) -> dict[str, dict[str, Tensor]]:
+    """What a plugin's copies start as, by part and parameter."""
+    into, bias = network.into_rows(index)
+    start = {
+        "variator_neuron_into": {"weight": into, "bias": bias},
+        "variator_neuron_out": {"weight": network.out_columns(index)},
+    }
+    if network.gated:
+        gate, gate_bias = network.gate_rows(index)
+        start["variator_neuron_gate"] = {"weight": gate, "bias": gate_bias}
+    return start
+
+
+def _neurons(modules: Modules, inputs: Tensor) -> Tensor:
+    """a_j(x) of the copies, shape `(…, r)`."""
+    activated = modules["variator_neurons"](_linear(modules["variator_neuron_into"], inputs))
+    gate = modules.get("variator_neuron_gate")
+    return activated if gate is None else activated * _linear(gate, inputs)
 
 
 DECOMPRESSIONS: dict[str, Decompression] = {
-    decompression.name: decompression() for decompression in (BottleneckDecompression,)
+    decompression.name: decompression() for decompression in (BottleneckDecompression, NeuronsDecompression)
 }
 """All decompressions by the name that `VariatorConfig` takes."""
 

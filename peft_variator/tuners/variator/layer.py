@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import VariatorConfig
-from .decompression import DECOMPRESSIONS, Decompression
+from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression
 from .forward_context import PluginRatios, runs_single_blocks
 from .merging import Groups, SharedGroups
+from .network import Network, find_network
 from .scoring import SCORINGS, Scoring
 from .token_groups import MergeRule, StackGroups, rule_of
 
@@ -99,8 +100,8 @@ class FeedForwardEnd(PluginModule):
         call = None if self.stack is None else self.stack.current_groups()
         if call is None or self.start_name not in call.pending:
             return output
-        start, groups, inputs, plugin = call.pending.pop(self.start_name)
-        return start.expand(output, inputs, groups, plugin)
+        start, groups, rows, inputs, plugin = call.pending.pop(self.start_name)
+        return start.expand(output, rows, inputs, groups, plugin)
 
 
 class VariatorLayer(PluginModule):
@@ -121,7 +122,7 @@ class VariatorLayer(PluginModule):
         "variator_scorer",
         *dict.fromkeys(part for decompression in DECOMPRESSIONS.values() for part in decompression.parts),
     )
-    other_param_names: tuple[str, ...] = ("rules", "configs")
+    other_param_names: tuple[str, ...] = ("rules", "configs", "decompressions")
 
     def __init__(
         self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool, ratios: PluginRatios
@@ -130,6 +131,11 @@ class VariatorLayer(PluginModule):
         self.name, self.has_end, self.ratios = name, has_end, ratios
         self.rules: dict[str, MergeRule] = {}
         self.configs: dict[str, VariatorConfig] = {}
+        self.decompressions: dict[str, str] = {}
+        self.around: tuple[nn.Module, FeedForwardEnd | None] | None = None
+        """The module that holds this one, and the end of the network; in a tuple, as they are no parts of this one."""
+        self.observer: Callable[[VariatorLayer, Tensor, Groups, str], None] | None = None
+        """Sees hidden states and groups in place of the plugin, which then runs the base model's network."""
         for part in self.adapter_layer_names:
             setattr(self, part, nn.ModuleDict())
 
@@ -143,11 +149,15 @@ class VariatorLayer(PluginModule):
         self.rules[adapter_name] = rule_of(config, self.name)
         self.configs[adapter_name] = config
         self.ratios.choose(adapter_name, None)
+        network = self.network()
+        self.decompressions[adapter_name] = config.decompression
+        if not DECOMPRESSIONS[config.decompression].serves(network, config):
+            self.decompressions[adapter_name] = BottleneckDecompression.name
         scorer = SCORINGS[config.scoring].create(self.in_features, self.rules[adapter_name].ratio)
         if config.init_weights:
             for parameter in scorer.parameters():
                 nn.init.zeros_(parameter)
-        parts = DECOMPRESSIONS[config.decompression].create(self.in_features, config)
+        parts = self.decompression(adapter_name).create(self.in_features, config, network)
         for part, module in {"variator_scorer": scorer, **parts}.items():
             getattr(self, part)[adapter_name] = module
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -165,7 +175,19 @@ class VariatorLayer(PluginModule):
 
     def decompression(self, adapter_name: str) -> Decompression:
         """How a plugin gives a row's output back to its tokens."""
-        return DECOMPRESSIONS[self.configs[adapter_name].decompression]
+        return DECOMPRESSIONS[self.decompressions[adapter_name]]
+
+    def network(self) -> Network | None:
+        """The inside of the wrapped network; `None`: it is not known."""
+        if self.around is None:
+            return None
+        parent, end = self.around
+        return find_network(self.base_layer, parent, None if end is None else end.base_layer)
+
+    def modules_of(self, adapter_name: str) -> dict[str, nn.Module]:
+        """The weights of a plugin's decompression, by part; a part that this network has no use for is left out."""
+        parts = self.decompression(adapter_name).parts
+        return {part: getattr(self, part)[adapter_name] for part in parts if adapter_name in getattr(self, part)}
 
     def rule_at(self, adapter_name: str, ratio: int | None) -> MergeRule:
         """What this layer merges when the whole plugin's compression ratio is `ratio`; `None`: as configured.
@@ -256,15 +278,19 @@ class VariatorLayer(PluginModule):
         groups = call.of(rule, hidden_states)
         if groups.num_rows == 0 and not self.has_end:
             return torch.zeros_like(hidden_states)
-        output = self.base_layer(self.compress(hidden_states, groups, plugin), *args, **kwargs)
+        if self.observer is not None:
+            self.observer(self, hidden_states, groups, plugin)
+            return self.base_layer(hidden_states, *args, **kwargs)
+        merged = self.compress(hidden_states, groups, plugin)
+        output = self.base_layer(merged, *args, **kwargs)
         if self.has_end:
             self._check_output(output)
-            call.pending[self.name] = (self, groups, hidden_states, plugin)
+            call.pending[self.name] = (self, groups, merged, hidden_states, plugin)
             return output
         # Some mixtures of experts give what their routers said of the rows behind their output.
         rows, *others = output if isinstance(output, tuple) else (output,)
         self._check_output(rows)
-        expanded = self.expand(rows, hidden_states, groups, plugin)
+        expanded = self.expand(rows, merged, hidden_states, groups, plugin)
         return (expanded, *others) if isinstance(output, tuple) else expanded
 
     def compress(self, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
@@ -280,7 +306,7 @@ class VariatorLayer(PluginModule):
         """
         shape = self.stack_shape(hidden_states, groups)
         tokens = hidden_states.reshape(*shape, hidden_states.shape[-1])
-        scorer = self._parts(plugin, ("variator_scorer",))["variator_scorer"]
+        scorer = getattr(self, "variator_scorer")[plugin]  # noqa: B009  # mypy takes an attribute for a tensor
         assert isinstance(scorer, nn.Linear)  # what a `Scoring` creates
         rows = groups.merge(tokens, self.scoring(plugin).score(scorer, tokens))
         if groups.merges:
@@ -296,13 +322,9 @@ class VariatorLayer(PluginModule):
             return groups.row_of.shape[0] // max(length, 1), length
         return 1, groups.row_of.shape[0]
 
-    def expand(self, output: Tensor, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
+    def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
         """Give every token what its group came to, by the weights of a plugin; see [`Decompression`]."""
-        decompression = self.decompression(plugin)
-        return decompression.expand(output, hidden_states, groups, self._parts(plugin, decompression.parts))
-
-    def _parts(self, plugin: str, names: tuple[str, ...]) -> dict[str, nn.Module]:
-        return {name: getattr(self, name)[plugin] for name in names}
+        return self.decompression(plugin).expand(output, rows, hidden_states, groups, self.modules_of(plugin))
 
     def _check_reached_without_call(self) -> None:
         if self.merges_by_itself and not runs_single_blocks():

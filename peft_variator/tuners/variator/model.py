@@ -94,6 +94,7 @@ class VariatorModel(TidyTuner):
                 _wrap_forwards(model, placement)
             _refresh_stacks(model)
             self._warn_about_patterns(config, list(self._placements))
+            self._warn_about_decompression(config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -117,6 +118,17 @@ class VariatorModel(TidyTuner):
                 target = module.base_layer if isinstance(module, VariatorLayer) else module
                 placements[key] = place(model, config, key, target)
         return placements
+
+    def _warn_about_decompression(self, config: VariatorConfig, adapter_name: str) -> None:
+        layers = [layer for layer in plugin_layers(self.model) if adapter_name in layer.rules]
+        others = [layer.name for layer in layers if layer.decompressions[adapter_name] != config.decompression]
+        if others:
+            warnings.warn(
+                f"decompression={config.decompression!r} copies neurons of a network whose maps are known and can be "
+                f"read. Those of {len(others)} modules, {others[0]!r} first, are not: they take the bottleneck.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @staticmethod
     def _warn_about_patterns(config: VariatorConfig, names: list[str]) -> None:
@@ -288,12 +300,13 @@ def _wrap_network(
         target_name: its name in `parent`.
         parent: module that holds it.
     """
-    end = placement.feed_forward.end
+    end, end_module = placement.feed_forward.end, None
     if end is not None:
         end_module = FeedForwardEnd(parent.get_submodule(end), placement.key, placement.hidden_size)
         _replace(parent, end, end_module)
     ratios = next((layer.ratios for layer in plugin_layers(model)), None) or PluginRatios()
     layer = VariatorLayer(target, placement.key, placement.hidden_size, has_end=end is not None, ratios=ratios)
+    layer.around = (parent, end_module)
     setattr(parent, target_name, layer)
     return layer
 

@@ -1,0 +1,218 @@
+"""The inside of a feed-forward network: its neurons, where a decompression copies some of them.
+
+y = Σ_j v_j·a_j(x) + b with a_j(x) = act(w_j·x + c_j), or act(w_j·x + c_j)·(u_j·x + e_j) where the network is gated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+__all__ = ["Network", "find_network"]
+
+_ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "intermediate_act_fn")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How an implementation names its maps.
+
+    Args:
+        into: the map whose output is activated.
+        out: the map that gives the output.
+        gate: the map whose output multiplies the activated one.
+        fused: whether `into` gives both, the activated half first.
+    """
+
+    into: str
+    out: str
+    gate: str | None = None
+    fused: bool = False
+
+
+# By the names that the modules of a network have in transformers; each is tried on the network before it is believed.
+FORMS = (
+    _Form("gate_proj", "down_proj", "up_proj"),
+    _Form("gate_up_proj", "down_proj", fused=True),
+    _Form("Wi", "Wo", fused=True),
+    _Form("wi_0", "wo", "wi_1"),
+    _Form("w1", "w2", "w3"),
+    _Form("wi", "wo"),
+    _Form("fc1", "fc2"),
+    _Form("c_fc", "c_proj"),
+    _Form("fc_in", "fc_out"),
+    _Form("up_proj", "down_proj"),
+    _Form("lin1", "lin2"),
+    _Form("dense_h_to_4h", "dense_4h_to_h"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The maps of a feed-forward network.
+
+    Args:
+        activation: act.
+        into: gives w_j·x + c_j, and behind them u_j·x + e_j where `fused`.
+        gate: gives u_j·x + e_j; `None`: the network has no gate, or `fused`.
+        out: gives y.
+        fused: see `into`.
+    """
+
+    activation: Callable[[Tensor], Tensor]
+    into: nn.Module
+    gate: nn.Module | None
+    out: nn.Module
+    fused: bool
+
+    @property
+    def width(self) -> int:
+        """Number of neurons."""
+        rows = _features(self.into)[1]
+        return rows // 2 if self.fused else rows
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the weights can be read, as those of a quantised base cannot."""
+        maps = [module for module in (self.into, self.gate, self.out) if module is not None]
+        return all(_has_plain_weight(module) for module in maps)
+
+    @property
+    def gated(self) -> bool:
+        """Whether neurons have a gate."""
+        return self.fused or self.gate is not None
+
+    def into_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """w and c of some neurons, shapes `(r, d)` and `(r,)`."""
+        return _rows(self.into, index)
+
+    def gate_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """u and e of some neurons, shapes `(r, d)` and `(r,)`."""
+        if self.fused:
+            return _rows(self.into, index + self.width)
+        assert self.gate is not None  # asked of gated networks only
+        return _rows(self.gate, index)
+
+    def out_columns(self, index: Tensor) -> Tensor:
+        """v of some neurons, shape `(d, r)`."""
+        weight = _weight(self.out)
+        return weight.index_select(1, index.to(weight.device))
+
+    def neurons(self, hidden_states: Tensor) -> Tensor:
+        """a_j(x) of all neurons, shape `(…, width)`."""
+        into = self.into(hidden_states)
+        if self.fused:
+            into, gate = into.chunk(2, dim=-1)
+            return self.activation(into) * gate
+        activated = self.activation(into)
+        return activated if self.gate is None else activated * self.gate(hidden_states)
+
+    def strengths(self) -> Tensor:
+        """‖w_j‖·‖v_j‖ of all neurons, times ‖u_j‖ where gated: how much each can say; shape `(width,)`."""
+        index = torch.arange(self.width)
+        strength = self.into_rows(index)[0].float().norm(dim=1) * self.out_columns(index).float().norm(dim=0)
+        return strength * self.gate_rows(index)[0].float().norm(dim=1) if self.gated else strength
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """`(in_features, out_features)` of a linear map."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # `_is_map` looked
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """The weight of a linear map, shape `(out_features, in_features)`."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # `is_readable` says so
+    return weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
+
+
+def _rows(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias = _weight(module), module.bias
+    rows = weight.index_select(0, index.to(weight.device))
+    if not isinstance(bias, Tensor):
+        return rows, rows.new_zeros(rows.shape[0])
+    return rows, bias.detach().index_select(0, index.to(bias.device))
+
+
+def _is_map(module: object) -> bool:
+    """Whether a module is a linear map, quantised or not, or PEFT's wrapper of one."""
+    return isinstance(module, Conv1D) or (
+        isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    """Whether the weight of a linear map can be read; PEFT's wrappers hand on that of what they wrap."""
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(inner, nn.Linear | Conv1D) and inner.weight.is_floating_point() and not inner.weight.is_meta
+
+
+def find_network(start: nn.Module, parent: nn.Module, end: nn.Module | None) -> Network | None:
+    """The maps of a feed-forward network, or `None` where its inside is not known, as in a mixture of experts.
+
+    Args:
+        start: the module where it starts.
+        parent: the module that holds `start`, and an activation between two loose maps.
+        end: the module where it ends; `None`: `start` is the whole network.
+    """
+    for network in _candidates(start, parent, end):
+        if _computes_the_same(network, start, parent, end):
+            return network
+    return None
+
+
+def _candidates(start: nn.Module, parent: nn.Module, end: nn.Module | None) -> Iterator[Network]:
+    if end is None:
+        for form in FORMS:
+            into, out = getattr(start, form.into, None), getattr(start, form.out, None)
+            gate = None if form.gate is None else getattr(start, form.gate, None)
+            if _is_map(into) and _is_map(out) and (form.gate is None or _is_map(gate)):
+                for activation in _activations(start):
+                    yield Network(activation, cast(nn.Module, into), gate, cast(nn.Module, out), form.fused)
+        return
+    into = start if _is_map(start) else getattr(start, "dense", None)
+    if _is_map(into) and _is_map(end):
+        for activation in _activations(start) + _activations(parent):
+            yield Network(activation, cast(nn.Module, into), None, end, False)
+
+
+def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
+    found: list[Any] = [getattr(module, name, None) for name in _ACTIVATIONS]
+    return [activation for activation in found if callable(activation)]
+
+
+@torch.no_grad()
+def _computes_the_same(network: Network, start: nn.Module, parent: nn.Module, end: nn.Module | None) -> bool:
+    """Whether the maps, put together, give what the network gives for a few vectors."""
+    if _features(network.out)[0] != network.width:
+        return False
+    like = next((p for module in (start, end or start) for p in module.parameters() if p.is_floating_point()), None)
+    probe = torch.randn(1, 3, _features(network.into)[0], generator=torch.Generator().manual_seed(0))
+    if like is not None:
+        if like.is_meta:
+            return False
+        probe = probe.to(like)
+    training = [module for module in start.modules() if module.training]
+    for module in training:
+        module.training = False  # no dropout for the length of a call
+    try:
+        found = network.out(network.neurons(probe))
+        expected = start(probe)
+        if end is not None:
+            # Between two loose maps the activation is the block's.
+            expected = end(network.activation(expected) if _is_map(start) else expected)
+    except (RuntimeError, TypeError, AttributeError, ValueError):
+        return False
+    finally:
+        for module in training:
+            module.training = True
+    return isinstance(expected, Tensor) and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
