@@ -5,6 +5,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "real_models"
@@ -88,3 +90,70 @@ def test_wikitext_is_joined_as_people_write(scripts, tmp_path):
     text = ' = Title = \n He had a well @-@ known " role " , then left . \n'
     (tmp_path / "wikitext2_valid_test" / "test.txt").write_text(text)
     assert scripts("texts").wikitext2(tmp_path, "test") == ['He had a well-known "role", then left.']
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "errors"),
+    [
+        ("one two", "one two", 0),
+        ("one", "one two", 1),
+        ("two one", "one two", 2),
+        ("", "one two", 2),
+        ("a b c", "", 3),
+    ],
+)
+def test_word_errors(scripts, found, expected, errors):
+    assert scripts("audio_quality").word_errors(found.split(), expected.split()) == errors
+
+
+def test_f1_of_an_answer_is_that_of_the_best_one_given(scripts):
+    f1 = scripts("causal_quality").answer_f1
+    assert f1("The red house.", ["a blue car", "red house"]) == 1
+    assert f1("red", ["red house"]) == pytest.approx(2 / 3)
+    assert f1("", ["red house"]) == 0
+
+
+def test_parts_that_are_there_are_kept_and_unknown_ones_refused(scripts, tmp_path):
+    measure = scripts("measure").measure
+    done = {name: {"figure": 1.0} for name in scripts("measure").PARTS["text"]}
+    assert measure(None, None, "text", tmp_path, done=done) == done
+    with pytest.raises(ValueError, match="rhymes"):
+        measure(None, None, "text", tmp_path, parts=["rhymes"])
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertModel(BertConfig(vocab_size=1200, initializer_range=0.3, **sizes)).eval()
+
+
+@torch.no_grad()
+def test_peers_start_from_the_base(scripts, encoder):
+    peers = scripts("peers")
+    inputs = {"input_ids": torch.arange(10)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    expected = encoder(**inputs).last_hidden_state
+    torch.testing.assert_close(peers.narrow(encoder, 32)(**inputs).last_hidden_state, expected)
+    torch.testing.assert_close(peers.drop_layers(encoder, 4)(**inputs).last_hidden_state, expected)
+    for smaller in (peers.narrow(encoder, 8), peers.drop_layers(encoder, 2)):
+        assert smaller.num_parameters() < encoder.num_parameters()
+        assert smaller(**inputs).last_hidden_state.shape == expected.shape
+    assert encoder.config.num_hidden_layers == 4
+    for refused in (lambda: peers.narrow(encoder, 33), lambda: peers.drop_layers(encoder, 1)):
+        with pytest.raises(ValueError, match=r"33|kept=1"):
+            refused()
+
+
+def test_a_narrowed_network_learns_from_the_base(scripts, encoder):
+    peers = scripts("peers")
+    batch = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
+    losses = peers.follow(peers.narrow(encoder, 8), encoder, [batch] * 40, 40, 1e-2)
+    assert losses[-1] < losses[0] / 2
+
+
+def test_speedups_are_over_the_first_model(scripts, encoder):
+    rows = scripts("speed").speedups(
+        {"base": encoder, "same": encoder}, "text", [(1, 8), (2, 4)], rounds=2, device=torch.device("cpu")
+    )
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, 8), (2, 4)]
+    assert all(0.2 < row["speedup"]["same"]["median"] < 5 for row in rows)

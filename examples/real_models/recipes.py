@@ -1,0 +1,172 @@
+"""How a plugin for each kind of model is made: its configuration, and what it is trained on for how long."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from texts import SAMPLING_RATE, cifar10, digit_utterances, photographs, spoken_sentences, training_text
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+from vision_quality import PHOTOGRAPH_SIDE, pixels
+from weights import WEIGHTS, Loaded
+
+from peft_variator import VariatorConfig
+from peft_variator.training.text import cut_spans, split_spans, surroundings, tokenize
+
+
+__all__ = ["RECIPES", "Recipe", "make_dataset", "plugin_config", "trained_part"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training of one plugin.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: examples a step.
+        length: tokens of the longest example; images and sounds have none.
+        learning_rate: the peak.
+        ratios: compression ratios that are drawn from.
+        bf16: whether products of matrices are in bfloat16, which pays from about 100M parameters on.
+        losses: fields of `DistillationConfig` that weigh the parts of the loss.
+        plugin: fields of `VariatorConfig`.
+    """
+
+    steps: int
+    batch_size: int
+    length: int = 128
+    learning_rate: float = 2e-3
+    ratios: tuple[int, ...] = (2, 4, 8)
+    bf16: bool = False
+    losses: dict[str, Any] = field(default_factory=dict)
+    plugin: dict[str, Any] = field(default_factory=dict)
+
+
+RECIPES: dict[str, Recipe] = {
+    "all-MiniLM-L6-v2": Recipe(steps=2500, batch_size=32),
+    "all-mpnet-base-v2": Recipe(steps=1500, batch_size=16, bf16=True),
+    "SmolLM2-135M-Instruct": Recipe(
+        steps=1500, batch_size=8, length=320, bf16=True, losses={"hidden_weight": 0.5, "logits_weight": 1.0}
+    ),
+    "dinov2-vit-s14": Recipe(steps=1000, batch_size=16, ratios=(4, 16), bf16=True),
+    # Frames have neither token ids nor a mask, so nothing at their ends is kept.
+    "whisper-tiny.en": Recipe(
+        steps=600,
+        batch_size=4,
+        plugin={
+            "target_modules": r"(.*\.)?layers\.\d+\.fc1",
+            "end_module": "fc2",
+            "causal": False,
+            "keep_first_tokens": 0,
+            "keep_last_tokens": 0,
+        },
+    ),
+}
+
+
+def plugin_config(name: str, base: Loaded, **fields: Any) -> VariatorConfig:
+    """The configuration of a model's plugin; the only place where one is made.
+
+    Args:
+        name: one of `RECIPES`.
+        base: the model, with its tokenizer if it has one.
+        fields: fields of `VariatorConfig` that differ from the recipe's.
+    """
+    chosen = RECIPES[name].plugin | fields
+    if base.tokenizer is None or WEIGHTS[name].kind == "audio":
+        return VariatorConfig(**chosen)
+    return VariatorConfig.from_tokenizer(base.tokenizer, **chosen)
+
+
+def trained_part(name: str, base: Loaded) -> PreTrainedModel:
+    """What a plugin goes into: the encoder alone where a decoder only follows it, else the whole model."""
+    return base.model.get_encoder() if WEIGHTS[name].kind == "audio" else base.model
+
+
+def make_dataset(name: str, base: Loaded, data: Path, count: int, seed: int) -> Sequence[Any] | Dataset[Any]:
+    """Examples to train on, made from what is never measured on.
+
+    Args:
+        name: one of `RECIPES`.
+        base: the model, with what prepares its inputs.
+        data: the data folder.
+        count: number of examples; text starts over when it is used up, cut at other places.
+        seed: of order, cuts and crops.
+    """
+    kind = WEIGHTS[name].kind
+    if kind == "vision":
+        return Photographs(data, count, seed)
+    if kind == "audio":
+        return Spectrograms(base, data, count, seed)
+    before, after = surroundings(base.tokenizer)
+    room = RECIPES[name].length - len(before) - len(after)
+    # Spans are five eighths of the longest in the mean.
+    stream = tokenize(cycle(training_text(data, seed=seed)), base.tokenizer, count * room)
+    spans = cut_spans(stream, room, seed)[:count]
+    if kind == "causal":
+        return split_spans(spans, before, after, is_decoder=False, seed=seed)
+    return [{"input_ids": [*before, *span, *after]} for span in spans]
+
+
+class Photographs(Dataset[dict[str, torch.Tensor]]):
+    """Random squares of photographs, one in four an image of CIFAR-10: as much as a probe is trained on.
+
+    Args:
+        data: the data folder.
+        count: number of examples.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, data: Path, count: int, seed: int) -> None:
+        self.photographs, self.small = photographs(data)[0], cifar10(data, "train")[0]
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`pixel_values` of shape `(3, height, width)`; the same for the same index."""
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        generator = random.Random(f"crop {index}, seed {self.seed}")
+        if index % 4 == 0:
+            image = generator.choice(self.small)
+        else:
+            image = generator.choice(self.photographs)
+            side = round(min(image.size) * generator.uniform(0.5, 1))
+            left, top = (generator.randint(0, length - side) for length in image.size)
+            image = image.crop((left, top, left + side, top + side))
+        return {"pixel_values": pixels([image], PHOTOGRAPH_SIDE)[0]}
+
+
+class Spectrograms(Dataset[dict[str, torch.Tensor]]):
+    """Utterances of digits and sentences that `espeak-ng` reads, as the encoder takes them.
+
+    Args:
+        base: the model with its feature extractor.
+        data: the data folder.
+        count: number of examples.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, base: Loaded, data: Path, count: int, seed: int) -> None:
+        sentences = [text for text in training_text(data, ["masc"], seed) if len(text.split()) <= 40]
+        self.utterances = digit_utterances(data, count - count // 2, is_test=False, seed=seed)
+        self.utterances += spoken_sentences(sentences[: count // 2])
+        random.Random(f"order of the utterances, seed {seed}").shuffle(self.utterances)
+        self.features = base.features
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_features` of shape `(80, 3000)`."""
+        audio = self.utterances[index].audio
+        features = self.features(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+        return {"input_features": features["input_features"][0]}

@@ -1,0 +1,134 @@
+"""Train the plugin of one real model; a run that was stopped goes on from its last checkpoint.
+
+python examples/real_models/train.py --data DATA --cache CACHE --model all-MiniLM-L6-v2 --output RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from recipes import RECIPES, Recipe, make_dataset, plugin_config, trained_part
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from weights import WEIGHTS, Loaded, load
+
+from peft_variator.files import write_text
+from peft_variator.profiling import describe_environment
+from peft_variator.training import DistillationConfig, DistillationTrainer
+
+
+__all__ = ["train"]
+
+
+def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
+    """Train a fresh plugin, or go on with one; it is saved in `output/plugin`.
+
+    Args:
+        name: one of `RECIPES`.
+        base: the model.
+        data: the data folder.
+        output: folder of the run, with its checkpoints.
+        recipe: steps, loss and so on.
+        seed: of data, order and ratios.
+        device: `cpu`, or anything else for the accelerator that there is.
+
+    Returns:
+        Parameters and the training log.
+    """
+    torch.manual_seed(seed)
+    student = get_peft_model(trained_part(name, base), plugin_config(name, base, **recipe.plugin))
+    trainer = DistillationTrainer(
+        student,
+        _arguments(recipe, output, seed, device),
+        train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed),
+        data_collator=_collator(WEIGHTS[name].kind, base),
+    )
+    checkpoints = output / "checkpoints"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    student.save_pretrained(str(output / "plugin"))
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    return {
+        "parameters": {"base": base.model.num_parameters(), "plugin": trained},
+        "log": [line for line in trainer.state.log_history if "loss" in line],
+    }
+
+
+def _arguments(recipe: Recipe, output: Path, seed: int, device: str) -> DistillationConfig:
+    return DistillationConfig(
+        output_dir=str(output / "checkpoints"),
+        ratios=list(recipe.ratios),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        bf16=recipe.bf16,
+        logging_steps=min(25, recipe.steps),
+        # On two cores a step of the larger models takes seconds, so this is minutes of work at most.
+        save_steps=50,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        seed=seed,
+        **recipe.losses,
+    )
+
+
+def _collator(kind: str, base: Loaded) -> Any:
+    if kind in ("vision", "audio"):
+        return default_data_collator
+    if base.tokenizer.pad_token is None:
+        base.tokenizer.pad_token = base.tokenizer.eos_token
+    return DataCollatorForSeq2Seq(base.tokenizer) if kind == "causal" else DataCollatorWithPadding(base.tokenizer)
+
+
+def main() -> None:
+    """Train, and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a data set")
+    parser.add_argument("--cache", type=Path, required=True, help="folder that weights.py filled")
+    parser.add_argument("--model", choices=list(RECIPES), required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, help="optimizer steps; the recipe's if not given")
+    parser.add_argument("--batch-size", type=int, help="examples a step; the recipe's if not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    result = arguments.output / "run.json"
+    if result.is_file():
+        parser.error(f"{result} is there: that run is done. Name another --output.")
+    torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    recipe = RECIPES[arguments.model]
+    recipe = replace(
+        recipe, steps=arguments.steps or recipe.steps, batch_size=arguments.batch_size or recipe.batch_size
+    )
+    environment = describe_environment(torch.device(arguments.device))
+    base = load(arguments.model, arguments.cache)
+    start = time.perf_counter()
+    figures = train(arguments.model, base, arguments.data, arguments.output, recipe, arguments.seed, arguments.device)
+    record = {
+        "model": arguments.model,
+        "weights_sha256": WEIGHTS[arguments.model].sha256,
+        "command": shlex.join(["python", *sys.argv]),
+        "recipe": asdict(recipe),
+        "seed": arguments.seed,
+        "environment": environment,
+        # Of the last start only, where a run was stopped and went on.
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    write_text(result, json.dumps(record | figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
