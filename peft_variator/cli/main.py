@@ -377,6 +377,13 @@ def train_command(
         float | None, typer.Option(help="Weight of the KL of predictions beside that of hidden states, which is 1.")
     ] = None,
     bottleneck_dim: Annotated[int | None, typer.Option(help="Width of the decompressor of a new plugin (64).")] = None,
+    decompression: Annotated[
+        Literal["bottleneck", "neurons"] | None,
+        typer.Option(help="What gives each token its own in a new plugin: a bottleneck (the default), or neurons."),
+    ] = None,
+    correction_dim: Annotated[
+        str | None, typer.Option(help="With neurons: how many, or their share of the network as in 0.25.")
+    ] = None,
     held_out: HeldOut = 128,
     text_column: TextColumn = "text",
     split: Split = "train",
@@ -413,6 +420,8 @@ def train_command(
             hidden_loss=hidden_loss,
             logits_weight=logits_weight,
             bottleneck_dim=bottleneck_dim,
+            decompression=decompression,
+            correction_dim=correction_dim,
             held_out=held_out,
             text_column=text_column,
             split=split,

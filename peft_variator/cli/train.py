@@ -51,14 +51,19 @@ class TrainJob(RunSettings):
     hidden_loss: str = "all"
     logits_weight: float | None = None
     bottleneck_dim: int | None = None
+    decompression: str | None = None
+    correction_dim: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for ratio in self.ratio or ():
             if ratio < 2:
                 raise ValueError(f"The ratio {ratio} compresses nothing, so there is nothing to train. Use 2 or more.")
-        if self.adapter is not None and self.bottleneck_dim is not None:
-            raise ValueError("--bottleneck-dim is that of the plugin in --adapter. Leave one of them out.")
+        for option in ("bottleneck_dim", "decompression", "correction_dim"):
+            if self.adapter is not None and getattr(self, option) is not None:
+                name = option.replace("_", "-")
+                raise ValueError(f"--{name} is that of the plugin in --adapter. Leave one of them out.")
+        self._decompression()  # raises for what is none
 
     def run(self) -> tuple[PluginFacts, bool]:
         """Train a plugin and write it with its card.
@@ -90,11 +95,24 @@ class TrainJob(RunSettings):
             return self._old_plugin(base, self.adapter)
         ratios = self.ratio or [VariatorConfig().compression_ratio]
         options: dict[str, Any] = {"compression_ratio": ratios[0]}
-        if self.bottleneck_dim is not None:
-            options["bottleneck_dim"] = self.bottleneck_dim
+        options |= self._decompression()
         if data.tokenizer is None:
             return get_peft_model(base, VariatorConfig(**options)), ratios
         return get_peft_model(base, VariatorConfig.from_tokenizer(data.tokenizer, **options)), ratios
+
+    def _decompression(self) -> dict[str, Any]:
+        """The fields of the configuration that say how a row is given back to its tokens."""
+        options: dict[str, Any] = {"bottleneck_dim": self.bottleneck_dim, "decompression": self.decompression}
+        if self.correction_dim is not None:
+            try:
+                options["correction_dim"] = (float if "." in self.correction_dim else int)(self.correction_dim)
+            except ValueError as error:
+                raise ValueError(
+                    f"--correction-dim {self.correction_dim}: give a number of neurons, or a share as in 0.25."
+                ) from error
+        options = {name: value for name, value in options.items() if value is not None}
+        VariatorConfig(**options)
+        return options
 
     def _old_plugin(self, base: PreTrainedModel, name: str) -> tuple[PeftModel, list[int]]:
         plugin = load_plugin(base, name)

@@ -10,7 +10,7 @@ from ..tuners.variator import VariatorLayer
 from .adapters import TrainedAdapters
 
 
-__all__ = ["TrainedRatios", "average_over_ratios", "sample_ratio"]
+__all__ = ["TrainedRatios", "average_over_ratios", "note_trained_ratios", "sample_ratio"]
 
 
 def sample_ratio(ratios: Sequence[int], seed: int, step: int) -> int:
@@ -32,6 +32,20 @@ def average_over_ratios(by_ratio: Mapping[int, Mapping[str, float]]) -> dict[str
     names = next(iter(by_ratio.values()))
     means = {name: sum(metrics[name] for metrics in by_ratio.values()) / len(by_ratio) for name in names}
     return means | {f"{name}_k{ratio}": metrics[name] for ratio, metrics in by_ratio.items() for name in metrics}
+
+
+def note_trained_ratios(adapters: TrainedAdapters, ratios: Sequence[int] | None) -> None:
+    """Have the configurations of the trained plugins say which ratios they are trained for.
+
+    Args:
+        adapters: the adapters that are trained.
+        ratios: the ratios to train for; `None`: the one that each plugin has.
+    """
+    for layer, names in adapters.layers:
+        for name in names if isinstance(layer, VariatorLayer) else ():
+            config = layer.configs[name]
+            own = layer.ratios.chosen.get(name, config.compression_ratio)
+            config.trained_ratios = sorted(set(ratios or [own]) - {1}) or None
 
 
 class TrainedRatios:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..tuners.variator.calibration import calibrate, needs_calibration
 from .adapters import TrainedAdapters
 from .config import DistillationConfig
 from .exact_losses import ExactLossTrainer
 from .losses import LossSums
 from .objective import HIDDEN_KEYS, build_terms
 from .predictions import CAUSAL, prediction_of
-from .ratios import TrainedRatios, average_over_ratios, sample_ratio
+from .ratios import TrainedRatios, average_over_ratios, note_trained_ratios, sample_ratio
 from .sampling import sample_examples
 from .teacher import InPlaceTeacher, SeparateTeacher, Teacher
 from .terms import HiddenTerm, TaskTerm
@@ -90,7 +91,15 @@ class DistillationTrainer(ExactLossTrainer):
         return SeparateTeacher(teacher_model, model)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; see `Trainer.train`. A plugin trained for several `ratios` has its own ratio again afterwards."""
+        """Train; see `Trainer.train`. A plugin trained for several `ratios` has its own ratio again afterwards.
+
+        A new plugin with `decompression="neurons"` is calibrated first, see [`calibrate`]; the configuration of the
+        plugin says afterwards which ratios it was trained for.
+        """
+        if self.train_dataset is not None and needs_calibration(self.model):
+            with torch.random.fork_rng(devices=[]):
+                calibrate(self.model, self._sample_batches(self.train_dataset))
+        note_trained_ratios(self.adapters, self.args.ratios)
         self._measure_variances(self.train_dataset)
         if self.ratios is None:
             return super().train(*args, **kwargs)

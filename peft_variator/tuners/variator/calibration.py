@@ -14,7 +14,7 @@ from .merging import Groups
 from .network import Network
 
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "needs_calibration"]
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -65,6 +65,20 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
         modules = layer.modules_of(plugin)
         width = modules["variator_neurons"].get_buffer("index").numel()
         copy_neurons(modules, network, spreads[layer.name].topk(width).indices.sort().values)
+        modules["variator_neurons"].is_calibrated = True  # type: ignore[assignment]  # a NeuronIndex
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether the active plugin is new and copies neurons that were chosen without data."""
+    for layer in plugin_layers(model):
+        plugin = layer.active_plugin
+        if plugin is None or layer.decompressions[plugin] != NeuronsDecompression.name:
+            continue
+        modules, network = layer.modules_of(plugin), layer.network()
+        is_new = not layer.configs[plugin].was_saved and not modules["variator_neurons"].is_calibrated
+        if is_new and network is not None and network.is_readable and not has_left_its_start(modules, network):
+            return layer.rule_at(plugin, layer.ratios.chosen.get(plugin)).ratio > 1
+    return False
 
 
 def _layers_to_calibrate(model: nn.Module) -> list[tuple[VariatorLayer, str, Network]]:

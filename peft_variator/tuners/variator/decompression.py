@@ -114,6 +114,7 @@ class NeuronIndex(nn.Module):
         super().__init__()
         self.register_buffer("index", index)
         self._activation = (activation,)  # in a tuple: the module is the network's
+        self.is_calibrated = False
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The activation."""

@@ -1,0 +1,63 @@
+"""Before the first step the trainer chooses a new plugin's neurons by data; the plugin says what it learned for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import BertConfig, BertModel
+
+from peft_variator import DistillationConfig, DistillationTrainer, VariatorConfig
+from peft_variator.tuners.variator import VariatorLayer
+
+
+def base() -> BertModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertModel(BertConfig(vocab_size=60, **sizes))
+
+
+def data() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_ids": torch.randint(5, 60, (12,), generator=generator).tolist(), "attention_mask": [1] * 12}
+        for _ in range(8)
+    ]
+
+
+def train(model: PeftModel, path: Path, steps: int = 1, ratios: list[int] | None = None) -> None:
+    args = DistillationConfig(
+        str(path), max_steps=steps, per_device_train_batch_size=4, report_to=[], use_cpu=True, ratios=ratios
+    )
+    DistillationTrainer(model, args, train_dataset=data()).train()
+
+
+def chosen(model: PeftModel) -> list[list[int]]:
+    layers = [module for module in model.modules() if isinstance(module, VariatorLayer)]
+    return [layer.variator_neurons["default"].index.tolist() for layer in layers]
+
+
+def test_a_new_plugin_is_calibrated_once(tmp_path: Path) -> None:
+    config = VariatorConfig(decompression="neurons", correction_dim=4)
+    model = get_peft_model(base(), config)
+    without_data = chosen(model)
+    train(model, tmp_path / "first")
+    by_data = chosen(model)
+    assert by_data != without_data
+    train(model, tmp_path / "second")
+    assert chosen(model) == by_data
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "saved"), is_trainable=True)
+    train(loaded, tmp_path / "third")
+    assert chosen(loaded) == by_data
+
+
+def test_a_plugin_says_which_ratios_it_was_trained_for(tmp_path: Path) -> None:
+    model = get_peft_model(base(), VariatorConfig(compression_ratio=4))
+    train(model, tmp_path / "one")
+    assert model.peft_config["default"].trained_ratios == [4]
+    train(model, tmp_path / "several", ratios=[8, 2])
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "saved"))
+    assert loaded.peft_config["default"].trained_ratios == [2, 8]
