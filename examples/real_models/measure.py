@@ -111,6 +111,16 @@ def measure(
     return results
 
 
+def _with_plugin(base: Any, kind: str, folder: Path, ratio: int | None) -> Any:
+    """A second model over the base's weights, with a plugin in it."""
+    model = share_weights(base)
+    # A recogniser's plugin was made for the encoder alone. PEFT puts it into the modules that the whole model has.
+    plugin = PeftModel.from_pretrained(model.get_encoder() if kind == "audio" else model, str(folder)).eval()
+    if ratio is not None:
+        plugin.set_compression_ratio(ratio)
+    return model if kind == "audio" else plugin
+
+
 def main() -> None:
     """Measure, and write after each part."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -133,9 +143,7 @@ def main() -> None:
         base = load(arguments.model, arguments.cache)
         model: Any = base.model
         if arguments.plugin:
-            model = PeftModel.from_pretrained(share_weights(base.model), str(arguments.plugin)).eval()
-            if arguments.ratio:
-                model.set_compression_ratio(arguments.ratio)
+            model = _with_plugin(base.model, WEIGHTS[arguments.model].kind, arguments.plugin, arguments.ratio)
         weights = WEIGHTS[arguments.model]
         facts = {
             "model": arguments.model,
