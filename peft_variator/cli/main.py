@@ -164,6 +164,26 @@ def bench_command(
         )
 
 
+@app.command("export", cls=Command, context_settings=CONTEXT, short_help="Write a model with its plugin as ONNX.")
+def export_command(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub name of a Variator plugin.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .onnx.")],
+    ratio: Annotated[int | None, typer.Option(help="Compression ratio k; left out: the plugin's own.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model; left out: the one that the plugin names.")] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the base of ADAPTER with the plugin as one ONNX file, at one ratio, with the tokenizer beside it.
+
+    Batch and length stay free. ONNX Runtime has to agree with PyTorch before the file gets its name. Text and vision
+    encoders only; needs the extra 'onnx'.
+    """
+    with reported():
+        from .export import export
+
+        export(adapter, output, ratio, base, Reporter(json, None, quiet))
+
+
 @app.command("inspect", cls=Command, context_settings=CONTEXT, short_help="Count the zeros of a checkpoint on disk.")
 def inspect_command(
     path: Annotated[Path, typer.Argument(help="Folder with safetensors files, sharded or not, or one such file.")],

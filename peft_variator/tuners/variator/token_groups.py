@@ -450,12 +450,28 @@ def group_windows(
         blocks = [Block(0, (prefix, 1))] if prefix else []
         blocks.append(Block(prefix, (height // tall, tall, width // wide, wide)))
         return SharedGroups.of(blocks, batch, device)
+    if _shapes_must_not_depend_on_values(device):
+        return bound_windows(prefix, grid, ratio, batch, device)
     rows, columns = np.arange(height)[:, None], np.arange(width)
     windows = (rows // tall * -(-width // wide) + columns // wide).ravel() + prefix
     group_of = np.concatenate([np.arange(prefix), windows])
     offsets = np.arange(batch)[:, None] * (group_of.max() + 1)
     tokens = np.arange(group_of.size * batch)
     return pack((group_of + offsets).ravel(), tokens, ratio, tokens.size, device)
+
+
+def bound_windows(prefix: int, grid: tuple[int, int], ratio: int, batch: int, device: torch.device) -> BoundedGroups:
+    """The groups of [`group_windows`] by operations that compilers follow; there is exactly a row for each of them."""
+    (height, width), (tall, wide) = grid, window_of(ratio)
+    y, x = torch.arange(height, device=device).view(-1, 1), torch.arange(width, device=device)
+    windows_across = (width + wide - 1) // wide
+    rows = prefix + (height + tall - 1) // tall * windows_across
+    row = (y // tall * windows_across + x // wide).flatten() + prefix
+    # Places in a window count on from patch to patch, in one that is cut off at the right too.
+    slot = (y % tall * (width - x // wide * wide).clamp(max=wide) + x % wide).flatten()
+    first = torch.arange(prefix, device=device)
+    row, slot = torch.cat([first, row]), torch.cat([torch.zeros_like(first), slot])
+    return BoundedGroups.of(row.expand(batch, -1), slot.expand(batch, -1), None, rows, ratio)
 
 
 def window_of(ratio: int) -> tuple[int, int]:

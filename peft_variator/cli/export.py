@@ -1,0 +1,308 @@
+"""`peft-variator export`: a base with its plugin as one ONNX file, checked against the model it was made of."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+
+from .. import __version__
+from ..files import check_new_file, replacing
+from ..models import check_model_name, find_task
+from ..training import load_plugin
+from ..tuners.variator import VariatorConfig
+from .console import Reporter
+
+
+__all__ = ["ExportReport", "export"]
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# A file of ONNX is one protobuf message, which can't be larger.
+LARGEST_FILE = 2**31
+# Batch and length of what the file is checked on; the first is what it is made with.
+SHAPES = ((2, 16), (1, 7), (3, 33))
+# Of the largest value of an output: runtimes sum in another order.
+TOLERANCE = 1e-3
+HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported.
+
+    Args:
+        output: the file.
+        base: folder or Hub name of the base.
+        adapter: folder or Hub name of the plugin.
+        ratio: the compression ratio k that the file has for good.
+        inputs: names of the inputs.
+        outputs: names of the outputs.
+        max_difference: the largest difference between ONNX Runtime and the model in PyTorch.
+        bytes: size of the file.
+    """
+
+    output: str
+    base: str
+    adapter: str
+    ratio: int
+    inputs: list[str]
+    outputs: list[str]
+    max_difference: float
+    bytes: int
+
+
+class TensorOutputs(nn.Module):
+    """A model that gives the named outputs as a plain tuple, and takes its inputs by position.
+
+    Args:
+        model: the model.
+        inputs: names of its arguments.
+        outputs: names of its outputs.
+    """
+
+    def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The outputs in the order of their names."""
+        found = self.model(**dict(zip(self.inputs, values, strict=True)), return_dict=True)
+        return tuple(found[name] for name in self.outputs)
+
+
+def export(adapter: str, output: Path, ratio: int | None, base: str | None, reporter: Reporter) -> None:
+    """Write a base with its plugin as ONNX and tell how far the file is from the model.
+
+    Args:
+        adapter: folder or Hub name of the plugin.
+        output: the file to write; the tokenizer is written beside it.
+        ratio: the compression ratio k, or `None` for the plugin's own.
+        base: folder or Hub name of the base; `None`: the one that the plugin names.
+        reporter: where to tell.
+
+    Raises:
+        ImportError: a package that writes or runs ONNX is missing.
+        OSError: the file can't be written.
+        ValueError: the adapter is no plugin, the model is no encoder, or the file does not do what the model does.
+    """
+    _check_packages()
+    reporter.check()
+    if output.suffix != ".onnx":
+        raise ValueError(f"--output is {str(output)!r}; the name has to end in .onnx, as the file is ONNX.")
+    check_new_file(output)
+    if ratio is not None and ratio < 1:
+        raise ValueError(f"--ratio is {ratio}; a compression ratio is 1 (nothing is merged) or more.")
+    check_model_name(adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, VariatorConfig):
+        raise ValueError(f"{adapter!r} has the method {config.peft_type}, not a Variator plugin. Name a plugin.")
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter!r} does not name its base. Name it with --base.")
+    model, without_pooler = _load_base(base, adapter, config)
+    plugin = load_plugin(model, adapter, is_trainable=False).eval()
+    if ratio is not None:
+        plugin.set_compression_ratio(ratio)
+    processor = _load_processor(base, model)
+    report = _write(plugin, output, processor, without_pooler, (base, adapter, ratio or config.compression_ratio))
+    reporter.write_json(json.dumps(asdict(report), indent=2))
+    reporter.say(
+        f"Wrote {report.output} ({report.bytes / 1e6:,.1f} MB): {report.base} with its plugin at k = {report.ratio}.",
+        f"Inputs {', '.join(report.inputs)}; outputs {', '.join(report.outputs)}.",
+        f"ONNX Runtime differs from PyTorch by at most {report.max_difference:.1e}, on {len(SHAPES)} batches.",
+    )
+
+
+def _check_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"The export needs {', '.join(missing)}, which is not installed. Run: pip install 'peft-variator[onnx]'"
+        )
+
+
+# The model
+
+
+def _load_base(name: str, adapter: str, config: VariatorConfig) -> tuple[PreTrainedModel, bool]:
+    """The base in the class that the plugin was saved from, and whether its pooler has no weights.
+
+    Raises:
+        ValueError: the base is no encoder, or neither it nor the adapter holds all weights.
+    """
+    check_model_name(name)
+    loaded, info = _class_of(config).from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+    task = find_task(name, loaded.config)
+    if task not in ("encoder", "vision"):
+        raise ValueError(
+            f"{name!r} is a {task} model, and only text and vision encoders are exported: generating would need the "
+            "key-value cache as inputs and outputs. For a prefill, use torch.compile."
+        )
+    in_adapter = {key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")}
+    missing = {key for key in info["missing_keys"] if key not in in_adapter}
+    pooler = {key for key in missing if "pooler." in key}
+    if missing - pooler:
+        raise ValueError(
+            f"Neither {name!r} nor {adapter!r} holds {', '.join(sorted(missing - pooler)[:3])} of a "
+            f"{type(loaded).__name__}, which would be random. Name the base of the plugin with --base."
+        )
+    return loaded.eval(), bool(pooler)
+
+
+def _class_of(config: VariatorConfig) -> Any:
+    """The class of the model that the plugin was saved from, else transformers' choice without a head."""
+    if config.task_type is not None:
+        if config.task_type in HEADS:
+            return getattr(transformers, HEADS[config.task_type])
+        if config.task_type != "FEATURE_EXTRACTION":
+            raise ValueError(
+                f"The plugin has task_type={str(config.task_type)!r}; models of {', '.join(HEADS)} and "
+                "FEATURE_EXTRACTION are exported."
+            )
+    name = (config.auto_mapping or {}).get("base_model_class")
+    return getattr(transformers, name) if name in dir(transformers) else AutoModel
+
+
+def _load_processor(name: str, model: PreTrainedModel) -> Any:
+    """The base's tokenizer or image processor, or `None` if it has none."""
+    automatic = AutoImageProcessor if model.main_input_name == "pixel_values" else AutoTokenizer
+    try:
+        return automatic.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+# The file
+
+
+def _examples(model: PreTrainedModel, config: VariatorConfig) -> list[dict[str, Tensor]]:
+    """Inputs to make the file with and to check it on: padded texts with tokens that are not merged, or images."""
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = model.config.num_channels
+        return [
+            {"pixel_values": torch.randn(batch, channels, height, width, generator=generator)} for batch, _ in SHAPES
+        ]
+    examples = []
+    pad = model.config.pad_token_id
+    for batch, length in SHAPES:
+        ids = torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
+        # Random ids would be special tokens at places, and more of them than a text has.
+        special = torch.tensor([*config.keep_token_ids, *([] if pad is None else [pad])], dtype=torch.long)
+        ordinary = next(number for number in range(1, model.config.vocab_size) if number not in special)
+        ids = torch.where(torch.isin(ids, special), ordinary, ids)
+        if config.keep_token_ids:
+            ids[:, 0] = config.keep_token_ids[0]
+        real = torch.linspace(length, max(length // 2, 1), batch).long()
+        mask = torch.arange(length) < real.unsqueeze(1)
+        ids = ids if pad is None else ids.masked_fill(~mask, pad)
+        examples.append({"input_ids": ids, "attention_mask": mask.long()})
+    return examples
+
+
+def _dynamic_shapes(example: dict[str, Tensor]) -> tuple[dict[int, str], ...]:
+    return tuple({0: "batch"} if name == "pixel_values" else {0: "batch", 1: "length"} for name in example)
+
+
+@torch.no_grad()
+def _write(
+    plugin: PeftModel, output: Path, processor: Any, without_pooler: bool, origin: tuple[str, str, int]
+) -> ExportReport:
+    """Write the file and what belongs beside it, once it has been checked."""
+    import onnx
+
+    base, adapter, ratio = origin
+    model, config = plugin.get_base_model(), plugin.peft_config[plugin.active_adapter]
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if size >= LARGEST_FILE:
+        raise ValueError(f"The weights take {size / 1e9:.1f} GB, and an ONNX file holds less than 2.1 GB.")
+    examples = _examples(model, config)
+    found = model(**examples[0], return_dict=True)
+    outputs = [
+        name
+        for name, value in found.items()
+        if isinstance(value, Tensor) and not (without_pooler and name == "pooler_output")
+    ]
+    inputs = list(examples[0])
+    wrapped = TensorOutputs(model, inputs, outputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, on names that it chose itself
+        program = torch.onnx.export(
+            wrapped,
+            tuple(examples[0].values()),
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=(_dynamic_shapes(examples[0]),),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # with dynamo=True there is always one
+    told = {
+        "compression_ratio": str(ratio),
+        "adapter": adapter,
+        "base": base,
+        "max_kept_tokens": str(config.max_kept_tokens),
+        "version": __version__,
+    }
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {f"peft_variator.{name}": value for name, value in told.items()})
+    with replacing(output) as temporary:
+        onnx.save_model(proto, str(temporary))
+        difference = _check_file(temporary, wrapped, examples)
+        if processor is not None:
+            _save_beside(processor, output)
+    return ExportReport(str(output), base, adapter, ratio, inputs, outputs, difference, output.stat().st_size)
+
+
+def _check_file(path: Path, model: TensorOutputs, examples: list[dict[str, Tensor]]) -> float:
+    """The largest difference between what ONNX Runtime gives and what the model gives, at real tokens.
+
+    Raises:
+        ValueError: it is more than rounding explains.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for example in examples:
+        found = session.run(model.outputs, {name: value.numpy() for name, value in example.items()})
+        mask = example.get("attention_mask")
+        for name, array, value in zip(model.outputs, found, model(*example.values()), strict=True):
+            other = torch.from_numpy(array)
+            if mask is not None and value.shape[:2] == mask.shape:
+                value, other = value[mask.bool()], other[mask.bool()]
+            difference = float((other - value).abs().max())
+            if not difference <= TOLERANCE * max(float(value.abs().max()), 1.0):
+                raise ValueError(
+                    f"The ONNX file gives {name} that differs by {difference:.2g} from the model, for inputs of shape "
+                    f"{tuple(next(iter(example.values())).shape)}. Nothing was written. Report the model and the "
+                    "versions of torch and onnxscript."
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def _save_beside(processor: Any, output: Path) -> None:
+    """Write a tokenizer or an image processor into the folder of the file; each of its files appears whole."""
+    with tempfile.TemporaryDirectory(prefix=".processor.", dir=output.absolute().parent) as folder:
+        processor.save_pretrained(folder)
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, output.absolute().parent / file.name)

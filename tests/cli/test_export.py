@@ -1,0 +1,77 @@
+"""`peft-variator export` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from peft_variator import VariatorConfig
+from peft_variator.cli.main import app
+
+from .test_train import save_model
+
+
+def invoke(*words: Any) -> tuple[int, str, str]:
+    """Run the command; error messages come out as one line of words."""
+    done = CliRunner().invoke(app, ["export", *map(str, words)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
+
+
+def save_plugin(folder: Path, task: str = "encoder") -> Path:
+    """A base in `folder/model`, and its plugin, whose path is returned."""
+    save_model(folder / "model", task)
+    automatic = AutoModelForCausalLM if task == "causal" else AutoModel
+    config = VariatorConfig(init_weights=False, keep_token_ids=[2, 3])
+    torch.manual_seed(1)
+    get_peft_model(automatic.from_pretrained(folder / "model"), config).save_pretrained(folder / "plugin")
+    return folder / "plugin"
+
+
+@pytest.mark.slow
+def test_a_file_that_runs_without_torch(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    plugin, output = save_plugin(tmp_path), tmp_path / "out" / "model.onnx"
+    status, out, err = invoke(plugin, "--output", output, "--ratio", 2, "--json", tmp_path / "report.json")
+    assert status == 0, err
+    assert str(output) in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ratio"] == 2
+    assert report["max_difference"] < 1e-4
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    told = session.get_modelmeta().custom_metadata_map
+    assert told["peft_variator.compression_ratio"] == "2"
+    assert told["peft_variator.adapter"] == str(plugin)
+    assert told["peft_variator.max_kept_tokens"] == "4"
+    # What lies beside the file is all that is needed.
+    texts = AutoTokenizer.from_pretrained(output.parent)(["w3 w4 w5 w6 w7", "w9"], padding=True, return_tensors="np")
+    states = session.run(["last_hidden_state"], {name: texts[name] for name in ("input_ids", "attention_mask")})[0]
+    assert states.shape == (2, 7, 16)
+    assert {path.name for path in output.parent.iterdir()} == {"model.onnx", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_what_can_t_be_exported(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    plugin, output = save_plugin(tmp_path, "causal"), tmp_path / "out" / "model.onnx"
+    lora = LoraConfig(target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), lora).save_pretrained(tmp_path / "lora")
+    for words, said in (
+        ((plugin, "-o", output), "causal"),
+        ((plugin, "-o", tmp_path / "model.bin"), ".onnx"),
+        ((plugin, "-o", output, "--ratio", "0"), "--ratio is 0"),
+        ((tmp_path / "lora", "-o", output), "LORA"),
+        ((tmp_path / "nothing", "-o", output), "nothing"),
+    ):
+        status, _, err = invoke(*words)
+        assert status == 1, words
+        assert said in err
+    assert not output.exists()
