@@ -10,13 +10,41 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from peft_variator import VariatorConfig
 from peft_variator.cli.main import app
 
-from .test_train import save_model
+
+TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+
+
+def save_base(folder: Path, kind: str) -> PreTrainedModel:
+    """A tiny model and its tokenizer."""
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**TEXT)) if kind == "encoder" else LlamaForCausalLM(LlamaConfig(**TEXT))
+    model.save_pretrained(folder)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(36))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    ).save_pretrained(folder)
+    return type(model).from_pretrained(folder)
 
 
 def invoke(*words: Any) -> tuple[int, str, str]:
@@ -26,13 +54,11 @@ def invoke(*words: Any) -> tuple[int, str, str]:
     return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
 
 
-def save_plugin(folder: Path, task: str = "encoder") -> Path:
+def save_plugin(folder: Path, kind: str = "encoder") -> Path:
     """A base in `folder/model`, and its plugin, whose path is returned."""
-    save_model(folder / "model", task)
-    automatic = AutoModelForCausalLM if task == "causal" else AutoModel
-    config = VariatorConfig(init_weights=False, keep_token_ids=[2, 3])
+    base = save_base(folder / "model", kind)
     torch.manual_seed(1)
-    get_peft_model(automatic.from_pretrained(folder / "model"), config).save_pretrained(folder / "plugin")
+    get_peft_model(base, VariatorConfig(init_weights=False, keep_token_ids=[2, 3])).save_pretrained(folder / "plugin")
     return folder / "plugin"
 
 
@@ -63,7 +89,7 @@ def test_what_can_t_be_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
     plugin, output = save_plugin(tmp_path, "causal"), tmp_path / "out" / "model.onnx"
     lora = LoraConfig(target_modules=["q_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), lora).save_pretrained(tmp_path / "lora")
+    get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "model"), lora).save_pretrained(tmp_path / "lora")
     for words, said in (
         ((plugin, "-o", output), "causal"),
         ((plugin, "-o", tmp_path / "model.bin"), ".onnx"),

@@ -179,9 +179,12 @@ class ForwardCall:
 
 
 class _ThreadCalls(threading.local):
-    calls: tuple[ForwardCall, ...] = ()
-    recomputed: tuple[int, tuple[ForwardCall, ...]] = (-1, ())
-    runs_single_blocks = False
+    def __init__(self) -> None:
+        # Every thread starts with attributes of its own: code compiled while it had only those of the class would be
+        # compiled again after the first call had set them.
+        self.calls: tuple[ForwardCall, ...] = ()
+        self.recomputed: tuple[int, tuple[ForwardCall, ...]] = (-1, ())
+        self.runs_single_blocks = False
 
 
 # An attribute of a thread-local object, since torch.compile follows it, as it does not follow a ContextVar.
