@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..files import write_text
 from .checkpoint import CheckpointError
 from .compressed_tensors import CODECS, Sparse24Codec
 from .linear import Unpacked
@@ -271,3 +272,34 @@ def shorten(value: object) -> str:
     """What to show of a value or an error of any length."""
     text = str(value) if isinstance(value, Exception) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+README_NAME = "README.md"
+NOTICE = """
+**Import `peft_variator` before you load this model.** Its 2:4-sparse layers are packed, and transformers alone does
+not know the format: it warns of an "unknown quantization type" and fills the layers with **random numbers**.
+
+```python
+import peft_variator  # pip install peft_variator
+from transformers import AutoModel  # or the class for your task
+
+model = AutoModel.from_pretrained("this folder")
+```
+"""
+
+
+def write_notice(folder: Path) -> None:
+    """Have the README of a packed model say first what transformers does without this package.
+
+    A README that is there keeps its text, behind the notice.
+
+    Args:
+        folder: the folder of the packed model.
+    """
+    readme = folder / README_NAME
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if NOTICE in text:
+        return
+    metadata = re.match(r"---\n.*?\n---\n", text, re.DOTALL)  # the Hub reads it at the very beginning
+    start = metadata.end() if metadata else 0
+    write_text(readme, f"{text[:start]}{NOTICE}\n{text[start:]}")

@@ -27,6 +27,7 @@ from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import (
     CONFIG_NAME,
     METHOD,
+    README_NAME,
     Rules,
     Sparse24Config,
     names_dtype,
@@ -35,6 +36,7 @@ from .config import (
     read_model_config,
     read_quantization,
     shorten,
+    write_notice,
 )
 from .loading_plan import KeyNames, PlannedWeight, check_complete, check_size, plan_weights
 from .packing import PackedWeight
@@ -392,6 +394,9 @@ def rewrite(
         write_text(stage.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         names.add(INDEX_NAME)
     names |= _copy_other_files(source.path, stage.path)
+    if "quantization_config" in config:
+        write_notice(stage.path)
+        names.add(README_NAME)
     write_text(stage.path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     stage.finish(names)
     return ConversionReport(stage.output, len(pieces), total, after)

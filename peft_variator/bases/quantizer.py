@@ -24,7 +24,15 @@ from transformers.quantizers.auto import (
 
 from ..files import new_folder
 from .checkpoint import CHECKSUM_METADATA, Checkpoint, CheckpointError, checksum
-from .config import METHOD, Sparse24Config, names_dtype, pop_quantization, read_model_config, read_quantization
+from .config import (
+    METHOD,
+    Sparse24Config,
+    names_dtype,
+    pop_quantization,
+    read_model_config,
+    read_quantization,
+    write_notice,
+)
 from .linear import Sparse24Linear, Unpacked
 from .loading_plan import KeyNames, PlannedWeight, check_complete, plan_weights
 from .packing import PackedWeight
@@ -97,6 +105,8 @@ def save_base(model: PreTrainedModel, output: str | os.PathLike[str], **kwargs: 
     """
     with new_folder(os.fspath(output)) as folder:
         model.save_pretrained(folder, **kwargs)
+        if isinstance(getattr(model.config, "quantization_config", None), Sparse24Config):
+            write_notice(folder)
 
 
 class Sparse24Quantizer(HfQuantizer):

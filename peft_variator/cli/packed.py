@@ -17,6 +17,8 @@ from .console import Reporter
 
 __all__ = ["merge", "pack", "unpack"]
 
+_NOTICE = "Import peft_variator before you load the packed model: transformers alone fills it with random numbers."
+
 Report = TypeVar("Report", bound=ConversionReport)
 
 
@@ -25,7 +27,7 @@ def pack(source: Path, output: Path, target: Sequence[str] | None, ignore: Seque
     report = _run(
         "Packing", lambda on_progress: pack_checkpoint(source, output, target, ignore, on_progress), reporter
     )
-    reporter.say(f"Converted {report.converted} weights: {_describe_sizes(report)}")
+    reporter.say(_NOTICE, f"Converted {report.converted} weights: {_describe_sizes(report)}")
     reporter.say(f"Next: {_loading(report.output, is_packed=True)}")
 
 
@@ -91,4 +93,5 @@ def _describe_merge(report: MergeReport) -> list[str]:
             f"Nothing was masked in {len(report.unmasked)} of them, the first being {report.unmasked[0]}: the base "
             "does not prune it, so the whole update went in, as with plain LoRA. Is this the pruned base?"
         )
-    return [*lines, f"Next: {_loading(report.output, is_packed=bool(report.packed))}"]
+    notice = [_NOTICE] if report.packed else []
+    return [*notice, *lines, f"Next: {_loading(report.output, is_packed=bool(report.packed))}"]

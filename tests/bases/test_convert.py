@@ -333,3 +333,16 @@ def test_the_commands_report_errors(dense_dir, packed_dir, tmp_path):
     )
     assert result.exit_code == 0, result.output
     shutil.rmtree(tmp_path / "out")
+
+
+def test_the_readme_says_first_what_transformers_alone_does(tmp_path) -> None:
+    from peft_variator.bases.config import write_notice
+
+    readme = tmp_path / "README.md"
+    readme.write_text("---\nlicense: mit\n---\n\n# My model\n")
+    for _ in range(2):
+        write_notice(tmp_path)
+        text = readme.read_text()
+        assert text.startswith("---\nlicense: mit\n---\n\n**Import `peft_variator` before you load this model.**")
+        assert text.endswith("# My model\n")
+        assert text.count("random numbers") == 1
