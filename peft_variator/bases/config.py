@@ -24,6 +24,7 @@ __all__ = [
     "METHOD",
     "Rules",
     "Sparse24Config",
+    "drop_notice",
     "matches",
     "names_dtype",
     "pop_quantization",
@@ -303,3 +304,17 @@ def write_notice(folder: Path) -> None:
     metadata = re.match(r"---\n.*?\n---\n", text, re.DOTALL)  # the Hub reads it at the very beginning
     start = metadata.end() if metadata else 0
     write_text(readme, f"{text[:start]}{NOTICE}\n{text[start:]}")
+
+
+def drop_notice(folder: Path) -> None:
+    """Take the notice of [`write_notice`] out of the README of a model that is dense again.
+
+    Args:
+        folder: the folder of the dense model.
+    """
+    readme = folder / README_NAME
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if text == f"{NOTICE}\n":
+        readme.unlink()
+    elif NOTICE in text:
+        write_text(readme, text.replace(f"{NOTICE}\n", "", 1))

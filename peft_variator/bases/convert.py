@@ -30,6 +30,7 @@ from .config import (
     README_NAME,
     Rules,
     Sparse24Config,
+    drop_notice,
     names_dtype,
     pop_quantization,
     read_config,
@@ -396,7 +397,9 @@ def rewrite(
     names |= _copy_other_files(source.path, stage.path)
     if "quantization_config" in config:
         write_notice(stage.path)
-        names.add(README_NAME)
+    else:
+        drop_notice(stage.path)
+    names |= {README_NAME} if (stage.path / README_NAME).exists() else set()
     write_text(stage.path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     stage.finish(names)
     return ConversionReport(stage.output, len(pieces), total, after)

@@ -25,7 +25,11 @@ class Recorder(TrainerCallback):
         self.ratios: list[int] = []
 
     def on_substep_end(self, args, state, control, model, **kwargs) -> None:
-        self.ratios += {m.rules["default"].ratio for m in model.modules() if isinstance(m, VariatorLayer)}
+        self.ratios += {
+            m.rule_at("default", m.ratios.chosen.get("default")).ratio
+            for m in model.modules()
+            if isinstance(m, VariatorLayer)
+        }
 
     on_pre_optimizer_step = on_substep_end
 

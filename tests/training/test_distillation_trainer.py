@@ -277,7 +277,7 @@ class Recorder(TrainerCallback):
 
     def record(self, model: nn.Module, step: int) -> None:
         layers = [module for module in model.modules() if isinstance(module, VariatorLayer)]
-        (ratio,) = {layer.rules["default"].ratio for layer in layers}
+        (ratio,) = {layer.rule_at("default", layer.ratios.chosen.get("default")).ratio for layer in layers}
         self.ratios.setdefault(step, []).append(ratio)
 
     def on_substep_end(self, args, state, control, model, **kwargs) -> None:
@@ -306,7 +306,8 @@ def test_one_ratio_a_step_drawn_from_the_seed(trainer, plugin_model, examples) -
         )
         run.train()
         recorded.append(recorder.ratios)
-        rules = [module.rules["default"].ratio for module in run.model.modules() if isinstance(module, VariatorLayer)]
+        layers = [module for module in run.model.modules() if isinstance(module, VariatorLayer)]
+        rules = [layer.rule_at("default", layer.ratios.chosen.get("default")).ratio for layer in layers]
         assert rules == [3, 5], "the plugin has its own ratios again"
     assert recorded[0] == recorded[1] != recorded[2]
     assert all(len(ratios) == 2 and len(set(ratios)) == 1 for ratios in recorded[0].values())

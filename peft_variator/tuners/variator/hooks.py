@@ -177,7 +177,7 @@ class StackForward(WrappedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.begin(recorded_arguments(self.names, args, kwargs))
         calls = (*open_calls(), call)
-        if self.module.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self._keep_calls_for_checkpoints()
             output = run_inside(calls, self._forward, *args, **kwargs)
             if call.groups.choices:
@@ -255,7 +255,7 @@ class StackForward(WrappedForward):
     def _keep_calls_for_checkpoints(self) -> None:
         """Have blocks that are computed again in the backward find the call that they belong to."""
         for block in self._blocks:
-            function = checkpoint_function(block)
+            function = checkpoint_function(block) if block.gradient_checkpointing else None
             if function is not None and not isinstance(function, CheckpointInsideCalls):
                 set_checkpoint_function(block, CheckpointInsideCalls(function))
 
