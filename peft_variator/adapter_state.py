@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .compat import mark_without_adapters
+from .field_types import check_field_types
 from .snapshot import ModelSnapshot, undone_on_error
 
 
@@ -34,6 +35,7 @@ class SavedConfig(PeftConfig):
     source: str | None
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
         self.source = None
         super().__post_init__()

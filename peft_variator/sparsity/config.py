@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..field_types import check_field_types
 from .patterns import Pattern, Target
 
 
@@ -124,6 +125,7 @@ class PruningConfig:
     seed: int = field(default=0, metadata={"help": "ECoFLaP, zeroth: seed of the noise."})
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         _check_choice("method", self.method, METHODS)
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("score_order", self.score_order, SCORE_ORDERS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+
+from ..field_types import check_field_types
 
 
 __all__ = ["DistillationConfig"]
@@ -73,13 +74,14 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_field_types(self, inherited_from=TrainingArguments)
         super().__post_init__()
         self._check_weights()
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ValueError(f"hidden_loss={self.hidden_loss!r} is not one of {', '.join(map(repr, HIDDEN_LOSSES))}.")
-        if not (_is_finite(self.temperature) and self.temperature > 0):
+        if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} has to be a number greater than 0.")
-        if not isinstance(self.variance_samples, int) or self.variance_samples < 1:
+        if self.variance_samples < 1:
             raise ValueError(f"variance_samples={self.variance_samples!r} has to be an integer of at least 1.")
         self._check_ratios()
 
@@ -87,7 +89,7 @@ class DistillationConfig(TrainingArguments):
         names = ("hidden_weight", "logits_weight", "task_weight")
         for name in names:
             value = getattr(self, name)
-            if not (_is_finite(value) and value >= 0):
+            if not value >= 0:
                 raise ValueError(f"{name}={value!r} has to be a number, 0 or greater.")
         if not any(getattr(self, name) for name in names):
             raise ValueError(f"{', '.join(names)} are all 0, so there is nothing to train for. Set one above 0.")
@@ -95,17 +97,11 @@ class DistillationConfig(TrainingArguments):
     def _check_ratios(self) -> None:
         if self.ratios is None:
             return
-        if isinstance(self.ratios, int):
-            raise ValueError(f"ratios={self.ratios!r} has to be a list of ratios, such as [{self.ratios!r}].")
         if not self.ratios:
             raise ValueError("ratios=[] holds nothing to draw from. Name ratios of 2 or more, or leave it None.")
         for ratio in self.ratios:
-            if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 2:
+            if ratio < 2:
                 raise ValueError(
                     f"ratios={self.ratios!r} holds {ratio!r}; every ratio has to be an integer of at least 2 (at 1 "
                     "the plugin is not used, so there is nothing to train)."
                 )
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

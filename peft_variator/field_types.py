@@ -1,0 +1,185 @@
+"""Values of a configuration held against the types that its dataclass declares."""
+
+from __future__ import annotations
+
+import math
+import operator
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+
+__all__ = ["check_field_types"]
+
+INTEGER_LIMIT = 2**31  # sizes and counts end up in 32-bit indices of kernels
+SHOWN_CHARACTERS = 80
+
+
+def check_field_types(config: Any, inherited_from: type | None = None) -> None:
+    """Checks every field of a dataclass instance; what JSON or NumPy write in another way becomes the declared type.
+
+    NumPy integers become ints, tuples become lists where a list is declared, lists become sets where a set is.
+    Nothing changes unless all fields are right.
+
+    Args:
+        config: instance of a dataclass.
+        inherited_from: a base class that checks its own fields, which are left alone.
+
+    Raises:
+        ValueError: a field has a value of another type, an integer of 2**31 or more, or a float that is not finite.
+    """
+    hints = get_type_hints(type(config))
+    left_alone = {item.name for item in fields(inherited_from)} if inherited_from is not None else set()
+    checked = {}
+    for item in fields(config):
+        if item.init and item.name not in left_alone:
+            checked[item.name] = _converted(item.name, getattr(config, item.name), hints[item.name])
+    for name, value in checked.items():
+        if value is not getattr(config, name):
+            setattr(config, name, value)
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or ValueError that calls it `name`."""
+    if hint is Any:
+        return value
+    origin = get_origin(hint) or hint
+    if origin is Union or origin is types.UnionType:
+        return _one_of(name, value, get_args(hint))
+    if origin is Literal:
+        # by type too, since 1 == True
+        if any(type(value) is type(choice) and value == choice for choice in get_args(hint)):
+            return value
+    elif origin is int:
+        return _integer(name, value)
+    elif origin is float:
+        return _float(name, value)
+    elif origin is dict:
+        if isinstance(value, dict):
+            return _mapping(name, value, get_args(hint))
+    elif origin in (list, Sequence):
+        if isinstance(value, (list, tuple, set, frozenset)):
+            entries = sorted(value, key=_shown) if isinstance(value, (set, frozenset)) else value
+            return _unless_equal(value, list(_entries(name, entries, get_args(hint))))
+    elif origin is set:
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return _unless_equal(value, set(_entries(name, value, get_args(hint))))
+    elif isinstance(value, origin) and not isinstance(value, np.generic):
+        return value
+    raise _wrong(name, value, hint)
+
+
+def _one_of(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
+    """The value as the first of several types that takes it."""
+    errors = []
+    for hint in hints:
+        try:
+            return _converted(name, value, hint)
+        except ValueError as error:
+            if _is_meant(value, hint):
+                errors.append(error)
+    if len(errors) == 1:  # a list with one wrong entry: name the entry
+        raise errors[0]
+    raise _wrong(name, value, Union[hints])  # noqa: UP007
+
+
+def _is_meant(value: Any, hint: Any) -> bool:
+    """Whether a value is of the kind of a type, whatever it holds."""
+    if isinstance(value, bool):
+        return hint is bool
+    origin = get_origin(hint) or hint
+    kinds = {list: (list, tuple), set: (list, tuple, set), Sequence: (list, tuple), dict: (dict,)}
+    return isinstance(value, kinds.get(origin, origin if isinstance(origin, type) else ()))
+
+
+def _entries(name: str, values: Iterable[Any], hints: tuple[Any, ...]) -> Iterable[Any]:
+    for index, entry in enumerate(values):
+        yield _converted(f"{name}[{index}]", entry, hints[0]) if hints else entry
+
+
+def _mapping(name: str, values: dict[Any, Any], hints: tuple[Any, ...]) -> dict[Any, Any]:
+    if not hints:
+        return values
+    key_hint, value_hint = hints
+    return _unless_equal(
+        values,
+        {
+            _converted(f"a key of {name}", key, key_hint): _converted(f"{name}[{_shown(key)}]", value, value_hint)
+            for key, value in values.items()
+        },
+    )
+
+
+def _unless_equal(before: Any, after: Any) -> Any:
+    """The object that was passed, unless something in it changed: other code may hold it."""
+    if type(before) is not type(after):
+        return after
+    if isinstance(before, set):
+        return before if {(type(entry), entry) for entry in before} == {(type(e), e) for e in after} else after
+    old, new = (list(items.values() if isinstance(items, dict) else items) for items in (before, after))
+    return before if all(map(operator.is_, old, new)) else after
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, np.integer):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong(name, value, int)
+    if abs(value) >= INTEGER_LIMIT:
+        raise ValueError(f"{name}={_shown(value)} is too large: an integer has to be below 2**31 here.")
+    return value
+
+
+def _float(name: str, value: Any) -> float:
+    if isinstance(value, np.integer):
+        value = int(value)
+    if isinstance(value, (bool, np.generic)) or not isinstance(value, (int, float)):
+        raise _wrong(name, value, float)
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
+        raise ValueError(f"{name}={_shown(value)} has to be a finite number.")
+    return value
+
+
+def _wrong(name: str, value: Any, hint: Any) -> ValueError:
+    advice = " Convert it with .item() first." if isinstance(value, np.generic) else ""
+    return ValueError(
+        f"{name}={_shown(value)} has to be {_described(hint)}; it is of type {type(value).__name__}.{advice}"
+    )
+
+
+def _described(hint: Any) -> str:
+    """A type in words that a caller of the configuration knows."""
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin is Union or origin is types.UnionType:
+        none_first = sorted(args, key=lambda arg: arg is not type(None))  # "or None" would read as of a list's entries
+        return " or ".join(dict.fromkeys(_described(arg) for arg in none_first))
+    if origin is Literal:
+        return f"one of {list(args)}"
+    if origin is dict and args:
+        return f"a dict from {_described(args[0])} to {_described(args[1])}"
+    if origin in (list, set, Sequence):
+        kind = "set" if origin is set else "list"
+        return f"a {kind}, each entry {_described(args[0])}" if args else f"a {kind}"
+    words = {
+        bool: "True or False",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        type(None): "None",
+    }
+    return words.get(origin, f"a {getattr(origin, '__name__', origin)}")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # integers of more digits than Python writes out, objects with a broken repr
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

@@ -1,0 +1,125 @@
+"""Configurations refuse values of other types than their fields', and name the field."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+from peft_variator import SparseLoraConfig, VariatorConfig
+from peft_variator.sparsity import PruningConfig
+from peft_variator.training import DistillationConfig
+
+
+VALID: dict[type, dict[str, Any]] = {
+    VariatorConfig: {},
+    SparseLoraConfig: {},
+    PruningConfig: {"sparsity": 0.5},
+    DistillationConfig: {},
+}
+_INHERITED = {item.name for item in fields(TrainingArguments)}
+OWN_FIELDS = {
+    kind: sorted(item.name for item in fields(kind) if item.init and item.name not in {"peft_type", *_INHERITED})
+    for kind in VALID
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (VariatorConfig, "compress_text_tokens", "false"),
+        (VariatorConfig, "compress_text_tokens", 0),
+        (VariatorConfig, "compression_ratio", 2**31),
+        (VariatorConfig, "compression_ratio", True),
+        (VariatorConfig, "bottleneck_dim", np.float32(8)),
+        (VariatorConfig, "ratio_pattern", {"layer.0": 1.5}),
+        (VariatorConfig, "ratio_pattern", {0: 1}),
+        (VariatorConfig, "modules_to_save", "none"),
+        (VariatorConfig, "target_modules", [1]),
+        (VariatorConfig, "correction_dim", "x"),
+        (VariatorConfig, "keep_token_ids", [10**5000]),
+        (VariatorConfig, "inference_mode", "no"),
+        (SparseLoraConfig, "use_rslora", "False"),
+        (SparseLoraConfig, "rank_pattern", [1.5]),
+        (SparseLoraConfig, "r", 2**31),
+        (SparseLoraConfig, "lora_alpha", float("nan")),
+        (SparseLoraConfig, "lora_alpha", 10**400),
+        (SparseLoraConfig, "lora_alpha", np.float64(8)),
+        (SparseLoraConfig, "init_lora_weights", 1),
+        (SparseLoraConfig, "recompute", np.bool_(True)),
+        (PruningConfig, "keep_dense", "no"),
+        (PruningConfig, "max_block_sparsity", "x"),
+        (PruningConfig, "damping", float("inf")),
+        (PruningConfig, "modalities", "vision"),
+        (PruningConfig, "modality_modules", {"vision": "encoder"}),
+        (DistillationConfig, "base_dropout", "false"),
+        (DistillationConfig, "hidden_weight", "x"),
+        (DistillationConfig, "hidden_weight", True),
+        (DistillationConfig, "ratios", [2.5]),
+        (DistillationConfig, "variance_samples", 2**31),
+    ],
+)
+def test_wrong_types_are_refused_by_name(kind: type, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        kind(**{**VALID[kind], name: value})
+
+
+def test_numpy_integers_and_tuples_become_what_json_holds() -> None:
+    config = VariatorConfig(
+        compression_ratio=np.int64(2),
+        ratio_pattern={"layer.0": np.int32(1)},
+        layers_to_transform=(np.int64(0), 1),
+        modules_to_save=("classifier",),
+        keep_token_ids={np.int64(3), 1},
+    )
+    values = (config.compression_ratio, config.ratio_pattern, config.layers_to_transform, config.modules_to_save)
+    assert json.loads(json.dumps(values)) == [2, {"layer.0": 1}, [0, 1], ["classifier"]]
+    assert [type(token_id) for token_id in config.keep_token_ids] == [int, int]
+
+
+def test_a_saved_adapter_with_a_wrong_type_is_refused(tmp_path) -> None:
+    SparseLoraConfig(r=4).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_rslora": "False"}))
+    with pytest.raises(ValueError, match="use_rslora"):
+        SparseLoraConfig.from_pretrained(tmp_path)
+
+
+_SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=3),
+    st.sampled_from([2**31, 10**400, np.int64(3), np.float64(0.5), np.bool_(True), object(), int, 1j]),
+)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.tuples(inner, inner),
+        st.dictionaries(st.one_of(st.text(max_size=4), st.integers()), inner, max_size=3),
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("kind", list(VALID), ids=lambda kind: kind.__name__)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_value_is_taken_or_refused_by_name(kind: type, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(OWN_FIELDS[kind]))
+    value = data.draw(_VALUES)
+    message = name
+    try:
+        kind(**{**VALID[kind], name: value})
+    except (ValueError, TypeError) as error:
+        message = str(error)
+    assert name in message
