@@ -105,7 +105,7 @@ class SparseLoraConfig(SavedConfig):
         ranks = {f"rank_pattern[{name!r}]": rank for name, rank in self.rank_pattern.items()}
         for name, rank in {"r": self.r, **ranks}.items():
             if rank < 1:
-                raise ValueError(f"The rank {name}={rank!r} must be at least 1.")
+                raise ValueError(f"The rank {name}={rank!r} must be an integer of at least 1.")
         if self.lora_dropout != 0:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} is not possible with SparseLoRA: LoRA drops elements of the "
