@@ -19,9 +19,11 @@ from .forward_context import StackKind
 
 __all__ = [
     "FEED_FORWARDS",
+    "REFUSED",
     "FeedForward",
     "Placement",
     "candidates",
+    "check_not_refused",
     "default_targets",
     "feed_forward_at",
     "find_feed_forwards",
@@ -100,6 +102,53 @@ FEED_FORWARDS: dict[str, FeedForward] = {
     "xlm-roberta": _POST_NORM,
 }
 
+_WIDTHS = "its stages have several widths, and no plugin fits all of them"
+_STAGES = f"{_WIDTHS}; its layers cut the image into windows, too"
+_WINDOWS = "its layers cut the image into windows and join them again, so neighbours change from layer to layer"
+_PADS = "it pads its hidden states inside, so nothing tells the plugin which of them are tokens"
+_SEQUENCE_FIRST = (
+    "its hidden states are sequence first, (length, batch, dim), so texts would be merged with one another"
+)
+
+REFUSED: dict[str, str] = {
+    "clap_audio_model": _STAGES,
+    "convnext": _WIDTHS,
+    "convnextv2": _WIDTHS,
+    "cvt": _WIDTHS,
+    "dinat": _WIDTHS,
+    "dinov3_convnext": _WIDTHS,
+    "donut-swin": _STAGES,
+    "focalnet": _WIDTHS,
+    "fsmt": _SEQUENCE_FIRST,
+    "funnel": "it pools its hidden states from block to block, so the groups of one block fit no other",
+    "glpn": _WIDTHS,
+    "hiera": _STAGES,
+    "led": _PADS,
+    "levit": _WIDTHS,
+    "longformer": _PADS,
+    "maskformer-swin": _STAGES,
+    "mobilevit": _WIDTHS,
+    "mobilevitv2": _WIDTHS,
+    "poolformer": _WIDTHS,
+    "pvt": _WIDTHS,
+    "pvt_v2": _WIDTHS,
+    "reformer": _PADS,
+    "sam": _WINDOWS,
+    "sam2_hiera_det_model": _STAGES,
+    "sam3_vit_model": _WINDOWS,
+    "sam_hq": _WINDOWS,
+    "sam_hq_vision_model": _WINDOWS,
+    "sam_vision_model": _WINDOWS,
+    "segformer": _WIDTHS,
+    "swiftformer": _WIDTHS,
+    "swin": _STAGES,
+    "swin2sr": _WINDOWS,
+    "swinv2": _STAGES,
+    "vitdet": _WINDOWS,
+    "xlnet": _SEQUENCE_FIRST,
+}
+"""Why an architecture takes no plugin."""
+
 
 def owner_of(model: nn.Module, module_name: str) -> tuple[str, nn.Module]:
     """The innermost `PreTrainedModel` around a module, which is the one that sees the 2-D mask; else the model itself.
@@ -118,6 +167,29 @@ def owner_of(model: nn.Module, module_name: str) -> tuple[str, nn.Module]:
         if isinstance(module, PreTrainedModel):
             return name, module
     return "", model
+
+
+def refusal_of(module: nn.Module) -> str | None:
+    """Why a model takes no plugin, with its architecture's name; `None`: nothing is known against it."""
+    if not isinstance(module, PreTrainedModel):
+        return None
+    model_type = module.config.model_type
+    reason = REFUSED.get(model_type)
+    if getattr(module.config, "attention_type", None) == "block_sparse":
+        reason = f"{_PADS}. Set attention_type='original_full' in its config"
+    return None if reason is None else f"{type(module).__name__} (model type {model_type!r}) takes no plugin: {reason}"
+
+
+def check_not_refused(model: nn.Module) -> None:
+    """Raise if a model in which nothing was found to put a plugin around is, or has a part, that takes none.
+
+    Raises:
+        ValueError: it is; the message names the architecture and the reason.
+    """
+    for module in model.modules():
+        refusal = refusal_of(module)
+        if refusal is not None:
+            raise ValueError(f"{refusal}. Choose another model, or another way to make this one faster.")
 
 
 def matches(feed_forward: FeedForward, module_name: str) -> bool:
@@ -176,6 +248,7 @@ def default_targets(model: nn.Module, config: VariatorConfig) -> str:
             stacks[owner_name] = feed_forward
             names.append(name)
     if not names:
+        check_not_refused(model)
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ValueError(
             f"No feed-forward network to compress was found in {type(model).__name__} (model type {model_type!r}). "
@@ -313,9 +386,13 @@ def place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module)
         target: that module, without a plugin.
 
     Raises:
-        ValueError: the model has no such end of the network or no such stack, or does not tell its hidden size.
+        ValueError: the architecture takes no plugin, the model has no such end of the network or no such stack, or
+            does not tell its hidden size.
     """
     owner_name, owner = owner_of(model, key)
+    refusal = refusal_of(owner)
+    if refusal is not None:
+        raise ValueError(f"{refusal}. Take {key!r} out of target_modules.")
     feed_forward = feed_forward_at(owner, key, config)
     hidden_size = hidden_size_of(owner, target, key)
     if feed_forward.end is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftType
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from transformers import PreTrainedTokenizerBase
 
 from ...adapter_state import SavedConfig
@@ -174,6 +175,12 @@ class VariatorConfig(SavedConfig):
         self.peft_type = PeftType("VARIATOR")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} means every linear map of a model, but a plugin goes around "
+                "whole feed-forward networks. Leave target_modules out where the architecture is known, or "
+                "name the modules where its networks start, and in end_module where they end."
+            )
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:

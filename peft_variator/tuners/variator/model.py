@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...adapter_state import TidyTuner, check_adapter_state
 from ...offloading import refuse_disk_offload, refuse_rewriting
-from .architectures import Placement, default_targets, place
+from .architectures import Placement, check_not_refused, default_targets, place
 from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
@@ -117,6 +117,8 @@ class VariatorModel(TidyTuner):
             if key and not key.startswith(tuple(wrapped)) and self._check_target_module_exists(config, key):
                 target = module.base_layer if isinstance(module, VariatorLayer) else module
                 placements[key] = place(model, config, key, target)
+        if not placements:
+            check_not_refused(model)
         return placements
 
     def _warn_about_decompression(self, config: VariatorConfig, adapter_name: str) -> None:
