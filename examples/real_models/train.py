@@ -100,6 +100,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, help="optimizer steps; the recipe's if not given")
     parser.add_argument("--batch-size", type=int, help="examples a step; the recipe's if not given")
+    parser.add_argument("--learning-rate", type=float, help="the peak; the recipe's if not given")
+    parser.add_argument("--ratios", type=int, nargs="+", help="compression ratios; the recipe's if not given")
+    parser.add_argument("--plugin", type=json.loads, default={}, help="fields of VariatorConfig, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -111,7 +114,12 @@ def main() -> None:
     logging.disable_progress_bar()
     recipe = RECIPES[arguments.model]
     recipe = replace(
-        recipe, steps=arguments.steps or recipe.steps, batch_size=arguments.batch_size or recipe.batch_size
+        recipe,
+        steps=arguments.steps or recipe.steps,
+        batch_size=arguments.batch_size or recipe.batch_size,
+        learning_rate=arguments.learning_rate or recipe.learning_rate,
+        ratios=tuple(arguments.ratios or recipe.ratios),
+        plugin=recipe.plugin | arguments.plugin,
     )
     environment = describe_environment(torch.device(arguments.device))
     base = load(arguments.model, arguments.cache)

@@ -147,6 +147,13 @@ class VariatorConfig(SavedConfig):
             "as a float in (0, 1]. `None` is an eighth of it."
         },
     )
+    compensation_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of an update of the block's maps that is active only while the plugin merges: those of the "
+            "attention for all tokens, those of the network for the merged rows. `None`: there is none."
+        },
+    )
     max_kept_tokens: int = field(
         default=4,
         metadata={
@@ -218,6 +225,8 @@ class VariatorConfig(SavedConfig):
     def _check_counts(self) -> None:
         _check_integer("bottleneck_dim", self.bottleneck_dim, 1)
         self._check_correction()
+        if self.compensation_rank is not None:
+            _check_integer("compensation_rank", self.compensation_rank, 1)
         _check_integer("max_kept_tokens", self.max_kept_tokens, 0)
         if self.trained_ratios is not None:
             if not isinstance(self.trained_ratios, list | tuple | set):

@@ -73,6 +73,14 @@ class PluginModule(nn.Module, BaseTunerLayer):
             self.merge(safe_merge, adapter_names)
         return self.base_layer
 
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of the parameters; a network has no `weight`, and a quantised one has neither."""
+        for parameter in base_layer.parameters():
+            return parameter.device, parameter.dtype if parameter.is_floating_point() else None
+        return None, None
+
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Raise: a replica's layers would ask the original's stack for the call they belong to."""
         raise RuntimeError(
@@ -210,14 +218,6 @@ class VariatorLayer(PluginModule):
                 "only. Train a plugin with scoring='token' to change the ratio at run time."
             )
         return rule
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        """Device and dtype of the network's parameters; it has no `weight`, and a quantised one has neither."""
-        for parameter in base_layer.parameters():
-            return parameter.device, parameter.dtype if parameter.is_floating_point() else None
-        return None, None
 
     @property
     def active_plugin(self) -> str | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ...adapter_state import TidyTuner, check_adapter_state
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .architectures import Placement, check_not_refused, default_targets, place
+from .compensation import compensate
 from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
@@ -87,6 +88,7 @@ class VariatorModel(TidyTuner):
             self._pre_injection_hook(model, config, adapter_name)
             self._placements = self._place_all(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            compensate(model, list(self._placements.values()), config, adapter_name)
             # PEFT leaves adapters that were there before as trainable as they were.
             for module in self.carried_modules:
                 module.requires_grad_(False)
@@ -225,9 +227,8 @@ class VariatorModel(TidyTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep a plugin in single precision on a base model in half precision; see `BaseTuner`."""
-        containers = [
-            getattr(layer, name) for layer in plugin_layers(self.model) for name in layer.adapter_layer_names
-        ]
+        modules = [module for module in self.model.modules() if isinstance(module, PluginModule)]
+        containers = [getattr(module, name) for module in modules for name in module.adapter_layer_names]
         for container in containers if autocast_adapter_dtype else ():
             for parameter in container[adapter_name].parameters() if adapter_name in container else ():
                 if parameter.dtype in (torch.float16, torch.bfloat16):
@@ -256,7 +257,7 @@ class VariatorModel(TidyTuner):
 
     def unload(self) -> nn.Module:
         """The base model without plugins and without their hooks, with the adapters that it carried before."""
-        for name, module in list(self._own_modules()):
+        for name, module in reversed(list(self._own_modules())):  # what is inside of others first
             base = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             _replace(self.model, name, base)
         unwrap_forwards(self.model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-__all__ = ["Network", "find_network"]
+__all__ = ["Network", "features_of", "find_network", "is_map"]
 
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "intermediate_act_fn")
 
@@ -75,7 +75,7 @@ class Network:
     @property
     def width(self) -> int:
         """Number of neurons."""
-        rows = _features(self.into)[1]
+        rows = features_of(self.into)[1]
         return rows // 2 if self.fused else rows
 
     @property
@@ -121,11 +121,11 @@ class Network:
         return strength * self.gate_rows(index)[0].float().norm(dim=1) if self.gated else strength
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def features_of(module: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of a linear map."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # `_is_map` looked
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # `is_map` looked
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -143,7 +143,7 @@ def _rows(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
     return rows, bias.detach().index_select(0, index.to(bias.device))
 
 
-def _is_map(module: object) -> bool:
+def is_map(module: object) -> bool:
     """Whether a module is a linear map, quantised or not, or PEFT's wrapper of one."""
     return isinstance(module, Conv1D) or (
         isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -175,12 +175,12 @@ def _candidates(start: nn.Module, parent: nn.Module, end: nn.Module | None) -> I
         for form in FORMS:
             into, out = getattr(start, form.into, None), getattr(start, form.out, None)
             gate = None if form.gate is None else getattr(start, form.gate, None)
-            if _is_map(into) and _is_map(out) and (form.gate is None or _is_map(gate)):
+            if is_map(into) and is_map(out) and (form.gate is None or is_map(gate)):
                 for activation in _activations(start):
                     yield Network(activation, cast(nn.Module, into), gate, cast(nn.Module, out), form.fused)
         return
-    into = start if _is_map(start) else getattr(start, "dense", None)
-    if _is_map(into) and _is_map(end):
+    into = start if is_map(start) else getattr(start, "dense", None)
+    if is_map(into) and is_map(end):
         for activation in _activations(start) + _activations(parent):
             yield Network(activation, cast(nn.Module, into), None, end, False)
 
@@ -193,10 +193,10 @@ def _activations(module: nn.Module) -> list[Callable[[Tensor], Tensor]]:
 @torch.no_grad()
 def _computes_the_same(network: Network, start: nn.Module, parent: nn.Module, end: nn.Module | None) -> bool:
     """Whether the maps, put together, give what the network gives for a few vectors."""
-    if _features(network.out)[0] != network.width:
+    if features_of(network.out)[0] != network.width:
         return False
     like = next((p for module in (start, end or start) for p in module.parameters() if p.is_floating_point()), None)
-    probe = torch.randn(1, 3, _features(network.into)[0], generator=torch.Generator().manual_seed(0))
+    probe = torch.randn(1, 3, features_of(network.into)[0], generator=torch.Generator().manual_seed(0))
     if like is not None:
         if like.is_meta:
             return False
@@ -209,7 +209,7 @@ def _computes_the_same(network: Network, start: nn.Module, parent: nn.Module, en
         expected = start(probe)
         if end is not None:
             # Between two loose maps the activation is the block's.
-            expected = end(network.activation(expected) if _is_map(start) else expected)
+            expected = end(network.activation(expected) if is_map(start) else expected)
     except (RuntimeError, TypeError, AttributeError, ValueError):
         return False
     finally:

@@ -1,0 +1,141 @@
+"""A low-rank update of the maps of a plugin's block, active only while the plugin merges.
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) inside of the plugin: y = W·x + B·A·x, on the attention's maps
+for every token, and on the maps of the feed-forward network for the merged rows. A starts at random and B at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .architectures import Placement
+from .config import VariatorConfig
+from .layer import PluginModule, VariatorLayer
+from .network import features_of, is_map
+
+
+__all__ = ["CompensatedLinear", "compensate"]
+
+
+class CompensatedLinear(PluginModule):
+    """A linear map of a block whose feed-forward network has a plugin.
+
+    Args:
+        base_layer: the map, quantised or not, or another method's wrapper of one.
+        network_name: full name of the module where the plugin is: its choices count here too.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("variator_compensation_A", "variator_compensation_B")
+
+    def __init__(self, base_layer: nn.Module, network_name: str) -> None:
+        super().__init__(base_layer, 0)
+        self.in_features, self.out_features = features_of(base_layer)
+        self.network_name = network_name
+        for part in self.adapter_layer_names:
+            setattr(self, part, nn.ModuleDict())
+
+    def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
+        """Add the update of a plugin, or make it anew.
+
+        Args:
+            adapter_name: name of the plugin.
+            config: its configuration, with a `compensation_rank`.
+        """
+        rank = config.compensation_rank
+        assert rank is not None  # `compensate` asks
+        down = nn.Linear(self.in_features, rank, bias=False)
+        up = nn.Linear(rank, self.out_features, bias=False)
+        if config.init_weights:
+            nn.init.zeros_(up.weight)
+        for part, module in zip(self.adapter_layer_names, (down, up), strict=True):
+            getattr(self, part)[adapter_name] = module
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The map, and the update of the plugin that merges in the call under way, if there is one.
+
+        Args:
+            inputs: shape `(…, in_features)`.
+        """
+        output = self.base_layer(inputs, *args, **kwargs)
+        call = None if self.stack is None else self.stack.current_groups()
+        choice = None if call is None else call.choices.get(self.network_name)
+        updates = getattr(self, self.adapter_layer_names[0])
+        if choice is None or choice[0] not in updates:
+            return output
+        down, up = (getattr(self, part)[choice[0]].weight for part in self.adapter_layer_names)
+        return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
+
+
+def compensate(model: nn.Module, placements: list[Placement], config: VariatorConfig, adapter_name: str) -> None:
+    """Put the updates of a plugin around the maps of the blocks that it is in.
+
+    Args:
+        model: the base model, with the plugin's layers in it.
+        placements: where these are.
+        config: the plugin's configuration; without a `compensation_rank` nothing is done.
+        adapter_name: the plugin's name.
+    """
+    if config.compensation_rank is None:
+        return
+    done: set[int] = set()
+    networks = [name for placement in placements for name in _names_of(placement)]
+    for placement in placements:
+        layer = model.get_submodule(placement.key)
+        assert isinstance(layer, VariatorLayer)  # what has been put there
+        for name in [*_maps_of_network(model, layer), *_maps_of_attention(model, placement, networks)]:
+            module = model.get_submodule(name)
+            if id(module) in done:
+                continue
+            if not isinstance(module, CompensatedLinear):
+                module = CompensatedLinear(module, placement.key)
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+            done.add(id(module))
+            module.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+            module.update_layer(adapter_name, config)
+            if adapter_name not in layer.active_adapters:
+                module.requires_grad_(False)
+
+
+def _maps_of_network(model: nn.Module, layer: VariatorLayer) -> list[str]:
+    """Names of the maps inside of a network; none where its inside is not known, as in a mixture of experts."""
+    network = layer.network()
+    if network is None:
+        return []
+    maps = [module for module in (network.into, network.gate, network.out) if module is not None]
+    return [name for name, module in model.named_modules() if any(module is each for each in maps)]
+
+
+def _maps_of_attention(model: nn.Module, placement: Placement, networks: list[str]) -> Iterator[str]:
+    """Names of the maps of a network's block that are in no network with a plugin."""
+    block = _block_of(placement.key)
+    if block is None:
+        return
+    inside: tuple[str, ...] = ()  # of maps, and of modules that read the weights of their parts
+    for name, module in model.get_submodule(block).named_modules(prefix=block):
+        if name.startswith(inside) or any(name == each or name.startswith(f"{each}.") for each in networks):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside += (f"{name}.",)
+        elif is_map(module):
+            inside += (f"{name}.",)
+            yield name
+
+
+def _names_of(placement: Placement) -> list[str]:
+    """Names of the modules where a network starts and ends."""
+    end = placement.feed_forward.end
+    return [placement.key] if end is None else [placement.key, f"{placement.key.rpartition('.')[0]}.{end}"]
+
+
+def _block_of(key: str) -> str | None:
+    """Name of the block that a network is part of: up to the first number, which counts the blocks of a stack."""
+    parts = key.split(".")
+    number = next((index for index, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
