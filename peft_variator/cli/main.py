@@ -164,6 +164,33 @@ def bench_command(
         )
 
 
+@app.command(
+    "convert-checkpoint", cls=Command, context_settings=CONTEXT, short_help="Convert a plugin of the paper's authors."
+)
+def convert_checkpoint_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Plugin file as released for T5, saved by torch.")],
+    output: Output,
+    base: Annotated[str | None, typer.Option(help="Hub name or folder of its T5, for the adapter to name.")] = None,
+    residual_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="What the T5 trained on was divided by; left out: 100 at the sizes of t5-small, base and large."
+        ),
+    ] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Convert CHECKPOINT, a plugin that the paper's authors released for T5, to an adapter for PEFT.
+
+    Only weights are read from the file, nothing in it is run. Where k divides the length of a text the adapter
+    computes what the released code does; unlike it, padding is never merged with text.
+    """
+    with reported():
+        from .convert_checkpoint import convert
+
+        convert(checkpoint, output, base, residual_scale, Reporter(json, None, quiet))
+
+
 @app.command("export", cls=Command, context_settings=CONTEXT, short_help="Write a model with its plugin as ONNX.")
 def export_command(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub name of a Variator plugin.")],

@@ -82,6 +82,7 @@ def settings_of_a_plugin(draw: st.DrawFn) -> dict[str, Any]:
         "keep_first_tokens": draw(st.integers(0, 3)),
         "keep_last_tokens": draw(st.integers(0, 3)),
         "keep_token_ids": draw(st.lists(st.integers(FIRST_WORD, FIRST_WORD + 40), max_size=8)),
+        "output_bias": draw(st.booleans()),
     }
 
 

@@ -154,6 +154,10 @@ class VariatorConfig(SavedConfig):
             "attention for all tokens, those of the network for the merged rows. `None`: there is none."
         },
     )
+    output_bias: bool = field(
+        default=False,
+        metadata={"help": "Whether the bottleneck adds a bias to what a merged token gets, as the paper's code does."},
+    )
     max_kept_tokens: int = field(
         default=4,
         metadata={
@@ -243,6 +247,11 @@ class VariatorConfig(SavedConfig):
         self.keep_token_ids = sorted(set(self.keep_token_ids))
 
     def _check_correction(self) -> None:
+        if self.output_bias and self.decompression != "bottleneck":
+            raise ValueError(
+                f"output_bias={self.output_bias!r} is a part of decompression='bottleneck', not of "
+                f"{self.decompression!r}. Leave one of them out."
+            )
         if self.correction_dim is None:
             return
         if self.decompression != "neurons":

@@ -73,16 +73,17 @@ class BottleneckDecompression(Decompression):
     """The paper's: `Linear(2d → r), tanh, Linear(r → d)` on the row's output and the token's input, side by side.
 
     Xiao et al. 2023, section 3.2. The first map is split in two, so that the part of the output is computed once for a
-    group: W[y; x] = W₁·y + W₂·x.
+    group: W[y; x] = W₁·y + W₂·x. With `output_bias` the last map has a bias, as in the paper's code.
     """
 
     name = "bottleneck"
     parts = ("variator_down_input", "variator_down_output", "variator_up")
 
     def create(self, dim: int, config: VariatorConfig, network: Network | None) -> dict[str, nn.Module]:
-        up = nn.Linear(config.bottleneck_dim, dim, bias=False)
+        up = nn.Linear(config.bottleneck_dim, dim, bias=config.output_bias)
         if config.init_weights:
-            nn.init.zeros_(up.weight)
+            for parameter in up.parameters():
+                nn.init.zeros_(parameter)
         return {
             "variator_down_input": nn.Linear(dim, config.bottleneck_dim, bias=False),
             "variator_down_output": nn.Linear(dim, config.bottleneck_dim),
@@ -97,7 +98,10 @@ class BottleneckDecompression(Decompression):
         inner = torch.where(groups.is_merged, per_token + groups.spread(per_row), 0).tanh()
         up = modules["variator_up"]
         assert isinstance(up, nn.Linear)  # what `create` made
-        return groups.expand(outputs.to(inner.dtype), inner, up.weight.to(inner.dtype)).view(hidden_states.shape)
+        expanded = groups.expand(outputs.to(inner.dtype), inner, up.weight.to(inner.dtype))
+        if up.bias is not None:
+            expanded = expanded + torch.where(groups.is_merged, up.bias.to(inner.dtype), 0)
+        return expanded.view(hidden_states.shape)
 
 
 class NeuronIndex(nn.Module):
