@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 # Set TORCH= to take another build: for the quickstart and the tests the one for CPUs is enough.
 TORCH ?= torch==2.13.0
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-all lint clean
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
 # torch is installed first and by itself: a resolver that meets it as a dependency may take the CUDA build.
 $(BIN)/python:
@@ -27,6 +27,9 @@ quickstart: $(VENV)/.quickstart ## Distil a plugin for all-MiniLM-L6-v2 and show
 
 test: $(VENV)/.test lint ## Run the linters and the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(VENV)/.test lint ## Run the linters and all tests, those of every architecture included
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long or not long"
 
 lint: $(VENV)/.test ## Check style, types and what may import what
 	$(BIN)/ruff check .

@@ -48,6 +48,8 @@ TEXT = {
 }
 DECODER = {key: TEXT[key] for key in TEXT if "dropout" not in key} | {"num_key_value_heads": 2, "head_dim": 8}
 MOE = DECODER | {"num_experts_per_tok": 2, "num_local_experts": 4}
+FALCON = {key: DECODER[key] for key in DECODER if key != "head_dim"} | {"ffn_hidden_size": 48}
+FALCON_NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 T5 = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -106,6 +108,7 @@ class Case:
         prefix: number of tokens before the patches of an image.
         zero_positions: whether to zero the position embeddings, of models that take no position ids: only then is the
             base model itself indifferent to padding on the left.
+        core: whether all tests run by default; else those of [`QUICK`], and the others with `make test-all`.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Case:
     kind: str
     prefix: int = 0
     zero_positions: bool = False
+    core: bool = True
 
     @functools.cached_property
     def prototype(self) -> PreTrainedModel:
@@ -147,6 +151,11 @@ class Case:
         if self.is_seq2seq:
             return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
         return {"input_ids": ids}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its networks are mixtures of experts."""
+        return "num_experts_per_tok" in self.config
 
     @property
     def is_seq2seq(self) -> bool:
@@ -241,6 +250,20 @@ CAUSAL = [
         MOE | {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
         "causal",
     ),
+]
+CAUSAL += [
+    Case("bloom", "bloom", AutoModelForCausalLM, DECODER | {"n_layer": 2, "n_head": 4}, "causal", core=False),
+    *(
+        Case(name, name, AutoModelForCausalLM, DECODER, "causal", core=False)
+        for name in ("cohere", "glm", "glm4", "granite", "nemotron", "olmo", "phi", "stablelm", "starcoder2")
+    ),
+    *(
+        Case(name, name, AutoModelForCausalLM, DECODER | {"sliding_window": 8}, "causal", core=False)
+        for name in ("cohere2", "exaone4", "olmo3")
+    ),
+    Case("granitemoe", "granitemoe", AutoModelForCausalLM, MOE, "causal", core=False),
+    Case("falcon", "falcon", AutoModelForCausalLM, FALCON, "causal", core=False),
+    Case("falcon-new", "falcon", AutoModelForCausalLM, FALCON | FALCON_NEW, "causal", core=False),
 ]
 VISIONS = [
     Case("vit", "vit", AutoModel, VISION, "vision", prefix=1),

@@ -184,6 +184,12 @@ def test_real_tokens_ranks_and_text_starts() -> None:
     assert real_tokens(None, (2, 2), 0) is None
     # With three tokens in a cache, the last two columns are this call's.
     assert token_ranks(mask, None, (2, 2), 3, mask.device).tolist() == [[1, 2], [2, 2]]
+    # A mask as long as a static cache goes on behind this call.
+    for past in (1, torch.tensor(1)):
+        own = real_tokens(mask, (2, 2), past)
+        assert own is not None
+        assert own.tolist() == [[False, True], [False, True]]
+        assert token_ranks(mask, own, (2, 2), past, mask.device).tolist() == [[-1, 0], [0, 1]]
     starts = text_starts({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, None, None, (2, 5), 0)
     assert starts is not None
     assert starts.tolist() == [[False, False, True, False, False]] * 2

@@ -24,8 +24,8 @@ MODERNBERT = next(case for case in ALL if case.name == "modernbert")
 PHI3 = next(case for case in ALL if case.name == "phi3")
 VIT = next(case for case in ALL if case.name == "vit")
 FORMS = [BERT, LLAMA, T5_GATED, GPT2, MODERNBERT, PHI3, VIT]
-EXPERTS = [case for case in ALL if case.name in ("mixtral", "qwen3-moe")]
-DENSE = [case for case in ALL if case not in EXPERTS]
+EXPERTS = [case for case in ALL if case.has_experts]
+DENSE = [case for case in ALL if not case.has_experts]
 
 
 def with_neurons(case: Case, **fields: Any) -> PeftModel:

@@ -71,7 +71,7 @@ def real_tokens(mask: Tensor | None, shape: tuple[int, int], past_length: int | 
             f"tokens. Pass a mask of shape ({batch}, {length}), cached tokens before them counted in."
         )
     if mask.dim() == 2:
-        return (mask[:, -length:] != 0).expand(shape)
+        return (_of_this_call(mask, length, past_length) != 0).expand(shape)
     own = _attends(mask, length, past_length)
     return (own[:, 0] if own.shape[1] == 1 else own.diagonal(dim1=1, dim2=2)).expand(shape)
 
@@ -121,7 +121,7 @@ def token_ranks(
     Position ids do not tell it: they may count padding too, or start anywhere.
     """
     if mask is not None and mask.dim() == 2:
-        return ((mask != 0).long().cumsum(1) - 1)[:, -shape[1] :].expand(shape)
+        return _of_this_call((mask != 0).long().cumsum(1) - 1, shape[1], past_length).expand(shape)
     if mask is not None and mask.shape[-1] > shape[1] and mask.shape[2] == shape[1]:
         return (_is_allowed(mask).long().sum(-1) - 1).expand(shape)  # causal, as it has a cache
     own = torch.arange(shape[1], device=device).expand(shape) if real is None else real.long().cumsum(1) - 1
@@ -194,6 +194,22 @@ def shifted(values: Tensor, first: float) -> Tensor:
     """
     is_first = torch.arange(values.shape[1], device=values.device) == 0
     return values.roll(1, 1).masked_fill(is_first, first)
+
+
+def _of_this_call(values: Tensor, length: int, past_length: int | Tensor) -> Tensor:
+    """The columns behind the cached tokens, as far as there are any: some masks are as long as a static cache.
+
+    Args:
+        values: shape `(batch, columns)`.
+        length: number of tokens of the call.
+        past_length: number of cached tokens.
+    """
+    last_start = values.shape[1] - length
+    if isinstance(past_length, Tensor):
+        start = past_length.clamp(max=last_start)
+        return values.index_select(1, start + torch.arange(length, device=values.device))
+    start = min(past_length, last_start)
+    return values[:, start : start + length]
 
 
 def _attends(mask: Tensor, length: int, past_length: int | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = ["Network", "features_of", "find_network", "is_map"]
 
-_ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "intermediate_act_fn")
+_ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu_impl", "intermediate_act_fn")
 
 
 @dataclass(frozen=True)

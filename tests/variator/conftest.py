@@ -1,0 +1,39 @@
+"""Which tests run by default: all of them on the usual architectures, a few on every other one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from .cases import Case
+
+
+# What every row of the table goes through in each run, with the parameters that are enough for it.
+QUICK: dict[str, dict[str, Any]] = {
+    "test_a_frame_is_no_text": {},
+    "test_alone_padded_or_in_a_batch": {"ratio": 4},
+    "test_at_the_whole_width_the_untrained_plugin_is_the_base": {"ratio": 4},
+    "test_default_configuration_merges_and_disabling_gives_the_base_model_back": {},
+    "test_experts_take_the_bottleneck_and_say_so": {},
+    "test_greedy_decoding_gives_the_logits_of_training": {},
+    "test_left_padding_and_cache_change_nothing": {"cache": "static", "attention": "sdpa"},
+    "test_only_the_encoder_has_plugins": {},
+    "test_padding_never_reaches_the_feed_forward_network": {},
+    "test_predictions_that_have_a_label": {"where": "conversation"},
+    "test_ratio_1_is_the_base_model": {},
+    "test_saved_and_loaded": {},
+    "test_windows": {"ratio": 4, "scoring": "token"},
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the costly tests of architectures that are not `core` as long."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        case = params.get("case")
+        if isinstance(case, Case) and not case.core:
+            wanted = QUICK.get(getattr(item, "originalname", ""))
+            if wanted is None or any(params.get(name) != value for name, value in wanted.items()):
+                item.add_marker(pytest.mark.long)
