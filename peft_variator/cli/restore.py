@@ -14,7 +14,7 @@ from ..models import Task
 from ..profiling import find_task, load_config
 from ..sparsity import measure_sparsity
 from ..training import DistillationTrainer, load_plugin
-from ..training.restored_card import RestoredFacts, restored_card
+from ..training.model_card import RestoredFacts, restored_card
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
 from .console import Reporter
 from .training_run import (

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from ..models import Task
 from ..profiling import count_flops, find_task, load_config
 from ..training import DistillationTrainer, load_plugin
-from ..training.card import PluginFacts, RatioFacts, plugin_card
+from ..training.model_card import PluginFacts, RatioFacts, plugin_card
 from ..training.quality import measure_quality
 from ..tuners.variator import VariatorConfig
 from .console import Reporter

@@ -37,9 +37,8 @@ from ..files import check_new_file, check_new_folder, new_folder, write_text
 from ..models import Task, check_model_name
 from ..profiling import build_model, count_positions, has_weights, load_config
 from ..training import DistillationConfig
-from ..training.card import PluginFacts
 from ..training.images import ImageFolder
-from ..training.restored_card import RestoredFacts
+from ..training.model_card import PluginFacts, RestoredFacts
 from ..training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
 from .console import Reporter
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from training_cases import build_plugin, collate_batch, make_examples
 
 from peft_variator.metrics import path
-from peft_variator.training.card import PluginFacts, RatioFacts, plugin_card
+from peft_variator.training.model_card import PluginFacts, RatioFacts, plugin_card
 from peft_variator.training.quality import measure_quality
 
 

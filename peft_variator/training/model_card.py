@@ -1,0 +1,285 @@
+"""The model cards of a trained plugin, and of a SparseLoRA adapter that restores a pruned model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+__all__ = ["PluginFacts", "RatioFacts", "RestoredFacts", "plugin_card", "restored_card"]
+
+PACKAGES = ("peft-variator", "peft", "transformers", "torch")
+
+PLUGIN_TAGS = ["peft-variator", "variator", "compression", "distillation"]
+
+PLUGIN_TEMPLATE = """---
+{metadata}
+---
+
+# Variator plugin for {base}
+
+A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)) made with
+peft-variator. It merges k neighbouring tokens before every feed-forward
+network of the base model and expands them after it, which saves computation at some cost in quality.
+
+- Base model: `{base}`
+- Compression ratio k: {ratios}
+- Parameters added: {parameters:,}
+- Trained on: `{data}`, {steps} steps
+
+{table}
+
+FLOPs saved are those of one batch of the held-out data, counted with torch's `FlopCounterMode`. Quality is fidelity
+to the base model on {held_out} held-out examples: the mean cosine of the last hidden states of real tokens, their
+relative error ‖plugin − base‖ / ‖base‖{agreement}. "Before" is the plugin as training found it.
+
+## Use
+
+`import peft_variator` comes first: it makes the method known to PEFT, which fails with `KeyError: 'VARIATOR'` without.
+
+```python
+import peft_variator
+from peft import PeftModel
+from transformers import {model_class}
+
+model = {model_class}.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, {name!r}).eval()
+{switch}```
+
+## Reproduce
+
+```
+{command}
+```
+
+With {versions}.
+"""
+
+
+@dataclass(frozen=True)
+class RatioFacts:
+    """What is known about a plugin at one compression ratio.
+
+    Args:
+        ratio: the compression ratio k.
+        flops_base: floating-point operations of the base model on a batch.
+        flops_plugin: the same with the plugin.
+        before: fidelity to the base before training, by name.
+        after: the same after training.
+    """
+
+    ratio: int
+    flops_base: int
+    flops_plugin: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+    @property
+    def flops_saved(self) -> float:
+        """Share of the base model's operations that the plugin saves, 0 to 1."""
+        return 1 - self.flops_plugin / self.flops_base
+
+
+@dataclass(frozen=True)
+class PluginFacts:
+    """What a model card says.
+
+    Args:
+        base: the base model, as `from_pretrained` takes it.
+        model_class: name of transformers' class that it was loaded with.
+        name: where the plugin is.
+        data: what it was trained on.
+        steps: number of optimizer steps.
+        held_out: number of held-out examples.
+        parameters: number of parameters added.
+        command: the command that made it.
+        ratios: what is known about each ratio.
+    """
+
+    base: str
+    model_class: str
+    name: str
+    data: str
+    steps: int
+    held_out: int
+    parameters: int
+    command: str
+    ratios: Sequence[RatioFacts]
+
+    def rows(self) -> list[list[str]]:
+        """A table, its head first: for each ratio the FLOPs saved, and each measure before and after training."""
+        measures = list(self.ratios[0].after)
+        head = ["k", "FLOPs saved", *(f"{name.replace('_', ' ')}, before → after" for name in measures)]
+        rows = [
+            [str(facts.ratio), f"{facts.flops_saved:.1%}"]
+            + [f"{facts.before[name]:.4f} → {facts.after[name]:.4f}" for name in measures]
+            for facts in self.ratios
+        ]
+        return [head, *rows]
+
+
+def plugin_card(facts: PluginFacts) -> ModelCard:
+    """The model card of a plugin, with metadata that the Hub understands."""
+    head, *rows = facts.rows()
+    lines = [head, ["---:"] * len(head), *rows]
+    agreement = ", and the share of predictions that agree" if "agreement" in facts.ratios[0].after else ""
+    content = PLUGIN_TEMPLATE.format(
+        metadata=ModelCardData(base_model=facts.base, library_name="peft", tags=PLUGIN_TAGS).to_yaml(),
+        base=facts.base,
+        ratios=", ".join(str(each.ratio) for each in facts.ratios),
+        parameters=facts.parameters,
+        data=facts.data,
+        steps=facts.steps,
+        table="\n".join("| " + " | ".join(line) + " |" for line in lines),
+        held_out=facts.held_out,
+        agreement=agreement,
+        model_class=facts.model_class,
+        name=facts.name,
+        switch=_switch(facts),
+        command=facts.command,
+        versions=_versions(),
+    )
+    return ModelCard(content)
+
+
+def _switch(facts: PluginFacts) -> str:
+    if len(facts.ratios) < 2:
+        return ""
+    return f"model.set_compression_ratio({facts.ratios[-1].ratio})  # any of the ratios above\n"
+
+
+RESTORED_TAGS = ["peft-variator", "sparse-lora", "pruning", "sparsity"]
+LOSS_NAMES = {
+    "task": "task loss (nats a prediction)",
+    "logits": "KL from the dense model (nats a prediction)",
+    "hidden": "error of the hidden states (share of their variance)",
+    "encoder_hidden": "error of the encoder's states (share of their variance)",
+    "decoder_hidden": "error of the decoder's states (share of their variance)",
+}
+
+RESTORED_TEMPLATE = """---
+{metadata}
+---
+
+# SparseLoRA adapter for {base}
+
+Low-rank updates under the mask of a pruned model (SparseLoRA, [He et al. 2024](https://arxiv.org/abs/2404.02424)),
+made with peft-variator. Merged, they leave every pruned weight at zero.
+
+- Base model: `{base}`
+- {modules} modules are adapted; {masked:.2%} of their weights are masked
+- Parameters trained: {parameters:,}
+- Trained on: `{data}`, {steps} steps; loss: {loss}
+- Dense model followed: {teacher}
+
+{table}
+
+Means over {held_out} held-out examples that were not trained on.
+
+## Use
+
+`import peft_variator` comes first: it makes the method known to PEFT, which fails without.
+
+```python
+{usage}```
+
+## Reproduce
+
+```
+{command}
+```
+
+With {versions}.
+"""
+
+
+@dataclass(frozen=True)
+class RestoredFacts:
+    """What a model card says.
+
+    Args:
+        base: the model under the adapter, as `from_pretrained` takes it.
+        model_class: name of transformers' class that it was loaded with.
+        name: where the adapter is.
+        data: what it was trained on.
+        teacher: the dense model that was followed, if any.
+        weights: weights of the parts of the loss, by field of `DistillationConfig`.
+        steps: number of optimizer steps.
+        held_out: number of held-out examples.
+        parameters: number of parameters trained.
+        modules: number of modules with an adapter.
+        masked: share of their weights that are masked, 0 to 1.
+        command: the command that made it.
+        losses: held-out losses by part, of the "dense" (may be empty), the "pruned" and the "restored" model.
+    """
+
+    base: str
+    model_class: str
+    name: str
+    data: str
+    teacher: str | None
+    weights: Mapping[str, float]
+    steps: int
+    held_out: int
+    parameters: int
+    modules: int
+    masked: float
+    command: str
+    losses: Mapping[str, Mapping[str, float]]
+
+    def rows(self) -> list[list[str]]:
+        """A table, its head first: each part of the loss of the dense, the pruned and the restored model."""
+        states = ("dense", "pruned", "restored")
+        rows = [
+            [
+                LOSS_NAMES[part],
+                *(f"{self.losses[state][part]:.4f}" if part in self.losses[state] else "" for state in states),
+            ]
+            for part in self.losses["pruned"]
+        ]
+        return [["held-out", *states], *rows]
+
+    @property
+    def usage(self) -> str:
+        """Python code that loads and merges the adapter."""
+        return (
+            "import peft_variator\n"
+            "from peft import PeftModel\n"
+            f"from transformers import {self.model_class}\n\n"
+            f"model = {self.model_class}.from_pretrained({self.base!r})\n"
+            f"model = PeftModel.from_pretrained(model, {self.name!r})\n"
+            "model = model.merge_and_unload(safe_merge=True)  # as sparse as the pruned model\n"
+            "model.save_pretrained('restored')\n"
+        )
+
+
+def restored_card(facts: RestoredFacts) -> ModelCard:
+    """The model card of an adapter, with metadata that the Hub understands."""
+    head, *rows = facts.rows()
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    parts = {name.removesuffix("_weight"): weight for name, weight in facts.weights.items() if weight}
+    content = RESTORED_TEMPLATE.format(
+        metadata=ModelCardData(base_model=facts.base, library_name="peft", tags=RESTORED_TAGS).to_yaml(),
+        base=facts.base,
+        modules=facts.modules,
+        masked=facts.masked,
+        parameters=facts.parameters,
+        data=facts.data,
+        steps=facts.steps,
+        loss=" + ".join(f"{weight:g} · {name}" for name, weight in parts.items()),
+        teacher="none" if facts.teacher is None else f"`{facts.teacher}`",
+        table="\n".join("| " + " | ".join(line) + " |" for line in lines),
+        held_out=facts.held_out,
+        usage=facts.usage,
+        command=facts.command,
+        versions=_versions(),
+    )
+    return ModelCard(content)
+
+
+def _versions() -> str:
+    """What the adapter was made with."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
