@@ -1,0 +1,377 @@
+"""Which compression ratio and how many texts run next: one class a policy, chosen by name.
+
+To add one, write a subclass of [`Policy`] here with a `name`; commands and the simulator take it by that name.
+Times are in seconds of one clock, whichever the caller has.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, takewhile
+from operator import attrgetter
+from typing import Any, ClassVar, Protocol
+
+from .latency import LatencyTable
+
+
+__all__ = ["POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit", "Waiting"]
+
+MAX_BATCH = 64
+
+_limits = attrgetter("min_quality", "max_ratio")
+_length = attrgetter("length")
+_deadline = attrgetter("deadline")
+
+
+class Waiting(Protocol):
+    """What a policy reads of a text that waits.
+
+    Attributes:
+        arrival: when it came, in seconds.
+        length: its tokens, special ones included.
+        deadline: when its answer is due, in seconds; infinity: never.
+        min_quality: least quality of the ratio, on the scale of the latency table; `None`: any.
+        max_ratio: largest ratio it may run at; `None`: any.
+    """
+
+    @property
+    def arrival(self) -> float: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def deadline(self) -> float: ...
+    @property
+    def min_quality(self) -> float | None: ...
+    @property
+    def max_ratio(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class QueueItem:
+    """A text that waits: see [`Waiting`]."""
+
+    arrival: float
+    length: int
+    deadline: float
+    min_quality: float | None = None
+    max_ratio: int | None = None
+
+
+class Policy:
+    """Chooses what runs next. Reads no clock and keeps no state between choices.
+
+    A batch is the first `batch` texts of the queue and runs at one ratio, which all of them allow. A text that allows
+    none of a policy's ratios runs on the base, at k = 1.
+    """
+
+    name: ClassVar[str]
+    ratios: tuple[int, ...]
+    """The ratios that it may choose."""
+
+    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
+        """What to run next.
+
+        Args:
+            now: the time, in seconds.
+            queue: the texts that wait, the most urgent first; behind it come those that allow the same ratios.
+            last: ratio of the batch before, 1 at the start.
+
+        Returns:
+            The ratio k, and how many texts from the front of the queue: at least 1, and 0 only if none waits.
+        """
+        raise NotImplementedError
+
+
+def _checked_batch(max_batch: int) -> int:
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+        raise ValueError(f"max_batch={max_batch!r} has to be an integer of at least 1.")
+    return max_batch
+
+
+def _checked_ratio(k: int) -> int:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"compression ratio {k!r} has to be an integer of at least 1.")
+    return k
+
+
+def _effective(item: Waiting, k: int, ratios: Sequence[int]) -> int:
+    """The largest ratio up to k that a text allows, for policies that know no quality: the base alone is sure."""
+    if item.min_quality is not None:
+        return 1
+    largest = k if item.max_ratio is None else min(k, item.max_ratio)
+    return max(ratio for ratio in ratios if ratio <= largest)
+
+
+def _take(queue: Sequence[Waiting], k: int, ratios: Sequence[int], max_batch: int) -> tuple[int, int]:
+    """The first texts that run at the same ratio, k or the next smaller one that they allow."""
+    if not queue:
+        return 1, 0
+    front = queue[:max_batch]
+    chosen = _effective(front[0], k, ratios)
+    if len(set(map(_limits, front))) > 1:
+        front = list(takewhile(lambda item: _effective(item, k, ratios) == chosen, front))
+    return chosen, len(front)
+
+
+class FixedRatio(Policy):
+    """Always the same ratio.
+
+    Args:
+        k: the compression ratio.
+        max_batch: most texts in a batch.
+    """
+
+    name = "fixed"
+
+    def __init__(self, k: int, max_batch: int = MAX_BATCH) -> None:
+        self.k, self.max_batch = _checked_ratio(k), _checked_batch(max_batch)
+        self.ratios = tuple(sorted({1, k}))
+
+    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
+        return _take(queue, self.k, self.ratios, self.max_batch)
+
+
+class QueueThreshold(Policy):
+    """A larger ratio the more texts wait. It knows neither latencies nor deadlines.
+
+    Args:
+        thresholds: k -> number of waiting texts from which on k is used; below all of them k = 1.
+        max_batch: most texts in a batch.
+        hysteresis: share by which the queue has to be below a threshold before its ratio is left for a smaller one.
+
+    Raises:
+        ValueError: a ratio or a threshold is no positive integer, larger ratios do not have larger thresholds, or the
+            hysteresis is not in [0, 1).
+    """
+
+    name = "threshold"
+
+    def __init__(
+        self, thresholds: Mapping[int, int] | None = None, max_batch: int = MAX_BATCH, hysteresis: float = 0.25
+    ) -> None:
+        thresholds = {2: 8, 4: 16, 8: 32} if thresholds is None else dict(thresholds)
+        ordered = sorted((_checked_ratio(k), count) for k, count in thresholds.items())
+        counts = [count for _, count in ordered]
+        if any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts) or counts != (
+            sorted(set(counts))
+        ):
+            raise ValueError(
+                f"thresholds={thresholds}: they have to be integers of at least 1 that grow with the ratio."
+            )
+        self.thresholds = tuple((k, count) for k, count in ordered if k > 1)
+        self.max_batch, self.hysteresis = _checked_batch(max_batch), _checked_hysteresis(hysteresis, 1.0)
+        self.ratios = (1, *(k for k, _ in self.thresholds))
+
+    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
+        waiting, k = len(queue), 1
+        for ratio, count in self.thresholds:
+            if waiting >= (count * (1 - self.hysteresis) if ratio <= last else count):
+                k = ratio
+        return _take(queue, k, self.ratios, self.max_batch)
+
+
+def _checked_hysteresis(value: float, below: float) -> float:
+    if not 0 <= value < below:
+        raise ValueError(f"hysteresis={value!r} has to be at least 0 and below {below}.")
+    return float(value)
+
+
+class _Planner(Policy):
+    """What policies that know latencies share: the ratios by quality, and what the front of a queue asks for."""
+
+    def __init__(self, table: LatencyTable, max_batch: int) -> None:
+        self.table, self.max_batch = table, _checked_batch(max_batch)
+        self.ratios = tuple(table.ratios)
+        quality = table.quality or {}
+        known = {k: quality[k] for k in self.ratios if k in quality}
+        # The base comes first unless it was measured to be worse; ratios that nobody measured come last.
+        best = max(known.values(), default=0.0)
+        rank = {k: known.get(k, best if k == 1 else -math.inf) for k in self.ratios}
+        self.quality = known
+        self._preferred = tuple(sorted(self.ratios, key=lambda k: (-rank[k], k)))
+
+    def _allowed(self, item: Waiting) -> tuple[int, ...]:
+        """The ratios that a text allows, best first; the best one that there is if it asks for more."""
+        least, largest = item.min_quality, item.max_ratio
+        if least is None and largest is None:
+            return self._preferred
+        allowed = tuple(
+            k
+            for k in self._preferred
+            if (largest is None or k <= largest) and (least is None or self.quality.get(k, -math.inf) >= least)
+        )
+        return allowed or ((1,) if 1 in self.ratios else self._preferred[:1])
+
+    def _front(self, queue: Sequence[Waiting]) -> tuple[tuple[int, ...], list[int], list[float]]:
+        """What the first text allows, and of the texts from it on that allow the same: the longest and the most urgent
+        up to each."""
+        allowed, front = self._allowed(queue[0]), queue[: self.max_batch]
+        if len(set(map(_limits, front))) > 1:
+            front = list(takewhile(lambda item: self._allowed(item) == allowed, front))
+        return allowed, list(accumulate(map(_length, front), max)), list(accumulate(map(_deadline, front), min))
+
+
+class SlackFit(_Planner):
+    """The most accurate ratio, and the batch, that the slack of the oldest text allows.
+
+    Based on SuperServe (Khare et al. 2023, https://arxiv.org/abs/2312.16733). Slack is the time to the deadline of the
+    most urgent text. Ratios are tried from the best on; one fits if a batch at it ends within the slack and, where
+    more texts wait than the batch holds, all of them end by the deadline of the last. A text that not even the fastest
+    ratio can answer in time limits nothing: it is answered with the first batch. If no ratio fits, the fastest runs on
+    as many texts as end within the slack, or on all where nobody's deadline can be met.
+
+    While texts keep coming, a batch also has to leave those that come meanwhile enough of their time, for a batch as
+    large at the fastest ratio; how fast they come is read off the arrivals in the queue. A lone text whose slack
+    allows it gets the best ratio at once (k = 1 without measured quality).
+
+    Args:
+        table: latencies, and quality if measured; without it a smaller k counts as the better. Then `min_quality` of a
+            text is sure to be met by the base alone.
+        hysteresis: share by which a more accurate ratio than the last one has to fit better than just so.
+        max_batch: most texts in a batch. The table may end below it: it extrapolates.
+        reserve_ms: milliseconds of the slack that are left for what the table does not hold: tokenizing, handing over.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    name = "slack-fit"
+
+    def __init__(
+        self, table: LatencyTable, hysteresis: float = 0.1, max_batch: int = MAX_BATCH, reserve_ms: float = 0.0
+    ) -> None:
+        super().__init__(table, max_batch)
+        self.hysteresis = _checked_hysteresis(hysteresis, math.inf)
+        if not 0 <= reserve_ms < math.inf:
+            raise ValueError(f"reserve_ms={reserve_ms!r} has to be a number of milliseconds of at least 0.")
+        self.reserve_ms = float(reserve_ms)
+        self._rank = {k: index for index, k in enumerate(self._preferred)}
+
+    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
+        waiting = len(queue)
+        if not waiting:
+            return 1, 0
+        now += self.reserve_ms / 1000
+        latency = self.table.latency
+        allowed, lengths, deadlines = self._front(queue)
+        count = len(lengths)
+        if len(allowed) == 1:
+            fastest = allowed[0]
+        else:
+            fastest = min(allowed, key=lambda k: latency(k, count, lengths[-1]))
+        alone = latency(fastest, 1, lengths[0])
+        if deadlines[-1] - now < alone:
+            possible = [item.deadline for item in queue[:count] if item.deadline >= now + alone]
+            if not possible:
+                return fastest, count
+            deadlines = list(accumulate((max(item.deadline, possible[0]) for item in queue[:count]), min))
+        slack, behind = deadlines[-1] - now, waiting - count
+        last_slack = max(queue[-1].deadline - now, slack)
+        limit = min(slack, self._room(queue, count, lengths[-1], fastest))
+        rank_of_last = self._rank.get(last, 0)
+        for k in allowed:
+            # Only texts that wait together make a ratio sticky: a lone one finds an idle server.
+            factor = 1 + self.hysteresis if waiting > 1 and self._rank[k] < rank_of_last else 1.0
+            seconds = factor * latency(k, count, lengths[-1])
+            if seconds + (behind * seconds / count if behind else 0.0) > last_slack:
+                continue
+            if seconds <= limit:
+                return k, count
+            if limit < slack:
+                continue
+            size = self._largest(k, count, lengths, deadlines, now, factor)
+            rest = waiting - size
+            if size and factor * latency(k, size, lengths[size - 1]) + rest * seconds / count <= last_slack:
+                return k, size
+        return fastest, self._largest(fastest, count, lengths, deadlines, now, 1.0) or count
+
+    def _largest(
+        self, k: int, count: int, lengths: list[int], deadlines: list[float], now: float, factor: float
+    ) -> int:
+        """The most texts from the front that end by the most urgent deadline among them, 0 if not even one does."""
+        latency = self.table.latency
+        low, high = 0, count + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if now + factor * latency(k, middle, lengths[middle - 1]) <= deadlines[middle - 1]:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _room(self, queue: Sequence[Waiting], count: int, longest: int, fastest: int) -> float:
+        """Seconds that a batch may take so that texts that come meanwhile can still be answered in time."""
+        newest, oldest = queue[-1].arrival, queue[0].arrival
+        if newest <= oldest:  # one text, or all at once: nothing tells that more will come
+            return math.inf
+        rate = (len(queue) - 1) / (newest - oldest)
+        allowance = queue[-1].deadline - newest
+        following = self.table.latency(fastest, count, longest)
+        # A batch in which nobody comes leaves nobody behind.
+        return max(allowance - following, 1 / rate)
+
+
+class Oracle(_Planner):
+    """Knows which texts will come, and takes the best ratio that costs none of them its deadline.
+
+    For each ratio, the best first, what follows is played through at the fastest ratio, over all texts that come until
+    nobody waits; the ratio is taken if no more of them are late than if the fastest had been taken now. A bound to
+    compare policies with, not one to serve with: a choice takes milliseconds.
+
+    Args:
+        table: latencies, and quality if measured.
+        future: all texts that will come, by arrival.
+        max_batch: most texts in a batch.
+        horizon: texts to look at, at most.
+    """
+
+    name = "oracle"
+
+    def __init__(
+        self, table: LatencyTable, future: Sequence[Waiting] = (), max_batch: int = MAX_BATCH, horizon: int = 512
+    ) -> None:
+        super().__init__(table, max_batch)
+        self.future, self.horizon = future, horizon
+        self._arrivals = [item.arrival for item in future]
+        if any(later < earlier for earlier, later in zip(self._arrivals, self._arrivals[1:], strict=False)):
+            raise ValueError("future has to be sorted by arrival.")
+
+    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
+        if not queue:
+            return 1, 0
+        allowed, lengths, _ = self._front(queue)
+        count = len(lengths)
+        seconds = {k: self.table.latency(k, count, lengths[-1]) for k in allowed}
+        fastest = min(allowed, key=lambda k: seconds[k])
+        least = self._late(now, queue, count, seconds[fastest], fastest)
+        for k in allowed:
+            if k == fastest or self._late(now, queue, count, seconds[k], fastest) <= least:
+                return k, count
+        return fastest, count
+
+    def _late(self, now: float, queue: Sequence[Waiting], count: int, seconds: float, fastest: int) -> int:
+        """How many texts are late if this batch takes `seconds` and all later ones run at the fastest ratio."""
+        now += seconds
+        late = sum(item.deadline < now for item in queue[:count])
+        waiting: list[Any] = list(queue[count : count + self.horizon])
+        upcoming = bisect_right(self._arrivals, now - seconds)
+        seen = 0
+        while seen < self.horizon:
+            end = bisect_right(self._arrivals, now, lo=upcoming)
+            if end > upcoming:
+                waiting += self.future[upcoming:end]
+                waiting.sort(key=lambda item: item.deadline)
+                upcoming = end
+            if not waiting:
+                break
+            batch, waiting = waiting[: self.max_batch], waiting[self.max_batch :]
+            now += self.table.latency(fastest, len(batch), max(item.length for item in batch))
+            late += sum(item.deadline < now for item in batch)
+            seen += len(batch)
+        return late
+
+
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FixedRatio, QueueThreshold, SlackFit, Oracle)}

@@ -1,0 +1,85 @@
+"""Tiny models with plugins, a tokenizer without files, and a table that nobody had to measure."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from peft_variator import VariatorConfig
+from peft_variator.runtime import LatencyTable
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase]
+TEXT = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+SENTENCES = ["a b c d e f g h i j k l", "m n o p q", "r s t u v w x y z a b c d e f", "a"]
+
+
+def tokenizer(*, special: bool = True) -> PreTrainedTokenizerFast:
+    """One token a letter; `special` puts [CLS] and [SEP] around them."""
+    built = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    built.pre_tokenizer = pre_tokenizers.Whitespace()
+    if special:
+        built.post_processor = processors.TemplateProcessing(
+            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def plugin(base: Any, ratio: int = 4) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(base, VariatorConfig(init_weights=False, compression_ratio=ratio)).eval()
+
+
+def encoder() -> PeftModel:
+    torch.manual_seed(0)
+    return plugin(BertModel(BertConfig(**TEXT)))
+
+
+def classifier(labels: int = 3) -> PeftModel:
+    torch.manual_seed(0)
+    return plugin(BertForSequenceClassification(BertConfig(**TEXT, num_labels=labels)))
+
+
+def causal() -> PeftModel:
+    torch.manual_seed(0)
+    return plugin(LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=2, head_dim=8)))
+
+
+def made_table(
+    ratios: tuple[int, ...] = (1, 2, 4, 8),
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64),
+    lengths: tuple[int, ...] = (8, 64, 256),
+    quality: dict[int, float] | None = None,
+    scale: float = 1.0,
+) -> LatencyTable:
+    """A millisecond a call, and 10 µs a token at k = 1, of which half goes with k; times `scale`."""
+    seconds = {
+        k: tuple(
+            tuple(scale * (1e-3 + 1e-5 * batch * length * (0.5 + 0.5 / k)) for length in lengths)
+            for batch in batch_sizes
+        )
+        for k in ratios
+    }
+    return LatencyTable(ratios, batch_sizes, lengths, seconds, quality)

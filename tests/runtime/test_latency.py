@@ -1,0 +1,147 @@
+"""The table of latencies: what it interpolates, what it says beyond its grid, and how it is kept and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_variator.runtime import LatencyCheck, LatencyTable, profile_latency, quality_from_card
+
+from .models import causal, encoder, made_table
+
+
+TABLE = made_table()
+
+
+@given(k=st.sampled_from(TABLE.ratios), batch=st.integers(1, 64), length=st.integers(8, 256))
+def test_what_is_linear_is_interpolated_exactly(k: int, batch: int, length: int) -> None:
+    assert TABLE.latency(k, batch, length) == pytest.approx(1e-3 + 1e-5 * batch * length * (0.5 + 0.5 / k))
+
+
+@given(k=st.sampled_from(TABLE.ratios), batch=st.integers(1, 1000), length=st.integers(1, 5000))
+def test_beyond_the_grid_more_work_takes_no_less_time(k: int, batch: int, length: int) -> None:
+    table = made_table(batch_sizes=(4, 8), lengths=(16, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seconds = table.latency(k, batch, length) * (1 - 1e-9)
+        assert seconds > 0
+        assert table.latency(k, batch + 1, length) >= seconds
+        assert table.latency(k, batch, length + 1) >= seconds
+
+
+def test_extrapolation_is_said_once() -> None:
+    table = made_table()
+    with pytest.warns(UserWarning, match="extrapolated"):
+        beyond = table.latency(1, 128, 512)
+    assert beyond > table.latency(1, 64, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table.latency(1, 1000, 8)
+        table.latency(2, 1, 1)
+
+
+def test_one_point_scales_with_the_work() -> None:
+    table = made_table(batch_sizes=(4,), lengths=(16,))
+    with pytest.warns(UserWarning, match="extrapolated"):
+        assert table.latency(1, 8, 32) == pytest.approx(4 * table.latency(1, 4, 16))
+    assert table.latency(1, 1, 1) == table.latency(1, 4, 16)
+
+
+def test_a_noisy_grid_does_not_go_below_its_edge() -> None:
+    table = LatencyTable((1,), (1, 2), (8, 16), {1: ((0.002, 0.004), (0.001, 0.003))})
+    with pytest.warns(UserWarning, match="extrapolated"):
+        assert table.latency(1, 50, 16) >= 0.003
+
+
+def test_unknown_ratios_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"ratio=3.*\[1, 2, 4, 8\]"):
+        TABLE.latency(3, 1, 8)
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    checks = (LatencyCheck(1, 2, 8, 0.002, 0.0018), LatencyCheck(2, 2, 8, 0.001, 0.0015))
+    table = dataclasses.replace(
+        made_table(quality={1: 1.0, 4: 0.9}), checks=checks, model="tiny", environment={"a": 1}
+    )
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    assert table.error == {"median": pytest.approx(0.3), "largest": pytest.approx(0.5)}
+    assert json.loads((tmp_path / "table.json").read_text())["interpolation_error"] == table.error
+    assert made_table().error is None
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"format": 1}', '{"format": 2}'])
+def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match="table.json"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"ratios": ()}, "ratios"),
+        ({"batch_sizes": (4, 1)}, "batch_sizes"),
+        ({"lengths": (0, 8)}, "lengths"),
+        ({"seconds": {1: ((0.1,),)}}, "seconds"),
+        ({"seconds": {1: ((0.1, -0.1),)}}, "seconds"),
+        ({"seconds": {1: ((0.1, float("nan")),)}}, "seconds"),
+        ({"quality": {2: 0.5}}, "quality"),
+        ({"quality": {1: float("nan")}}, "quality"),
+    ],
+)
+def test_what_is_no_table_is_refused(fields: dict[str, Any], named: str) -> None:
+    good: dict[str, Any] = {"ratios": (1,), "batch_sizes": (1,), "lengths": (8, 16), "seconds": {1: ((0.1, 0.2),)}}
+    LatencyTable(**good)
+    with pytest.raises(ValueError, match=named):
+        LatencyTable(**(good | fields))
+
+
+@pytest.mark.parametrize("make", [encoder, causal])
+def test_profiling(make: Any) -> None:
+    model = make()
+    steps: list[None] = []
+    table = profile_latency(
+        model, [4, 2], [4, 1], [8, 24], rounds=2, min_seconds=0.001, on_step=lambda: steps.append(None)
+    )
+    assert (table.ratios, table.batch_sizes, table.lengths) == ((1, 2, 4), (1, 4), (8, 24))
+    assert {(check.batch, check.length) for check in table.checks} == {(2, 16)}
+    assert table.error is not None
+    assert len(steps) == 2 * 3 * 5
+    assert "torch" in table.environment
+    assert model.compression_ratio == 4
+    assert LatencyTable.from_json(table.to_json()) == table
+
+
+def test_profiling_a_model_without_a_plugin() -> None:
+    base = encoder().unload()
+    assert profile_latency(base, [1], [1], [8], rounds=2, min_seconds=0).ratios == (1,)
+    with pytest.raises(ValueError, match="no active Variator plugin"):
+        profile_latency(base, [2], [1], [8], rounds=2, min_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(([0], [1], [8]), "ratios"), (([2], [], [8]), "batch_sizes"), (([2], [1], [65]), "64 positions")],
+)
+def test_what_cannot_be_profiled_is_refused(arguments: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        profile_latency(encoder(), *arguments, rounds=2, min_seconds=0)
+
+
+def test_quality_is_read_off_a_card(tmp_path: Path) -> None:
+    assert quality_from_card(tmp_path) is None
+    (tmp_path / "README.md").write_text(
+        "# A plugin\n\n| k | FLOPs saved | cosine, before → after | relative error, before → after |\n"
+        "| ---: | ---: | ---: | ---: |\n| 2 | 30.0% | 0.5000 → 0.9700 | 0.9 → 0.2 |\n"
+        "| 4 | 45.0% | 0.4 → 0.9100 | 1 → 0.3 |\n"
+    )
+    assert quality_from_card(tmp_path) == {1: 1.0, 2: 0.97, 4: 0.91}
+    assert quality_from_card(tmp_path, "agreement") is None
