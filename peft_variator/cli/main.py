@@ -211,6 +211,25 @@ def export_command(
         export(adapter, output, ratio, base, Reporter(json, None, quiet))
 
 
+@app.command("info", cls=Command, context_settings=CONTEXT, short_help="Say what an adapter or a packed model is.")
+def info_command(
+    source: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="Folder, or repository on the Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Folder in it.")] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Say what is in REPO_OR_DIR: method, base, ratios, size, share of the base, and FLOPs where they are known.
+
+    Adapters of either method, folders of them, and packed bases. Weights are neither loaded nor, from the Hub,
+    downloaded. Offline, the Hub's cache is looked at. A private repository needs `hf auth login` or HF_TOKEN.
+    """
+    with reported():
+        from .info import info
+
+        info(source, revision, subfolder, Reporter(json, None, quiet))
+
+
 @app.command("inspect", cls=Command, context_settings=CONTEXT, short_help="Count the zeros of a checkpoint on disk.")
 def inspect_command(
     path: Annotated[Path, typer.Argument(help="Folder with safetensors files, sharded or not, or one such file.")],

@@ -21,7 +21,19 @@ from peft_variator.cli.console import Reporter, parse_ratios, reported
 from peft_variator.cli.main import app
 
 
-COMMANDS = ["bench", "convert-checkpoint", "export", "inspect", "merge", "pack", "prune", "restore", "train", "unpack"]
+COMMANDS = [
+    "bench",
+    "convert-checkpoint",
+    "export",
+    "info",
+    "inspect",
+    "merge",
+    "pack",
+    "prune",
+    "restore",
+    "train",
+    "unpack",
+]
 
 
 def run_python(*words: str) -> subprocess.CompletedProcess[str]:
