@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate
@@ -263,3 +265,96 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
     for batches in ([], [BERT.inputs(1, 2)]):
         with pytest.raises(ValueError, match="no tokens that are merged"):
             calibrate(with_neurons(BERT, correction_dim=6), batches)
+
+
+LOW_RANK = {"correction_rank": 2, "correction_dim": 8}
+
+
+@pytest.mark.parametrize("case", FORMS, ids=by_name)
+def test_a_low_rank_update_starts_as_the_copies_whole(case: Case) -> None:
+    inputs = case.inputs(2, 12)
+    whole, update = with_neurons(case, correction_dim=8), with_neurons(case, **LOW_RANK)
+    torch.testing.assert_close(first(update, inputs), first(whole, inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=by_name)
+def test_a_low_rank_update_is_saved_alone_and_loaded(case: Case, tmp_path: Path) -> None:
+    """The neurons that calibration chose come from the file, their weights from the base, for every way of loading."""
+    model, inputs = with_neurons(case, init_weights=False, **LOW_RANK), case.inputs(2, 12)
+    for layer in layers_of(model):  # other neurons than a fresh plugin would choose
+        neurons = layer.variator_neurons["default"]
+        neurons.index.copy_(torch.arange(neurons.index.numel()) * 2 + 1)
+        layer.read_base("default", again=True)
+    expected = first(model, inputs)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("rows" in name or "variator_neuron_into.weight" in name for name in names)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(case.build(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(first(loaded, inputs), expected)
+    again = with_neurons(case, **LOW_RANK)
+    again.load_adapter(str(tmp_path), "second")
+    again.set_adapter("second")
+    assert torch.equal(first(again, inputs), expected)
+    base = case.build()
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(first(base.eval(), inputs), expected)
+    assert torch.equal(first(copy.deepcopy(loaded), inputs), expected)
+
+
+def test_a_low_rank_update_learns_and_nothing_else() -> None:
+    for case in (BERT, LLAMA):
+        model = with_neurons(case, **LOW_RANK).train()
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        rows = [layer.variator_neuron_into["default"].rows.clone() for layer in layers_of(model)]
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        for seed in range(3):
+            next(iter(model(**case.inputs(2, 12, seed)).values())).pow(2).mean().backward()
+            optimizer.step()
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]) == ("variator_" not in name), name
+        for layer, row in zip(layers_of(model), rows, strict=True):
+            assert torch.equal(layer.variator_neuron_into["default"].rows, row)
+
+
+def test_calibration_chooses_the_rows_of_a_low_rank_update() -> None:
+    model, whole = with_neurons(BERT, **LOW_RANK), with_neurons(BERT, correction_dim=8)
+    batches = [BERT.inputs(4, 16, seed) for seed in range(2)]
+    for each in (model, whole):
+        calibrate(each, batches)
+    inputs = BERT.inputs(2, 12)
+    torch.testing.assert_close(first(model, inputs), first(whole, inputs), rtol=0, atol=1e-6)
+
+
+def test_another_base_under_a_low_rank_update() -> None:
+    """Loading a whole state reads the rows anew."""
+    model, inputs = with_neurons(BERT, init_weights=False, **LOW_RANK), BERT.inputs(2, 12)
+    state = {
+        n: v.clone() if "variator" in n else v * 1.1 for n, v in model.state_dict().items() if v.is_floating_point()
+    }
+    model.load_state_dict(state, strict=False)
+    again = with_neurons(BERT, init_weights=False, **LOW_RANK)
+    for layer in layers_of(model):
+        weight = layer.network().into_rows(layer.variator_neurons["default"].index)[0]
+        assert torch.equal(layer.variator_neuron_into["default"].rows, weight)
+    assert not torch.equal(first(again, inputs), first(model, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_a_low_rank_update_over_a_quantised_base() -> None:
+    model, inputs = with_neurons(BERT, **LOW_RANK), BERT.inputs(2, 12)
+    quantised = torch.ao.quantization.quantize_dynamic(BERT.build().eval(), {nn.Linear}, dtype=torch.qint8)
+    over = get_peft_model(quantised, VariatorConfig(decompression="neurons", **LOW_RANK)).eval()
+    torch.testing.assert_close(first(over, inputs), first(model, inputs), rtol=0, atol=0.2)
+    for one, other in zip(layers_of(over), layers_of(model), strict=True):
+        same = one.network().into_rows(torch.arange(4))[0], other.network().into_rows(torch.arange(4))[0]
+        torch.testing.assert_close(*same, rtol=0, atol=0.01)
+        assert one.decompressions == {"default": "neurons"}
+
+
+def test_widths_and_ranks_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="correction_rank"):
+        VariatorConfig(decompression="bottleneck", correction_rank=4)
+    for rank in (0, True, 1.5, "4"):
+        with pytest.raises(ValueError, match="correction_rank"):
+            VariatorConfig(decompression="neurons", correction_rank=rank)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decompression import NeuronsDecompression, copy_neurons, has_left_its_start
+from .decompression import NeuronsDecompression
 from .layer import VariatorLayer, plugin_layers
 from .merging import Groups
 from .network import Network
+from .neurons import copy_neurons, has_left_its_start
 
 
 __all__ = ["calibrate", "needs_calibration"]

@@ -147,6 +147,14 @@ class VariatorConfig(SavedConfig):
             "as a float in (0, 1]. `None` is an eighth of it."
         },
     )
+    correction_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of what is trained and saved of the neurons that `decompression='neurons'` copies: they are "
+            "the base model's rows and a low-rank update, read when the plugin is loaded. `None` trains and saves "
+            "them whole."
+        },
+    )
     compensation_rank: int | None = field(
         default=None,
         metadata={
@@ -229,6 +237,13 @@ class VariatorConfig(SavedConfig):
     def _check_counts(self) -> None:
         _check_integer("bottleneck_dim", self.bottleneck_dim, 1)
         self._check_correction()
+        if self.correction_rank is not None:
+            _check_integer("correction_rank", self.correction_rank, 1)
+            if self.decompression != "neurons":
+                raise ValueError(
+                    f"correction_rank={self.correction_rank!r} belongs to decompression='neurons', not to "
+                    f"{self.decompression!r}. Set decompression='neurons', or leave it out."
+                )
         if self.compensation_rank is not None:
             _check_integer("compensation_rank", self.compensation_rank, 1)
         _check_integer("max_kept_tokens", self.max_kept_tokens, 0)

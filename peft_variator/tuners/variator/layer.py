@@ -10,10 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import VariatorConfig
-from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression
+from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression, NeuronsDecompression
 from .forward_context import PluginRatios, runs_single_blocks
 from .merging import Groups, SharedGroups
 from .network import Network, find_network
+from .neurons import NeuronIndex, read_rows
 from .scoring import SCORINGS, Scoring
 from .token_groups import MergeRule, StackGroups, rule_of
 
@@ -146,6 +147,7 @@ class VariatorLayer(PluginModule):
         """Sees hidden states and groups in place of the plugin, which then runs the base model's network."""
         for part in self.adapter_layer_names:
             setattr(self, part, nn.ModuleDict())
+        self.register_load_state_dict_post_hook(_read_base_again)
 
     def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
         """Add a plugin, or build it anew.
@@ -281,6 +283,7 @@ class VariatorLayer(PluginModule):
         if self.observer is not None:
             self.observer(self, hidden_states, groups, plugin)
             return self.base_layer(hidden_states, *args, **kwargs)
+        self.read_base(plugin)
         merged = self.compress(hidden_states, groups, plugin)
         output = self.base_layer(merged, *args, **kwargs)
         if self.has_end:
@@ -292,6 +295,32 @@ class VariatorLayer(PluginModule):
         self._check_output(rows)
         expanded = self.expand(rows, merged, hidden_states, groups, plugin)
         return (expanded, *others) if isinstance(output, tuple) else expanded
+
+    def read_base(self, plugin: str, again: bool = False) -> None:
+        """Read what a plugin with a `correction_rank` takes of the base model's weights, where that has changed.
+
+        Args:
+            plugin: name of the plugin.
+            again: whether to read it whatever has changed.
+
+        Raises:
+            RuntimeError: it has changed and can't be read, or code is being compiled.
+        """
+        if self.configs[plugin].correction_rank is None or self.decompressions[plugin] != NeuronsDecompression.name:
+            return
+        modules = self.modules_of(plugin)
+        neurons = modules["variator_neurons"]
+        assert isinstance(neurons, NeuronIndex)  # what the decompression creates
+        if not again and neurons.has_read():
+            return
+        network = None if torch.compiler.is_compiling() else self.network()
+        if network is None or not network.is_readable:
+            raise RuntimeError(
+                f"{self.name}: the plugin {plugin!r} adds to rows of the base model's weights (correction_rank="
+                f"{self.configs[plugin].correction_rank}), which have not been read yet and can't be read here. "
+                "Load it onto a base that is in memory, and call the model once before it is compiled."
+            )
+        read_rows(modules, network)
 
     def compress(self, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
         """Merge each group into one vector.
@@ -357,6 +386,13 @@ class VariatorLayer(PluginModule):
                     "as a residual, a mask or positions, which is not merged with them. Name modules inside of it "
                     "where the feed-forward network starts (target_modules) and ends (end_module)."
                 )
+
+
+def _read_base_again(layer: nn.Module, incompatible_keys: Any) -> None:
+    """After a state was loaded, which may have brought other neurons or another base."""
+    assert isinstance(layer, VariatorLayer)  # whose hook this is
+    for plugin in layer.rules:
+        layer.read_base(plugin, again=True)
 
 
 def plugin_layers(model: nn.Module) -> Iterator[VariatorLayer]:

@@ -11,8 +11,11 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from ...compat import is_quantized_tensor
 
 
 __all__ = ["Network", "features_of", "find_network", "is_map"]
@@ -80,9 +83,9 @@ class Network:
 
     @property
     def is_readable(self) -> bool:
-        """Whether the weights can be read, as those of a quantised base cannot."""
+        """Whether the weights can be read: they are in memory, plain, packed, or quantised in a form that is known."""
         maps = [module for module in (self.into, self.gate, self.out) if module is not None]
-        return all(_has_plain_weight(module) for module in maps)
+        return all(_has_readable_weight(module) for module in maps)
 
     @property
     def gated(self) -> bool:
@@ -129,18 +132,36 @@ def features_of(module: nn.Module) -> tuple[int, int]:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """The weight of a linear map, shape `(out_features, in_features)`."""
-    weight = module.weight
+    """The weight of a linear map as plain numbers, shape `(out_features, in_features)`."""
+    inner = _inner(module)
+    weight: Any = inner.weight() if callable(inner.weight) else inner.weight  # torch's quantised layers have a method
+    if hasattr(weight, "unpack"):  # of a packed base
+        weight = weight.unpack()
+    elif hasattr(weight, "quant_state"):  # of bitsandbytes
+        weight = dequantize_module_weight(inner)
+    elif weight.is_quantized or is_quantized_tensor(weight):
+        weight = weight.dequantize()
     assert isinstance(weight, Tensor)  # `is_readable` says so
-    return weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
+    return weight.detach().t() if isinstance(inner, Conv1D) else weight.detach()
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    inner = _inner(module)
+    bias = inner.bias() if callable(inner.bias) else inner.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def _inner(module: nn.Module) -> Any:
+    """A linear map without the wrappers of PEFT around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _rows(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias = _weight(module), module.bias
+    weight, bias = _weight(module), _bias(module)
     rows = weight.index_select(0, index.to(weight.device))
-    if not isinstance(bias, Tensor):
+    if bias is None:
         return rows, rows.new_zeros(rows.shape[0])
-    return rows, bias.detach().index_select(0, index.to(bias.device))
+    return rows, bias.index_select(0, index.to(bias.device))
 
 
 def is_map(module: object) -> bool:
@@ -150,10 +171,19 @@ def is_map(module: object) -> bool:
     )
 
 
-def _has_plain_weight(module: nn.Module) -> bool:
-    """Whether the weight of a linear map can be read; PEFT's wrappers hand on that of what they wrap."""
-    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(inner, nn.Linear | Conv1D) and inner.weight.is_floating_point() and not inner.weight.is_meta
+def _has_readable_weight(module: nn.Module) -> bool:
+    """Whether the weight of a linear map is in memory, in a form that can be turned into plain numbers."""
+    inner = _inner(module)
+    weight = getattr(inner, "weight", None)
+    if callable(weight):
+        weight = weight()
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return False
+    if any(hasattr(weight, name) for name in ("unpack", "quant_state")) or weight.is_quantized:
+        return True
+    if is_quantized_tensor(weight):
+        return hasattr(weight, "dequantize")
+    return isinstance(inner, nn.Linear | Conv1D) and weight.is_floating_point()
 
 
 def find_network(start: nn.Module, parent: nn.Module, end: nn.Module | None) -> Network | None:

@@ -1,0 +1,217 @@
+"""The copies of a network's neurons that a plugin brings: which they are, and what they have become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .config import VariatorConfig
+from .network import Network
+
+
+__all__ = [
+    "NeuronIndex",
+    "UpdatedRows",
+    "apply_linear",
+    "copy_neurons",
+    "create_copies",
+    "has_left_its_start",
+    "neuron_outputs",
+    "read_rows",
+]
+
+Modules = Mapping[str, nn.Module]
+
+
+class NeuronIndex(nn.Module):
+    """S, which neurons of a network a plugin has copies of.
+
+    Args:
+        index: their numbers, shape `(r,)`.
+        activation: act, that of the network.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self._activation = (activation,)  # in a tuple: the module is the network's
+        self.is_calibrated = False
+        self.read_for: Tensor | None = None
+        """The index that the base model's rows were read for, where `correction_rank` has the plugin read them."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The activation."""
+        return self._activation[0](inputs)
+
+    def has_read(self) -> bool:
+        """Whether the base model's rows were read for these neurons."""
+        if self.read_for is self.index:
+            return True
+        # Moved to another device, say; a compiler can't compare.
+        if (
+            self.read_for is None
+            or torch.compiler.is_compiling()
+            or not torch.equal(self.read_for.cpu(), self.index.cpu())
+        ):
+            return False
+        self.read_for = self.index
+        return True
+
+
+class UpdatedRows(nn.Module):
+    """The base model's weights of some neurons with an update, W_S + B·A, which alone is trained and saved.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: r of B `(out_features, r)` and A `(r, in_features)`.
+        bias: whether there is a bias, which is trained whole.
+    """
+
+    rows: Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(out_features, in_features), persistent=False)
+        self.A = nn.Parameter(nn.Linear(in_features, rank).weight.detach())
+        self.B = nn.Parameter(nn.Linear(rank, out_features).weight.detach())
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """W_S + B·A, shape `(out_features, in_features)`."""
+        return torch.addmm(self.rows.to(self.B.dtype), self.B, self.A)
+
+
+def create_copies(dim: int, config: VariatorConfig, network: Network) -> dict[str, nn.Module]:
+    """New copies, of the neurons that can say most: those with the largest ‖w_j‖·‖v_j‖.
+
+    Args:
+        dim: d, width of the hidden states.
+        config: the plugin's configuration.
+        network: the base model's network.
+
+    Raises:
+        ValueError: only an update of the base model's rows is trained, and these can't be read.
+    """
+    width, rank = config.correction_width(network.width), config.correction_rank
+    if rank is not None and not network.is_readable:
+        raise ValueError(
+            f"correction_rank={rank} adds to rows of the base model's feed-forward networks, whose weights cannot be "
+            "read here, as they are on disk or in a form that nothing turns back into numbers. Load the base in "
+            "memory, or use a plugin with correction_rank=None."
+        )
+
+    def new_map(in_features: int, out_features: int, bias: bool) -> nn.Module:
+        if rank is None:
+            return nn.Linear(in_features, out_features, bias=bias)
+        return UpdatedRows(in_features, out_features, rank, bias)
+
+    index = torch.arange(width)
+    if network.is_readable:
+        index = network.strengths().topk(width).indices.sort().values.cpu()
+    modules: dict[str, nn.Module] = {
+        "variator_neurons": NeuronIndex(index, network.activation),
+        "variator_neuron_into": new_map(dim, width, True),
+        "variator_neuron_out": new_map(width, dim, False),
+    }
+    if network.gated:
+        modules["variator_neuron_gate"] = new_map(dim, width, True)
+    if network.is_readable:
+        if config.init_weights:
+            copy_neurons(modules, network, index)
+        elif rank is not None:
+            read_rows(modules, network)
+    return modules
+
+
+def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
+    """Set a plugin's copies to neurons of the base model.
+
+    Args:
+        modules: what `create_copies` made.
+        network: the base model's network.
+        index: numbers of the neurons, shape `(r,)`.
+    """
+    neurons = _index_of(modules)
+    with torch.no_grad():
+        neurons.index.copy_(index)
+        for part, (weight, bias) in _weights_of(network, index).items():
+            module = modules[part]
+            if isinstance(module, UpdatedRows):
+                module.rows = weight.to(module.B.device).clone()
+                module.B.zero_()
+            else:
+                module.get_parameter("weight").copy_(weight)
+            if bias is not None:
+                module.get_parameter("bias").copy_(bias)
+    neurons.read_for = neurons.index
+
+
+def has_left_its_start(modules: Modules, network: Network) -> bool:
+    """Whether a plugin's copies differ from the base model's neurons."""
+    for part, (weight, bias) in _weights_of(network, _index_of(modules).index).items():
+        module = modules[part]
+        if isinstance(module, UpdatedRows):
+            if bool(module.B.any()):
+                return True
+        elif not _equal(module.get_parameter("weight"), weight):
+            return True
+        if bias is not None and not _equal(module.get_parameter("bias"), bias):
+            return True
+    return False
+
+
+def read_rows(modules: Modules, network: Network) -> None:
+    """Read the base model's rows anew, for copies of which only an update is kept.
+
+    Args:
+        modules: what `create_copies` made.
+        network: the base model's network.
+    """
+    neurons = _index_of(modules)
+    for part, (weight, _) in _weights_of(network, neurons.index).items():
+        module = modules[part]
+        if isinstance(module, UpdatedRows):
+            module.rows = weight.to(module.B.device).clone()
+    neurons.read_for = neurons.index
+
+
+def neuron_outputs(modules: Modules, inputs: Tensor) -> Tensor:
+    """a_j(x) of the copies, shape `(…, r)`."""
+    activated = modules["variator_neurons"](apply_linear(modules["variator_neuron_into"], inputs))
+    gate = modules.get("variator_neuron_gate")
+    return activated if gate is None else activated * apply_linear(gate, inputs)
+
+
+def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A linear map in the dtype of its input: the small plugin follows the activations."""
+    assert isinstance(module, nn.Linear | UpdatedRows)  # what plugins are made of
+    bias = None if module.bias is None else module.bias.to(inputs.dtype)
+    return linear(inputs, module.weight.to(inputs.dtype), bias)
+
+
+def _index_of(modules: Modules) -> NeuronIndex:
+    neurons = modules["variator_neurons"]
+    assert isinstance(neurons, NeuronIndex)  # what `create_copies` made
+    return neurons
+
+
+def _weights_of(network: Network, index: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and bias of some of the base model's neurons, by the plugin's part."""
+    found: dict[str, tuple[Tensor, Tensor | None]] = {
+        "variator_neuron_into": network.into_rows(index),
+        "variator_neuron_out": (network.out_columns(index), None),
+    }
+    if network.gated:
+        found["variator_neuron_gate"] = network.gate_rows(index)
+    return found
+
+
+def _equal(parameter: nn.Parameter, start: Tensor) -> bool:
+    return torch.equal(parameter, start.to(parameter))
