@@ -358,3 +358,13 @@ def test_widths_and_ranks_that_do_not_go_together() -> None:
     for rank in (0, True, 1.5, "4"):
         with pytest.raises(ValueError, match="correction_rank"):
             VariatorConfig(decompression="neurons", correction_rank=rank)
+
+
+def test_a_low_rank_update_and_a_compensation_compiled_and_exported() -> None:
+    model, inputs = with_neurons(BERT, init_weights=False, compensation_rank=2, **LOW_RANK), BERT.inputs(2, 12)
+    with torch.no_grad():
+        expected = next(iter(model(**inputs).values()))
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)(**inputs)
+        exported = torch.export.export(model, (), inputs).module()(**inputs)
+    torch.testing.assert_close(next(iter(compiled.values())), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(next(iter(exported.values())), expected, rtol=0, atol=1e-5)

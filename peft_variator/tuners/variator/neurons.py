@@ -50,16 +50,11 @@ class NeuronIndex(nn.Module):
 
     def has_read(self) -> bool:
         """Whether the base model's rows were read for these neurons."""
-        if self.read_for is self.index:
-            return True
-        # Moved to another device, say; a compiler can't compare.
-        if (
-            self.read_for is None
-            or torch.compiler.is_compiling()
-            or not torch.equal(self.read_for.cpu(), self.index.cpu())
-        ):
+        if self.read_for is None or self.read_for is self.index or torch.compiler.is_compiling():
+            return self.read_for is not None  # a compiler makes tensors of its own
+        if not torch.equal(self.read_for.cpu(), self.index.cpu()):
             return False
-        self.read_for = self.index
+        self.read_for = self.index  # moved to another device, say
         return True
 
 
@@ -122,7 +117,7 @@ def create_copies(dim: int, config: VariatorConfig, network: Network) -> dict[st
     }
     if network.gated:
         modules["variator_neuron_gate"] = new_map(dim, width, True)
-    if network.is_readable:
+    if network.is_readable and (rank is None or not config.was_saved):  # else the file says whose rows are read
         if config.init_weights:
             copy_neurons(modules, network, index)
         elif rank is not None:
