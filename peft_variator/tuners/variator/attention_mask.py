@@ -206,8 +206,8 @@ def _of_this_call(values: Tensor, length: int, past_length: int | Tensor) -> Ten
     """
     last_start = values.shape[1] - length
     if isinstance(past_length, Tensor):
-        start = past_length.clamp(max=last_start)
-        return values.index_select(1, start + torch.arange(length, device=values.device))
+        first = past_length.clamp(max=last_start)
+        return values.index_select(1, first + torch.arange(length, device=values.device))
     start = min(past_length, last_start)
     return values[:, start : start + length]
 
