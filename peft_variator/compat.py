@@ -14,6 +14,8 @@ transformers:
   it set when that fails; to go when transformers takes it back itself.
 - `_gradient_checkpointing_func` of stacks and blocks, set by `gradient_checkpointing_enable`: what a block is computed
   with, and again with in the backward. Watch `GradientCheckpointingLayer`.
+- `Trainer._load_best_model`, overridden: transformers looks for the best adapter where one named "default" is saved,
+  whatever the adapter's name. To go when it asks the model where its adapters are.
 
 accelerate:
 - `_hf_hook` of a module, set by `accelerate.hooks.add_hook_to_module`: where an offloaded weight is kept. Nothing
@@ -46,6 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 __all__ = [
     "FORWARD_SLOTS",
+    "BestModelLoader",
     "BufferDict",
     "TorchDispatchMode",
     "add_peft_type",
@@ -81,6 +84,17 @@ def mark_without_adapters(model: nn.Module) -> None:
     """Take back what transformers' `add_adapter` notes of a model before its first adapter is in it."""
     if "_hf_peft_config_loaded" in vars(model):
         vars(model)["_hf_peft_config_loaded"] = False
+
+
+class BestModelLoader:
+    """Mix-in before a `transformers.Trainer`: what `load_best_model_at_end` does is a public method, to override."""
+
+    def load_best_model(self) -> None:
+        """Take over the weights of the best checkpoint, as transformers does it."""
+        super()._load_best_model()  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        self.load_best_model()
 
 
 def offload_hook(module: nn.Module) -> Any | None:

@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -115,6 +117,31 @@ class TrainedAdapters:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad and id(parameter) not in own
         ]
+
+    def load(self, model: nn.Module, checkpoint: str) -> None:
+        """Give the trained adapters the weights that a checkpoint of the Trainer holds.
+
+        Args:
+            model: the model that the adapters belong to.
+            checkpoint: folder that `model.save_pretrained` wrote: "default" lies in it, others in folders of their
+                names; of a transformers model with adapters the one that is active.
+
+        Raises:
+            FileNotFoundError: an adapter is not in the checkpoint.
+        """
+        for name in sorted({name for _, names in self.layers for name in names}):
+            folder = Path(checkpoint, name) if isinstance(model, PeftModel) and name != "default" else Path(checkpoint)
+            if not any(Path(folder, file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+                raise FileNotFoundError(
+                    f"The checkpoint {checkpoint!r} holds no adapter {name!r}: the model keeps the weights of the last "
+                    "step. Load the best ones from where they were saved."
+                )
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, torch_device="cpu")
+            else:
+                weights = load_peft_weights(str(folder), device="cpu")
+                own = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+                set_peft_model_state_dict(model, own, adapter_name=name)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..compat import BestModelLoader
 from ..tuners.variator.calibration import calibrate, needs_calibration
 from .adapters import TrainedAdapters
 from .config import DistillationConfig
@@ -28,7 +29,7 @@ from .variance import measure_variances
 __all__ = ["DistillationTrainer"]
 
 
-class DistillationTrainer(ExactLossTrainer):
+class DistillationTrainer(BestModelLoader, ExactLossTrainer):
     """Trains the adapters of a model so that it does what the model does without them, what its labels say, or both.
 
     Made for Variator plugins (stage one on plain text, stage two on a task, starting from the plugin of stage one;
@@ -105,6 +106,17 @@ class DistillationTrainer(ExactLossTrainer):
             return super().train(*args, **kwargs)
         with self.ratios.restored():
             return super().train(*args, **kwargs)
+
+    def load_best_model(self) -> None:
+        """Give the trained adapters, whatever their names, the weights of the best checkpoint.
+
+        Raises:
+            FileNotFoundError: the checkpoint holds no such adapter.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().load_best_model()  # their checkpoints hold the whole model
+        else:
+            self.adapters.load(self.model, str(self.state.best_model_checkpoint))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
