@@ -133,7 +133,7 @@ class TrainedAdapters:
             folder = Path(checkpoint, name) if isinstance(model, PeftModel) and name != "default" else Path(checkpoint)
             if not any(Path(folder, file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
                 raise FileNotFoundError(
-                    f"The checkpoint {checkpoint!r} holds no adapter {name!r}: the model keeps the weights of the last "
+                    f"The checkpoint {checkpoint!r} holds no adapter {name!r}; the model has the weights of the last "
                     "step. Load the best ones from where they were saved."
                 )
             if isinstance(model, PeftModel):
