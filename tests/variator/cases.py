@@ -174,6 +174,8 @@ def _strengthen(name: str, parameter: nn.Parameter, zero_positions: bool) -> Non
     """Weights so large that a feed-forward network matters; a transformer at its usual start hides most mistakes."""
     if zero_positions and "position" in name:
         parameter.zero_()
+    elif not parameter.requires_grad:
+        pass  # sines, of models that turn queries and keys by them
     elif parameter.dim() > 1:
         parameter.normal_(std=0.25)
     else:
@@ -205,6 +207,15 @@ ENCODERS = [
     Case("modernbert", "modernbert", AutoModel, TEXT | {"global_attn_every_n_layers": 2}, "encoder"),
     Case("albert", "albert", AutoModel, TEXT | {"embedding_size": 16}, "encoder"),
 ]
+ENCODERS += [
+    Case("big-bird", "big_bird", AutoModel, TEXT | {"attention_type": "original_full"}, "encoder", core=False),
+    Case("eurobert", "eurobert", AutoModel, DECODER | {"mask_token_id": 3}, "encoder", core=False),
+    Case("esm", "esm", AutoModel, TEXT | {"mask_token_id": 3}, "encoder", core=False),
+    *(
+        Case(name, name, AutoModel, TEXT, "encoder", core=False)
+        for name in ("data2vec-text", "ernie", "jina_embeddings_v3", "megatron-bert", "nomic_bert", "roformer")
+    ),
+]
 TASK_HEADS = [
     Case("bert-mlm", "bert", AutoModelForMaskedLM, TEXT, "encoder"),
     Case("bert-sequence", "bert", AutoModelForSequenceClassification, TEXT, "encoder"),
@@ -221,6 +232,31 @@ SEQ2SEQ = [
     Case("mt5", "mt5", AutoModelForSeq2SeqLM, T5 | {"feed_forward_proj": "gated-gelu"}, "encoder"),
     Case("bart", "bart", AutoModelForSeq2SeqLM, BART, "encoder", zero_positions=True),
     Case("mbart", "mbart", AutoModelForSeq2SeqLM, BART, "encoder", zero_positions=True),
+]
+SEQ2SEQ += [
+    *(
+        Case(name, name, AutoModelForSeq2SeqLM, BART, "encoder", zero_positions=True, core=False)
+        for name in ("blenderbot", "blenderbot-small", "m2m_100", "marian", "pegasus")
+    ),
+    *(
+        Case(
+            f"longt5-{attention}",
+            "longt5",
+            AutoModelForSeq2SeqLM,
+            T5 | {"encoder_attention_type": attention, "local_radius": 4},
+            "encoder",
+            core=False,
+        )
+        for attention in ("local", "transient-global")
+    ),
+    Case(
+        "t5gemma",
+        "t5gemma",
+        AutoModelForSeq2SeqLM,
+        {"vocab_size": VOCABULARY, "encoder": DECODER | {"sliding_window": 8}, "decoder": DECODER},
+        "encoder",
+        core=False,
+    ),
 ]
 ENCODERS_OF_SEQ2SEQ = [Case("t5-encoder", "t5", T5EncoderModel, T5, "encoder")]
 CAUSAL = [
@@ -264,6 +300,58 @@ CAUSAL += [
     Case("granitemoe", "granitemoe", AutoModelForCausalLM, MOE, "causal", core=False),
     Case("falcon", "falcon", AutoModelForCausalLM, FALCON, "causal", core=False),
     Case("falcon-new", "falcon", AutoModelForCausalLM, FALCON | FALCON_NEW, "causal", core=False),
+]
+CAUSAL += [
+    Case(
+        "deepseek-v3",
+        "deepseek_v3",
+        AutoModelForCausalLM,
+        {key: DECODER[key] for key in DECODER if key != "head_dim"}
+        | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "first_k_dense_replace": 1},
+        "causal",
+        core=False,
+    ),
+    Case(
+        "gemma3n",
+        "gemma3n_text",
+        AutoModelForCausalLM,
+        DECODER
+        | {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 4}
+        | {"activation_sparsity_pattern": [0.0, 0.0]},
+        "causal",
+        core=False,
+    ),
+    Case("gpt-oss", "gpt_oss", AutoModelForCausalLM, MOE | {"sliding_window": 8}, "causal", core=False),
+    Case(
+        "lfm2",
+        "lfm2",
+        AutoModelForCausalLM,
+        DECODER | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        "causal",
+        core=False,
+    ),
+    Case(
+        "llama4",
+        "llama4_text",
+        AutoModelForCausalLM,
+        MOE | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0]},
+        "causal",
+        core=False,
+    ),
+    Case(
+        "qwen3-next",
+        "qwen3_next",
+        AutoModelForCausalLM,
+        DECODER
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
+        | {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        "causal",
+        core=False,
+    ),
 ]
 VISIONS = [
     Case("vit", "vit", AutoModel, VISION, "vision", prefix=1),

@@ -123,7 +123,8 @@ def watch(model: nn.Module, call: Callable[[], Any]) -> list[Seen]:
         def count(_: nn.Module, args: tuple[Any, ...]) -> None:
             seen[-1].rows += args[0].numel() // args[0].shape[-1]
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output  # of experts, with what routers say
             seen[-1].outputs = output.detach().clone()
 
         handles.append(module.register_forward_pre_hook(before))

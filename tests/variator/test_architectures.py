@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +98,15 @@ def test_all_linear_maps_are_refused(spelled: str) -> None:
 def test_the_tables_name_architectures_of_transformers_once() -> None:
     assert not FEED_FORWARDS.keys() & REFUSED.keys()
     assert (FEED_FORWARDS.keys() | REFUSED.keys()) <= CONFIG_MAPPING_NAMES.keys()
+
+
+def test_the_pages_list_what_the_tables_have() -> None:
+    path = Path(__file__).parents[2] / "docs" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures_page", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for page, text in module.pages().items():
+        assert page.read_text(encoding="utf-8") == text, f"run `python docs/architectures.py`: {page.name}"
+        assert "`bert`" in text

@@ -141,6 +141,12 @@ def test_what_cannot_be_found_is_refused(fields: dict[str, Any], message: str) -
     assert torch.equal(model(ids), Classifier()(ids))
 
 
+def test_neurons_are_not_copied_where_nothing_tells_the_activation() -> None:
+    with pytest.warns(UserWarning, match="bottleneck"):
+        model = with_plugin(Classifier(), **NAMED, decompression="neurons")
+    assert model(torch.randint(FIRST_WORD, 99, (1, 11))).isfinite().all()
+
+
 def test_a_network_of_another_width_is_refused_when_called() -> None:
     model = with_plugin(Classifier(), target_modules=["shrink.dense"], stack_module="encoder")
     with pytest.raises(ValueError, match="shrink.dense takes vectors of 32 entries and gives vectors of 16"):
