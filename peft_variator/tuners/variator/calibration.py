@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .layer import VariatorLayer, plugin_layers
 from .merging import Groups
 from .network import Network
 from .neurons import copy_neurons, has_left_its_start
+from .ratios import using_ratio
 
 
 __all__ = ["calibrate", "needs_calibration"]
@@ -34,7 +36,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
         ValueError: the model has no such plugin, its weights have left their start, or the batches have no tokens to
             merge. Nothing has been changed.
     """
-    layers = _layers_to_calibrate(model)
+    row = _widest_row(model)
+    layers = _layers_to_calibrate(model, row)
     spreads = {
         layer.name: torch.zeros(network.width, dtype=torch.float64, device=_device_of(layer))
         for layer, _, network in layers
@@ -50,7 +53,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
         model.eval()
         for layer in plugin_layers(model):
             layer.observer = observe
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if row is None else using_ratio(model, row):
             for batch in batches:
                 model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
     finally:
@@ -78,17 +81,27 @@ def needs_calibration(model: nn.Module) -> bool:
         modules, network = layer.modules_of(plugin), layer.network()
         is_new = not layer.configs[plugin].was_saved and not modules["variator_neurons"].is_calibrated
         if is_new and network is not None and network.is_readable and not has_left_its_start(modules, network):
-            return layer.rule_at(plugin, layer.ratios.chosen.get(plugin)).ratio > 1
+            return layer.rule_at(plugin, _widest_row(model) or layer.ratios.chosen.get(plugin)).ratio > 1
     return False
 
 
-def _layers_to_calibrate(model: nn.Module) -> list[tuple[VariatorLayer, str, Network]]:
+def _widest_row(model: nn.Module) -> int | None:
+    """The row of the active plugin's schedule that leaves least alone; `None`: it has none, and its ratio counts."""
+    for layer in plugin_layers(model):
+        plugin = layer.active_plugin
+        schedule = None if plugin is None else layer.configs[plugin].ratio_schedule
+        if schedule:
+            return max(schedule)
+    return None
+
+
+def _layers_to_calibrate(model: nn.Module, row: int | None) -> list[tuple[VariatorLayer, str, Network]]:
     found = []
     for layer in plugin_layers(model):
         plugin, network = layer.active_plugin, layer.network()
         if plugin is None or layer.decompressions[plugin] != NeuronsDecompression.name:
             continue
-        if layer.rule_at(plugin, layer.ratios.chosen.get(plugin)).ratio == 1:
+        if layer.rule_at(plugin, row or layer.ratios.chosen.get(plugin)).ratio == 1:
             continue
         if network is None or not network.is_readable:
             raise ValueError(

@@ -17,7 +17,8 @@ __all__ = ["VariatorConfig"]
 
 SCORINGS = ("token", "concat")
 DECOMPRESSIONS = ("bottleneck", "neurons")
-DEFAULT_CORRECTION = 0.125
+DEFAULT_CORRECTION = 0.25
+DEFAULT_BOTTLENECK = 64
 PATCH_GROUPINGS = ("window", "raster")
 
 
@@ -73,8 +74,20 @@ class VariatorConfig(SavedConfig):
             "(`layer.0` is all of layer 0), or matches it as a regex."
         },
     )
-    bottleneck_dim: int = field(
-        default=64, metadata={"help": "Width of the decompressor's hidden layer, in units of vector entries."}
+    ratio_schedule: dict[int, dict[str, int]] | None = field(
+        default=None,
+        metadata={
+            "help": "What each compression ratio means in each module, `{k: {module: ratio}}`, with modules named as "
+            "in `ratio_pattern`; `1` leaves a module alone, and one that a row does not name takes k. Choosing k "
+            "chooses the row. Made by `peft_variator.allocate`."
+        },
+    )
+    bottleneck_dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of `decompression='bottleneck'`, which it means where no decompression is named; the same "
+            "as `correction_dim` there."
+        },
     )
     scoring: str = field(
         default="token",
@@ -132,20 +145,26 @@ class VariatorConfig(SavedConfig):
             "cannot answer: it counts as bidirectional."
         },
     )
-    decompression: str = field(
-        default="bottleneck",
+    decompression: str | None = field(
+        default=None,
         metadata={
-            "help": "How each token of a group gets back what is its own: `bottleneck` is the paper's correction, "
-            "`Linear(2d → r), tanh, Linear(r → d)`; `neurons` runs a copy of some of the network's neurons for every "
-            "token, and the rest once for a group."
+            "help": "How each token of a group gets back what is its own: `neurons` runs a copy of some of the "
+            "network's neurons for every token, and the rest once for a group; `bottleneck` is the paper's, "
+            "`Linear(2d → r), tanh, Linear(r → d)`. `None` is `neurons`, or `bottleneck` where `bottleneck_dim` is "
+            "given."
         },
     )
     correction_dim: int | float | None = field(
         default=None,
         metadata={
-            "help": "Number of neurons that `decompression='neurons'` copies, or a share of the network's inner width "
-            "as a float in (0, 1]. `None` is an eighth of it."
+            "help": "Width of the correction: the number of neurons that `decompression='neurons'` copies, or a share "
+            "of the network's inner width as a float in (0, 1] (`None` is a quarter of it); entries of the hidden "
+            "layer of `decompression='bottleneck'` (`None` is 64)."
         },
+    )
+    correction_pattern: dict[str, int | float] = field(
+        default_factory=dict,
+        metadata={"help": "`correction_dim` of single modules, which are named as in `ratio_pattern`."},
     )
     correction_rank: int | None = field(
         default=None,
@@ -190,6 +209,10 @@ class VariatorConfig(SavedConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.peft_version is not None and isinstance(self.ratio_schedule, dict):  # JSON has no integer keys
+            self.ratio_schedule = {
+                int(k) if isinstance(k, str) and k.isdecimal() else k: row for k, row in self.ratio_schedule.items()
+            }
         super().__post_init__()
         self.peft_type = PeftType("VARIATOR")
         if isinstance(self.target_modules, list):
@@ -208,6 +231,8 @@ class VariatorConfig(SavedConfig):
                 "indices in layers_to_transform, or drop layers_pattern."
             )
         self._check_ratios()
+        self._check_schedule()
+        self._choose_decompression()
         self._check_choices()
         self._check_counts()
 
@@ -217,13 +242,68 @@ class VariatorConfig(SavedConfig):
             raise ValueError(f"ratio_pattern={self.ratio_pattern!r} has to map module names to ratios.")
         for name, ratio in self.ratio_pattern.items():
             _check_integer(f"ratio_pattern[{name!r}]", ratio, 1)
-            try:
-                re.compile(name)
-            except (re.error, TypeError) as error:
+            _check_pattern("ratio_pattern", name)
+
+    def _check_schedule(self) -> None:
+        if self.ratio_schedule is None:
+            return
+        if self.ratio_pattern:
+            raise ValueError(
+                "ratio_pattern beside a ratio_schedule: both say what the ratio is in a module. Put "
+                f"{self.ratio_pattern} into the rows of the schedule."
+            )
+        rows = sorted(self.ratio_schedule)
+        for k, row in self.ratio_schedule.items():
+            _check_integer("ratio_schedule: key", k, 2)  # 1 is the base model everywhere
+            for name, ratio in row.items():
+                _check_integer(f"ratio_schedule[{k}][{name!r}]", ratio, 1)
+                _check_pattern(f"ratio_schedule[{k}]", name)
+        if self.compression_ratio != 1 and self.compression_ratio not in self.ratio_schedule:
+            raise ValueError(
+                f"compression_ratio={self.compression_ratio} is no row of ratio_schedule, which has {rows}. Choose "
+                "one of them, or 1."
+            )
+
+    def _choose_decompression(self) -> None:
+        if self.decompression is None:
+            by_width = self.was_saved or self.bottleneck_dim is not None  # files of version 0.1 name none
+            self.decompression = "bottleneck" if by_width else "neurons"
+        if self.decompression == "bottleneck":
+            self._choose_bottleneck()
+        elif self.decompression == "neurons":
+            self._check_correction("correction_dim", self.correction_dim)
+            for name, width in self.correction_pattern.items():
+                _check_pattern("correction_pattern", name)
+                self._check_correction(f"correction_pattern[{name!r}]", width)
+            if self.bottleneck_dim is not None and not self.was_saved and self.bottleneck_dim != self.correction_dim:
                 raise ValueError(
-                    f"ratio_pattern has the key {name!r}, which is neither the end of a module's name nor a regular "
-                    f"expression: {error}."
-                ) from error
+                    f"bottleneck_dim={self.bottleneck_dim!r} is a width of decompression='bottleneck', not of "
+                    "'neurons'. Name correction_dim in its place."
+                )
+            self.bottleneck_dim = None
+
+    def _choose_bottleneck(self) -> None:
+        for name in ("correction_pattern", "correction_rank"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} belongs to decompression='neurons', not to 'bottleneck'. Set "
+                    "decompression='neurons', or leave it out."
+                )
+        if isinstance(self.correction_dim, float):
+            raise ValueError(
+                f"correction_dim={self.correction_dim!r}: a share of the network's inner width is meant for "
+                "decompression='neurons'. The width of 'bottleneck' is an integer."
+            )
+        for name in ("bottleneck_dim", "correction_dim"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        if None not in (self.bottleneck_dim, self.correction_dim) and self.bottleneck_dim != self.correction_dim:
+            raise ValueError(
+                f"bottleneck_dim={self.bottleneck_dim} and correction_dim={self.correction_dim} are the same width. "
+                "Name one of them."
+            )
+        self.bottleneck_dim = self.bottleneck_dim or self.correction_dim or DEFAULT_BOTTLENECK
+        self.correction_dim = None
 
     def _check_choices(self) -> None:
         for name, allowed in (
@@ -235,17 +315,9 @@ class VariatorConfig(SavedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
 
     def _check_counts(self) -> None:
-        _check_integer("bottleneck_dim", self.bottleneck_dim, 1)
-        self._check_correction()
-        if self.correction_rank is not None:
-            _check_integer("correction_rank", self.correction_rank, 1)
-            if self.decompression != "neurons":
-                raise ValueError(
-                    f"correction_rank={self.correction_rank!r} belongs to decompression='neurons', not to "
-                    f"{self.decompression!r}. Set decompression='neurons', or leave it out."
-                )
-        if self.compensation_rank is not None:
-            _check_integer("compensation_rank", self.compensation_rank, 1)
+        for name in ("correction_rank", "compensation_rank"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
         _check_integer("max_kept_tokens", self.max_kept_tokens, 0)
         if self.trained_ratios is not None:
             if not isinstance(self.trained_ratios, list | tuple | set):
@@ -261,57 +333,77 @@ class VariatorConfig(SavedConfig):
             _check_integer("keep_token_ids: entry", token_id, 0)
         self.keep_token_ids = sorted(set(self.keep_token_ids))
 
-    def _check_correction(self) -> None:
-        if self.output_bias and self.decompression != "bottleneck":
-            raise ValueError(
-                f"output_bias={self.output_bias!r} is a part of decompression='bottleneck', not of "
-                f"{self.decompression!r}. Leave one of them out."
-            )
-        if self.correction_dim is None:
-            return
-        if self.decompression != "neurons":
-            raise ValueError(
-                f"correction_dim={self.correction_dim!r} is the width of decompression='neurons', not of "
-                f"{self.decompression!r}. Set decompression='neurons', or bottleneck_dim in its place."
-            )
-        if isinstance(self.correction_dim, float):
-            if not 0 < self.correction_dim <= 1:
+    @staticmethod
+    def _check_correction(name: str, width: int | float | None) -> None:
+        if isinstance(width, float):
+            if not 0 < width <= 1:
                 raise ValueError(
-                    f"correction_dim={self.correction_dim!r}: as a float it is a share of the network's inner width, "
-                    "so it has to lie in (0, 1]. A number of neurons is an integer."
+                    f"{name}={width!r}: as a float it is a share of the network's inner width, so it has to lie in "
+                    "(0, 1]. A number of neurons is an integer."
                 )
-        else:
-            _check_integer("correction_dim", self.correction_dim, 1)
+        elif width is not None:
+            _check_integer(name, width, 1)
 
-    def correction_width(self, inner: int) -> int:
+    @property
+    def bottleneck_width(self) -> int:
+        """Width of the bottleneck, also where it stands in for neurons that a network has not."""
+        return self.bottleneck_dim or DEFAULT_BOTTLENECK
+
+    def correction_width(self, inner: int, module_name: str) -> int:
         """Number of neurons that `decompression="neurons"` copies of a network.
 
         Args:
             inner: number of neurons of the network.
+            module_name: full name of the module in the base model.
 
         Raises:
-            ValueError: the network has fewer than `correction_dim`.
+            ValueError: the network has fewer.
         """
         width = DEFAULT_CORRECTION if self.correction_dim is None else self.correction_dim
+        for pattern, special in self.correction_pattern.items():
+            if matches_pattern(pattern, module_name):
+                width = special
+                break
         if isinstance(width, float):
             return max(1, round(width * inner))
         if width > inner:
             raise ValueError(
-                f"correction_dim={width} is more than the {inner} neurons that a feed-forward network of this model "
-                "has. Choose a smaller one, or a share of them as a float in (0, 1]."
+                f"correction_dim={width} is more than the {inner} neurons that the feed-forward network "
+                f"{module_name!r} has. Choose a smaller one, or a share of them as a float in (0, 1]."
             )
         return width
 
-    def ratio_of(self, module_name: str) -> int:
+    def ratio_of(self, module_name: str, k: int | None = None) -> int:
         """The compression ratio that this configuration gives a module.
 
         Args:
             module_name: full name of the module in the base model.
+            k: row of `ratio_schedule`, or 1; `None`: `compression_ratio`.
+
+        Raises:
+            ValueError: the schedule has no such row.
         """
-        for pattern, ratio in self.ratio_pattern.items():
+        k = self.compression_ratio if k is None else k
+        if self.ratio_schedule is None:
+            ratios = self.ratio_pattern
+        elif k == 1:
+            return 1
+        elif k in self.ratio_schedule:
+            ratios = self.ratio_schedule[k]
+        else:
+            raise ValueError(
+                f"compression_ratio={k} is no row of the plugin's ratio_schedule, which has "
+                f"{sorted(self.ratio_schedule)}. Choose one of them, or 1 (the exact base model)."
+            )
+        for pattern, ratio in ratios.items():
             if matches_pattern(pattern, module_name):
                 return ratio
-        return self.compression_ratio
+        return k
+
+    def leaves_alone(self, module_name: str) -> bool:
+        """Whether no row of the schedule merges anything in a module, which then gets no plugin."""
+        rows = self.ratio_schedule
+        return rows is not None and all(self.ratio_of(module_name, k) == 1 for k in rows)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> VariatorConfig:
@@ -342,10 +434,20 @@ class VariatorConfig(SavedConfig):
 
 
 def matches_pattern(pattern: str, module_name: str) -> bool:
-    """Whether a key of `ratio_pattern` means a module: as the end of its name, whole parts of it, or a regex."""
+    """Whether a key of `ratio_pattern` or the like means a module: its name's end, whole parts of it, or a regex."""
     return re.match(rf"(.*\.)?({pattern})(\..*)?$", module_name) is not None
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name}={value!r} has to be an integer of at least {minimum}.")
+
+
+def _check_pattern(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{field_name} has the key {pattern!r}, which is neither the end of a module's name nor a regular "
+            f"expression: {error}."
+        ) from error

@@ -36,13 +36,14 @@ class Decompression:
         """Whether it can stand behind a feed-forward network; `None` is one whose inside is not known."""
         return True
 
-    def create(self, dim: int, config: VariatorConfig, network: Network | None) -> dict[str, nn.Module]:
+    def create(self, dim: int, config: VariatorConfig, network: Network | None, name: str) -> dict[str, nn.Module]:
         """The weights of a plugin, by part.
 
         Args:
             dim: d, width of the hidden states.
             config: the plugin's configuration.
             network: the feed-forward network; `None`: its inside is not known.
+            name: full name of the module where it starts, in the base model.
         """
         raise NotImplementedError
 
@@ -72,14 +73,14 @@ class BottleneckDecompression(Decompression):
     name = "bottleneck"
     parts = ("variator_down_input", "variator_down_output", "variator_up")
 
-    def create(self, dim: int, config: VariatorConfig, network: Network | None) -> dict[str, nn.Module]:
-        up = nn.Linear(config.bottleneck_dim, dim, bias=config.output_bias)
+    def create(self, dim: int, config: VariatorConfig, network: Network | None, name: str) -> dict[str, nn.Module]:
+        up = nn.Linear(config.bottleneck_width, dim, bias=config.output_bias)
         if config.init_weights:
             for parameter in up.parameters():
                 nn.init.zeros_(parameter)
         return {
-            "variator_down_input": nn.Linear(dim, config.bottleneck_dim, bias=False),
-            "variator_down_output": nn.Linear(dim, config.bottleneck_dim),
+            "variator_down_input": nn.Linear(dim, config.bottleneck_width, bias=False),
+            "variator_down_output": nn.Linear(dim, config.bottleneck_width),
             "variator_up": up,
         }
 
@@ -113,9 +114,9 @@ class NeuronsDecompression(Decompression):
         # The copies of a plugin that was saved are in its file.
         return network is not None and (network.is_readable or config.was_saved)
 
-    def create(self, dim: int, config: VariatorConfig, network: Network | None) -> dict[str, nn.Module]:
+    def create(self, dim: int, config: VariatorConfig, network: Network | None, name: str) -> dict[str, nn.Module]:
         assert network is not None  # `serves` says so
-        return create_copies(dim, config, network)
+        return create_copies(dim, config, network, name)
 
     def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
         tokens = hidden_states.flatten(0, -2)

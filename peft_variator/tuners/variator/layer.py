@@ -160,14 +160,16 @@ class VariatorLayer(PluginModule):
         self.configs[adapter_name] = config
         self.ratios.choose(adapter_name, None)
         network = self.network()
-        self.decompressions[adapter_name] = config.decompression
-        if not DECOMPRESSIONS[config.decompression].serves(network, config):
-            self.decompressions[adapter_name] = BottleneckDecompression.name
+        decompression = config.decompression
+        assert decompression is not None  # the configuration has chosen one
+        if not DECOMPRESSIONS[decompression].serves(network, config):
+            decompression = BottleneckDecompression.name
+        self.decompressions[adapter_name] = decompression
         scorer = SCORINGS[config.scoring].create(self.in_features, self.rules[adapter_name].ratio)
         if config.init_weights:
             for parameter in scorer.parameters():
                 nn.init.zeros_(parameter)
-        parts = self.decompression(adapter_name).create(self.in_features, config, network)
+        parts = self.decompression(adapter_name).create(self.in_features, config, network, self.name)
         for part, module in {"variator_scorer": scorer, **parts}.items():
             getattr(self, part)[adapter_name] = module
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -202,22 +204,28 @@ class VariatorLayer(PluginModule):
     def rule_at(self, adapter_name: str, ratio: int | None) -> MergeRule:
         """What this layer merges when the whole plugin's compression ratio is `ratio`; `None`: as configured.
 
-        The layer's ratio is `ratio`, but where the weights are tied to one k: there the ratio of the configuration
-        stands for what was trained, which `ratio_pattern` may have made another one in this layer.
+        The layer's ratio is `ratio`, or what the plugin's schedule makes of it. Where the weights are tied to one k,
+        the ratio of the configuration stands for what was trained, which may be another one in this layer.
 
         Raises:
-            ValueError: the plugin's weights are tied to another k.
+            ValueError: the plugin's weights are tied to another k, or its schedule has no such row.
         """
-        rule = self.rules[adapter_name]
-        if ratio is None or ratio == 1 or self.scoring(adapter_name).serves_any_ratio:
-            return rule if ratio is None else rule._replace(ratio=ratio)
-        trained = self.configs[adapter_name].compression_ratio
+        rule, config = self.rules[adapter_name], self.configs[adapter_name]
+        if ratio is None:
+            return rule
+        if config.ratio_schedule is not None:
+            own = config.ratio_of(self.name, ratio)
+            if self.scoring(adapter_name).serves_any_ratio or own in (1, rule.ratio):
+                return rule._replace(ratio=own)
+        elif ratio == 1 or self.scoring(adapter_name).serves_any_ratio:
+            return rule._replace(ratio=ratio)
+        trained = config.compression_ratio
         if ratio not in (trained, rule.ratio):
             raise ValueError(
-                f"compression_ratio={ratio}: the plugin {adapter_name!r} has "
-                f"scoring={self.configs[adapter_name].scoring!r}, whose weights map {rule.ratio} concatenated vectors "
-                f"to {rule.ratio} scores, so it serves {trained}, as it was trained, and 1 (the exact base model) "
-                "only. Train a plugin with scoring='token' to change the ratio at run time."
+                f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring={config.scoring!r}, whose "
+                f"weights map {rule.ratio} concatenated vectors to {rule.ratio} scores, so it serves {trained}, as it "
+                "was trained, and 1 (the exact base model) only. Train a plugin with scoring='token' to change the "
+                "ratio at run time."
             )
         return rule
 

@@ -136,14 +136,18 @@ class VariatorModel(TidyTuner):
 
     @staticmethod
     def _warn_about_patterns(config: VariatorConfig, names: list[str]) -> None:
-        unused = [key for key in config.ratio_pattern if not any(matches_pattern(key, name) for name in names)]
-        if unused:
-            warnings.warn(
-                f"ratio_pattern has keys that match no module with a plugin: {unused}. Modules with a plugin are "
-                f"{names[:3]}{' and others' if len(names) > 3 else ''}.",
-                UserWarning,
-                stacklevel=2,
-            )
+        keys = {"ratio_pattern": list(config.ratio_pattern), "correction_pattern": list(config.correction_pattern)}
+        for k, row in (config.ratio_schedule or {}).items():
+            keys[f"ratio_schedule[{k}]"] = [key for key, ratio in row.items() if ratio > 1]
+        for field, patterns in keys.items():
+            unused = [key for key in patterns if not any(matches_pattern(key, name) for name in names)]
+            if unused:
+                warnings.warn(
+                    f"{field} has keys that match no module with a plugin: {unused}. Modules with a plugin are "
+                    f"{names[:3]}{' and others' if len(names) > 3 else ''}.",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def _check_new_adapter_config(self, config: VariatorConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -157,7 +161,12 @@ class VariatorModel(TidyTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: VariatorConfig, key: str) -> Any:
-        """PEFT's matching, with `layers_to_transform` honoured for a regex too, since that is what the default is."""
+        """PEFT's matching, with `layers_to_transform` honoured for a regex too, since that is what the default is.
+
+        What a schedule leaves alone in all of its rows is no target.
+        """
+        if peft_config.leaves_alone(key):
+            return False
         anywhere = copy.copy(peft_config)
         anywhere.layers_to_transform = None
         found = check_target_module_exists(anywhere, key)

@@ -83,18 +83,20 @@ class UpdatedRows(nn.Module):
         return torch.addmm(self.rows.to(self.B.dtype), self.B, self.A)
 
 
-def create_copies(dim: int, config: VariatorConfig, network: Network) -> dict[str, nn.Module]:
+def create_copies(dim: int, config: VariatorConfig, network: Network, name: str) -> dict[str, nn.Module]:
     """New copies, of the neurons that can say most: those with the largest ‖w_j‖·‖v_j‖.
 
     Args:
         dim: d, width of the hidden states.
         config: the plugin's configuration.
         network: the base model's network.
+        name: full name of the module where it starts, in the base model.
 
     Raises:
-        ValueError: only an update of the base model's rows is trained, and these can't be read.
+        ValueError: the network has too few neurons, or only an update of the base model's rows is trained and these
+            can't be read.
     """
-    width, rank = config.correction_width(network.width), config.correction_rank
+    width, rank = config.correction_width(network.width, name), config.correction_rank
     if rank is not None and not network.is_readable:
         raise ValueError(
             f"correction_rank={rank} adds to rows of the base model's feed-forward networks, whose weights cannot be "

@@ -30,7 +30,7 @@ def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = N
 
     Raises:
         ValueError: `k` is not a positive integer, the model has no such plugin, or the plugin's scores are tied to
-            another ratio (`scoring="concat"`).
+            another ratio (`scoring="concat"`), or it has a `ratio_schedule` without such a row.
     """
     chosen = _chosen(model, k, adapter_name)
     for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
@@ -108,6 +108,8 @@ def _is_chosen(layer: VariatorLayer, name: str, adapter_name: str | None) -> boo
 
 def _warn_if_untrained(layer: VariatorLayer, name: str, k: int) -> None:
     trained = layer.configs[name].trained_ratios
+    if layer.configs[name].ratio_schedule is not None:  # its rows are all that it has
+        return
     if k == 1 or trained is None or k in trained or k in layer.ratios.warned.setdefault(name, set()):
         return
     layer.ratios.warned[name].add(k)
