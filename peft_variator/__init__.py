@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bases import Sparse24Config, Sparse24Linear, load_base
+    from .profiling import allocate
     from .sparsity import PruningConfig, SparsityReport, prune
     from .training import DistillationConfig, DistillationTrainer, load_plugin
     from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel, attach_masks
@@ -29,6 +30,7 @@ __all__ = [
     "SparsityReport",
     "VariatorConfig",
     "VariatorModel",
+    "allocate",
     "attach_masks",
     "calibrate",
     "load_base",
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 # Where each name is, imported on first use: a program that only runs a model needs neither trainer nor pruners.
 _ROOMS = {
     "bases": ("Sparse24Config", "Sparse24Linear", "load_base"),
+    "profiling": ("allocate",),
     "sparsity": ("PruningConfig", "SparsityReport", "prune"),
     "training": ("DistillationConfig", "DistillationTrainer", "load_plugin"),
     "tuners.sparse_lora": ("SparseLoraConfig", "SparseLoraModel", "attach_masks"),

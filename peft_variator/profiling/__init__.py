@@ -1,6 +1,7 @@
 """What a model costs: FLOPs, time, memory; and how a plugin compares with its base."""
 
 from ..models import SHAPES, build_model, find_task, has_weights, load_config, share_weights
+from .allocation import allocate
 from .benchmark import BenchmarkSettings, compare, count_steps, run_benchmark
 from .environment import describe_environment, was_busy
 from .flops import count_flops
@@ -17,6 +18,7 @@ __all__ = [
     "Candidate",
     "Measurement",
     "Spread",
+    "allocate",
     "build_model",
     "check_plotting",
     "compare",

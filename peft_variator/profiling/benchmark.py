@@ -130,7 +130,11 @@ def run_benchmark(
         environment=environment,
         command=command,
         base_parameters=_count_dense(base),
-        added_parameters=_count(get_peft_model_state_dict(plugin, save_embedding_layers=False).values()),
+        added_parameters=_count(
+            tensor  # integers say which neurons were copied
+            for tensor in get_peft_model_state_dict(plugin, save_embedding_layers=False).values()
+            if tensor.is_floating_point()
+        ),
         base=measured[0],
         plugins=measured[1:],
         packed_layers=describe_paths(base),

@@ -76,7 +76,7 @@ def test_half_precision_base(case: Case, dtype: torch.dtype, autocast_adapter_dt
     plugin_dtype = torch.float32 if autocast_adapter_dtype else dtype
     for module in model.modules():
         if isinstance(module, VariatorLayer):
-            assert {parameter.dtype for parameter in module.variator_up.parameters()} == {plugin_dtype}
+            assert {parameter.dtype for parameter in module.variator_scorer.parameters()} == {plugin_dtype}
     found = outputs_of(model, inputs_of(case, uneven, dtype))
     with model.disable_adapter():
         base = outputs_of(model, inputs_of(case, uneven, dtype))

@@ -51,7 +51,7 @@ def test_values_that_are_refused(arguments: dict[str, Any], message: str) -> Non
 
 def test_defaults() -> None:
     config = VariatorConfig()
-    assert (config.compression_ratio, config.bottleneck_dim, config.scoring) == (4, 64, "token")
+    assert (config.compression_ratio, config.decompression, config.scoring) == (4, "neurons", "token")
     assert (config.keep_first_tokens, config.keep_last_tokens, config.keep_token_ids) == (1, 1, [])
     assert config.peft_type == PeftType("VARIATOR")
     assert config.init_weights is True

@@ -57,7 +57,9 @@ def test_ratio_1_at_run_time_is_the_base_model(case: Case) -> None:
 @pytest.mark.parametrize("scoring", ["token", "concat"])
 @pytest.mark.parametrize("case", [BERT, LLAMA], ids=by_name)
 def test_untrained_plugin_is_mean_pooling(case: Case, scoring: str) -> None:
-    model = get_peft_model(case.build(), VariatorConfig(compression_ratio=3, scoring=scoring))
+    model = get_peft_model(
+        case.build(), VariatorConfig(compression_ratio=3, scoring=scoring, decompression="bottleneck")
+    )
     inputs = case.inputs(batch=1, length=8)  # 0 | 1 2 3 | 4 5 6 | 7
     with torch.no_grad():
         for seen in watch(model, lambda: model(**inputs)):
@@ -73,7 +75,7 @@ def test_untrained_plugin_is_mean_pooling(case: Case, scoring: str) -> None:
 
 
 def test_new_plugin_scores_and_corrects_with_zeros() -> None:
-    model = get_peft_model(BERT.build(), VariatorConfig())
+    model = get_peft_model(BERT.build(), VariatorConfig(decompression="bottleneck"))
     for layer in model.modules():
         if isinstance(layer, VariatorLayer):
             assert not layer.variator_scorer["default"].weight.any()

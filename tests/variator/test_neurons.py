@@ -177,7 +177,7 @@ def test_one_graph() -> None:
 
 
 def test_widths() -> None:
-    assert {layer.variator_neurons["default"].index.numel() for layer in layers_of(with_neurons(BERT))} == {48 // 8}
+    assert {layer.variator_neurons["default"].index.numel() for layer in layers_of(with_neurons(BERT))} == {48 // 4}
     for width, expected in ((3, 3), (0.5, 24), (1.0, 48), (1, 1)):
         model = with_neurons(BERT, correction_dim=width)
         assert {layer.variator_neuron_into["default"].out_features for layer in layers_of(model)} == {expected}
@@ -197,8 +197,8 @@ def test_more_neurons_than_there_are_are_refused_before_anything_changes() -> No
 
 
 def test_a_width_belongs_to_its_decompression() -> None:
-    with pytest.raises(ValueError, match="correction_dim=8"):
-        VariatorConfig(correction_dim=8)
+    assert VariatorConfig(correction_dim=8).decompression == "neurons"
+    assert VariatorConfig(correction_dim=8, decompression="bottleneck").bottleneck_dim == 8
     with pytest.raises(ValueError, match="decompression='else'"):
         VariatorConfig(decompression="else")
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         calibrate(trained, [BERT.inputs()])
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
     with pytest.raises(ValueError, match="decompression='neurons'"):
-        calibrate(get_peft_model(BERT.build(), VariatorConfig()), [BERT.inputs()])
+        calibrate(get_peft_model(BERT.build(), VariatorConfig(bottleneck_dim=8)), [BERT.inputs()])
     for batches in ([], [BERT.inputs(1, 2)]):
         with pytest.raises(ValueError, match="no tokens that are merged"):
             calibrate(with_neurons(BERT, correction_dim=6), batches)

@@ -58,7 +58,7 @@ def plugin_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", ALL, ids=by_name)
 def test_round_trip(case: Case, tmp_path: Path) -> None:
-    model = with_plugin(case)
+    model = with_plugin(case, decompression="bottleneck")
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     layers = [name for name, module in model.named_modules() if isinstance(module, VariatorLayer)]
@@ -209,11 +209,11 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(BERT.build().to(torch.bfloat16), tmp_path).eval()
     assert_same(loaded, model, BERT)
     saved: dict[str, Tensor] = load_file(tmp_path / "adapter_model.safetensors")
-    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
 
 
 def test_size_of_a_plugin() -> None:
     """Per network: d scores, 2·d·r + r for the way down and d·r for the way up, with d = 32 and r = 64."""
-    trainable, total = with_plugin(BERT).get_nb_trainable_parameters()
+    trainable, total = with_plugin(BERT, decompression="bottleneck").get_nb_trainable_parameters()
     assert trainable == 2 * (32 + 3 * 32 * 64 + 64)
     assert total == trainable + sum(parameter.numel() for parameter in BERT.build().parameters())

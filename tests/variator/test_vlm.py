@@ -60,7 +60,8 @@ def test_nothing_left_to_merge_is_the_base_model() -> None:
 
 @pytest.mark.parametrize("ratio", [3, 4, 5])
 def test_image_and_text_never_share_a_group(ratio: int) -> None:
-    model, inputs = with_plugin(compression_ratio=ratio, compress_vision_tower=False), LLAVA.inputs(1, 11)
+    fields = {"compression_ratio": ratio, "compress_vision_tower": False, "decompression": "bottleneck"}
+    model, inputs = with_plugin(**fields), LLAVA.inputs(1, 11)
     ids = inputs["input_ids"][0].tolist()
     groups: list[list[int]] = []
     for position, token in enumerate(ids):

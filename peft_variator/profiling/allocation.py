@@ -1,0 +1,433 @@
+"""How much to merge where: ratios and widths of a plugin's modules for a share of the model's FLOPs.
+
+Layers differ in what merging costs them by up to nine times, so ratios belong to layers (the idea of DiffRate, Chen et
+al. 2023, https://arxiv.org/abs/2305.17997). Here they are chosen by what each module alone, merged by a plugin that is
+not trained, changes in the model's output, under a budget of FLOPs that is met by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..tuners.variator import VariatorConfig, calibrate
+from ..tuners.variator.forward_context import parameter_names
+from ..tuners.variator.layer import VariatorLayer, plugin_layers
+from .flops import count_flops
+
+
+__all__ = ["allocate"]
+
+TOLERANCE = 0.02  # of the whole model's FLOPs, to either side
+UNITS = 2000  # that the FLOPs are counted in when modules share a budget
+WIDTHS = {"narrow": 0.5, "default": 1.0, "wide": 2.0}  # plugins that are tried, by the factor of their width
+SCALES = tuple(2 ** (step / 4) for step in range(-6, 5))  # of all widths, to meet a budget that ratios alone miss
+
+
+def allocate(
+    base: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    flops_saved: float | Mapping[int, float] = 0.45,
+    *,
+    length: int | None = None,
+    candidates: Sequence[int] = (1, 2, 4, 8, 16),
+    **fields: Any,
+) -> VariatorConfig:
+    """Find out which ratio and which width each feed-forward network should have, for a share of FLOPs to save.
+
+    Every module is merged alone, at each of the `candidates`, by a plugin that is not trained; what that changes in
+    the model's output on the batches is the module's sensitivity. Then ratios and widths are chosen that together
+    change least and save the share that was asked for.
+
+    Args:
+        base: the model, without a plugin. It is left as it was.
+        batches: arguments of the model's call, by name, as for [`peft_variator.calibrate`]; a few are enough.
+        flops_saved: share of the model's forward FLOPs to save, between 0 and 1; or several, by the compression ratio
+            that is to mean each of them, as in `{2: 0.30, 4: 0.45, 8: 0.55}`.
+        length: tokens of the text whose FLOPs count; `None`: the longest of the batches. Images have their own.
+        candidates: ratios that a module may have; 1 leaves it alone.
+        fields: any field of `VariatorConfig`. `compression_ratio` names the row that a single share makes (4).
+
+    Returns:
+        A configuration with a `ratio_schedule` and, with `decompression="neurons"`, a `correction_pattern`.
+
+    Raises:
+        ValueError: a share is not between 0 and 1 or cannot be reached, which names the largest that can; a candidate
+            is no ratio; there are no batches; or the model has a plugin already.
+    """
+    targets = _checked_targets(flops_saved, fields)
+    ratios = sorted({1, *_checked_candidates(candidates)})
+    device = next(base.parameters()).device
+    examples = [
+        {n: v.to(device) if isinstance(v, Tensor) else v for n, v in _without_labels(base, batch).items()}
+        for batch in batches
+    ]
+    if not examples:
+        raise ValueError("allocate: there are no batches to measure on.")
+    if any(True for _ in plugin_layers(base)):
+        raise ValueError("allocate: the model has a Variator plugin already. Call unload() first.")
+    inputs = _inputs_of_length(base, examples, length)
+    total = count_flops(base, inputs)
+    modules = _measure(base, examples, inputs, total, ratios, fields)
+    rows, widths = _solve(modules, targets)
+    config = _config_of(modules, rows, widths, fields)
+    _check(base, config, targets, inputs, total)
+    return config
+
+
+@dataclass
+class _Module:
+    """What is known of one feed-forward network.
+
+    Args:
+        name: full name of the module where it starts.
+        width: of its correction; 0 where that has no neurons.
+        neurons: how many there are to choose from.
+        errors: what merging it alone changes in the model's output, relative to the output's size, by ratio.
+        savings: share of the whole model's FLOPs that is saved, by ratio.
+        cost: share of the whole model's FLOPs that one more neuron costs.
+        exponent: of the width in the error, which falls as width**-exponent.
+    """
+
+    name: str
+    width: int
+    neurons: int
+    errors: dict[int, float] = field(default_factory=lambda: {1: 0.0})
+    savings: dict[int, float] = field(default_factory=lambda: {1: 0.0})
+    cost: float = 0.0
+    exponent: float = 0.0
+
+    def width_at(self, factor: float) -> int:
+        """The width times a factor, as far as there are neurons."""
+        return min(self.neurons, max(1, round(self.width * factor))) if self.width else 0
+
+    def error(self, ratio: int, width: int) -> float:
+        """What merging changes at a width."""
+        return self.errors[ratio] * ((width / self.width) ** -self.exponent if self.width else 1)
+
+    def saving(self, ratio: int, width: int) -> float:
+        """What merging saves at a width."""
+        return 0.0 if ratio == 1 else self.savings[ratio] - self.cost * (width - self.width)
+
+
+def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str, Any]) -> dict[int, float]:
+    """The share of each row; `fields` gets the row that is used at first."""
+    for name in ("ratio_schedule", "correction_pattern", "ratio_pattern"):
+        if name in fields:
+            raise ValueError(f"allocate: {name} is what it finds out, so it cannot be passed.")
+    if isinstance(flops_saved, Mapping):
+        targets = dict(flops_saved)
+        if not targets:
+            raise ValueError("allocate: flops_saved={} has no row.")
+        fields.setdefault("compression_ratio", 4 if 4 in targets else min(targets))
+    else:
+        targets = {fields.setdefault("compression_ratio", 4): flops_saved}
+    for k, share in targets.items():
+        if isinstance(k, bool) or not isinstance(k, int) or k < 2:
+            raise ValueError(f"allocate: a row is named by a compression ratio, an integer of at least 2, got {k!r}.")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+            raise ValueError(f"allocate: flops_saved={share!r} is a share of the FLOPs, so it lies between 0 and 1.")
+    return targets
+
+
+def _checked_candidates(candidates: Sequence[int]) -> Sequence[int]:
+    for ratio in candidates:
+        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
+            raise ValueError(f"allocate: candidates={candidates!r} have to be integers of at least 1.")
+    if max(candidates, default=1) == 1:
+        raise ValueError(f"allocate: candidates={candidates!r} merge nothing.")
+    return candidates
+
+
+def _without_labels(base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as it is used: where every token has a label, a causal model merges nothing."""
+    config: Any = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return dict(batch)
+    return {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+
+
+def _inputs_of_length(base: nn.Module, examples: list[dict[str, Any]], length: int | None) -> dict[str, Any]:
+    """One example of the length whose FLOPs count, without padding."""
+    first = {name: value[:1] if isinstance(value, Tensor) else value for name, value in examples[0].items()}
+    ids = first.get("input_ids")
+    if not isinstance(ids, Tensor) or any("pixel" in name or "features" in name for name in first):
+        if length is not None:
+            raise ValueError(f"allocate: length={length} is for text; the inputs of this model have their own size.")
+        return first
+    if length is None:
+        length = max(batch["input_ids"].shape[1] for batch in examples)
+    if length < 2:
+        raise ValueError(f"allocate: length={length} leaves nothing to merge; it has to be at least 2.")
+    mask = first.get("attention_mask")
+    tokens = ids[0][mask[0].ne(0)] if isinstance(mask, Tensor) and mask.dim() == 2 else ids[0]
+    # The tokens at the ends stay there; those between are repeated.
+    inner = tokens[1:-1] if len(tokens) > 2 else tokens
+    inner = inner.repeat(-(-(length - 2) // len(inner)))[: length - 2]
+    text = torch.cat([tokens[:1], inner, tokens[-1:]]).unsqueeze(0)
+    inputs = {name: v for name, v in first.items() if "decoder" in name or name == "labels"} | {"input_ids": text}
+    if "logits_to_keep" in parameter_names(base):
+        inputs["logits_to_keep"] = 1  # as `generate` asks for
+    return inputs
+
+
+def _measure(
+    base: nn.Module,
+    batches: list[dict[str, Any]],
+    inputs: dict[str, Any],
+    total: int,
+    ratios: list[int],
+    fields: dict[str, Any],
+) -> list[_Module]:
+    """Sensitivities and savings of all modules."""
+    was_training = base.training
+    base.eval()
+    with torch.no_grad():
+        targets = [_output_of(base(**batch)) for batch in batches]
+    widest = max(ratios)
+    # Made at the widest ratio, so that no module is left out when neurons are chosen.
+    plugin: dict[str, Any] = {**fields, "compression_ratio": widest}
+    model: Any = get_peft_model(base, VariatorConfig(**plugin))
+    try:
+        modules = _modules_of(model)
+        names = ["default"]
+        if any(module.width for module in modules.values()):
+            for name in ("narrow", "wide"):
+                plugin["correction_pattern"] = {
+                    module.name: module.width_at(WIDTHS[name]) for module in modules.values() if module.width
+                }
+                model.add_adapter(name, VariatorConfig(**plugin))
+                names.append(name)
+            for name in names:
+                model.set_adapter(name)
+                calibrate(model, batches)
+        trials = [(name, each) for name in names for each in modules]
+        for adapter, name in tqdm(trials, desc="Measuring modules", disable=None):
+            model.set_adapter(adapter)
+            for ratio in ratios[1:] if adapter == "default" else [widest]:
+                with _alone(model, name, ratio):
+                    error = _error(model, batches, targets)
+                    if adapter == "default":
+                        modules[name].errors[ratio] = error
+                    elif modules[name].width:
+                        _fit_width(modules[name], widest, WIDTHS[adapter], error)
+        _measure_savings(model, modules, inputs, total, ratios)
+    finally:
+        model.unload()
+        base.train(was_training)
+    return list(modules.values())
+
+
+def _modules_of(model: PeftModel) -> dict[str, _Module]:
+    found = {}
+    for layer in plugin_layers(model):
+        network, width = layer.network(), 0
+        if layer.decompressions["default"] == "neurons" and network is not None:
+            width = layer.modules_of("default")["variator_neurons"].get_buffer("index").numel()
+        found[layer.name] = _Module(layer.name, width, 0 if network is None else network.width)
+    return found
+
+
+@contextmanager
+def _alone(model: PeftModel, name: str, ratio: int) -> Iterator[None]:
+    """Merge in one module and in no other one."""
+    layers = list(plugin_layers(model))
+    before = [dict(layer.rules) for layer in layers]
+    try:
+        for layer in layers:
+            own = ratio if layer.name == name else 1
+            layer.rules = {plugin: rule._replace(ratio=own) for plugin, rule in layer.rules.items()}
+        yield
+    finally:
+        for layer, rules in zip(layers, before, strict=True):
+            layer.rules = rules
+
+
+def _output_of(outputs: Any) -> Tensor:
+    """The tensor that a model's call is about: hidden states or logits."""
+    found = next(value for value in outputs.values() if isinstance(value, Tensor) and value.dim() > 1)
+    return found.float()
+
+
+@torch.no_grad()
+def _error(model: nn.Module, batches: list[dict[str, Any]], targets: list[Tensor]) -> float:
+    """Squared change of the output over its variance; padding does not count."""
+    changed, size = 0.0, 0.0
+    for batch, target in zip(batches, targets, strict=True):
+        output, mask = _output_of(model(**batch)), batch.get("attention_mask")
+        real: Tensor | bool = True
+        if isinstance(mask, Tensor) and mask.shape == target.shape[:2]:
+            real = mask.ne(0).unsqueeze(-1)
+        changed += float(((output - target).square() * real).sum())
+        size += float(((target - target.mean(dim=-1, keepdim=True)).square() * real).sum())
+    return changed / max(size, 1e-12)
+
+
+def _fit_width(module: _Module, ratio: int, factor: float, error: float) -> None:
+    """Let the error fall with the width as it was measured, at half and at twice the width in the mean."""
+    width = module.width_at(factor)
+    if width != module.width and error > 0 and module.errors[ratio] > 0:
+        slope = -np.log(error / module.errors[ratio]) / np.log(width / module.width)
+        module.exponent += max(0.0, float(slope)) / (len(WIDTHS) - 1)
+
+
+def _measure_savings(
+    model: PeftModel, modules: dict[str, _Module], inputs: dict[str, Any], total: int, ratios: list[int]
+) -> None:
+    """FLOPs that each module saves; modules of one shape in one stack save the same."""
+    known: dict[Any, tuple[dict[int, float], float]] = {}
+    layers: dict[str, VariatorLayer] = {layer.name: layer for layer in plugin_layers(model)}
+    for name, module in modules.items():
+        layer = layers[name]
+        shape = (id(layer.stack), layer.in_features, module.neurons, module.width, _count(layer.base_layer))
+        if shape not in known:
+            model.set_adapter("default")
+            savings = {1: 0.0}
+            for ratio in ratios[1:]:
+                with _alone(model, name, ratio):
+                    savings[ratio] = 1 - count_flops(model, inputs) / total
+            cost, narrow = 0.0, module.width_at(WIDTHS["narrow"])
+            if module.width and narrow != module.width:
+                model.set_adapter("narrow")
+                with _alone(model, name, ratios[-1]):
+                    saving = 1 - count_flops(model, inputs) / total
+                cost = (saving - savings[ratios[-1]]) / (module.width - narrow)
+            known[shape] = savings, cost
+        module.savings, module.cost = known[shape]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+Rows = dict[int, dict[str, int]]
+
+
+def _solve(modules: list[_Module], targets: dict[int, float]) -> tuple[Rows, dict[str, int]]:
+    """Ratios by row and widths, with the least error in all rows together.
+
+    Raises:
+        ValueError: a share cannot be reached.
+    """
+    best: tuple[float, Rows, dict[str, int]] | None = None
+    shares = sorted(targets.values())
+    main = next(k for k, share in targets.items() if share == shares[len(shares) // 2])
+    has_widths = any(module.width for module in modules)
+    for scale in SCALES if has_widths else (1.0,):
+        choices = [{module.width_at(factor * scale) for factor in WIDTHS.values()} for module in modules]
+        chosen = _choose(modules, choices, targets[main])
+        if chosen is None:
+            continue
+        widths = [width for _, width in chosen]
+        rows = {k: _choose(modules, [{width} for width in widths], share) for k, share in targets.items()}
+        error, found = 0.0, {}
+        for k, row in rows.items():
+            if row is None:
+                break
+            found[k] = {module.name: ratio for module, (ratio, _) in zip(modules, row, strict=True)}
+            error += sum(module.error(*choice) for module, choice in zip(modules, row, strict=True))
+        if len(found) == len(targets) and (best is None or error < best[0]):
+            best = error, found, {module.name: width for module, width in zip(modules, widths, strict=True)}
+    if best is None:
+        raise _unreachable(modules, targets)
+    return best[1], best[2]
+
+
+def _unreachable(modules: list[_Module], targets: dict[int, float]) -> ValueError:
+    narrow = min(WIDTHS.values()) * min(SCALES)
+    largest = sum(max(module.saving(r, module.width_at(narrow)) for r in module.savings) for module in modules)
+    wanted = max(targets.values())
+    if wanted <= largest:
+        return ValueError(
+            f"allocate: no ratios of these candidates save {dict(targets)} to within {TOLERANCE:.0%} on one set of "
+            "widths: they lie too far apart in a model of so few modules. Pass more candidates, or other shares."
+        )
+    return ValueError(
+        f"allocate: flops_saved={wanted} cannot be reached: the largest share that these candidates can save of this "
+        f"model's FLOPs at this length is {largest:.2f}."
+    )
+
+
+def _choose(modules: list[_Module], widths: list[set[int]], share: float) -> list[tuple[int, int]] | None:
+    """Ratio and width of each module that together save a share with the least error; `None`: they can't."""
+    # Least error by units saved; the first half is for what costs more than it saves.
+    best = np.full(2 * UNITS + 1, np.inf)
+    best[UNITS] = 0.0
+    taken: list[np.ndarray] = []
+    options = [list(product(module.savings, sorted(each))) for module, each in zip(modules, widths, strict=True)]
+    for module, each in zip(modules, options, strict=True):
+        after, choice = np.full_like(best, np.inf), np.zeros(len(best), dtype=np.int64)
+        for index, (ratio, width) in enumerate(each):
+            shifted = _shifted(best, round(module.saving(ratio, width) * UNITS)) + module.error(ratio, width)
+            choice[shifted < after] = index
+            after = np.minimum(after, shifted)
+        best = after
+        taken.append(choice)
+    at = _cheapest(best, share)
+    if at is None:
+        return None
+    chosen = []
+    for module, each, choice in zip(reversed(modules), reversed(options), reversed(taken), strict=True):
+        ratio, width = each[choice[at]]
+        chosen.append((ratio, width))
+        at -= round(module.saving(ratio, width) * UNITS)
+    return chosen[::-1]
+
+
+def _cheapest(errors: np.ndarray, share: float) -> int | None:
+    """Where the error is least among what saves a share, to within half of what is tolerated or nearly all of it."""
+    for tolerance in (0.5 * TOLERANCE, 0.9 * TOLERANCE):
+        low, high = (UNITS + round((share + side) * UNITS) for side in (-tolerance, tolerance))
+        window = errors[low : high + 1]
+        if len(window) and np.isfinite(window).any():
+            return low + int(window.argmin())
+    return None
+
+
+def _shifted(values: np.ndarray, by: int) -> np.ndarray:
+    out = np.full_like(values, np.inf)
+    if by >= 0:
+        out[by:] = values[: len(values) - by]
+    else:
+        out[:by] = values[-by:]
+    return out
+
+
+def _config_of(modules: list[_Module], rows: Rows, widths: dict[str, int], fields: dict[str, Any]) -> VariatorConfig:
+    pattern = {
+        module.name: widths[module.name]
+        for module in modules
+        if module.width and any(row[module.name] > 1 for row in rows.values())
+    }
+    extra: dict[str, Any] = {"correction_pattern": pattern} if pattern else {}
+    return VariatorConfig(ratio_schedule=rows, **extra, **fields)
+
+
+def _check(
+    base: nn.Module, config: VariatorConfig, targets: dict[int, float], inputs: dict[str, Any], total: int
+) -> None:
+    """Count what the rows really save.
+
+    Raises:
+        ValueError: it is not what was asked for.
+    """
+    model: Any = get_peft_model(base, config)
+    try:
+        for k, share in targets.items():
+            model.set_compression_ratio(k)
+            saved = 1 - count_flops(model, inputs) / total
+            if abs(saved - share) > TOLERANCE:
+                raise ValueError(
+                    f"allocate: row {k} saves {saved:.3f} of the FLOPs in place of {share}. Pass more candidates."
+                )
+    finally:
+        model.unload()

@@ -1,0 +1,129 @@
+"""`allocate`: ratios and widths for a share of the FLOPs, from what each module's merging changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+
+import peft_variator
+from peft_variator import VariatorConfig, allocate
+from peft_variator.profiling import count_flops
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(vocab_size=99, hidden_dropout_prob=0.0, **SIZES)).eval()
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=99, **SIZES)).eval()
+
+
+def text(count: int = 2, length: int = 64) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 99, (2, length), generator=generator) for _ in range(count)]
+    return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
+
+
+def share_saved(base: nn.Module, config: VariatorConfig, inputs: dict[str, Any], k: int) -> float:
+    total = count_flops(base, inputs)
+    model = get_peft_model(base, config)
+    model.set_compression_ratio(k)
+    saved = 1 - count_flops(model, inputs) / total
+    model.unload()
+    return saved
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3])
+@pytest.mark.parametrize("build", [bert, llama])
+def test_a_row_saves_its_share(build: Any, share: float) -> None:
+    base = build()
+    names = set(dict(base.named_modules()))
+    config = allocate(base, iter(text()), flops_saved=share, length=96)
+    assert set(dict(base.named_modules())) == names
+    assert set(config.ratio_schedule) == {4}
+    assert config.compression_ratio == 4
+    inputs: dict[str, Any] = {"input_ids": torch.randint(3, 99, (1, 96))}
+    inputs |= {"logits_to_keep": 1} if build is llama else {}
+    assert share_saved(base, config, inputs, 4) == pytest.approx(share, abs=0.02)
+
+
+def test_several_rows_on_the_same_widths() -> None:
+    base = bert()
+    shares = {2: 0.15, 4: 0.25, 8: 0.32}
+    config = allocate(base, text(), flops_saved=shares, length=128, correction_dim=16)
+    assert set(config.ratio_schedule) == set(shares)
+    for k, share in shares.items():
+        assert share_saved(base, config, {"input_ids": torch.randint(3, 99, (1, 128))}, k) == pytest.approx(
+            share, abs=0.02
+        )
+
+
+def test_what_merging_harms_most_is_merged_least() -> None:
+    """A layer whose network gives next to nothing loses nothing by merging."""
+    base = bert()
+    for index in (1, 2, 3):
+        base.encoder.layer[index].output.dense.weight.data *= 0.01
+    config = allocate(base, text(), flops_saved=0.3, candidates=(1, 8), length=64)
+    assert config.ratio_schedule[4]["encoder.layer.0.intermediate"] == 1
+    assert "encoder.layer.0.intermediate" not in config.correction_pattern
+
+
+def test_fields_of_the_configuration() -> None:
+    fields = {"compression_ratio": 8, "decompression": "bottleneck", "correction_dim": 8, "keep_last_tokens": 2}
+    config = allocate(bert(), text(), 0.3, length=64, **fields)
+    assert set(config.ratio_schedule) == {8}
+    assert (config.compression_ratio, config.decompression, config.keep_last_tokens) == (8, "bottleneck", 2)
+    assert not config.correction_pattern
+
+
+def test_images() -> None:
+    torch.manual_seed(0)
+    base = ViTModel(ViTConfig(image_size=32, patch_size=4, hidden_dropout_prob=0.0, **SIZES)).eval()
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    config = allocate(base, [pixels], flops_saved=0.3)
+    assert share_saved(base, config, {"pixel_values": pixels["pixel_values"][:1]}, 4) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"flops_saved": 0.9}, "largest"),
+        ({"flops_saved": 0.0}, "flops_saved"),
+        ({"flops_saved": 1.5}, "flops_saved"),
+        ({"flops_saved": "0.3"}, "flops_saved"),
+        ({"flops_saved": {}}, "flops_saved"),
+        ({"flops_saved": {1: 0.3}}, "row"),
+        ({"flops_saved": {"4": 0.3}}, "row"),
+        ({"candidates": (1,)}, "candidates"),
+        ({"candidates": (0, 2)}, "candidates"),
+        ({"candidates": (2.0,)}, "candidates"),
+        ({"ratio_schedule": {4: {}}}, "ratio_schedule"),
+        ({"ratio_pattern": {"layer.0": 2}}, "ratio_pattern"),
+        ({"batches": []}, "batches"),
+    ],
+)
+def test_what_cannot_be_done(arguments: dict[str, Any], named: str) -> None:
+    base = bert()
+    names = set(dict(base.named_modules()))
+    with pytest.raises(ValueError, match=named):
+        allocate(base, arguments.pop("batches", text(1)), **{"length": 64, **arguments})
+    assert set(dict(base.named_modules())) == names
+
+
+def test_a_model_that_has_a_plugin() -> None:
+    with pytest.raises(ValueError, match="unload"):
+        allocate(get_peft_model(bert(), VariatorConfig()), text(1))
+
+
+def test_exported() -> None:
+    assert peft_variator.allocate is allocate
