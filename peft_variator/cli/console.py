@@ -19,7 +19,7 @@ from .. import _register
 from ..files import check_new_file, write_text
 
 
-__all__ = ["Reporter", "parse_ratios", "reported"]
+__all__ = ["Reporter", "parse_ratios", "parse_shares", "reported"]
 
 # A pipe has no width of its own, and rich would fold tables at 80 columns.
 PIPE_WIDTH = 160
@@ -161,6 +161,22 @@ def _check_file(name: str, path: Path) -> None:
         check_new_file(path)
     except OSError as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def parse_shares(texts: Sequence[str]) -> list[float]:
+    """`["0.3,0.45"]` as numbers.
+
+    Raises:
+        ValueError: a part is no share.
+    """
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    try:
+        shares = [float(part) for part in parts]
+    except ValueError as error:
+        raise ValueError(f"--flops-saved is {','.join(parts)!r}; give shares of the FLOPs, e.g. 0.3,0.45.") from error
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError(f"--flops-saved is {','.join(parts)}; a share lies between 0 and 1, e.g. 0.45.")
+    return shares
 
 
 def parse_ratios(texts: Sequence[str]) -> list[int]:

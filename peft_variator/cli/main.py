@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
-from .console import Reporter, parse_ratios, reported
+from .console import Reporter, parse_ratios, parse_shares, reported
 
 
 __all__ = ["app"]
@@ -442,13 +442,23 @@ def train_command(
     logits_weight: Annotated[
         float | None, typer.Option(help="Weight of the KL of predictions beside that of hidden states, which is 1.")
     ] = None,
-    bottleneck_dim: Annotated[int | None, typer.Option(help="Width of the decompressor of a new plugin (64).")] = None,
+    bottleneck_dim: Annotated[int | None, typer.Option(help="A bottleneck of this width in a new plugin.")] = None,
     decompression: Annotated[
         Literal["bottleneck", "neurons"] | None,
-        typer.Option(help="What gives each token its own in a new plugin: a bottleneck (the default), or neurons."),
+        typer.Option(help="What gives each token its own in a new plugin: neurons (the default), or a bottleneck."),
     ] = None,
     correction_dim: Annotated[
         str | None, typer.Option(help="With neurons: how many, or their share of the network as in 0.25.")
+    ] = None,
+    correction_rank: Annotated[
+        int | None, typer.Option(help="With neurons: train a low-rank update of them, which makes small files.")
+    ] = None,
+    compensation_rank: Annotated[
+        int | None, typer.Option(help="Rank of updates of the blocks' maps, on only while the plugin merges.")
+    ] = None,
+    flops_saved: Annotated[
+        list[str] | None,
+        typer.Option(help="Share of the FLOPs to save as in 0.45, for each --ratio: ratios and widths by layer."),
     ] = None,
     held_out: HeldOut = 128,
     text_column: TextColumn = "text",
@@ -488,6 +498,9 @@ def train_command(
             bottleneck_dim=bottleneck_dim,
             decompression=decompression,
             correction_dim=correction_dim,
+            correction_rank=correction_rank,
+            compensation_rank=compensation_rank,
+            flops_saved=None if flops_saved is None else parse_shares(flops_saved),
             held_out=held_out,
             text_column=text_column,
             split=split,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 from peft import PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
-from ..profiling import count_flops, find_task, load_config
+from ..profiling import allocate, count_flops, find_task, load_config
 from ..training import DistillationTrainer, load_plugin
 from ..training.model_card import PluginFacts, RatioFacts, plugin_card
 from ..training.quality import measure_quality
@@ -36,6 +37,11 @@ __all__ = ["TrainJob", "train"]
 LOGITS_WEIGHTS: dict[Task, float] = {"causal": 1.0, "seq2seq": 0.0, "encoder": 0.0, "vision": 0.0}
 
 
+# Fields of `VariatorConfig` that are passed on as they are.
+PLUGIN_OPTIONS = ("bottleneck_dim", "decompression", "correction_rank", "compensation_rank")
+ALLOCATION_BATCHES = 4
+
+
 @dataclass
 class TrainJob(RunSettings):
     """Settings of a run that trains a plugin; each is an option of the command.
@@ -53,17 +59,25 @@ class TrainJob(RunSettings):
     bottleneck_dim: int | None = None
     decompression: str | None = None
     correction_dim: str | None = None
+    correction_rank: int | None = None
+    compensation_rank: int | None = None
+    flops_saved: list[float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for ratio in self.ratio or ():
             if ratio < 2:
                 raise ValueError(f"The ratio {ratio} compresses nothing, so there is nothing to train. Use 2 or more.")
-        for option in ("bottleneck_dim", "decompression", "correction_dim"):
+        for option in (*PLUGIN_OPTIONS, "correction_dim", "flops_saved"):
             if self.adapter is not None and getattr(self, option) is not None:
                 name = option.replace("_", "-")
                 raise ValueError(f"--{name} is that of the plugin in --adapter. Leave one of them out.")
-        self._decompression()  # raises for what is none
+        self._plugin_options()  # raises for what is none
+        if self.flops_saved is not None and len(self.flops_saved) != len(self._new_ratios()):
+            raise ValueError(
+                f"--flops-saved names {len(self.flops_saved)} shares for {len(self._new_ratios())} ratios. Give one "
+                "for each --ratio, in the same order."
+            )
 
     def run(self) -> tuple[PluginFacts, bool]:
         """Train a plugin and write it with its card.
@@ -93,16 +107,27 @@ class TrainJob(RunSettings):
         """The base with the plugin to train, and the ratios to train it for, the first of which it gets."""
         if self.adapter is not None:
             return self._old_plugin(base, self.adapter)
-        ratios = self.ratio or [VariatorConfig().compression_ratio]
+        ratios = self._new_ratios()
         options: dict[str, Any] = {"compression_ratio": ratios[0]}
-        options |= self._decompression()
-        if data.tokenizer is None:
-            return get_peft_model(base, VariatorConfig(**options)), ratios
-        return get_peft_model(base, VariatorConfig.from_tokenizer(data.tokenizer, **options)), ratios
+        options |= self._plugin_options()
+        config = VariatorConfig(**options)
+        if data.tokenizer is not None:
+            config = VariatorConfig.from_tokenizer(data.tokenizer, **options)
+            options["keep_token_ids"] = config.keep_token_ids
+        if self.flops_saved is not None:
+            shares = dict(zip(ratios, self.flops_saved, strict=True))
+            batches = islice(data.held_out_batches(self.batch_size, base.device), ALLOCATION_BATCHES)
+            length = None if data.tokenizer is None else self.max_length
+            config = allocate(base, batches, shares, length=length, **options)
+        return get_peft_model(base, config), ratios
 
-    def _decompression(self) -> dict[str, Any]:
+    def _new_ratios(self) -> list[int]:
+        """The ratios of a new plugin."""
+        return self.ratio or [VariatorConfig().compression_ratio]
+
+    def _plugin_options(self) -> dict[str, Any]:
         """The fields of the configuration that say how a row is given back to its tokens."""
-        options: dict[str, Any] = {"bottleneck_dim": self.bottleneck_dim, "decompression": self.decompression}
+        options: dict[str, Any] = {name: getattr(self, name) for name in PLUGIN_OPTIONS}
         if self.correction_dim is not None:
             try:
                 options["correction_dim"] = (float if "." in self.correction_dim else int)(self.correction_dim)
@@ -123,8 +148,8 @@ class TrainJob(RunSettings):
             )
         if self.ratio is None:
             return plugin, [config.compression_ratio]
-        config.compression_ratio, config.ratio_pattern = self.ratio[0], {}
         plugin.set_compression_ratio(self.ratio[0])
+        config.compression_ratio, config.ratio_pattern = self.ratio[0], {}
         return plugin, self.ratio
 
     def _objective(self, task: Task, ratios: list[int]) -> dict[str, Any]:

@@ -214,6 +214,13 @@ def test_a_pooler_may_be_missing(tmp_path: Path) -> None:
         (["--max-length", "65"], "--max-length is 65, but"),
         (["--max-length", "5"], "A span of 3 tokens is too short"),
         (["--adapter", "x", "--bottleneck-dim", "4"], "--bottleneck-dim is that of the plugin in --adapter"),
+        (["--flops-saved", "1.5"], "a share lies between 0 and 1"),
+        (["--flops-saved", "x"], "--flops-saved is 'x'"),
+        (["--flops-saved", "0.3,0.4"], "2 shares for 1 ratios"),
+        (["--flops-saved", "0.97"], "flops_saved=0.97 cannot be reached"),
+        (["--adapter", "x", "--flops-saved", "0.3"], "--flops-saved is that of the plugin in --adapter"),
+        (["--decompression", "bottleneck", "--correction-rank", "4"], "correction_rank=4"),
+        (["--compensation-rank", "0"], "compensation_rank=0"),
         (["--data", "missing.txt"], "There is no file 'missing.txt'"),
         (["--output", f"{__file__}/out"], f"'{__file__}' is a file. Name another output."),
         (["--checkpoints", f"{__file__}/kept"], f"'{__file__}' is a file. Name another output."),
@@ -226,6 +233,22 @@ def test_wrong_options_are_named(tmp_path: Path, words: list[str], message: str)
     assert status == 1
     assert message in err
     assert not (tmp_path / "out").exists()
+
+
+def test_ratios_and_widths_for_a_share_of_the_flops(tmp_path: Path) -> None:
+    base, data, output = (
+        save_model(tmp_path / "model", "encoder"),
+        save_data(tmp_path / "data", "encoder"),
+        tmp_path / "out",
+    )
+    words = ["--ratio", "2,8", "--flops-saved", "0.1,0.15", "--correction-rank", "2", "--compensation-rank", "2"]
+    status, _, err = invoke(tmp_path / "model", "--data", data, "-o", output, *QUICK, *words)
+    assert status == 0, err
+    config = PeftModel.from_pretrained(base, output).peft_config["default"]
+    assert set(config.ratio_schedule) == {2, 8}
+    assert (config.correction_rank, config.compensation_rank) == (2, 2)
+    rows = json.loads((output / "training.json").read_text())["facts"]["ratios"]
+    assert rows[0]["flops_plugin"] > rows[1]["flops_plugin"]
 
 
 def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:
