@@ -13,12 +13,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
     CLIPTextModel,
     CLIPVisionModel,
@@ -104,7 +106,8 @@ class Case:
         model_type: transformers' name of the architecture.
         auto: class that builds the model from a configuration.
         config: fields of the configuration.
-        kind: what the stack that is compressed is: `encoder`, `causal`, `vision`, `dual` (text and image) or `vlm`.
+        kind: what the stack that is compressed is: `encoder`, `causal`, `vision`, `audio`, `dual` (text and image) or
+            `vlm`.
         prefix: number of tokens before the patches of an image.
         zero_positions: whether to zero the position embeddings, of models that take no position ids: only then is the
             base model itself indifferent to padding on the left.
@@ -143,6 +146,8 @@ class Case:
         ids = torch.randint(FIRST_WORD, VOCABULARY, (batch, length), generator=generator)
         if self.kind == "vision":
             return {"pixel_values": pixels}
+        if self.kind == "audio":
+            return self._sound(batch, generator) | ({"decoder_input_ids": ids[:, :5]} if self.is_seq2seq else {})
         if self.kind == "dual":
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
         if self.kind == "vlm":
@@ -152,6 +157,14 @@ class Case:
             return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
         return {"input_ids": ids}
 
+    def _sound(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        config = self.prototype.config
+        if self.model_type == "whisper":
+            shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
+            return {"input_features": torch.randn(shape, generator=generator)}
+        samples = 384 * 23 if self.model_type == "moonshine" else 176
+        return {"input_values": torch.randn(batch, samples, generator=generator)}
+
     @property
     def has_experts(self) -> bool:
         """Whether its networks are mixtures of experts."""
@@ -159,7 +172,7 @@ class Case:
 
     @property
     def is_seq2seq(self) -> bool:
-        return self.auto is AutoModelForSeq2SeqLM
+        return self.auto in (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq)
 
 
 _PART = {
@@ -368,6 +381,49 @@ VISIONS = [
     Case("clip-vision", "clip", CLIPVisionModel, CLIP, "vision", prefix=1),
     Case("siglip-vision", "siglip", SiglipVisionModel, {"vision_config": TOWER}, "vision"),
 ]
+SOUND = {key: TEXT[key] for key in TEXT if key != "max_position_embeddings"} | {
+    "conv_dim": [32, 32],
+    "conv_stride": [4, 2],
+    "conv_kernel": [8, 4],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_proj_dropout": 0.0,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
+}
+AUDIO = [
+    Case(
+        "whisper",
+        "whisper",
+        AutoModelForSpeechSeq2Seq,
+        BART
+        | {"max_source_positions": 20, "max_target_positions": 64, "num_mel_bins": 8, "suppress_tokens": None}
+        | {"begin_suppress_tokens": None},
+        "audio",
+    ),
+    Case("wav2vec2", "wav2vec2", AutoModelForCTC, SOUND, "audio"),
+    Case(
+        "wav2vec2-stable",
+        "wav2vec2",
+        AutoModel,
+        SOUND | {"do_stable_layer_norm": True, "feat_extract_norm": "layer"},
+        "audio",
+        core=False,
+    ),
+    Case("hubert", "hubert", AutoModel, SOUND, "audio", core=False),
+    Case(
+        "moonshine",
+        "moonshine",
+        AutoModelForSpeechSeq2Seq,
+        {key: DECODER[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "pad_token_id")}
+        | {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "encoder_num_attention_heads": 4}
+        | {"decoder_num_attention_heads": 4, "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4}
+        | {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        "audio",
+        core=False,
+    ),
+]
 TEXT_TOWERS = [
     Case("clip-text", "clip", CLIPTextModel, CLIP, "causal"),
     Case("siglip-text", "siglip", SiglipTextModel, {"text_config": DECODER}, "encoder", zero_positions=True),
@@ -391,7 +447,7 @@ LLAVA = Case(
     prefix=1,
 )
 TEXT_CASES = [*ENCODERS, *ENCODERS_OF_SEQ2SEQ, *SEQ2SEQ, *CAUSAL, *TEXT_TOWERS]
-ALL = [*TEXT_CASES, *TASK_HEADS, *VISIONS, *DUAL, LLAVA]
+ALL = [*TEXT_CASES, *TASK_HEADS, *VISIONS, *AUDIO, *DUAL, LLAVA]
 BERT, LLAMA = ENCODERS[0], CAUSAL[0]
 
 

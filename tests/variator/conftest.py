@@ -11,7 +11,7 @@ from .cases import Case
 
 # What every row of the table goes through in each run, with the parameters that are enough for it.
 QUICK: dict[str, dict[str, Any]] = {
-    "test_a_frame_is_no_text": {},
+    "test_all_frames_are_merged": {"ratio": 4},
     "test_alone_padded_or_in_a_batch": {"ratio": 4},
     "test_at_the_whole_width_the_untrained_plugin_is_the_base": {"ratio": 4},
     "test_default_configuration_merges_and_disabling_gives_the_base_model_back": {},
@@ -19,6 +19,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "test_greedy_decoding_gives_the_logits_of_training": {},
     "test_left_padding_and_cache_change_nothing": {"cache": "static", "attention": "sdpa"},
     "test_only_the_encoder_has_plugins": {},
+    "test_padding_is_not_merged": {},
     "test_padding_never_reaches_the_feed_forward_network": {},
     "test_predictions_that_have_a_label": {"where": "conversation"},
     "test_ratio_1_is_the_base_model": {},

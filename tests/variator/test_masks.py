@@ -96,7 +96,11 @@ def hidden_states(model: Any, ids: Tensor, positions: Tensor, mask: Tensor | Non
         return model(**arguments, output_hidden_states=True).hidden_states[-1]
 
 
-@pytest.mark.parametrize("case", [*ENCODERS, *CAUSAL], ids=by_name)
+# The base models of the others give something else without ids.
+WITH_EMBEDDINGS_ALONE = [case for case in [*ENCODERS, *CAUSAL] if case.name not in ("esm", "gemma3n")]
+
+
+@pytest.mark.parametrize("case", WITH_EMBEDDINGS_ALONE, ids=by_name)
 def test_embeddings_alone(case: Case) -> None:
     model, ids = with_plugin(case), case.inputs(2, 12)["input_ids"]
     mask = torch.ones_like(ids)

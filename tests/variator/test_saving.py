@@ -76,7 +76,8 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in saved.items())
 
 
-@pytest.mark.parametrize("case", ALL, ids=by_name)
+# A method of that name loads something else into Wav2Vec2, weights of a language.
+@pytest.mark.parametrize("case", [case for case in ALL if case.model_type != "wav2vec2"], ids=by_name)
 def test_transformers_load_adapter(case: Case, tmp_path: Path) -> None:
     model, base = with_plugin(case), case.build().requires_grad_(False)
     model.save_pretrained(tmp_path)

@@ -45,11 +45,16 @@ class FeedForward:
         end: name, relative to the parent of `start`, of the module that gives its output, before the residual is
             added. `None`: `start` is the whole network.
         causal: whether the stack is causal. `None` reads it off the attention modules' `is_causal`.
+        stack: name of the module inside the model that receives hidden states and their mask. `None`: the model does.
+        entries_a_frame: of encoders of sound, whose hidden states are frames: how many entries of the mask that the
+            stack is called with one frame stands for; 0: the stack uses no mask. `None`: it is no such encoder.
     """
 
     start: str
     end: str | None = None
     causal: bool | None = None
+    stack: str | None = None
+    entries_a_frame: int | None = None
 
 
 _POST_NORM = FeedForward(r"layer\.\d+\.intermediate", "output.dense")
@@ -61,6 +66,7 @@ _DECODER_MLP = FeedForward(r"layers\.\d+\.mlp")
 _FEED_FORWARD = FeedForward(r"layers\.\d+\.feed_forward")
 _GPT2_MLP = FeedForward(r"h\.\d+\.mlp")
 _VISION_MLP = FeedForward(r"layers?\.\d+\.mlp")
+_WAV2VEC2 = FeedForward(r"encoder\.layers\.\d+\.feed_forward", stack="encoder", entries_a_frame=1)
 
 ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
     "text encoders": {
@@ -148,6 +154,13 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "dinov2_with_registers": _VISION_MLP,
         "siglip_vision_model": _VISION_MLP,
         "vit": _VISION_MLP,
+    },
+    "audio encoders": {
+        "hubert": _WAV2VEC2,
+        # Three convolutions with strides of 64, 3 and 2.
+        "moonshine": replace(_ENCODER_MLP, entries_a_frame=64 * 3 * 2),
+        "wav2vec2": _WAV2VEC2,
+        "whisper": replace(_BART_ENCODER, entries_a_frame=0),
     },
 }
 """Where the networks of each architecture are: by kind, then by the `model_type` in the configuration."""
@@ -359,7 +372,7 @@ def named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn.
 
 
 def stack_kind(stack: nn.Module, feed_forward: FeedForward, model: nn.Module | None = None) -> StackKind:
-    """Whether a stack is an encoder, causal, or a vision encoder.
+    """Whether a stack is an encoder, causal, or an encoder of images or of sound.
 
     Args:
         stack: the module that receives the tokens.
@@ -368,6 +381,8 @@ def stack_kind(stack: nn.Module, feed_forward: FeedForward, model: nn.Module | N
     """
     if isinstance(stack, PreTrainedModel) and stack.main_input_name == "pixel_values":
         return "vision"
+    if feed_forward.entries_a_frame is not None:
+        return "audio"
     causal = feed_forward.causal
     if causal is None:
         marks = [bool(module.is_causal) for module in stack.modules() if hasattr(module, "is_causal")]
@@ -419,7 +434,7 @@ class Placement:
         hidden_size: d, width of the hidden states.
         stack_name: full name of the module that receives the tokens and their mask.
         stack: that module.
-        kind: whether the stack is an encoder, causal, or a vision encoder.
+        kind: whether the stack is an encoder, causal, or an encoder of images or of sound.
     """
 
     key: str
@@ -462,4 +477,6 @@ def place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module)
     stack_name, stack = owner_name, owner
     if config.stack_module is not None:
         stack_name, stack = named_stack(model, config.stack_module, key)
+    elif feed_forward.stack is not None:
+        stack_name, stack = named_stack(model, feed_forward.stack, key)
     return Placement(key, feed_forward, hidden_size, stack_name, stack, stack_kind(stack, feed_forward, model))

@@ -45,7 +45,7 @@ __all__ = [
     "used_predictions",
 ]
 
-StackKind = Literal["encoder", "causal", "vision"]
+StackKind = Literal["encoder", "causal", "vision", "audio"]
 Result = TypeVar("Result")
 
 IGNORED_LABEL = -100
@@ -252,7 +252,7 @@ class CallFacts:
     """What is known about a call's tokens before any layer runs.
 
     Args:
-        kind: whether the stack is an encoder, causal, or a vision encoder.
+        kind: whether the stack is an encoder, causal, or an encoder of images or of sound.
         arguments: the arguments of the call, those of the surrounding models included.
         image_ids: token ids that stand for an image's tokens.
         image_tokens: which tokens stand for an image's, where embeddings take the place of ids; `(batch, length)`.
@@ -275,7 +275,7 @@ class CallFacts:
     @property
     def tokens(self) -> Tensor | None:
         """The argument that tells how many tokens the text in this call has, and the device of the call's masks."""
-        if self.kind == "vision":
+        if self.kind in ("vision", "audio"):
             return None
         for name, dims in (("input_ids", 2), ("inputs_embeds", 3), ("attention_mask", 2)):
             tokens = self.arguments.get(name)

@@ -128,11 +128,12 @@ class StackForward(WrappedForward):
     Args:
         module: the stack.
         ratios: the compression ratios of all plugins of the base model.
-        kind: whether it is an encoder, causal, or a vision encoder.
+        kind: whether it is an encoder, causal, or an encoder of images or of sound.
+        entries_a_frame: of an encoder of sound: see [`FeedForward`].
     """
 
-    def __init__(self, module: nn.Module, ratios: PluginRatios, kind: StackKind) -> None:
-        self.kind = kind
+    def __init__(self, module: nn.Module, ratios: PluginRatios, kind: StackKind, entries_a_frame: int = 1) -> None:
+        self.kind, self.entries_a_frame = kind, entries_a_frame
         self.warned: set[str] = set()
         self.surroundings: list[SurroundingForward] = []
         self._layers: list[VariatorLayer] = []
@@ -206,7 +207,12 @@ class StackForward(WrappedForward):
             )
             return StackGroups(CallFacts(self.kind), {})
         check_routers(self.module, own)
-        groups = StackGroups(gather_facts(self.module, self.kind, own, self.names), choices)
+        if self.kind == "audio":
+            # What the models around it are called with is about samples, or text.
+            facts = CallFacts(self.kind, of_frames(own, self.entries_a_frame))
+        else:
+            facts = gather_facts(self.module, self.kind, own, self.names)
+        groups = StackGroups(facts, choices)
         groups.prepare()
         if self.kind == "causal" and not torch.compiler.is_compiling():
             self._warn_about_losses(groups)
@@ -314,7 +320,7 @@ def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any], names: 
 
     Args:
         stack: the module that is called.
-        kind: whether it is an encoder, causal, or a vision encoder.
+        kind: whether it is an encoder, causal, or an encoder of images.
         own: the arguments of its call.
         names: of all arguments that the stack could have been called with.
     """
@@ -339,6 +345,19 @@ def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any], names: 
         pooled_pad_id=_pooled_pad_id(surrounding) if kind == "causal" else None,
         past_length=0 if past is None else past.get_seq_length(),
     )
+
+
+def of_frames(own: dict[str, Any], entries_a_frame: int) -> dict[str, Any]:
+    """The arguments of an encoder of sound's call, with a mask that has an entry for each frame, or none.
+
+    Args:
+        own: the arguments.
+        entries_a_frame: how many entries of the mask one frame stands for; 0: the encoder does not use it.
+    """
+    mask = own.get("attention_mask")
+    if mask is None or entries_a_frame == 0:
+        return {name: value for name, value in own.items() if name != "attention_mask"}
+    return own if mask.dim() != 2 else own | {"attention_mask": mask[:, ::entries_a_frame]}
 
 
 def _calls_around(stack: nn.Module) -> list[ForwardCall]:

@@ -327,7 +327,8 @@ def _wrap_forwards(model: nn.Module, placement: Placement) -> None:
     """Wrap the forwards of a stack and of the models around it, where that is not done yet."""
     ratios = model.get_submodule(placement.key).ratios
     if forward_of(placement.stack) is None:
-        StackForward(placement.stack, ratios, placement.kind)  # type: ignore[arg-type]
+        entries = placement.feed_forward.entries_a_frame or 0
+        StackForward(placement.stack, ratios, placement.kind, entries)  # type: ignore[arg-type]
     for module in _models_around(model, placement.stack_name):
         if forward_of(module) is None:
             SurroundingForward(module, ratios)  # type: ignore[arg-type]

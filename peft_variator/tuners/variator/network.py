@@ -55,6 +55,7 @@ FORMS = (
     _Form("up_proj", "down_proj"),
     _Form("lin1", "lin2"),
     _Form("dense_h_to_4h", "dense_4h_to_h"),
+    _Form("intermediate_dense", "output_dense"),
 )
 
 

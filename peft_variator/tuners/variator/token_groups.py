@@ -136,8 +136,7 @@ class StackGroups:
                 shape, at = _shape_of(hidden_states), device
             else:
                 shape, at = (tokens.shape[0], tokens.shape[1]), tokens.device
-            group = group_patches if self.facts.kind == "vision" else group_text
-            self._groups[rule, device] = _moved(group(self.facts, rule, shape, at), device)
+            self._groups[rule, device] = _moved(_GROUPINGS[self.facts.kind](self.facts, rule, shape, at), device)
         return self._groups[rule, device]
 
 
@@ -375,6 +374,14 @@ def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
     return _to(torch.from_numpy(array), device)
 
 
+# Sound
+
+
+def group_frames(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Groups:
+    """The groups of the frames of sound: like words of a text, but without ids and without any that are special."""
+    return group_text(facts, rule._replace(keep_first=0, keep_last=0, keep_ids=(), text=True), shape, device)
+
+
 # Text in compiled code
 
 
@@ -487,3 +494,6 @@ def _patch_grid(facts: CallFacts, length: int) -> tuple[int, int] | None:
         return None
     height, width = pixels.shape[-2] // facts.patch_size[0], pixels.shape[-1] // facts.patch_size[1]
     return (height, width) if height * width <= length else None
+
+
+_GROUPINGS = {"encoder": group_text, "causal": group_text, "vision": group_patches, "audio": group_frames}
