@@ -1,12 +1,17 @@
 """Real models: what is missing is said with the command that brings it, and what is measured is not trained on."""
 
+import copy
 import json
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
+
+from peft_variator import VariatorConfig
 
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "real_models"
@@ -157,3 +162,44 @@ def test_speedups_are_over_the_first_model(scripts, encoder):
     )
     assert [(row["batch"], row["length"]) for row in rows] == [(1, 8), (2, 4)]
     assert all(0.2 < row["speedup"]["same"]["median"] < 5 for row in rows)
+
+
+def test_a_shipped_plugin_loads_onto_its_base(scripts, tmp_path):
+    """In half precision, with a card that says what was measured and how it was made."""
+    base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+    config = VariatorConfig(correction_dim=8, compensation_rank=2, trained_ratios=[4, 8], init_weights=False)
+    plugin = get_peft_model(copy.deepcopy(base), config).eval()
+    run, results = tmp_path / "run", tmp_path / "results"
+    plugin.save_pretrained(run / "plugin")
+    facts = {"parameters": {"base": 1000, "plugin": 50}, "recipe": {"steps": 7, "batch_size": 2}}
+    (run / "run.json").write_text(json.dumps({**facts, "weights_sha256": "abc", "command": "python train.py"}))
+    results.mkdir()
+    for file, spearman in (("base-all-MiniLM-L6-v2", 82.03), ("plugin-all-MiniLM-L6-v2-k8", 81.5)):
+        (results / f"{file}.json").write_text(json.dumps({"parts": {"stsb": {"spearman": spearman}}}))
+    output = tmp_path / "plugins" / "all-MiniLM-L6-v2"
+    for _ in range(2):  # one that is there is replaced
+        scripts("ship").ship("all-MiniLM-L6-v2", run, output, results)
+    page = (output / "README.md").read_text()
+    assert "| STS-B test, Spearman × 100 | 82.03 | 81.50 |" in page
+    assert "7 steps of 2 texts" in page
+    ids = torch.randint(5, 99, (2, 16))
+    loaded = PeftModel.from_pretrained(base, str(output)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids)[0], plugin(ids)[0], rtol=0, atol=5e-3)
+
+
+SHIPPED = sorted(folder.parent for folder in (EXAMPLE.parent / "plugins").glob("*/adapter_config.json"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_what_is_shipped_is_whole(folder, scripts):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert config["trained_ratios"]
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert scripts("weights").WEIGHTS[folder.name].sha256 in (folder / "README.md").read_text()
+
+
+def test_what_is_shipped_is_small():
+    files = [file for folder in SHIPPED for file in folder.iterdir()]
+    assert sum(file.stat().st_size for file in files) < 24e6
