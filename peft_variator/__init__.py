@@ -4,6 +4,7 @@ Importing this package registers its methods with PEFT, so that `get_peft_model`
 transformers' `load_adapter` know them, and makes transformers know packed 2:4 models.
 """
 
+import re
 import sys
 from importlib import import_module
 from pathlib import PurePath
@@ -54,6 +55,8 @@ _ROOMS = {
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 # Importing these registers what they hold.
 _REGISTERING = ("tuners.variator", "tuners.sparse_lora", "bases")
+# `-m`, maybe behind options of Python without a value and before the module's name, as in `-Im` and `-mpackage`.
+_MODULE_OPTION = re.compile(r"-[bBdEhiIOPqRsSuvx]*m(.*)")
 
 
 def __getattr__(name: str) -> Any:
@@ -68,10 +71,13 @@ def __dir__() -> list[str]:
 
 def _is_own_command() -> bool:
     """Whether this process is the `peft-variator` command, which shows its help before anything heavy is imported."""
-    words = sys.orig_argv
-    script = PurePath(sys.argv[0]).stem if sys.argv else ""
-    # `-m` stands in `sys.argv[0]` while Python still looks for the module to run.
-    return script == "peft-variator" or (sys.argv[:1] == ["-m"] and f"-m {__name__}" in " ".join(words))
+    if sys.argv[:1] != ["-m"]:  # which stands there while Python still looks for the module to run
+        return bool(sys.argv) and PurePath(sys.argv[0]).name in ("peft-variator", "peft-variator.exe")
+    for word, following in zip(sys.orig_argv[1:], [*sys.orig_argv[2:], ""], strict=True):
+        found = _MODULE_OPTION.match(word)
+        if found is not None:
+            return (found[1] or following) == __name__
+    return False
 
 
 def _register() -> None:

@@ -6,6 +6,7 @@ import copy
 import os
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -122,12 +123,18 @@ def load_config(model: str) -> PreTrainedConfig:
         model: a name in `SHAPES`, the path of a `config.json`, a folder with one, or a model's name on the Hub.
 
     Raises:
-        OSError: there is no such file, folder or model.
+        OSError: there is no such file, folder or model; the message names shapes that are spelt alike.
     """
     if model in SHAPES:
         return AutoConfig.for_model(SHAPES[model].model_type, **SHAPES[model].fields)
-    check_model_name(model)
-    return AutoConfig.from_pretrained(model)
+    try:
+        check_model_name(model)
+        return AutoConfig.from_pretrained(model)
+    except OSError as error:
+        close = [name for name in SHAPES if name.startswith(model.lower())] or get_close_matches(model.lower(), SHAPES)
+        if not close:
+            raise
+        raise OSError(f"{error} Did you mean {' or '.join(map(repr, close))}?") from error
 
 
 def find_task(model: str, config: PreTrainedConfig) -> Task:

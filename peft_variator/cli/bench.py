@@ -5,16 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..profiling import (
-    SHAPES,
     BenchmarkReport,
     BenchmarkSettings,
     count_steps,
+    has_weights,
     make_table,
     run_benchmark,
     save_plot,
@@ -36,13 +35,7 @@ def bench(settings: BenchmarkSettings, reporter: Reporter) -> None:
         raise ValueError(
             f"{settings.model!r} holds an adapter. Name its base model: a fresh plugin on it is measured."
         )
-    try:
-        report = _run(settings, reporter)
-    except OSError as error:
-        close = get_close_matches(settings.model, SHAPES, n=1)
-        if not close:
-            raise
-        raise OSError(f"{error} Did you mean {close[0]!r}?") from error
+    report = _run(settings, reporter)
     reporter.write_json(report.to_json())
     if reporter.png is not None:
         save_plot(report, reporter.png)
@@ -77,13 +70,14 @@ def _show(report: BenchmarkReport, reporter: Reporter) -> None:
             f"Other programs kept {report.environment['cpu_in_use']:.0%} of the cores busy when the run began: these "
             "figures are not to be trusted. Run again when the machine is idle."
         )
-    ratios = ",".join(str(ratio) for ratio in report.settings["ratios"])
     reporter.say(
         "Base and plugin ran in turn in one process. The plugin's weights were random, which costs no speed.",
         f"Again: {report.command}",
-        "Next, train a plugin that keeps the quality: "
-        f"peft-variator train {shlex.quote(report.settings['model'])} --data FILE --ratio {ratios} --output plugin",
     )
+    model, ratios = report.settings["model"], ",".join(str(ratio) for ratio in report.settings["ratios"])
+    if has_weights(model):
+        training = shlex.join(["peft-variator", "train", model, "--ratio", ratios, "--output", "plugin"])
+        reporter.say(f"To train a plugin that keeps the quality, give data of yours: {training} --data FILE")
 
 
 def _show_packed_layers(paths: Mapping[str, str], reporter: Reporter) -> None:

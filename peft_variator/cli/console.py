@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
-from rich.cells import cell_len
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, ProgressColumn
-from rich.table import Table
 
 from .. import _register
 from ..files import check_new_file, write_text
 
 
-__all__ = ["Reporter", "parse_ratios", "parse_shares", "reported"]
+if TYPE_CHECKING:  # rich is imported when something is shown: help needs none of it
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+    from rich.table import Table
+
+
+__all__ = ["Reporter", "next_commands", "parse_ratios", "parse_shares", "reported"]
 
 # A pipe has no width of its own, and rich would fold tables at 80 columns.
 PIPE_WIDTH = 160
@@ -61,7 +65,7 @@ class Reporter:
     @property
     def console(self) -> Console:
         """The console for text; a table of figures is not folded in a pipe."""
-        console = Console(quiet=self.quiet, stderr=self.json == "-")
+        console = _console(quiet=self.quiet, stderr=self.json == "-")
         if not console.is_terminal:
             console.width = max(console.width, PIPE_WIDTH)
         return console
@@ -73,10 +77,12 @@ class Reporter:
 
     def warn(self, line: str) -> None:
         """Print what the user has to know although it went well, on the error stream."""
-        Console(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        _console(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def show_table(self, table: Table) -> None:
         """Print a table; no number in it is broken, however narrow the terminal."""
+        from rich.cells import cell_len
+
         for column in table.columns[1:]:
             column.min_width = max(
                 (cell_len(str(cell)) for cell in column.cells if cell is not column.header), default=1
@@ -89,6 +95,8 @@ class Reporter:
 
     def show_figures(self, title: str, rows: Sequence[Sequence[str]], lines: Iterable[str]) -> None:
         """Print a table of figures, whose first row is its head, and plain lines below it."""
+        from rich.table import Table
+
         head, *body = rows
         table = Table(title=title)
         for index, name in enumerate(head):
@@ -108,7 +116,9 @@ class Reporter:
 
     def progress(self, *columns: ProgressColumn) -> Progress:
         """A bar on the error stream that goes away, also above an error; none in a pipe."""
-        console = Console(stderr=True)
+        from rich.progress import Progress
+
+        console = _console(stderr=True)
         return Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal)
 
 
@@ -121,7 +131,10 @@ def reported() -> Iterator[None]:
     try:
         _register()
         _hide_bars_in_pipes()
-        yield
+        with warnings.catch_warnings():
+            # PEFT asks transformers for an attribute by its old name; who types a command can do nothing about it.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
     except KeyboardInterrupt as error:
         _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
         raise typer.Exit(INTERRUPTED) from error
@@ -143,8 +156,16 @@ def _hide_bars_in_pipes() -> None:
         logging.disable_progress_bar()
 
 
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=quiet)
+
+
 def _tell(head: str, message: str) -> None:
-    Console(stderr=True).print(f"[bold red]{head}[/] {escape(message)}", highlight=False, soft_wrap=True)
+    from rich.markup import escape
+
+    _console(stderr=True).print(f"[bold red]{head}[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _is_failed_write(error: Exception) -> bool:
@@ -154,6 +175,16 @@ def _is_failed_write(error: Exception) -> bool:
     return isinstance(error, SafetensorError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("PytorchStreamWriter", "iostream"))
     )
+
+
+def next_commands(*commands: Sequence[object]) -> list[str]:
+    """Lines that say which commands of ours to run next, to be pasted as they are.
+
+    Args:
+        commands: the words of each, without the program's name: `["inspect", path]`.
+    """
+    lines = [shlex.join(["peft-variator", *map(str, words)]) for words in commands]
+    return [f"{'      ' if index else 'Next: '}{line}" for index, line in enumerate(lines)]
 
 
 def _check_file(name: str, path: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from transformers import AutoConfig
 
 from ..bases import MergeReport, merge_checkpoint, pack_checkpoint, unpack_checkpoint
 from ..bases.convert import ConversionReport, OnProgress
-from .console import Reporter
+from ..models import model_class
+from .console import Reporter, next_commands
 
 
 __all__ = ["merge", "pack", "unpack"]
@@ -28,14 +30,14 @@ def pack(source: Path, output: Path, target: Sequence[str] | None, ignore: Seque
         "Packing", lambda on_progress: pack_checkpoint(source, output, target, ignore, on_progress), reporter
     )
     reporter.say(_NOTICE, f"Converted {report.converted} weights: {_describe_sizes(report)}")
-    reporter.say(f"Next: {_loading(report.output, is_packed=True)}")
+    reporter.say(*_next_steps(report.output, is_packed=True))
 
 
 def unpack(source: Path, output: Path, reporter: Reporter) -> None:
     """Make a packed model on disk dense; see [`unpack_checkpoint`]."""
     report = _run("Unpacking", lambda on_progress: unpack_checkpoint(source, output, on_progress), reporter)
     reporter.say(f"Converted {report.converted} weights: {_describe_sizes(report)}")
-    reporter.say(f"Next: {_loading(report.output, is_packed=False)}")
+    reporter.say(*_next_steps(report.output, is_packed=False))
 
 
 def merge(base: Path, adapter: Path, output: Path, packed: bool | None, reporter: Reporter) -> None:
@@ -76,10 +78,13 @@ def _describe_sizes(report: ConversionReport) -> str:
     )
 
 
-def _loading(output: Path, *, is_packed: bool) -> str:
-    """How to load the result in Python; without the package, transformers would draw packed weights at random."""
-    load = f"AutoModelForCausalLM.from_pretrained({str(output)!r}), or the Auto class of your model."
-    return f"import peft_variator, before anything is loaded, then {load}" if is_packed else load
+def _next_steps(output: Path, *, is_packed: bool) -> list[str]:
+    """How to look at it and load it; without the package, transformers would draw packed weights at random."""
+    cls = model_class(AutoConfig.from_pretrained(output))
+    name = "AutoModel" if cls is None else cls.__name__
+    first = ["  import peft_variator"] if is_packed else []
+    load = [f"  from transformers import {name}", f"  model = {name}.from_pretrained({str(output)!r})"]
+    return [*next_commands(["inspect", output]), "In Python:", *first, *load]
 
 
 def _describe_merge(report: MergeReport) -> list[str]:
@@ -94,4 +99,4 @@ def _describe_merge(report: MergeReport) -> list[str]:
             "does not prune it, so the whole update went in, as with plain LoRA. Is this the pruned base?"
         )
     notice = [_NOTICE] if report.packed else []
-    return [*notice, *lines, f"Next: {_loading(report.output, is_packed=bool(report.packed))}"]
+    return [*notice, *lines, *_next_steps(report.output, is_packed=bool(report.packed))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..files import check_new_folder, new_folder
-from ..models import check_model_name, load_whole, model_class
+from ..models import check_model_name, find_task, load_whole, model_class
 from ..sparsity import PruningConfig, SparsityReport, prune
 from ..sparsity.calibration import read_batches
-from .console import Reporter
+from .console import Reporter, next_commands
 
 
 __all__ = ["REPORT_NAME", "PruneSettings", "parse_amounts", "prune_model"]
@@ -80,7 +79,17 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
                 processor.save_pretrained(folder)
             report.save_json(folder / REPORT_NAME)
     reporter.write_json(report.to_json())
-    _show(report, settings, processor is not None, reporter)
+    can_restore = data is not None and processor is not None and _is_of_one_tower(loaded)
+    _show(report, settings, processor is not None, can_restore, reporter)
+
+
+def _is_of_one_tower(model: PreTrainedModel) -> bool:
+    """Whether the command that restores can tell how the model is used."""
+    try:
+        find_task(type(model).__name__, model.config)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_amounts(texts: Sequence[str]) -> dict[str, float | str]:
@@ -123,7 +132,9 @@ def _load_processor(model: str, needed: bool) -> Any | None:
         return None
 
 
-def _show(report: SparsityReport, settings: PruneSettings, with_processor: bool, reporter: Reporter) -> None:
+def _show(
+    report: SparsityReport, settings: PruneSettings, with_processor: bool, can_restore: bool, reporter: Reporter
+) -> None:
     reporter.show_table(report.table("block"))
     total, names = report.total, ", ".join(row.name for row in report.grouped("modality"))
     reporter.say(
@@ -132,11 +143,11 @@ def _show(report: SparsityReport, settings: PruneSettings, with_processor: bool,
     )
     if not with_processor:
         reporter.warn("The model has no tokenizer or processor, so none was saved with it.")
-    output = shlex.quote(str(settings.output))
-    data = "TEXT" if settings.data is None else shlex.quote(str(settings.data))
+    commands: list[list[object]] = [["inspect", settings.output]]
+    if can_restore:
+        words = ["--data", settings.data, "--teacher", settings.model, "--output", f"{settings.output}-adapter"]
+        commands.append(["restore", settings.output, *words])
     reporter.say(
         f"Saved to {settings.output}, with the report as {REPORT_NAME}.",
-        f"Next: peft-variator inspect {output}",
-        f"  or win quality back: peft-variator restore {output} --data {data} --teacher "
-        f"{shlex.quote(settings.model)} --output {shlex.quote(f'{settings.output}-adapter')}",
+        *next_commands(*commands),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +13,12 @@ from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
 from ..profiling import find_task, load_config
+from ..sentence_folder import sentence_files
 from ..sparsity import measure_sparsity
 from ..training import DistillationTrainer, load_plugin
 from ..training.model_card import RestoredFacts, restored_card
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
-from .console import Reporter
+from .console import Reporter, next_commands
 from .training_run import (
     Examples,
     RunSettings,
@@ -24,6 +26,7 @@ from .training_run import (
     check_checkpoints,
     load_run_data,
     load_weights,
+    show_only_a_bar,
     train_or_resume,
     training_arguments,
     warn_about_little_data,
@@ -68,6 +71,7 @@ class RestoreJob(RunSettings):
             tuple[RestoredFacts, bool]: what is known about it, and whether this is the process that wrote it.
         """
         check_checkpoints(self)
+        beside = sentence_files(self.model)
         task = self.task or find_task(self.model, load_config(self.model))
         # The adapter decides whether there is a teacher, and so which losses there are: before the data is read.
         set_seed(self.seed)
@@ -87,13 +91,14 @@ class RestoreJob(RunSettings):
                 eval_dataset=data.held_out,
                 data_collator=data.collate,
             )
+            show_only_a_bar(trainer)
             losses = {"dense": _teacher_losses(trainer, data), "pruned": _held_out_losses(trainer)}
             train_or_resume(trainer, self)
             losses["restored"] = _held_out_losses(trainer)
             facts = self._facts(model, data, weights, losses)
             is_first = trainer.is_world_process_zero()
             if is_first:
-                write_adapter(self.output, model, restored_card(facts), facts, trainer.state.log_history)
+                write_adapter(self.output, model, restored_card(facts), facts, trainer.state.log_history, beside)
         return facts, is_first
 
     def _adapter(self, base: PreTrainedModel) -> PeftModel:
@@ -218,7 +223,14 @@ def _show(job: RestoreJob, facts: RestoredFacts, reporter: Reporter) -> None:
         + ("following no dense model." if facts.teacher is None else f"following the dense model {facts.teacher}."),
         f"Wrote {job.output}: the adapter ({facts.parameters:,} parameters), its model card README.md, and "
         "training.json with the losses.",
-        "Next: merge it, which keeps every zero, and check that with peft-variator inspect restored:",
-        *("  " + line for line in facts.usage.splitlines() if line),
+        *_next_steps(job, facts),
     ]
     reporter.show_figures(f"{facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)
+
+
+def _next_steps(job: RestoreJob, facts: RestoredFacts) -> list[str]:
+    """How to merge it, which keeps every zero: the command, which reads models in folders alone, else Python."""
+    if not Path(job.model).is_dir():
+        return ["Next, in Python:", *("  " + line for line in facts.usage.splitlines() if line)]
+    merged = f"{job.output}-merged"
+    return next_commands(["merge", job.model, job.output, "--output", merged], ["inspect", merged])

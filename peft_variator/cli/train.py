@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, ClassVar
@@ -13,17 +12,19 @@ from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
 from ..profiling import allocate, count_flops, find_task, load_config
+from ..sentence_folder import MODULES, sentence_files
 from ..training import DistillationTrainer, load_plugin
 from ..training.model_card import PluginFacts, RatioFacts, plugin_card
 from ..training.quality import measure_quality
 from ..tuners.variator import VariatorConfig
-from .console import Reporter
+from .console import Reporter, next_commands
 from .training_run import (
     RunSettings,
     TrainingData,
     check_checkpoints,
     load_run_data,
     load_weights,
+    show_only_a_bar,
     train_or_resume,
     training_arguments,
     warn_about_little_data,
@@ -33,6 +34,7 @@ from .training_run import (
 
 __all__ = ["TrainJob", "train"]
 
+IMPORT = "from sentence_transformers import SentenceTransformer"
 # Hidden states are followed in any case; a causal language model is judged by its predictions, too.
 LOGITS_WEIGHTS: dict[Task, float] = {"causal": 1.0, "seq2seq": 0.0, "encoder": 0.0, "vision": 0.0}
 
@@ -86,12 +88,14 @@ class TrainJob(RunSettings):
             tuple[PluginFacts, bool]: what is known about the plugin, and whether this is the process that wrote it.
         """
         check_checkpoints(self)
+        beside = sentence_files(self.model)
         task = self.task or find_task(self.model, load_config(self.model))
         data = load_run_data(self, task)
         set_seed(self.seed)
         plugin, ratios = self._plugin(load_weights(self.model, task), data)
         with training_arguments(self, **self._objective(task, ratios)) as args:
             trainer = DistillationTrainer(plugin, args, train_dataset=data.train, data_collator=data.collate)
+            show_only_a_bar(trainer)
             before = self._qualities(plugin, ratios, data)
             train_or_resume(trainer, self)
             after = self._qualities(plugin, ratios, data)
@@ -100,7 +104,7 @@ class TrainJob(RunSettings):
             facts = self._facts(plugin, data, rows)
             is_first = trainer.is_world_process_zero()
             if is_first:
-                write_adapter(self.output, plugin, plugin_card(facts), facts, trainer.state.log_history)
+                write_adapter(self.output, plugin, plugin_card(facts), facts, trainer.state.log_history, beside)
         return facts, is_first
 
     def _plugin(self, base: PreTrainedModel, data: TrainingData) -> tuple[PeftModel, list[int]]:
@@ -206,17 +210,26 @@ def train(job: TrainJob, reporter: Reporter) -> None:
 
 def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
     size = (job.output / "adapter_model.safetensors").stat().st_size / 1e6
+    data = [word for name in job.data for word in ("--data", name)]
     lines = [
         f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size:.2f} MB), its model card README.md, "
         "and training.json with the losses.",
-        "Next:",
-        f"  how to load it:       {job.output / 'README.md'}",
-        "  how fast it is:       " + shlex.join(["peft-variator", "bench", facts.base, "--ratio", _listed(facts)]),
-        "  adapt it to a task:   "
-        + shlex.join(["peft-variator", "train", facts.base, "--adapter", str(job.output)])
-        + " --data TEXT_OF_THE_TASK --output DIR",
+        *next_commands(
+            ["bench", facts.base, "--ratio", _listed(facts)],
+            ["train", facts.base, "--adapter", job.output, *data, "--output", f"{job.output}-on-task"],
+        ),
+        "The first measures how fast it is; the second trains it further, best on the texts of a task in place of "
+        f"{facts.data}. How to load it: {job.output / 'README.md'}.",
+        *_in_sentence_transformers(job),
     ]
     reporter.show_figures(f"Fidelity to {facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)
+
+
+def _in_sentence_transformers(job: TrainJob) -> list[str]:
+    if not (job.output / MODULES).is_file():
+        return []
+    load = f"model = SentenceTransformer({str(job.output)!r})"
+    return ["In Python:", *("  " + line for line in ("import peft_variator", IMPORT, load))]
 
 
 def _listed(facts: PluginFacts) -> str:

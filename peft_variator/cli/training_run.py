@@ -8,7 +8,7 @@ import random
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import chain
@@ -22,12 +22,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 from transformers import (
     AutoImageProcessor,
+    AutoProcessor,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     default_data_collator,
 )
@@ -36,6 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..files import check_new_file, check_new_folder, new_folder, write_text
 from ..models import Task, check_model_name
 from ..profiling import build_model, count_positions, has_weights, load_config
+from ..sentence_folder import copy_files
 from ..training import DistillationConfig
 from ..training.images import ImageFolder
 from ..training.model_card import PluginFacts, RestoredFacts
@@ -51,6 +54,7 @@ __all__ = [
     "load_data",
     "load_run_data",
     "load_weights",
+    "show_only_a_bar",
     "train_or_resume",
     "training_arguments",
     "warn_about_little_data",
@@ -239,13 +243,23 @@ def check_checkpoints(settings: RunSettings) -> None:
             )
 
 
+class _Bar(ProgressCallback):
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def show_only_a_bar(trainer: Trainer) -> None:
+    """Have a trainer print no raw dicts of floats: what they say is in training.json."""
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Bar)
+
+
 def train_or_resume(trainer: Trainer, settings: RunSettings) -> None:
     """Train, from the last checkpoint of the run if there is one; say in their folder which run they are of."""
     last = _last_checkpoint(settings)
     if settings.checkpoints is not None and trainer.is_world_process_zero():
         write_text(settings.checkpoints / SETTINGS_NAME, json.dumps(_facts(settings), indent=2) + "\n")
-    # It prints raw dicts of floats. What they say is in training.json.
-    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last)
 
 
@@ -333,10 +347,27 @@ def warn_about_little_data(held_out: int, reporter: Reporter) -> None:
 
 
 def write_adapter(
-    output: Path, model: PeftModel, card: ModelCard, facts: PluginFacts | RestoredFacts, log: list[dict[str, Any]]
+    output: Path,
+    model: PeftModel,
+    card: ModelCard,
+    facts: PluginFacts | RestoredFacts,
+    log: list[dict[str, Any]],
+    beside: Mapping[str, Path],
 ) -> None:
-    """Write an adapter, its card, and `training.json` with the facts and the log: all of it or nothing."""
+    """Write an adapter, its card, and `training.json` with the facts and the log: all of it or nothing.
+
+    Args:
+        output: folder to make.
+        model: the base with the adapter.
+        card: its model card.
+        facts: what the card says.
+        log: losses and rates, as the trainer has kept them.
+        beside: what sentence-transformers needs to load the folder by itself, from `sentence_files`; empty for others.
+    """
     with new_folder(output) as folder:
+        if beside:
+            copy_files(beside, folder)
+            AutoProcessor.from_pretrained(facts.base).save_pretrained(folder)
         model.save_pretrained(str(folder))
         card.save(folder / "README.md")
         write_text(folder / "training.json", json.dumps({"facts": asdict(facts), "log": log}, indent=2) + "\n")

@@ -123,7 +123,7 @@ def prune(
         calibration: batches for the model: dicts of its keyword arguments, or tensors. They are read once and kept, so
             a generator is fine. Not needed for magnitude pruning. 128 sequences are usual. Padding is left out of the
             statistics where the batches have an `attention_mask`.
-        progress: show a progress bar.
+        progress: show a progress bar where the error stream is a terminal.
 
     Returns:
         The zeros of every pruned module. With `keep_dense=True` the weights are as before and `masks` holds the masks.
@@ -143,7 +143,8 @@ def prune(
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         console = Console(stderr=True)
-        bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not progress))
+        is_shown = progress and console.is_terminal
+        bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not is_shown))
         if config.allocation == "ecoflap":
             targets = _allocate(model, targets, batches, config, bar)
         task = bar.add_task(f"pruning ({config.method})", total=len(targets))

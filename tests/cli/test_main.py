@@ -49,12 +49,64 @@ def test_nothing_is_cut_in_help(command: str, option: str) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+HEAVY = ("torch", "peft", "transformers", "numpy", "rich")
+
+
 def test_help_and_versions_import_nothing_heavy() -> None:
-    for words in (["--help"], ["--version"], ["train", "--help"], ["prune", "--help"]):
+    for words in (["--help"], ["--version"]):
         done = run_python("-X", "importtime", "-m", "peft_variator", *words)
         assert done.returncode == 0, done.stderr
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-        assert not {"torch", "peft", "transformers", "numpy"} & imported
+        assert not set(HEAVY) & imported
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    done = run_python(
+        "-c",
+        "import sys\n"
+        "sys.argv = ['/usr/bin/peft-variator']\n"
+        "from peft_variator.cli.main import app\n"
+        "for command in app.registered_commands:\n"
+        "    try:\n"
+        "        app([command.name, '--help'])\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, command.name\n"
+        f"assert not [name for name in {HEAVY} if name in sys.modules]\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage:") >= len(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("orig_argv", "argv", "expected"),
+    [
+        (["python", "-m", "peft_variator", "train"], ["-m", "train"], True),
+        (["python", "-X", "importtime", "-Im", "peft_variator"], ["-m"], True),
+        (["python", "-mpeft_variator"], ["-m"], True),
+        (["python", "/usr/bin/peft-variator", "--help"], ["/usr/bin/peft-variator", "--help"], True),
+        (["python", "-m", "peft_variator_tools"], ["-m"], False),
+        (["python", "-m", "pytest", "-m", "peft_variator"], ["-m", "-m", "peft_variator"], False),
+        (["python", "peft-variator.py"], ["peft-variator.py"], False),
+        (["python", "-c", "import peft_variator"], ["-c"], False),
+        (["python"], [""], False),
+    ],
+)
+def test_only_the_command_itself_registers_late(
+    orig_argv: list[str], argv: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "orig_argv", orig_argv)
+    monkeypatch.setattr(sys, "argv", argv)
+    assert peft_variator._is_own_command() is expected
+
+
+@pytest.mark.slow
+def test_importing_the_package_takes_little_more_than_importing_peft() -> None:
+    program = (
+        "import peft, time\nbefore = time.process_time()\nimport peft_variator\nprint(time.process_time() - before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    runs = [subprocess.check_output([sys.executable, "-c", program], env=environment, text=True) for _ in range(2)]
+    assert min(map(float, runs)) < 0.2
 
 
 def test_the_version_is_the_package_s() -> None:

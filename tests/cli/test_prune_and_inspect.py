@@ -76,6 +76,7 @@ def test_prune_writes_what_prune_gives(base, text, tmp_path, method):
     assert "7,680 of 15,360 weights are zero (50.00%)" in output
     assert f"Saved to {out}" in output
     assert f"Next: peft-variator inspect {out}" in output
+    assert f"peft-variator restore {out} --data {text} --teacher {base}" in output
     expected = LlamaForCausalLM.from_pretrained(base)
     batches = read_batches(text, tokenizer(), samples=8, length=16, batch_size=4, seed=0, labels=False)
     prune(expected, PruningConfig(method=method, pattern="2:4"), batches, progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,13 @@ def test_a_language_model_is_restored_and_stays_sparse(folders: Path, text: Path
     assert code == 0, errors
     assert "Adapted 14 modules, 50.00% of whose weights are masked, following the dense model" in printed
     assert f"Wrote {out}" in printed
-    assert "Next: merge it" in printed
+    assert "{'" not in printed + errors, "a raw dictionary of figures"
+    commands = re.findall(r"peft-variator ((?:merge|inspect) .*?)(?= peft-variator|$)", printed.partition("Next: ")[2])
+    for command in commands:
+        done = CliRunner().invoke(app, shlex.split(command))
+        assert done.exit_code == 0, done.output
+    assert [command.split()[0] for command in commands] == ["merge", "inspect"]
+    assert_pattern(Path(f"{out}-merged"))
     facts = facts_of(out)
     assert facts["weights"] == {"task_weight": 0.9, "logits_weight": 0.1, "hidden_weight": 0.0}
     losses = facts["losses"]
