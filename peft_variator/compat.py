@@ -30,13 +30,14 @@ torch:
   None if not.
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own
   documentation of extending it sends users here.
+- `_forward_hooks` and `_forward_pre_hooks` of a module: whether calling it does more than its class says.
 - `torch.utils._python_dispatch.is_traceable_wrapper_subclass`: telling quantized tensors from plain ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftType
@@ -56,6 +57,7 @@ __all__ = [
     "checkpoint_function",
     "forward_slot",
     "include_all_linear_layers",
+    "is_plain_linear",
     "is_quantized_tensor",
     "mark_without_adapters",
     "offload_hook",
@@ -129,6 +131,12 @@ def backward_id() -> int:
 def repeated_by_reentrant_checkpoint() -> bool:
     """Whether a forward with gradients is one that a checkpoint with `use_reentrant=True` repeats in a backward."""
     return backward_id() != -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling a module is `linear` with its weight and bias and nothing else: no subclass, hook or wrapper."""
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module)
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def is_quantized_tensor(tensor: Tensor) -> bool:

@@ -162,3 +162,15 @@ def test_a_task_lora_stays_what_it_is() -> None:
 def test_ranks_that_are_none(rank: Any) -> None:
     with pytest.raises(ValueError, match="compensation_rank"):
         VariatorConfig(compensation_rank=rank)
+
+
+def test_many_tokens_and_few_give_the_same() -> None:
+    """Where there are many, W + B·A is made once; what trains, and what hooks see, goes the other way."""
+    model, inputs = compensated(BERT, init_weights=False), BERT.inputs(4, 64)
+    summed = first(model, inputs)
+    seen: list[int] = []
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.register_forward_hook(lambda module, args, output: seen.append(1))
+    torch.testing.assert_close(first(model, inputs), summed, rtol=1e-4, atol=1e-5)
+    assert seen

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ...compat import is_plain_linear
 from .architectures import Placement
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
@@ -62,14 +64,27 @@ class CompensatedLinear(PluginModule):
         Args:
             inputs: shape `(…, in_features)`.
         """
-        output = self.base_layer(inputs, *args, **kwargs)
         call = None if self.stack is None else self.stack.current_groups()
         choice = None if call is None else call.choices.get(self.network_name)
         updates = getattr(self, self.adapter_layer_names[0])
         if choice is None or choice[0] not in updates:
-            return output
+            return self.base_layer(inputs, *args, **kwargs)
         down, up = (getattr(self, part)[choice[0]].weight for part in self.adapter_layer_names)
+        base = self.base_layer
+        if is_plain_linear(base) and self._pays_to_sum(inputs, base.weight, down, up):
+            return linear(inputs, torch.addmm(base.weight, up, down), base.bias)
+        output = self.base_layer(inputs, *args, **kwargs)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
+
+    def _pays_to_sum(self, *tensors: Tensor) -> bool:
+        """Whether W + B·A is less work than B·(A·x): where there are tokens enough and nothing trains."""
+        inputs = tensors[0]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs.device.type):
+            return False
+        # In half precision the sum would round the update away.
+        all_single = all(tensor.dtype == torch.float32 for tensor in tensors)
+        few = self.in_features * self.out_features // (self.in_features + self.out_features)
+        return all_single and inputs.numel() // self.in_features > few
 
 
 def compensate(model: nn.Module, placements: list[Placement], config: VariatorConfig, adapter_name: str) -> None:

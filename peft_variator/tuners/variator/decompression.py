@@ -120,13 +120,16 @@ class NeuronsDecompression(Decompression):
 
     def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
         tokens = hidden_states.flatten(0, -2)
-        of_tokens = neuron_outputs(modules, tokens)
-        of_rows = neuron_outputs(modules, rows.flatten(0, -2).to(tokens.dtype))
-        inner = torch.where(groups.is_merged, of_tokens - groups.spread(of_rows), 0)
         out = modules["variator_neuron_out"]
         assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
-        outputs = output.flatten(0, -2).to(inner.dtype)
-        return groups.expand(outputs, inner, out.weight.to(inner.dtype)).view(hidden_states.shape)
+        # Masked: a token by itself, and padding, have no correction.
+        inner = torch.where(groups.is_merged, neuron_outputs(modules, tokens), 0)
+        of_rows = neuron_outputs(modules, rows.flatten(0, -2).to(tokens.dtype))
+        of_rows = torch.where(groups.rows_that_merge(), of_rows, 0)
+        weight = out.weight.to(inner.dtype)
+        # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
+        rest = torch.addmm(output.flatten(0, -2).to(inner.dtype), of_rows, weight.t(), alpha=-1)
+        return groups.expand(rest, inner, weight).view(hidden_states.shape)
 
 
 DECOMPRESSIONS: dict[str, Decompression] = {

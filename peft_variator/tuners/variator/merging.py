@@ -84,6 +84,11 @@ class Groups:
         """
         raise NotImplementedError
 
+    def rows_that_merge(self) -> Tensor:
+        """Which rows are shared by several tokens, shape `(num_rows, 1)`."""
+        none = torch.zeros(self.num_rows + 1, 1, dtype=torch.bool, device=self.row_of.device)
+        return none.index_copy(0, self.row_of, self.is_merged)[:-1]
+
     def spread(self, rows: Tensor) -> Tensor:
         """Give each token the vector of its row, and padding zeros.
 
