@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Set TORCH= to take another build: for the quickstart and the tests the one for CPUs is enough.
 TORCH ?= torch==2.13.0
 
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-all lint lowest newest dist docs clean
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
@@ -20,6 +20,10 @@ $(VENV)/.quickstart: $(BIN)/python setup.cfg constraints.txt
 
 $(VENV)/.test: $(BIN)/python setup.cfg constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(BIN)/python setup.cfg constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 quickstart: $(VENV)/.quickstart ## Distil a plugin for all-MiniLM-L6-v2 and show how much faster it runs
@@ -37,5 +41,26 @@ lint: $(VENV)/.test ## Check style, types and what may import what
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+lowest: ## Run the tests with the lowest versions that setup.cfg admits
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt torch==2.6.0
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[test]'
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal
+
+newest: ## Run the tests with the newest versions that setup.cfg admits
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade torch
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal
+
+dist: $(BIN)/python ## Build the source distribution and the wheel, and check what they say
+	$(BIN)/pip install --quiet --constraint constraints.txt build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+docs: $(VENV)/.docs ## Build the site into site/, and stop at every warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## Remove the environment and what the runs wrote
-	rm -rf $(VENV) outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest dist build site outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

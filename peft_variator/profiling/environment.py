@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def describe_environment(device: torch.device) -> dict[str, str | int | float]:
         device: where the work runs.
     """
     facts: dict[str, str | int | float] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "device": str(device),
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 1,
