@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
 
+from peft_variator import VariatorConfig
 from peft_variator.files import write_text
 from peft_variator.markdown import make_table
 
@@ -54,16 +55,16 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS) -> None:
         tensors = load_file(run / "plugin" / "adapter_model.safetensors")
         halves = {key: v.half() if v.is_floating_point() else v for key, v in tensors.items()}
         save_file(halves, made / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.loads((run / "plugin" / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = f"sentence-transformers/{name}" if WEIGHTS[name].kind == "text" else name
-        write_text(made / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config = VariatorConfig.from_pretrained(str(run / "plugin"))
+        config.base_model_name_or_path = f"sentence-transformers/{name}" if WEIGHTS[name].kind == "text" else name
+        config.save_pretrained(str(made))
         write_text(made / "README.md", card(name, json.loads((run / "run.json").read_text()), config, results))
         if output.exists():
             shutil.rmtree(output)
         made.rename(output)
 
 
-def card(name: str, run: dict[str, Any], config: dict[str, Any], results: Path) -> str:
+def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) -> str:
     """The card of a plugin.
 
     Args:
@@ -73,7 +74,7 @@ def card(name: str, run: dict[str, Any], config: dict[str, Any], results: Path) 
         results: folder of what was measured.
     """
     weights, parameters = WEIGHTS[name], run["parameters"]
-    base_id = config["base_model_name_or_path"]
+    base_id, ratios = str(config.base_model_name_or_path), config.trained_ratios or [config.compression_ratio]
     data = ModelCardData(
         library_name="peft", license=weights.licence.lower(), base_model=base_id, tags=["peft", "variator"]
     )
@@ -88,13 +89,13 @@ def card(name: str, run: dict[str, Any], config: dict[str, Any], results: Path) 
         "```python\nimport peft_variator\nfrom peft import PeftModel\nfrom transformers import AutoModel\n\n"
         f'base = AutoModel.from_pretrained("{base_id}")\n'
         f'model = PeftModel.from_pretrained(base, "examples/plugins/{name}")\n'
-        f"model.set_compression_ratio({max(config['trained_ratios'])})\n```",
+        f"model.set_compression_ratio({max(ratios)})\n```",
         "## Measured",
-        _quality(name, config["trained_ratios"], results),
-        _speed(name, config["trained_ratios"], results),
+        _quality(name, ratios, results),
+        _speed(name, ratios, results),
         "## How it was made",
         f"- Weights: {weights.attribution}. SHA-256 of their file: `{run['weights_sha256']}`.",
-        f"- Trained for k = {', '.join(map(str, config['trained_ratios']))} by distillation from the base without "
+        f"- Trained for k = {', '.join(map(str, ratios))} by distillation from the base without "
         f"plugin: {recipe['steps']} steps of {recipe['batch_size']} texts, one seed, on MASC, WikiText-2 validation, "
         "TinyStories, SQuAD articles that are not measured on, and docstrings of installed packages; nothing of "
         "STS-B, MRPC or SICK.",

@@ -46,6 +46,7 @@ def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, see
         Parameters and the training log.
     """
     torch.manual_seed(seed)
+    base_parameters = base.model.num_parameters()
     student = get_peft_model(trained_part(name, base), plugin_config(name, base, **recipe.plugin))
     trainer = DistillationTrainer(
         student,
@@ -58,7 +59,7 @@ def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, see
     student.save_pretrained(str(output / "plugin"))
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     return {
-        "parameters": {"base": base.model.num_parameters(), "plugin": trained},
+        "parameters": {"base": base_parameters, "plugin": trained},
         "log": [line for line in trainer.state.log_history if "loss" in line],
     }
 
