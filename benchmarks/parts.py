@@ -131,7 +131,7 @@ def run(settings: BenchmarkSettings) -> dict[str, Any]:
     inputs = make_inputs(config, settings.task, lengths, dtype=torch.float32, generator=generator)
     torch.manual_seed(settings.seed)
     base = build_model(settings.model, config, settings.task, dtype=torch.float32, device=device, random_weights=True)
-    plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False)).eval()
+    plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False, decompression="bottleneck")).eval()
     plugin.set_compression_ratio(settings.ratios[0])
     with torch.no_grad():
         return {

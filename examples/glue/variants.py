@@ -40,7 +40,7 @@ class Variant:
 
     def config(self, tokenizer: PreTrainedTokenizerBase) -> VariatorConfig:
         """The plugin's configuration."""
-        fields = {"compression_ratio": self.ratios[0], **self.fields}
+        fields = {"compression_ratio": self.ratios[0], "decompression": "bottleneck", **self.fields}
         if self.keeps_tokens:
             return VariatorConfig.from_tokenizer(tokenizer, **fields)
         return VariatorConfig(keep_first_tokens=0, keep_last_tokens=0, **fields)

