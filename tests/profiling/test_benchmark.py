@@ -63,7 +63,7 @@ def test_the_base_is_untouched_and_every_setting_is_measured():
     fields = {name: value for name, value in TINY.items() if name != "model_type"}
     base = BertModel(BertConfig(**fields)).eval()
     modules = dict(base.named_modules())
-    plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False)).eval()
+    plugin = get_peft_model(share_weights(base), VariatorConfig(init_weights=False, correction_dim=16)).eval()
     inputs = {"input_ids": torch.arange(10).repeat(2, 1) + 10, "attention_mask": torch.ones(2, 10, dtype=torch.long)}
     steps = []
     measured = compare(
