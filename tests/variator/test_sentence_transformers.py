@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 
 from peft_variator import VariatorConfig, using_ratio
 
@@ -100,3 +100,71 @@ def test_ratios_are_chosen_on_the_outer_model(folder: Path, adapter: Path, expec
     with using_ratio(model, 1):
         np.testing.assert_array_equal(model.encode(TEXTS), load(folder).encode(TEXTS))
     np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, adapter: Path) -> Path:
+    """The plugin with what stands beside a model of sentence-transformers, as `save` writes it."""
+    model = load(folder)
+    model.load_adapter(str(adapter))
+    model.save(str(folder / "whole"))
+    return folder / "whole"
+
+
+def test_a_saved_model_is_the_plugin_and_loads_by_itself(whole: Path, expected: np.ndarray, folder: Path) -> None:
+    assert not (whole / "model.safetensors").exists()
+    assert_plugin(sentence_transformers.SentenceTransformer(str(whole), device="cpu"), expected, folder)
+
+
+def test_saving_again(whole: Path, expected: np.ndarray, folder: Path, tmp_path: Path) -> None:
+    sentence_transformers.SentenceTransformer(str(whole), device="cpu").save(str(tmp_path / "again"))
+    assert_plugin(sentence_transformers.SentenceTransformer(str(tmp_path / "again"), device="cpu"), expected, folder)
+
+
+@pytest.mark.slow
+def test_a_pool_of_processes(whole: Path, expected: np.ndarray) -> None:
+    model = sentence_transformers.SentenceTransformer(str(whole), device="cpu")
+    pool = model.start_multi_process_pool(["cpu"])
+    try:
+        np.testing.assert_allclose(model.encode(TEXTS, pool=pool, chunk_size=2), expected, atol=1e-5)
+    finally:
+        model.stop_multi_process_pool(pool)
+
+
+def test_a_cross_encoder(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=31, num_labels=1, initializer_range=0.5, **sizes)
+    BertForSequenceClassification(config).eval().save_pretrained(tmp_path / "base")
+    BertTokenizerFast.from_pretrained(folder / "base").save_pretrained(tmp_path / "base")
+    pairs = [(one, other) for one in TEXTS for other in TEXTS]
+    model = sentence_transformers.CrossEncoder(str(tmp_path / "base"), device="cpu")
+    alone = model.predict(pairs)
+    torch.manual_seed(1)
+    model.add_adapter(VariatorConfig(init_weights=False, compression_ratio=8, task_type="SEQ_CLS"))
+    found = model.predict(pairs)
+    assert np.abs(found - alone).max() > 1e-3
+    with using_ratio(model, 1):
+        np.testing.assert_array_equal(model.predict(pairs), alone)
+    model.save(str(tmp_path / "saved"))
+    loaded = sentence_transformers.CrossEncoder(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(loaded.predict(pairs), found, atol=1e-5)
+
+
+def test_its_trainer_moves_the_plugin_alone(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    losses = pytest.importorskip("sentence_transformers.losses")
+    model = load(folder)
+    model.add_adapter(VariatorConfig(init_weights=False, compression_ratio=4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = sentence_transformers.SentenceTransformerTrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=0.1, save_strategy="no", report_to="none", use_cpu=True
+    )
+    pairs = datasets.Dataset.from_dict({"anchor": TEXTS[:3], "positive": TEXTS[1:]})
+    sentence_transformers.SentenceTransformerTrainer(
+        model, arguments, train_dataset=pairs, loss=losses.MultipleNegativesRankingLoss(model)
+    ).train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moved
+    assert all("variator_" in name for name in moved)

@@ -1,0 +1,128 @@
+"""What the package says of itself, what its source distribution holds, and the worked examples of CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+from peft import get_peft_model
+from transformers import BertConfig, BertModel
+
+import peft_variator
+from peft_variator import PruningConfig, VariatorConfig, prune
+from peft_variator.sparsity import config as pruning_config
+from peft_variator.sparsity import methods, patterns, statistics
+from peft_variator.tuners.variator import config as variator_config
+from peft_variator.tuners.variator import scoring
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    found = configparser.ConfigParser()
+    found.read(ROOT / "setup.cfg")
+    return found
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
+def test_the_version_stands_in_one_place_and_is_read_without_importing_anything() -> None:
+    program = (
+        "import sys\n"
+        "from setuptools.config.setupcfg import read_configuration\n"
+        "print(read_configuration('setup.cfg')['metadata']['version'])\n"
+        "assert 'torch' not in sys.modules and 'peft_variator' not in sys.modules\n"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT)
+    assert Version(printed.split()[-1]) == Version(peft_variator.__version__)
+    assert f"version: {peft_variator.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_lowest_versions_are_those_that_setup_cfg_admits(setup: configparser.ConfigParser) -> None:
+    lowest = pins("constraints-lowest.txt")
+    requirements = [Requirement(line) for line in setup["options"]["install_requires"].split("\n")[1:]]
+    assert {requirement.name for requirement in requirements} == set(lowest)
+    for requirement in requirements:
+        bounds = [part.version for part in requirement.specifier if part.operator == ">="]
+        assert [Version(bound) for bound in bounds] == [Version(lowest[requirement.name])]
+
+
+def test_everything_that_is_tested_with_is_pinned_and_admitted(setup: configparser.ConfigParser) -> None:
+    constraints = pins("constraints.txt")
+    extras = setup["options.extras_require"].values()
+    for line in "\n".join([setup["options"]["install_requires"], *extras]).splitlines():
+        if line and not line.startswith("peft-variator"):
+            requirement = Requirement(line)
+            assert requirement.specifier.contains(constraints[requirement.name]), line
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_what_the_repository_holds(tmp_path: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    if listed.returncode != 0:
+        pytest.skip("this is no repository")
+    program = f"from setuptools import build_meta\nprint(build_meta.build_sdist({str(tmp_path)!r}))"
+    name = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=ROOT).split()[-1]
+    with tarfile.open(tmp_path / name) as archive:
+        held = {member.partition("/")[2] for member in archive.getnames()}
+    assert set(listed.stdout.splitlines()) <= held
+    assert not [member for member in held if "__pycache__" in member]
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_scoring_that_contributing_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block for block in blocks_of("CONTRIBUTING.md") if "(Scoring)" in block]
+    names = dict(vars(scoring))
+    exec(block, names)
+    monkeypatch.setitem(scoring.SCORINGS, "norm", names["NormScoring"]())
+    monkeypatch.setattr(variator_config, "SCORINGS", ("token", "concat", "norm"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    base = BertModel(BertConfig(vocab_size=20, **sizes)).eval()
+    inputs = torch.randint(0, 20, (2, 11))
+    with torch.no_grad():
+        expected = base(inputs).last_hidden_state
+        model = get_peft_model(base, VariatorConfig(scoring="norm", compression_ratio=4, correction_dim=4)).eval()
+        found = model(inputs).last_hidden_state
+        scorer = base.encoder.layer[0].intermediate.variator_scorer["default"]
+        scorer.weight.fill_(3.0)
+        other = model(inputs).last_hidden_state
+        model.set_compression_ratio(1)
+        assert torch.equal(model(inputs).last_hidden_state, expected)
+    assert scorer.weight.shape == (1, 1)
+    assert not torch.equal(found, other)
+    assert found.isfinite().all()
+
+
+def test_the_pruning_method_that_contributing_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block for block in blocks_of("CONTRIBUTING.md") if "def ria" in block]
+    names = {**vars(patterns), **vars(statistics), **vars(methods)}
+    exec(block, names)
+    monkeypatch.setitem(methods.METHODS, "ria", methods.Method(statistics.InputStatistics, names["ria"]))
+    monkeypatch.setattr(pruning_config, "METHODS", (*pruning_config.METHODS, "ria"))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
+    weight, batch = model[0].weight.detach().clone(), torch.randn(30, 16)
+    prune(model, PruningConfig(method="ria", pattern="2:4"), [batch], progress=False)
+    magnitude = weight.abs()
+    scores = (magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1, keepdim=True)) * batch.norm(dim=0).sqrt()
+    kept = torch.zeros(8, 4, 4).scatter(2, scores.view(8, 4, 4).topk(2, dim=2).indices, 1.0).view(8, 16).bool()
+    assert torch.equal(model[0].weight != 0, kept)

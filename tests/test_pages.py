@@ -1,0 +1,145 @@
+"""The Python of README and docs runs: block after block of a page, in a folder where a Hub id is a tiny local model.
+
+A page's blocks share their names, as a reader would type them one after the other; what a page takes for granted comes
+from `given`. `NOT_RUN` names pages and blocks that do not run here, and why.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from peft_variator import PruningConfig, SparseLoraConfig, VariatorConfig, prune
+from peft_variator.bases import pack_checkpoint
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+}
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+TEXTS = [" ".join(f"w{(7 * line + word) % 50}" for word in range(9 + line)) for line in range(12)]
+
+NOT_RUN = {
+    "docs/export.md": "exporting takes long: tests/variator/test_export.py and test_compile.py do it",
+    "docs/metrics.md": "tests/metrics loads them",
+    "allocate(base": "a tiny model cannot save these shares: tests/profiling/test_allocation.py allocates",
+    "register_layout(": "a class of the reader's own",
+    'target_modules=["ff_in"]': "a model of the reader's own",
+}
+
+
+def given(page: str) -> dict[str, Any]:
+    """What a page takes for granted before its first block."""
+    names: dict[str, Any] = {"get_peft_model": get_peft_model, "VariatorConfig": VariatorConfig, "texts": TEXTS}
+    torch.manual_seed(0)
+    ids = torch.randint(4, 54, (4, 16))
+    names["inputs"] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    names["batches"] = names["dataloader"] = [names["inputs"]]
+    if page in ("docs/pruning.md", "docs/sparse_lora.md"):
+        names["model"] = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+        names["pruned_model"] = LlamaForCausalLM.from_pretrained("BASE_DIR")
+    if page == "docs/training.md":
+        names["path"] = names["fine_tuned_path"] = ENCODER
+        names["data"] = [{"input_ids": row} for row in ids]
+        names["dense"] = BertForSequenceClassification.from_pretrained("cross-encoder/ms-marco-MiniLM-L6-v2")
+    return names
+
+
+def save_tokenizer(folder: str) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(60))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model under every name that the pages use."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
+    root = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        torch.manual_seed(0)
+        BertModel(BertConfig(**SIZES)).save_pretrained("plain")
+        save_tokenizer("plain")
+        transformer = modules.Transformer("plain")
+        pooling = modules.Pooling(transformer.get_embedding_dimension())
+        sentence_transformers.SentenceTransformer(modules=[transformer, pooling]).save(ENCODER)
+        model = sentence_transformers.SentenceTransformer(ENCODER, device="cpu")
+        model.add_adapter(VariatorConfig(correction_dim=8, task_type="FEATURE_EXTRACTION"))
+        model.save("my-plugin")
+        get_peft_model(BertModel.from_pretrained(ENCODER), LoraConfig(target_modules=["query"])).save_pretrained(
+            "me/my-task-lora"
+        )
+        classifier = BertForSequenceClassification(BertConfig(**SIZES, num_labels=1))
+        classifier.save_pretrained("cross-encoder/ms-marco-MiniLM-L6-v2")
+        save_tokenizer("cross-encoder/ms-marco-MiniLM-L6-v2")
+        base = LlamaForCausalLM(LlamaConfig(**SIZES))
+        prune(base, PruningConfig(method="magnitude", pattern="2:4"), progress=False)
+        base.save_pretrained("BASE_DIR")
+        pack_checkpoint("BASE_DIR", "PACKED_DIR")
+        pack_checkpoint("BASE_DIR", "organisation/a-2of4-model")
+        get_peft_model(base, SparseLoraConfig(r=4)).save_pretrained("ADAPTER_DIR")
+    return root
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+PAGES = [
+    str(path.relative_to(ROOT))
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if "```python" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_runs(page: str, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page in NOT_RUN:
+        pytest.skip(NOT_RUN[page])
+    monkeypatch.chdir(hub)
+    names = given(page)
+    for number, block in enumerate(blocks_of(page)):
+        if any(sign in block for sign in NOT_RUN):
+            continue
+        code = block.replace("max_steps=1000", "max_steps=2, use_cpu=True, report_to='none'")
+        exec(compile(code, f"{page}, block {number}", "exec"), names)
+
+
+def test_what_is_not_run_is_there() -> None:
+    everything = "".join(block for page in PAGES for block in blocks_of(page))
+    assert all(sign in PAGES or sign in everything for sign in NOT_RUN)
