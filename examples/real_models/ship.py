@@ -25,6 +25,7 @@ __all__ = ["card", "ship"]
 
 RESULTS = Path(__file__).parent / "results"
 PLUGINS = Path(__file__).parents[1] / "plugins"
+QUIET = 0.1  # share of the processors that others may use without a word
 # What a card shows of each part of a measurement: the figure's name, its title, digits.
 FIGURES = {
     "stsb": ("spearman", "STS-B test, Spearman × 100", 2),
@@ -128,9 +129,11 @@ def _speed(name: str, ratios: list[int], results: Path) -> str:
         shown = [f"{each['median']:.2f} [{each['low']:.2f}–{each['high']:.2f}]" for each in cells]
         rows.append([f"{row['batch']}×{row['length']}", *shown])
     environment = first["environment"]
+    busy = any(record["environment"]["cpu_in_use"] > QUIET for record in records.values())
     return (
-        f"Times as fast as the base, median and quartiles, {environment['cpu']}, {environment['threads']} thread, "
-        f"PyTorch {environment['torch']}, float32:\n\n"
+        f"Times as fast as the base, median and quartiles, {environment['cpu']}, {environment['threads']} thread(s), "
+        f"PyTorch {environment['torch']}, float32"
+        + (", on a machine that others were using:\n\n" if busy else ":\n\n")
         + make_table(["batch × length", *(f"k = {k}" for k in records)], rows)
     )
 
