@@ -144,6 +144,12 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randn(batch, 3, 24, 24, generator=generator)
         ids = torch.randint(FIRST_WORD, VOCABULARY, (batch, length), generator=generator)
+        if self.model_type in ("videomae", "vivit"):
+            return {"pixel_values": torch.randn(batch, 4, 3, 24, 24, generator=generator)}
+        if self.model_type == "siglip2_vision_model":
+            patches = {"pixel_values": torch.randn(batch, 36, 48, generator=generator)}
+            mask, shapes = torch.ones(batch, 36, dtype=torch.long), torch.full((batch, 2), 6)
+            return patches | {"pixel_attention_mask": mask, "spatial_shapes": shapes}
         if self.kind == "vision":
             return {"pixel_values": pixels}
         if self.kind == "audio":
@@ -428,6 +434,27 @@ TEXT_TOWERS = [
     Case("clip-text", "clip", CLIPTextModel, CLIP, "causal"),
     Case("siglip-text", "siglip", SiglipTextModel, {"text_config": DECODER}, "encoder", zero_positions=True),
 ]
+VISIONS += [
+    Case("aimv2", "aimv2_vision_model", AutoModel, VISION, "vision", core=False),
+    Case("beit", "beit", AutoModel, VISION, "vision", prefix=1, core=False),
+    Case("dinov3", "dinov3_vit", AutoModel, VISION | {"num_register_tokens": 3}, "vision", prefix=4, core=False),
+    Case("dinov3-gated", "dinov3_vit", AutoModel, VISION | {"use_gated_mlp": True}, "vision", prefix=1, core=False),
+    Case("ijepa", "ijepa", AutoModel, VISION, "vision", core=False),
+    Case(
+        "internvl-vision",
+        "internvl_vision",
+        AutoModel,
+        VISION | {"image_size": [24, 24], "patch_size": [4, 4]},
+        "vision",
+        prefix=1,
+        core=False,
+    ),
+]
+IN_READING_ORDER = [
+    Case("siglip2-vision", "siglip2_vision_model", AutoModel, TOWER | {"num_patches": 36}, "vision", core=False),
+    Case("videomae", "videomae", AutoModel, VISION | {"num_frames": 4, "tubelet_size": 2}, "vision", core=False),
+    Case("vivit", "vivit", AutoModel, VISION | {"num_frames": 4, "tubelet_size": [2, 4, 4]}, "vision", core=False),
+]
 DUAL = [
     Case("clip", "clip", AutoModel, CLIP, "dual", prefix=1),
     Case("siglip", "siglip", AutoModel, {"text_config": DECODER, "vision_config": TOWER}, "dual"),
@@ -447,7 +474,7 @@ LLAVA = Case(
     prefix=1,
 )
 TEXT_CASES = [*ENCODERS, *ENCODERS_OF_SEQ2SEQ, *SEQ2SEQ, *CAUSAL, *TEXT_TOWERS]
-ALL = [*TEXT_CASES, *TASK_HEADS, *VISIONS, *AUDIO, *DUAL, LLAVA]
+ALL = [*TEXT_CASES, *TASK_HEADS, *VISIONS, *IN_READING_ORDER, *AUDIO, *DUAL, LLAVA]
 BERT, LLAMA = ENCODERS[0], CAUSAL[0]
 
 

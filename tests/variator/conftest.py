@@ -21,6 +21,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "test_only_the_encoder_has_plugins": {},
     "test_padding_is_not_merged": {},
     "test_padding_never_reaches_the_feed_forward_network": {},
+    "test_patches_of_a_video_are_merged_in_reading_order": {},
     "test_predictions_that_have_a_label": {"where": "conversation"},
     "test_ratio_1_is_the_base_model": {},
     "test_saved_and_loaded": {},

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_variator import VariatorConfig
 
-from .cases import DUAL, TASK_HEADS, VISIONS, Case, by_name
+from .cases import DUAL, IN_READING_ORDER, TASK_HEADS, VISIONS, Case, by_name
 from .reference import feed_forward_of, plugin_output, text_groups, watch, window_groups
 
 
@@ -56,6 +56,31 @@ def test_windows(case: Case, ratio: int, window: tuple[int, int], scoring: str) 
 def test_raster_order(case: Case, ratio: int) -> None:
     model = with_plugin(case, compression_ratio=ratio, patch_grouping="raster")
     check(model, case.inputs(2), text_groups([True] * (36 + case.prefix), range(case.prefix), ratio))
+
+
+@pytest.mark.parametrize("case", [case for case in IN_READING_ORDER if case.name != "siglip2-vision"], ids=by_name)
+def test_patches_of_a_video_are_merged_in_reading_order(case: Case) -> None:
+    """What comes first may be a class token, so it is kept."""
+    patches = 2 * 36 + (case.name == "vivit")
+    check(with_plugin(case), case.inputs(2), text_groups([True] * patches, [0], 4))
+
+
+def test_images_of_several_shapes_have_padding() -> None:
+    case = next(case for case in IN_READING_ORDER if case.name == "siglip2-vision")
+    model, inputs = with_plugin(case), case.inputs(2)
+    inputs["pixel_attention_mask"][0, 30:] = 0
+    inputs["spatial_shapes"][0, 0] = 5
+    with torch.no_grad():
+        together = model(**inputs).last_hidden_state
+        assert [seen.rows for seen in watch(model, lambda: model(**inputs))] == [8 + 9] * 2
+        for row, patches in enumerate((30, 36)):
+            alone = {
+                "pixel_values": inputs["pixel_values"][row : row + 1, :patches],
+                "pixel_attention_mask": torch.ones(1, patches, dtype=torch.long),
+                "spatial_shapes": inputs["spatial_shapes"][row : row + 1],
+            }
+            expected = model(**alone).last_hidden_state[0]
+            torch.testing.assert_close(together[row, :patches], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 32), (28, 20), (20, 20), (4, 4), (4, 28)])

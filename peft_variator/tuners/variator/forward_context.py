@@ -57,6 +57,7 @@ OF_STACKS = (
     "inputs_embeds",
     "output_router_logits",
     "past_key_values",
+    "pixel_attention_mask",
     "pixel_values",
     "position_ids",
     "write_index",  # of continuous batching: where in its paged cache the tokens go

@@ -431,6 +431,10 @@ def group_patches(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], dev
         shape: `(batch, length)`.
         device: where the index tensors are made.
     """
+    mask = facts.arguments.get("pixel_attention_mask")
+    if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
+        # Of images of several shapes, each a row of patches and padding.
+        return group_frames(CallFacts("encoder", {"attention_mask": mask}), rule, shape, device)
     batch, length = shape
     grid = _patch_grid(facts, length)
     prefix = rule.keep_first if grid is None else length - grid[0] * grid[1]
