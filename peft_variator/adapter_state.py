@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .adapter_card import CardContent, write_card
 from .compat import mark_without_adapters
 from .field_types import check_field_types
 from .snapshot import ModelSnapshot, undone_on_error
@@ -39,6 +40,20 @@ class SavedConfig(PeftConfig):
         self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
         self.source = None
         super().__post_init__()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card too."""
+        mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self.card(mapping.get("base_model_class")))
+
+    def card(self, class_name: str | None) -> CardContent:
+        """What the card of an adapter with this configuration says.
+
+        Args:
+            class_name: transformers' class of the base; `None`: it is not known.
+        """
+        raise NotImplementedError
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,9 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
+
+from ..adapter_card import CardContent, make_card, measured, pipeline_tag
 
 
 __all__ = ["PluginFacts", "RatioFacts", "RestoredFacts", "plugin_card", "restored_card"]
@@ -15,11 +17,7 @@ PACKAGES = ("peft-variator", "peft", "transformers", "torch")
 
 PLUGIN_TAGS = ["peft-variator", "variator", "compression", "distillation"]
 
-PLUGIN_TEMPLATE = """---
-{metadata}
----
-
-# Variator plugin for {base}
+PLUGIN_TEMPLATE = """# Variator plugin for {base}
 
 A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)) made with
 peft-variator. It merges k neighbouring tokens before every feed-forward
@@ -37,6 +35,10 @@ to the base model on {held_out} held-out examples: the mean cosine of the last h
 relative error ‖plugin − base‖ / ‖base‖{agreement}. "Before" is the plugin as training found it.
 
 ## Use
+
+```
+pip install peft-variator
+```
 
 `import peft_variator` comes first: it makes the method known to PEFT, which fails with `KeyError: 'VARIATOR'` without.
 
@@ -121,13 +123,17 @@ class PluginFacts:
         return [head, *rows]
 
 
-def plugin_card(facts: PluginFacts) -> ModelCard:
-    """The model card of a plugin, with metadata that the Hub understands."""
+def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
+    """The model card of a plugin, with metadata that the Hub understands.
+
+    Args:
+        facts: what it says.
+        license: identifier of the plugin's license.
+    """
     head, *rows = facts.rows()
     lines = [head, ["---:"] * len(head), *rows]
     agreement = ", and the share of predictions that agree" if "agreement" in facts.ratios[0].after else ""
-    content = PLUGIN_TEMPLATE.format(
-        metadata=ModelCardData(base_model=facts.base, library_name="peft", tags=PLUGIN_TAGS).to_yaml(),
+    body = PLUGIN_TEMPLATE.format(
         base=facts.base,
         ratios=", ".join(str(each.ratio) for each in facts.ratios),
         parameters=facts.parameters,
@@ -142,7 +148,22 @@ def plugin_card(facts: PluginFacts) -> ModelCard:
         command=facts.command,
         versions=_versions(),
     )
-    return ModelCard(content)
+    task = pipeline_tag(facts.model_class)
+    return make_card(
+        CardContent(
+            body=body,
+            base=facts.base,
+            tags=PLUGIN_TAGS,
+            pipeline_tag=task,
+            license=license,
+            name=f"Variator plugin for {facts.base}",
+            results=[
+                measured(measure, value, each.ratio, task)
+                for each in facts.ratios
+                for measure, value in each.after.items()
+            ],
+        )
+    )
 
 
 def _switch(facts: PluginFacts) -> str:
@@ -160,11 +181,7 @@ LOSS_NAMES = {
     "decoder_hidden": "error of the decoder's states (share of their variance)",
 }
 
-RESTORED_TEMPLATE = """---
-{metadata}
----
-
-# SparseLoRA adapter for {base}
+RESTORED_TEMPLATE = """# SparseLoRA adapter for {base}
 
 Low-rank updates under the mask of a pruned model (SparseLoRA, [He et al. 2024](https://arxiv.org/abs/2404.02424)),
 made with peft-variator. Merged, they leave every pruned weight at zero.
@@ -180,6 +197,10 @@ made with peft-variator. Merged, they leave every pruned weight at zero.
 Means over {held_out} held-out examples that were not trained on.
 
 ## Use
+
+```
+pip install peft-variator
+```
 
 `import peft_variator` comes first: it makes the method known to PEFT, which fails without.
 
@@ -256,13 +277,17 @@ class RestoredFacts:
         )
 
 
-def restored_card(facts: RestoredFacts) -> ModelCard:
-    """The model card of an adapter, with metadata that the Hub understands."""
+def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard:
+    """The model card of an adapter, with metadata that the Hub understands.
+
+    Args:
+        facts: what it says.
+        license: identifier of the adapter's license.
+    """
     head, *rows = facts.rows()
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     parts = {name.removesuffix("_weight"): weight for name, weight in facts.weights.items() if weight}
-    content = RESTORED_TEMPLATE.format(
-        metadata=ModelCardData(base_model=facts.base, library_name="peft", tags=RESTORED_TAGS).to_yaml(),
+    body = RESTORED_TEMPLATE.format(
         base=facts.base,
         modules=facts.modules,
         masked=facts.masked,
@@ -277,7 +302,18 @@ def restored_card(facts: RestoredFacts) -> ModelCard:
         command=facts.command,
         versions=_versions(),
     )
-    return ModelCard(content)
+    task = pipeline_tag(facts.model_class)
+    return make_card(
+        CardContent(
+            body=body,
+            base=facts.base,
+            tags=RESTORED_TAGS,
+            pipeline_tag=task,
+            license=license,
+            name=f"SparseLoRA adapter for {facts.base}",
+            results=[measured(part, value, task=task) for part, value in facts.losses["restored"].items()],
+        )
+    )
 
 
 def _versions() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -200,10 +201,11 @@ def test_stored_masks_make_the_base_its_own_teacher(folders: Path, text: Path, t
 
 def test_the_card_can_be_followed(folders: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, pruned = tmp_path / "adapter", folders / "causal-pruned"
-    code, _, errors = invoke(pruned, "--data", text, "-o", out, *QUICK)
+    code, _, errors = invoke(pruned, "--data", text, "-o", out, "--license", "mit", *QUICK)
     assert code == 0, errors
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nbase_model:")
+    assert ModelCard(card).data.base_model is None  # it is a folder
+    assert ModelCard(card).data.license == "mit"
     assert f"peft-variator restore {pruned} --data {text} --output {out} --steps 8" in card
     assert "50.00% of their weights are masked" in card
     monkeypatch.chdir(tmp_path)

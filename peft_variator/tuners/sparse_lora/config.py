@@ -7,6 +7,7 @@ from typing import Literal
 
 from peft import PeftType
 
+from ...adapter_card import CardContent, hub_id, pipeline_tag, usage
 from ...adapter_state import SavedConfig
 
 
@@ -101,6 +102,25 @@ class SparseLoraConfig(SavedConfig):
         self._check_values()
         self._check_layers()
 
+    def card(self, class_name: str | None) -> CardContent:
+        """What the card of an adapter with this configuration says; see [`SavedConfig.card`]."""
+        base = self.base_model_name_or_path
+        body = _CARD.format(
+            base=hub_id(base) or "a pruned model",
+            rank=self.r,
+            alpha=self.lora_alpha,
+            mask="stored with the adapter; the base is dense"
+            if self.mask == "stored"
+            else "where the base's weights are not 0",
+        )
+        lines = ["model = model.merge_and_unload(safe_merge=True)  # as sparse as the masks"]
+        return CardContent(
+            body=body + usage(base, class_name, self.task_type, lines),
+            base=base,
+            tags=["peft-variator", "sparse-lora", "pruning", "sparsity"],
+            pipeline_tag=pipeline_tag(class_name, self.task_type),
+        )
+
     def _check_values(self) -> None:
         ranks = {f"rank_pattern[{name!r}]": rank for name, rank in self.rank_pattern.items()}
         for name, rank in {"r": self.r, **ranks}.items():
@@ -120,3 +140,14 @@ class SparseLoraConfig(SavedConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str. Pass a list of names.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+
+_CARD = """# SparseLoRA adapter for {base}
+
+Low-rank updates under the mask of a pruned model (SparseLoRA, [He et al. 2024](https://arxiv.org/abs/2404.02424)),
+made with peft-variator. Merged, they leave every pruned weight at zero.
+
+- Rank: {rank}; the update is scaled by {alpha:g} / rank
+- Mask: {mask}
+
+"""

@@ -10,6 +10,7 @@ from peft import PeftType
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from transformers import PreTrainedTokenizerBase
 
+from ...adapter_card import CardContent, hub_id, pipeline_tag, usage
 from ...adapter_state import SavedConfig
 
 
@@ -373,6 +374,28 @@ class VariatorConfig(SavedConfig):
             )
         return width
 
+    def card(self, class_name: str | None) -> CardContent:
+        """What the card of a plugin with this configuration says; see [`SavedConfig.card`]."""
+        base = self.base_model_name_or_path
+        trained = self.trained_ratios
+        body = _CARD.format(
+            base=hub_id(base) or "a base model",
+            ratio=self.compression_ratio,
+            trained="not recorded" if trained is None else ", ".join(map(str, trained)),
+            scoring=self.scoring,
+            decompression=self.decompression,
+            kept=f"the first {self.keep_first_tokens} and the last {self.keep_last_tokens} of a text"
+            + (f", and {len(self.keep_token_ids)} special ones" if self.keep_token_ids else ""),
+        )
+        other = [ratio for ratio in trained or () if ratio != self.compression_ratio]
+        lines = ["model.eval()"] + [f"model.set_compression_ratio({ratio})  # more: faster" for ratio in other[-1:]]
+        return CardContent(
+            body=body + usage(base, class_name, self.task_type, lines),
+            base=base,
+            tags=["peft-variator", "variator", "compression"],
+            pipeline_tag=pipeline_tag(class_name, self.task_type),
+        )
+
     def ratio_of(self, module_name: str, k: int | None = None) -> int:
         """The compression ratio that this configuration gives a module.
 
@@ -431,6 +454,20 @@ class VariatorConfig(SavedConfig):
             tokenizer.eos_token_id,
         )
         return cls(keep_token_ids=[token_id for token_id in special if token_id is not None], **fields)
+
+
+_CARD = """# Variator plugin for {base}
+
+A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)), made with peft-variator. It merges
+k neighbouring tokens before every feed-forward network of the base model and expands them after it, which saves
+computation at some cost in quality. At k = 1, and without the plugin, the base is what it was.
+
+- Compression ratio k: {ratio}
+- Trained for k: {trained}
+- Scoring: {scoring}; decompression: {decompression}
+- Tokens that are never merged: {kept}
+
+"""
 
 
 def matches_pattern(pattern: str, module_name: str) -> bool:
