@@ -15,12 +15,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.models.auto import modeling_auto
+from yaml import YAMLError
 
 from .files import write_text
 from .markdown import replace_between
 
 
-__all__ = ["MARKER", "CardContent", "hub_id", "make_card", "measured", "pipeline_tag", "set_license", "usage", "write_card"]
+__all__ = [
+    "MARKER",
+    "CardContent",
+    "hub_id",
+    "make_card",
+    "measured",
+    "pipeline_tag",
+    "set_license",
+    "usage",
+    "write_card",
+]
 
 README = "README.md"
 MARKER = "peft-variator"
@@ -166,16 +177,19 @@ def set_license(folder: str | Path, license: str) -> None:
     """Set the license in the metadata of the README.md of a folder, which is made where it is missing."""
     readme = Path(folder, README)
     card = _parsed(readme.read_text(encoding="utf-8") if readme.is_file() else "")
-    card.data.license = license
+    card.data["license"] = license
     write_text(readme, str(card))
 
 
 def _parsed(text: str) -> ModelCard:
-    """A card of a page with or without metadata."""
-    return ModelCard(text if text.startswith("---\n") else f"---\n{{}}\n---\n{text}")
+    """A card of a page with or without metadata; raises ValueError for metadata that is none."""
+    try:
+        return ModelCard(text if text.startswith("---\n") else f"---\n{{}}\n---\n{text}")
+    except (YAMLError, TypeError) as error:
+        raise ValueError(f"Its metadata can't be read: {error}") from error
 
 
-def _metadata(data: ModelCardData, content: CardContent) -> ModelCardData:
+def _metadata(data: Any, content: CardContent) -> ModelCardData:
     fields: dict[str, Any] = data.to_dict()
     theirs = [result for result in data.eval_results or () if result.dataset_type != HELD_OUT]
     fields.pop("model-index", None)
@@ -184,7 +198,9 @@ def _metadata(data: ModelCardData, content: CardContent) -> ModelCardData:
     kept = [each for each in (earlier if isinstance(earlier, list) else [earlier]) if hub_id(each)]
     base = name or (kept[0] if len(kept) == 1 else kept or None)
     fields["library_name"] = "peft"
-    fields["tags"] = _merged_tags(fields.get("tags") or (), content.tags, base)
+    earlier_tags = fields.get("tags") or ()
+    earlier_tags = [earlier_tags] if isinstance(earlier_tags, str) else earlier_tags
+    fields["tags"] = _merged_tags(map(str, earlier_tags), content.tags, base)
     if content.pipeline_tag is not None:
         fields.setdefault("pipeline_tag", content.pipeline_tag)
     if content.license is not None:
@@ -192,7 +208,9 @@ def _metadata(data: ModelCardData, content: CardContent) -> ModelCardData:
     results = [*theirs, *content.results]
     if results:
         fields.update(eval_results=results, model_name=data.model_name if theirs else content.name)
-    return ModelCardData(**({} if base is None else {"base_model": base}), **fields)
+    if base is not None:
+        fields["base_model"] = base
+    return ModelCardData(**fields)
 
 
 def _merged_tags(earlier: Iterable[str], ours: Iterable[str], base: str | list[str] | None) -> list[str]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .adapter_card import CardContent, write_card
-from .compat import mark_without_adapters
+from .compat import before_upload, mark_without_adapters
 from .field_types import check_field_types
 from .snapshot import ModelSnapshot, undone_on_error
 
@@ -34,15 +38,17 @@ class SavedConfig(PeftConfig):
 
     was_saved: bool
     source: str | None
+    download: tuple[str, dict[str, Any]] | None
+    """Repository that it was read from, and `subfolder`, `revision` and `cache_dir` of it; `None`: a folder."""
 
     def __post_init__(self) -> None:
         check_field_types(self)
         self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
-        self.source = None
+        self.source = self.download = None
         super().__post_init__()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card too."""
+        """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card."""
         mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory, self.card(mapping.get("base_model_class")))
@@ -62,6 +68,9 @@ class SavedConfig(PeftConfig):
         """As `PeftConfig.from_pretrained`."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.source = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if not os.path.isdir(pretrained_model_name_or_path):
+            places: dict[str, Any] = {name: kwargs.get(name) for name in ("revision", "cache_dir")}
+            config.download = (pretrained_model_name_or_path, {"subfolder": subfolder or "", **places})
         return config
 
 
@@ -74,6 +83,13 @@ class TidyTuner(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.before_loading: dict[str, ModelSnapshot] = {}  # of adapters from files whose tensors are still to come
         super().__init__(model, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """What PEFT saves of an adapter: the moment at which `push_to_hub` has asked for it."""
+        if isinstance(model, PeftModel):
+            before_upload(model, _renew_card)
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
 
     @contextmanager
     def injecting(self, adapter_name: str) -> Iterator[None]:
@@ -96,7 +112,7 @@ class TidyTuner(BaseTuner):
 
     @staticmethod
     @contextmanager
-    def loading(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    def loading(model: nn.Module, adapter_name: str, config: SavedConfig) -> Iterator[None]:
         """Around the checks of a state dict that is to be loaded: if it came with the adapter, both are refused."""
         tuner = model.base_model if isinstance(model, PeftModel) else None
         if not isinstance(tuner, TidyTuner):
@@ -104,12 +120,42 @@ class TidyTuner(BaseTuner):
             return
         before = tuner.before_loading.pop(adapter_name, None)
         try:
+            if before is not None:
+                _check_download(config)
             yield
         except BaseException:
             if before is not None:
                 before.restore()
                 tuner.peft_config.pop(adapter_name)
             raise
+
+
+def _check_download(config: SavedConfig) -> None:
+    """Compare an adapter's file in the Hub's cache with the name that the Hub gave it, the SHA-256 of its content.
+
+    Raises:
+        AdapterStateError: it was damaged on the way or since.
+    """
+    if config.download is None:
+        return
+    repo, places = config.download
+    name = "/".join(filter(None, (places["subfolder"].strip("/"), SAFETENSORS_WEIGHTS_NAME)))
+    found = try_to_load_from_cache(repo, name, places.get("cache_dir"), places.get("revision"))
+    blob = Path(found).resolve() if isinstance(found, str) else None
+    if blob is None or not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    if hashlib.sha256(blob.read_bytes()).hexdigest() != blob.name:
+        raise AdapterStateError(
+            f"The adapter in {config.source}: {name} is not what the Hub has; it was damaged while it was "
+            f"downloaded, or since. Remove {blob} and load it again."
+        )
+
+
+def _renew_card(model: PeftModel, folder: str) -> None:
+    """Write the card of the adapter in a folder, which transformers has replaced by a template."""
+    config = model.peft_config.get("default")
+    if isinstance(config, SavedConfig):
+        write_card(folder, config.card(None if config.task_type else type(model.get_base_model()).__name__))
 
 
 def _check_adapter_name(adapter_name: str) -> None:

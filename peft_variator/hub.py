@@ -1,8 +1,10 @@
-"""Models and adapters in folders and in repositories on the Hub, looked at without loading them."""
+"""Models and adapters in folders and in repositories on the Hub: looked at without loading them, and pushed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, SafetensorsParsingError
-from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
+from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo, validate_repo_id
 from safetensors import SafetensorError
 
 from .models import check_model_name
 
 
-__all__ = ["ModelFiles", "open_files"]
+__all__ = ["ModelFiles", "check_push", "open_files", "push_folder"]
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,47 @@ def _in_cache(name: str, revision: str | None, reason: Exception) -> ModelFiles:
             f"reached: {reason}"
         ) from reason
     return _in_folder(name, Path(folder), revision)
+
+
+def check_push(repo_id: str) -> None:
+    """Raise unless a folder can be pushed to a repository: before the work, not after it.
+
+    Args:
+        repo_id: name of the repository, `"user/name"`.
+
+    Raises:
+        OSError: the Hub can't be reached, or refuses the token, or there is none.
+        ValueError: no repository can have this name.
+    """
+    validate_repo_id(repo_id)
+    with _errors_of_the_hub(f"Nothing can be pushed to {repo_id!r}"):
+        HfApi().whoami()
+
+
+def push_folder(folder: str | Path, repo_id: str, message: str) -> str:
+    """Upload all files of a folder to a repository, which is made where it is missing.
+
+    Args:
+        folder: the folder.
+        repo_id: name of the repository.
+        message: message of the commit.
+
+    Returns:
+        Address of the repository.
+
+    Raises:
+        OSError: the Hub can't be reached or refuses it; the folder is what it was.
+    """
+    with _errors_of_the_hub(f"{folder} is whole, and was not pushed to {repo_id!r}"):
+        url = HfApi().create_repo(repo_id, exist_ok=True)
+        HfApi().upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
+    return str(url)
+
+
+@contextmanager
+def _errors_of_the_hub(what: str) -> Iterator[None]:
+    """Say what failed; the HTTP client's errors become OSErrors, as those of the Hub are."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{what}: {error}") from error

@@ -9,19 +9,27 @@ from pathlib import Path
 from ..models import check_model_name
 from ..tuners.variator.released import convert_checkpoint
 from .console import Reporter
+from .publishing import Publishing
 
 
 __all__ = ["convert"]
 
 
 def convert(
-    checkpoint: Path, output: Path, base: str | None, residual_scale: float | None, reporter: Reporter
+    checkpoint: Path,
+    output: Path,
+    base: str | None,
+    residual_scale: float | None,
+    publishing: Publishing,
+    reporter: Reporter,
 ) -> None:
     """Convert a released plugin file and tell; see [`convert_checkpoint`]."""
     reporter.check()
+    publishing.check()
     if base is not None:
         check_model_name(base)
     report = convert_checkpoint(checkpoint, output, base, residual_scale)
+    publishing.set_license(output)
     reporter.write_json(json.dumps(asdict(report), indent=2))
     reporter.say(
         f"Wrote {report.output}: a plugin of {report.parameters:,} parameters for the encoder of a T5 with "
@@ -44,3 +52,4 @@ def convert(
         "Next: import peft_variator, then",
         f"  PeftModel.from_pretrained(T5ForConditionalGeneration.from_pretrained({name!r}), {report.output!r})",
     )
+    publishing.push(output, reporter)

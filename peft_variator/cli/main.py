@@ -84,6 +84,10 @@ Checkpoints = Annotated[
 ]
 
 
+License = Annotated[str | None, typer.Option(help="License to name in the card, e.g. apache-2.0.")]
+PushToHub = Annotated[str | None, typer.Option(metavar="REPO", help="Repository on the Hub to push the result to.")]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"peft-variator {__version__}")
@@ -177,6 +181,8 @@ def convert_checkpoint_command(
             help="What the T5 trained on was divided by; left out: 100 at the sizes of t5-small, base and large."
         ),
     ] = None,
+    license: License = None,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -187,8 +193,10 @@ def convert_checkpoint_command(
     """
     with reported():
         from .convert_checkpoint import convert
+        from .publishing import Publishing
 
-        convert(checkpoint, output, base, residual_scale, Reporter(json, None, quiet))
+        publishing = Publishing(push_to_hub, license)
+        convert(checkpoint, output, base, residual_scale, publishing, Reporter(json, None, quiet))
 
 
 @app.command("export", cls=Command, context_settings=CONTEXT, short_help="Write a model with its plugin as ONNX.")
@@ -256,6 +264,8 @@ def merge_command(
     packed: Annotated[
         bool | None, typer.Option("--packed/--dense", help="Form of the result. Left out: that of the base.")
     ] = None,
+    license: License = None,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -266,8 +276,9 @@ def merge_command(
     """
     with reported():
         from .packed import merge
+        from .publishing import Publishing
 
-        merge(base, adapter, output, packed, Reporter(json, None, quiet))
+        merge(base, adapter, output, packed, Publishing(push_to_hub, license), Reporter(json, None, quiet))
 
 
 @app.command("pack", cls=Command, context_settings=CONTEXT, short_help="Store a 2:4 model in about half the bytes.")
@@ -279,6 +290,8 @@ def pack_command(
         typer.Option(help="Layer that has to be 2:4: a name, a class, or re:EXPRESSION. Left out: all that are."),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layer to leave dense, given likewise.")] = None,
+    license: License = None,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -289,8 +302,10 @@ def pack_command(
     """
     with reported():
         from .packed import pack
+        from .publishing import Publishing
 
-        pack(source, output, target, ignore or (), Reporter(json, None, quiet))
+        publishing = Publishing(push_to_hub, license)
+        pack(source, output, target, ignore or (), publishing, Reporter(json, None, quiet))
 
 
 @app.command("prune", cls=Command, context_settings=CONTEXT, short_help="Make a dense model sparse.")
@@ -335,6 +350,8 @@ def prune_command(
     ] = "auto",
     device: Annotated[str, typer.Option(help="Where the model goes: auto, cpu, cuda:0; auto offloads.")] = "auto",
     seed: Seed = 0,
+    license: License = None,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -342,6 +359,7 @@ def prune_command(
     with reported():
         from ..sparsity import PruningConfig
         from .prune import PruneSettings, parse_amounts, prune_model
+        from .publishing import Publishing
 
         config = PruningConfig(
             method=method,
@@ -356,7 +374,8 @@ def prune_command(
             propagate=propagate,
             seed=seed,
         )
-        settings = PruneSettings(model, output, config, data, samples, length, batch_size, dtype, device)
+        publishing = Publishing(push_to_hub, license)
+        settings = PruneSettings(model, output, config, data, samples, length, batch_size, dtype, device, publishing)
         prune_model(settings, Reporter(json, None, quiet))
 
 
@@ -387,6 +406,8 @@ def restore_command(
     checkpoints: Checkpoints = None,
     device: Device = None,
     seed: Seed = 0,
+    license: License = None,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -420,6 +441,8 @@ def restore_command(
             checkpoints=checkpoints,
             device=device,
             seed=seed,
+            license=license,
+            push_to_hub=push_to_hub,
         )
         restore(job, Reporter(json, None, quiet))
 
@@ -468,6 +491,8 @@ def train_command(
     checkpoints: Checkpoints = None,
     device: Device = None,
     seed: Seed = 0,
+    license: License = None,
+    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -509,6 +534,8 @@ def train_command(
             checkpoints=checkpoints,
             device=device,
             seed=seed,
+            license=license,
+            push_to_hub=push_to_hub,
         )
         train(job, Reporter(json, None, quiet))
 

@@ -15,6 +15,7 @@ from ..bases import MergeReport, merge_checkpoint, pack_checkpoint, unpack_check
 from ..bases.convert import ConversionReport, OnProgress
 from ..models import model_class
 from .console import Reporter, next_commands
+from .publishing import Publishing
 
 
 __all__ = ["merge", "pack", "unpack"]
@@ -24,13 +25,23 @@ _NOTICE = "Import peft_variator before you load the packed model: transformers a
 Report = TypeVar("Report", bound=ConversionReport)
 
 
-def pack(source: Path, output: Path, target: Sequence[str] | None, ignore: Sequence[str], reporter: Reporter) -> None:
+def pack(
+    source: Path,
+    output: Path,
+    target: Sequence[str] | None,
+    ignore: Sequence[str],
+    publishing: Publishing,
+    reporter: Reporter,
+) -> None:
     """Pack the 2:4 layers of a model on disk; see [`pack_checkpoint`]."""
+    publishing.check()
     report = _run(
         "Packing", lambda on_progress: pack_checkpoint(source, output, target, ignore, on_progress), reporter
     )
     reporter.say(_NOTICE, f"Converted {report.converted} weights: {_describe_sizes(report)}")
     reporter.say(*_next_steps(report.output, is_packed=True))
+    publishing.set_license(output)
+    publishing.push(output, reporter)
 
 
 def unpack(source: Path, output: Path, reporter: Reporter) -> None:
@@ -40,7 +51,9 @@ def unpack(source: Path, output: Path, reporter: Reporter) -> None:
     reporter.say(*_next_steps(report.output, is_packed=False))
 
 
-def merge(base: Path, adapter: Path, output: Path, packed: bool | None, reporter: Reporter) -> None:
+def merge(
+    base: Path, adapter: Path, output: Path, packed: bool | None, publishing: Publishing, reporter: Reporter
+) -> None:
     """Merge a SparseLoRA adapter on disk into its base on disk; see [`merge_checkpoint`].
 
     Raises:
@@ -51,10 +64,13 @@ def merge(base: Path, adapter: Path, output: Path, packed: bool | None, reporter
             f"{str(base)!r} holds an adapter, and {str(adapter)!r} does not: the base comes first. Run: "
             f"peft-variator merge {adapter} {base} --output {output}"
         )
+    publishing.check()
     report = _run(
         "Merging", lambda on_progress: merge_checkpoint(base, adapter, output, packed, on_progress), reporter
     )
     reporter.say(*_describe_merge(report))
+    publishing.set_license(output)
+    publishing.push(output, reporter)
 
 
 def _run(label: str, convert: Callable[[OnProgress], Report], reporter: Reporter) -> Report:

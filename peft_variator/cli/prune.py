@@ -16,6 +16,7 @@ from ..models import check_model_name, find_task, load_whole, model_class
 from ..sparsity import PruningConfig, SparsityReport, prune
 from ..sparsity.calibration import read_batches
 from .console import Reporter, next_commands
+from .publishing import Publishing
 
 
 __all__ = ["REPORT_NAME", "PruneSettings", "parse_amounts", "prune_model"]
@@ -37,6 +38,7 @@ class PruneSettings:
         batch_size: windows in a batch.
         dtype: name of a torch dtype, or `"auto"`.
         device: where the model goes, as `from_pretrained` takes it for `device_map`.
+        publishing: where the result is published.
     """
 
     model: str
@@ -48,6 +50,7 @@ class PruneSettings:
     batch_size: int
     dtype: str
     device: str
+    publishing: Publishing = Publishing()
 
 
 def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
@@ -55,6 +58,7 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
     config, data = settings.config, settings.data
     check_new_folder(settings.output)
     reporter.check()
+    settings.publishing.check()
     if data is None and (config.method != "magnitude" or config.allocation == "ecoflap"):
         raise ValueError(
             f"method={config.method!r} with allocation={config.allocation!r} needs calibration data: give --data."
@@ -78,9 +82,11 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
             if processor is not None:
                 processor.save_pretrained(folder)
             report.save_json(folder / REPORT_NAME)
+            settings.publishing.set_license(folder)
     reporter.write_json(report.to_json())
     can_restore = data is not None and processor is not None and _is_of_one_tower(loaded)
     _show(report, settings, processor is not None, can_restore, reporter)
+    settings.publishing.push(settings.output, reporter)
 
 
 def _is_of_one_tower(model: PreTrainedModel) -> bool:

@@ -98,7 +98,8 @@ class RestoreJob(RunSettings):
             facts = self._facts(model, data, weights, losses)
             is_first = trainer.is_world_process_zero()
             if is_first:
-                write_adapter(self.output, model, restored_card(facts), facts, trainer.state.log_history, beside)
+                card = restored_card(facts, self.license)
+                write_adapter(self.output, model, card, facts, trainer.state.log_history, beside)
         return facts, is_first
 
     def _adapter(self, base: PreTrainedModel) -> PeftModel:
@@ -135,7 +136,7 @@ class RestoreJob(RunSettings):
         return RestoredFacts(
             base=self.model,
             model_class=type(model.get_base_model()).__name__,
-            name=str(self.output),
+            name=self.push_to_hub or str(self.output),
             data=", ".join(self.data),
             teacher=self.model if self._follows_its_base(model) else self.teacher,
             weights=weights,
@@ -215,6 +216,7 @@ def restore(job: RestoreJob, reporter: Reporter) -> None:
         reporter.write_json(json.dumps(asdict(facts), indent=2))
         _show(job, facts, reporter)
         warn_about_little_data(facts.held_out, reporter)
+        job.publishing.push(job.output, reporter)
 
 
 def _show(job: RestoreJob, facts: RestoredFacts, reporter: Reporter) -> None:

@@ -104,7 +104,8 @@ class TrainJob(RunSettings):
             facts = self._facts(plugin, data, rows)
             is_first = trainer.is_world_process_zero()
             if is_first:
-                write_adapter(self.output, plugin, plugin_card(facts), facts, trainer.state.log_history, beside)
+                card = plugin_card(facts, self.license)
+                write_adapter(self.output, plugin, card, facts, trainer.state.log_history, beside)
         return facts, is_first
 
     def _plugin(self, base: PreTrainedModel, data: TrainingData) -> tuple[PeftModel, list[int]]:
@@ -188,7 +189,7 @@ class TrainJob(RunSettings):
         return PluginFacts(
             base=self.model,
             model_class=type(plugin.get_base_model()).__name__,
-            name=str(self.output),
+            name=self.push_to_hub or str(self.output),
             data=", ".join(self.data),
             steps=self.steps,
             held_out=len(data.held_out),
@@ -206,6 +207,7 @@ def train(job: TrainJob, reporter: Reporter) -> None:
         reporter.write_json(json.dumps(asdict(facts), indent=2))
         _show(job, facts, reporter)
         warn_about_little_data(facts.held_out, reporter)
+        job.publishing.push(job.output, reporter)
 
 
 def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:

@@ -44,6 +44,7 @@ from ..training.images import ImageFolder
 from ..training.model_card import PluginFacts, RestoredFacts
 from ..training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
 from .console import Reporter
+from .publishing import Publishing
 
 
 __all__ = [
@@ -186,6 +187,8 @@ class RunSettings:
     checkpoints: Path | None = None
     device: str | None = None
     seed: int = 0
+    license: str | None = None
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "held_out"):
@@ -199,14 +202,20 @@ class RunSettings:
             )
         check_new_folder(self.output)
         _check_device(self.device)
+        self.publishing.check()
+
+    @property
+    def publishing(self) -> Publishing:
+        """Where the adapter is published."""
+        return Publishing(self.push_to_hub, self.license)
 
     @property
     def command(self) -> str:
-        """The command line of these settings: what differs from the defaults."""
+        """The command line of these settings: what differs from the defaults, but for where it is pushed."""
         words = ["peft-variator", self.subcommand, self.model]
         for option in fields(self)[1:]:
             value, name = getattr(self, option.name), "--" + option.name.replace("_", "-")
-            if option.default is not MISSING and value == option.default:
+            if option.name == "push_to_hub" or (option.default is not MISSING and value == option.default):
                 continue
             if value is True:
                 words.append(name)
@@ -273,7 +282,8 @@ def _facts(settings: RunSettings) -> dict[str, object]:
     facts = {"subcommand": settings.subcommand, **asdict(settings)}
     if len(settings.data) == 1:
         facts["data"] = settings.data[0]  # as runs wrote it when there was but one
-    return {name: value for name, value in facts.items() if name not in ("output", "checkpoints", "device")}
+    places = ("output", "checkpoints", "device", "license", "push_to_hub")
+    return {name: value for name, value in facts.items() if name not in places}
 
 
 def load_weights(name: str, task: Task) -> PreTrainedModel:

@@ -162,7 +162,7 @@ class SparseLoraModel(TidyTuner):
         cls, model: nn.Module, config: SparseLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Where PEFT shows a tuner what it is going to load: the place to refuse it."""
-        with cls.loading(model, adapter_name):
+        with cls.loading(model, adapter_name, config):
             whole = check_adapter_state(model, adapter_name, state_dict, config.source)
             if config.mask == "stored" and not whole:
                 _check_sources(_layers_of(_base_model(model), adapter_name), adapter_name, state_dict)

@@ -378,16 +378,17 @@ class VariatorConfig(SavedConfig):
         """What the card of a plugin with this configuration says; see [`SavedConfig.card`]."""
         base = self.base_model_name_or_path
         trained = self.trained_ratios
+        rows = f"; rows of its schedule: {', '.join(map(str, self.ratio_schedule))}" if self.ratio_schedule else ""
         body = _CARD.format(
             base=hub_id(base) or "a base model",
-            ratio=self.compression_ratio,
+            ratio=f"{self.compression_ratio}{rows}",
             trained="not recorded" if trained is None else ", ".join(map(str, trained)),
             scoring=self.scoring,
             decompression=self.decompression,
             kept=f"the first {self.keep_first_tokens} and the last {self.keep_last_tokens} of a text"
             + (f", and {len(self.keep_token_ids)} special ones" if self.keep_token_ids else ""),
         )
-        other = [ratio for ratio in trained or () if ratio != self.compression_ratio]
+        other = [ratio for ratio in self.ratio_schedule or trained or () if ratio != self.compression_ratio]
         lines = ["model.eval()"] + [f"model.set_compression_ratio({ratio})  # more: faster" for ratio in other[-1:]]
         return CardContent(
             body=body + usage(base, class_name, self.task_type, lines),
@@ -458,8 +459,8 @@ class VariatorConfig(SavedConfig):
 
 _CARD = """# Variator plugin for {base}
 
-A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)), made with peft-variator. It merges
-k neighbouring tokens before every feed-forward network of the base model and expands them after it, which saves
+A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)), made with peft-variator. It
+merges k neighbouring tokens before every feed-forward network of the base model and expands them after it, which saves
 computation at some cost in quality. At k = 1, and without the plugin, the base is what it was.
 
 - Compression ratio k: {ratio}

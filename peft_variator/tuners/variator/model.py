@@ -107,7 +107,7 @@ class VariatorModel(TidyTuner):
         Raises:
             AdapterStateError: it is not what the plugin consists of; see [`check_adapter_state`].
         """
-        with cls.loading(model, adapter_name):
+        with cls.loading(model, adapter_name, config):
             check_adapter_state(model, adapter_name, state_dict, config.source)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
