@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from peft_variator import VariatorConfig
 from peft_variator.tuners.variator.released import convert_checkpoint
 
 from .released import FIXTURE, Plugin, as_in_modelcenter, random_plugin, released_output, tiny_t5
@@ -168,3 +169,10 @@ def test_the_base_has_to_be_a_t5_of_these_sizes(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="residual_scale"):
             convert_checkpoint(file, tmp_path / "adapter", residual_scale=scale)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_bias_belongs_to_the_bottleneck() -> None:
+    assert VariatorConfig(output_bias=True).decompression == "bottleneck"
+    assert VariatorConfig(decompression="bottleneck").output_bias is False
+    with pytest.raises(ValueError, match="output_bias=True"):
+        VariatorConfig(decompression="neurons", output_bias=True)

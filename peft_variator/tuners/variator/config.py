@@ -267,11 +267,16 @@ class VariatorConfig(SavedConfig):
 
     def _choose_decompression(self) -> None:
         if self.decompression is None:
-            by_width = self.was_saved or self.bottleneck_dim is not None  # files of version 0.1 name none
-            self.decompression = "bottleneck" if by_width else "neurons"
+            is_meant = self.output_bias or self.bottleneck_dim is not None
+            self.decompression = "bottleneck" if is_meant or self.was_saved else "neurons"  # files of 0.1 name none
         if self.decompression == "bottleneck":
             self._choose_bottleneck()
         elif self.decompression == "neurons":
+            if self.output_bias:
+                raise ValueError(
+                    f"output_bias={self.output_bias} belongs to decompression='bottleneck', not to 'neurons'. Leave "
+                    "one of them out."
+                )
             self._check_correction("correction_dim", self.correction_dim)
             for name, width in self.correction_pattern.items():
                 _check_pattern("correction_pattern", name)
