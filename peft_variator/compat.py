@@ -101,20 +101,19 @@ class BestModelLoader:
 
 
 def before_upload(model: nn.Module, prepare: Callable[[Any, str], None]) -> None:
-    """Have the next `push_to_hub` of a model call `prepare(model, folder)` before it uploads the folder."""
+    """Have `push_to_hub` of a model call `prepare(model, folder)` before it uploads the folder."""
     vars(model)["_upload_modified_files"] = _PreparedUpload(model, prepare)
 
 
 class _PreparedUpload:
-    """Stands in for `_upload_modified_files` of one model, once; it can be copied and pickled with the model."""
+    """Stands in for `_upload_modified_files` of one model; it can be copied and pickled with the model."""
 
     def __init__(self, model: Any, prepare: Callable[[Any, str], None]) -> None:
         self.model, self.prepare = model, prepare
 
     def __call__(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        vars(self.model).pop("_upload_modified_files", None)
         self.prepare(self.model, working_dir)
-        return self.model._upload_modified_files(working_dir, *args, **kwargs)
+        return type(self.model)._upload_modified_files(self.model, working_dir, *args, **kwargs)
 
 
 def offload_hook(module: nn.Module) -> Any | None:

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
+from ..compat import before_upload
 from ..files import new_folder
 from .checkpoint import CHECKSUM_METADATA, Checkpoint, CheckpointError, checksum
 from .config import (
@@ -166,6 +167,7 @@ class Sparse24Quantizer(HfQuantizer):
         self.quantization_config.format = "sparse-24-bitmask"
         if not layers:  # an unstructured checkpoint, which is dense from here on
             self.remove_quantization_config(model)
+        before_upload(model, _write_notice_of)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Checksums for the files that `save_pretrained` is about to write, and the config that goes with them."""
@@ -204,6 +206,12 @@ def register() -> None:
         register_quantization_config(METHOD)(Sparse24Config)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(Sparse24Quantizer)
+
+
+def _write_notice_of(model: PreTrainedModel, folder: str) -> None:
+    """Put the notice of a packed model into the card that `push_to_hub` has made of a template."""
+    if isinstance(getattr(model.config, "quantization_config", None), Sparse24Config):
+        write_notice(Path(folder))
 
 
 def _replace_layers(model: PreTrainedModel, planned: Iterable[PlannedWeight], config: Sparse24Config) -> None:

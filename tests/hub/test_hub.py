@@ -126,6 +126,7 @@ def test_what_is_pushed_has_all_files_and_a_card(hub: Hub, pushed: Path) -> None
         assert tag in card.data.tags
         assert "import peft_variator" in card.text
         assert "More Information Needed" not in card.text
+    assert "import peft_variator" in hub.files("someone/packed")["README.md"].decode()
     assert json.loads(hub.files("someone/plugin", "fast")["adapter_config.json"])["compression_ratio"] == 4
     assert json.loads(hub.files("someone/plugin")["adapter_config.json"])["compression_ratio"] == 2
 
