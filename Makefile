@@ -29,11 +29,11 @@ $(VENV)/.docs: $(BIN)/python setup.cfg constraints.txt
 quickstart: $(VENV)/.quickstart ## Distil a plugin for all-MiniLM-L6-v2 and show how much faster it runs
 	$(BIN)/python examples/quickstart/quickstart.py
 
-test: $(VENV)/.test lint ## Run the linters and the tests
+test: $(VENV)/.test lint ## Run the linters and the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-all: $(VENV)/.test lint ## Run the linters and all tests, those of every architecture included
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long or not long"
+test-all: $(VENV)/.test lint ## Run the linters and all tests, the slow ones and those of every architecture included
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 lint: $(VENV)/.test ## Check style, types and what may import what
 	$(BIN)/ruff check .

@@ -31,6 +31,8 @@ torch:
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own
   documentation of extending it sends users here.
 - `_forward_hooks` and `_forward_pre_hooks` of a module: whether calling it does more than its class says.
+- `torch.Tensor._make_wrapper_subclass` and `torch.utils._pytree.tree_map_only`: a tensor that holds others and unpacks
+  them when it is computed with, as torch's own documentation of subclasses writes it.
 - `torch.utils._python_dispatch.is_traceable_wrapper_subclass`: telling quantized tensors from plain ones.
 """
 
@@ -45,6 +47,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only
 
 
 __all__ = [
@@ -60,10 +63,12 @@ __all__ = [
     "include_all_linear_layers",
     "is_plain_linear",
     "is_quantized_tensor",
+    "make_wrapper_subclass",
     "mark_without_adapters",
     "offload_hook",
     "repeated_by_reentrant_checkpoint",
     "set_checkpoint_function",
+    "tree_map_only",
 ]
 
 
@@ -154,6 +159,11 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling a module is `linear` with its weight and bias and nothing else: no subclass, hook or wrapper."""
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module)
     return plain and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def make_wrapper_subclass(cls: type[Tensor], shape: tuple[int, ...], like: Tensor) -> Any:
+    """A tensor of class `cls` without storage of its own, with the dtype and device of `like`."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
 
 
 def is_quantized_tensor(tensor: Tensor) -> bool:

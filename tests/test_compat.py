@@ -1,5 +1,6 @@
 """Every private name that the package takes of another library exists, and setup.cfg bounds these libraries above."""
 
+import ast
 import configparser
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,53 @@ def test_a_library_with_private_names_is_bounded_above(library):
     specifier = requirements()[library]
     assert any(part.operator == "<" for part in specifier)
     assert specifier.contains(version(library).partition("+")[0])
+
+
+def private_names(source):
+    """What a module takes of `LIBRARIES` that starts with an underscore, as `line: name`."""
+    tree, roots, found = ast.parse(source), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            taken = [(alias.asname or alias.name.partition(".")[0], alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            taken = [(alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names]
+        else:
+            continue
+        for bound, name in taken:
+            if name.partition(".")[0] in LIBRARIES:
+                roots[bound] = name
+                found.append((node.lineno, name))
+    for node in ast.walk(tree):
+        parts, root = [], node
+        while isinstance(root, ast.Attribute):
+            parts.append(root.attr)
+            root = root.value
+        if parts and isinstance(root, ast.Name) and root.id in roots:
+            found.append((node.lineno, ".".join([root.id, *reversed(parts)])))
+    private = {
+        f"{line}: {name}"
+        for line, name in found
+        if any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+    }
+    return sorted(private)
+
+
+def test_a_private_name_is_found_however_it_is_taken():
+    assert private_names("import torch\nx = torch._C._x()\ny = torch.ones") == ["2: torch._C", "2: torch._C._x"]
+    assert private_names("from peft.tuners._dict import B as A") == ["1: peft.tuners._dict.B"]
+    assert private_names("import torch.x._y as z") == ["1: torch.x._y"]
+    assert private_names("from transformers import _y, Trainer as _z") == ["1: transformers._y"]
+    assert private_names("from . import _mine\nimport torch\nprint(torch.__version__)") == []
+
+
+def test_private_names_stand_in_one_file():
+    package = ROOT / "peft_variator"
+    found = {
+        str(path.relative_to(package)): names
+        for path in package.rglob("*.py")
+        if path.name != "compat.py" and (names := private_names(path.read_text()))
+    }
+    assert found == {}
 
 
 @pytest.mark.parametrize("name", compat.__all__)

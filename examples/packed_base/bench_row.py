@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_variator import SparseLoraConfig, load_base
 from peft_variator.files import write_text
-from peft_variator.profiling import Candidate, make_inputs, make_lengths, num_threads, time_alternately
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sparse_lora_bench"))
-from step import make_step  # noqa: E402
+from peft_variator.profiling import (
+    Candidate,
+    make_inputs,
+    make_lengths,
+    make_training_step,
+    num_threads,
+    time_alternately,
+)
 
 
 CPU, PAGE = torch.device("cpu"), 4096
@@ -128,7 +130,7 @@ def run_forwards(model: nn.Module, inputs: dict[str, Any], effort: Effort, figur
 def run_training(model: nn.Module, inputs: dict[str, Any], effort: Effort, figures: Figures) -> None:
     """Next-token loss, its backward, an AdamW step on the adapter."""
     batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    step = make_step(model, lambda trained: trained(**batch, labels=batch["input_ids"], use_cache=False).loss)
+    step = make_training_step(model, lambda trained: trained(**batch, labels=batch["input_ids"], use_cache=False).loss)
     timed(step, "step", effort, figures)
 
 

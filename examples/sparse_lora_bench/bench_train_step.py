@@ -20,7 +20,7 @@ from formulations import FORMULATIONS, prune_at_random_
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from step import kept_bytes, make_batch, make_loss, make_step
+from step import kept_bytes, make_batch, make_loss
 
 from peft_variator.cli.console import reported
 from peft_variator.files import write_text
@@ -31,6 +31,7 @@ from peft_variator.profiling import (
     describe_environment,
     find_task,
     load_config,
+    make_training_step,
     num_threads,
     share_weights,
     speedup,
@@ -69,7 +70,7 @@ def measure(model: str, settings: Settings, progress: Progress) -> dict[str, Any
     weights = prune_at_random_(base, settings.sparsity)
     loss = make_loss(model, base, make_batch(model, base, settings.batch, settings.length))
     models = {name: build(share_weights(base), settings.rank) for name, build in FORMULATIONS.items()}
-    candidates = [Candidate(name, make_step(trained, loss)) for name, trained in models.items()]
+    candidates = [Candidate(name, make_training_step(trained, loss)) for name, trained in models.items()]
     bar = progress.add_task(model, total=settings.rounds * len(candidates))
     seconds = time_alternately(candidates, settings.rounds, device=device, on_sample=lambda: progress.advance(bar))
     kept = {name: kept_bytes(trained, loss) for name, trained in models.items()}

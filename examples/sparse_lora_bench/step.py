@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from peft_variator.profiling import find_task, make_inputs, make_lengths
 
 
-__all__ = ["kept_bytes", "make_batch", "make_loss", "make_step"]
+__all__ = ["kept_bytes", "make_batch", "make_loss"]
 
 
 def make_batch(model: str, base: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -30,19 +30,6 @@ def make_loss(
     if find_task(model, base.config) == "causal":
         return lambda trained: trained(**batch, labels=batch["input_ids"], use_cache=False).loss
     return lambda trained: trained(**batch).last_hidden_state.float().square().mean()
-
-
-def make_step(trained: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> Callable[[], None]:
-    """Forward, backward and an AdamW step on what is trainable."""
-    trained.train()
-    optimizer = torch.optim.AdamW([parameter for parameter in trained.parameters() if parameter.requires_grad])
-
-    def step() -> None:
-        loss(trained).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def kept_bytes(trained: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> int:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from ..bitmask import mask_width, unpack_mask
+from ..compat import make_wrapper_subclass, tree_map_only
 from ..offloading import DISK_OFFLOAD_MESSAGE, has_lost_its_hook
 from ..tuners.sparse_lora.base_weight import WeightLayout, register_layout
 from ..workspace import WORKSPACE
@@ -245,9 +245,7 @@ class PackedWeightHandle(Tensor):
 
     @staticmethod
     def __new__(cls, compressed: Tensor, bitmask: Tensor, in_features: int) -> PackedWeightHandle:
-        handle = Tensor._make_wrapper_subclass(
-            cls, (compressed.shape[0], in_features), dtype=compressed.dtype, device=compressed.device
-        )
+        handle = make_wrapper_subclass(cls, (compressed.shape[0], in_features), compressed)
         handle._compressed, handle._bitmask = compressed, bitmask
         return handle
 

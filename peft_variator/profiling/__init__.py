@@ -8,7 +8,7 @@ from .flops import count_flops
 from .inputs import count_positions, make_inputs, make_lengths
 from .memory import peak_memory
 from .report import BenchmarkReport, Measurement, check_plotting, make_table, save_plot
-from .timing import Candidate, Spread, num_threads, speedup, time_alternately
+from .timing import Candidate, Spread, make_training_step, num_threads, speedup, time_alternately
 
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "make_inputs",
     "make_lengths",
     "make_table",
+    "make_training_step",
     "num_threads",
     "peak_memory",
     "run_benchmark",

@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 
-__all__ = ["Candidate", "Spread", "num_threads", "speedup", "time_alternately"]
+__all__ = ["Candidate", "Spread", "make_training_step", "num_threads", "speedup", "time_alternately"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,24 @@ def speedup(base: Sequence[float], other: Sequence[float]) -> Spread:
         other: seconds of the other in the same rounds.
     """
     return Spread.of([slow / fast for slow, fast in zip(base, other, strict=True)])
+
+
+def make_training_step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[], None]:
+    """Forward, backward and an AdamW step on what is trainable, to be timed.
+
+    Args:
+        model: what is trained; it is put into training mode.
+        loss: the scalar loss of a model.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def step() -> None:
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _calls_to_fill(candidate: Candidate, min_seconds: float, device: torch.device) -> int:

@@ -279,6 +279,7 @@ def memory_of_conversions(folder):
     return used
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """28 tensors of 4 MB, in files of seven: the memory in use stays under one file, a quarter of them."""
     rows, width, layers = 1024, 1024, 4

@@ -37,7 +37,6 @@ def test_ddp_with_accumulation(results, alone, packed_source, method):
     check_same(results["ddp", method], alone[method], build(packed_source, method).state_dict())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [*CONFIGS, "sparse_lora, loaded by one process", "variator on dense"],

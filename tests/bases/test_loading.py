@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from peft_variator.bases import CheckpointError, Sparse24Config, Sparse24Linear, pack_checkpoint, quantizer
@@ -319,8 +320,9 @@ def test_config_refuses_foreign_entries():
 
 
 def test_registering_again_does_nothing():
+    before = AUTO_QUANTIZATION_CONFIG_MAPPING["sparse24"], AUTO_QUANTIZER_MAPPING["sparse24"]
     quantizer.register()
-    quantizer.register()
+    assert (AUTO_QUANTIZATION_CONFIG_MAPPING["sparse24"], AUTO_QUANTIZER_MAPPING["sparse24"]) == before
 
 
 def test_a_fresh_process_loads_it_after_importing_the_package_alone(packed_dir):

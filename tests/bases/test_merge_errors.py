@@ -206,6 +206,7 @@ def test_an_interrupted_merge_is_taken_up_and_only_by_the_same_merge(tmp_path, a
         shutil.rmtree(tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Twelve tensors of 4 MB, in one file: the memory in use stays under that of six of them."""
     config = tiny_llama().config.__class__(

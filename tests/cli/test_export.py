@@ -62,7 +62,6 @@ def save_plugin(folder: Path, kind: str = "encoder") -> Path:
     return folder / "plugin"
 
 
-@pytest.mark.slow
 def test_a_file_that_runs_without_torch(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
     pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")

@@ -120,8 +120,10 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("imports", PROGRAMS.values(), ids=PROGRAMS)
+@pytest.mark.parametrize(
+    "imports",
+    [pytest.param(text, id=name, marks=[pytest.mark.slow] * (name != "alone")) for name, text in PROGRAMS.items()],
+)
 def test_a_program_that_imports_the_package_can_load_everything(imports: str, tmp_path: Path) -> None:
     set_seed(0)
     config = LlamaConfig(

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, SparsityReport, measure_sparsity, prune
 from peft_variator.sparsity.calibration import read_batches
-from tests.sparsity.pruning_cases import make
+from tests.sparsity.cases import make
 
 
 WORDS = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(90))]

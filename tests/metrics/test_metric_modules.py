@@ -41,6 +41,7 @@ def test_every_metric_loads_by_path_and_by_name(name):
     assert "Returns:" in metrics.load(name).inputs_description
 
 
+@pytest.mark.slow
 def test_paths_are_loaded_without_the_network_and_without_a_cache(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", OFFLINE_SCRIPT, *map(metrics.path, NAMES)]

@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from sparse_lora_cases import CASES, build, outputs, prune_, randomize_
 from torch import Tensor, nn
 
 from peft_variator import SparseLoraConfig
 from peft_variator.training import load_plugin
 from peft_variator.tuners.sparse_lora import SparseLoraLayer
+
+from .cases import CASES, build, outputs, prune_, randomize_
 
 
 BERT = CASES["bert"]

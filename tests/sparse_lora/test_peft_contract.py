@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from sparse_lora_cases import CASES, build, prune_, random_masks
 from transformers import DebertaConfig, DebertaModel, PreTrainedModel
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLayer, attach_masks
 from tests.common.peft_contract import ContractCase, MergingContract, PeftContract, one_process_group
+
+from .cases import CASES, build, prune_, random_masks
 
 
 __all__ = ["TestSparseLoraContract", "one_process_group"]

@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from sparse_lora_cases import CASES, build, outputs, randomize_
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLayer, SparseLoraLinear
+
+from .cases import CASES, build, outputs, randomize_
 
 
 BERT = CASES["bert"]

@@ -55,7 +55,6 @@ def inexact(name: str) -> bool:
     return name.startswith(("eval_loss", "eval_task_loss"))
 
 
-@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     """Batches of 8: 8 at once, or 2 processes that accumulate 2 × 2. Then the second half again from a checkpoint."""
     results = run_on_two_processes(tmp_path)

@@ -31,11 +31,11 @@ QUICK: dict[str, dict[str, Any]] = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the costly tests of architectures that are not `core` as long."""
+    """Mark the costly tests of architectures that are not `core` as slow."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         case = params.get("case")
         if isinstance(case, Case) and not case.core:
             wanted = QUICK.get(getattr(item, "originalname", ""))
             if wanted is None or any(params.get(name) != value for name, value in wanted.items()):
-                item.add_marker(pytest.mark.long)
+                item.add_marker(pytest.mark.slow)

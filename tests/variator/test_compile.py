@@ -19,10 +19,14 @@ from peft_variator import VariatorConfig, using_ratio
 from .cases import ALL, Case, by_name, outputs_of
 
 
-pytestmark = pytest.mark.slow
+def slow(*values: Any) -> list[Any]:
+    """Values of a parameter that stand for others and take long to compile."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 CASES = {case.name: case for case in ALL}
 BERT, LLAMA, VIT = CASES["bert"], CASES["llama"], CASES["vit"]
-WHOLE = ["bert", "mpnet", "modernbert", "albert", "t5-encoder", "vit", "clip-vision", "llama", "gpt2"]
+WHOLE = ["bert", "vit", *slow("mpnet", "modernbert", "albert", "t5-encoder", "clip-vision", "llama", "gpt2")]
 KEPT = [20, 21]
 
 
@@ -32,7 +36,7 @@ def with_plugin(case: Case, **fields: Any) -> PeftModel:
     return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
-@pytest.mark.parametrize("case", [BERT, LLAMA, VIT], ids=by_name)
+@pytest.mark.parametrize("case", [VIT, *slow(BERT, LLAMA)], ids=by_name)
 def test_same_outputs_and_gradients_with_and_without_padding(case: Case) -> None:
     model = with_plugin(case)
     compiled = torch.compile(model, backend="aot_eager")
@@ -53,6 +57,7 @@ def test_same_outputs_and_gradients_with_and_without_padding(case: Case) -> None
             torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_switching_ratio_and_disabling_after_compilation() -> None:
     model, inputs = with_plugin(BERT), BERT.inputs(2, 12)
     compiled = torch.compile(model, backend="eager")
@@ -90,6 +95,7 @@ def test_inductor() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_generation_with_a_compiled_forward() -> None:
     model, ids = with_plugin(LLAMA), LLAMA.inputs(1, 12)["input_ids"]
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -218,7 +224,7 @@ CROWDED = torch.full((2, 40), 15)
 CROWDED[:, ::2] = KEPT[0]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", *slow("aot_eager", "inductor")])
 def test_more_kept_tokens_than_there_is_room_for_are_an_error(backend: str) -> None:
     model = with_plugin(BERT, keep_token_ids=KEPT, max_kept_tokens=1, layers_to_transform=[0])
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -229,6 +235,7 @@ def test_more_kept_tokens_than_there_is_room_for_are_an_error(backend: str) -> N
         assert_same(compiled(**inputs), outputs_of(model, inputs))
 
 
+@pytest.mark.slow
 def test_enough_room_is_no_error() -> None:
     model = with_plugin(BERT, keep_token_ids=KEPT, max_kept_tokens=20)
     compiled, _ = compiled_whole(model)
@@ -236,6 +243,7 @@ def test_enough_room_is_no_error() -> None:
         assert_same(compiled(input_ids=CROWDED), outputs_of(model, {"input_ids": CROWDED}))
 
 
+@pytest.mark.slow
 def test_using_ratio_and_one_whole_graph_exclude_each_other() -> None:
     model, inputs = with_plugin(BERT), BERT.inputs(2, 12)
     expected = outputs_of(model, inputs)
@@ -271,6 +279,7 @@ def test_using_ratio_in_another_thread_is_no_silent_fault_either() -> None:
         compiled(**inputs)
 
 
+@pytest.mark.slow
 def test_using_ratio_is_honoured_where_graphs_may_break() -> None:
     model, inputs = with_plugin(BERT), BERT.inputs(2, 12)
     at_four, compiled = outputs_of(model, inputs), torch.compile(model, backend="eager")
@@ -283,6 +292,7 @@ def test_using_ratio_is_honoured_where_graphs_may_break() -> None:
     assert not torch.allclose(at_two["last_hidden_state"], at_four["last_hidden_state"], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_threads_share_a_compiled_model() -> None:
     model = with_plugin(BERT)
     compiled, _ = compiled_whole(model, dynamic=True)

@@ -15,7 +15,6 @@ from peft_variator import VariatorConfig, using_ratio
 from .cases import ALL, Case, by_name
 
 
-pytestmark = pytest.mark.slow
 CASES = {case.name: case for case in ALL}
 BERT, VIT = CASES["bert"], CASES["vit"]
 KEPT = [20, 21]
@@ -53,7 +52,11 @@ def assert_same_at_real_tokens(found: Tensor, expected: Tensor, inputs: dict[str
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", [BERT, CASES["mpnet"], CASES["t5-encoder"]], ids=by_name)
+@pytest.mark.parametrize(
+    "case",
+    [CASES["t5-encoder"], *(pytest.param(case, marks=pytest.mark.slow) for case in (BERT, CASES["mpnet"]))],
+    ids=by_name,
+)
 def test_batch_and_length_stay_free(case: Case) -> None:
     model = with_plugin(case, keep_token_ids=KEPT)
     program = exported(model.get_base_model()).module()
@@ -64,6 +67,7 @@ def test_batch_and_length_stay_free(case: Case) -> None:
             assert_same_at_real_tokens(program(**inputs).last_hidden_state, expected, inputs)
 
 
+@pytest.mark.slow
 def test_a_peft_model_with_a_task_is_exported_as_it_is() -> None:
     model = with_plugin(CASES["bert-sequence"], task_type=TaskType.SEQ_CLS, keep_token_ids=KEPT)
     program = exported(model).module()
@@ -83,6 +87,7 @@ def test_images(ratio: int) -> None:
         torch.testing.assert_close(program(**inputs).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_kept_tokens_than_there_is_room_for_are_an_error() -> None:
     program = exported(with_plugin(BERT, keep_token_ids=KEPT, max_kept_tokens=1).get_base_model()).module()
     with torch.no_grad(), pytest.raises((IndexError, RuntimeError), match="out of bounds"):
@@ -95,6 +100,7 @@ def test_using_ratio_around_an_export_is_an_error() -> None:
         exported(model.get_base_model())
 
 
+@pytest.mark.slow
 def test_onnx_runtime(tmp_path: Path) -> None:
     """Exact at lengths it has not seen, and an error where the rows do not suffice."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")

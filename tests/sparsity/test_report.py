@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from pruning_cases import make
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,8 @@ from peft_variator.sparsity import (
     measure_sparsity,
     prune,
 )
+
+from .cases import make
 
 
 def entry(name, zeros, weights=100, **fields):

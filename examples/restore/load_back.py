@@ -1,23 +1,19 @@
 """Load a packed encoder as anyone would, embed the STS-B test set, and write the embeddings.
 
-python examples/packed_base/load_back.py MODEL_DIR EMBEDDINGS_FILE --data DATA
+python examples/restore/load_back.py MODEL_DIR EMBEDDINGS_FILE --data DATA
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from encoder import Encoder
 from safetensors.torch import save_file
 from transformers import AutoModel
 
 import peft_variator  # noqa: F401  without it transformers does not know packed models
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "restore"))
-from encoder import Encoder  # noqa: E402
 
 
 def main(

@@ -1,6 +1,6 @@
 """A real encoder: pruned, packed, restored above the packed weights, merged, saved, and loaded by a fresh process.
 
-    python examples/packed_base/end_to_end.py --data DATA
+    python examples/restore/end_to_end.py --data DATA
 
 The model is all-MiniLM-L6-v2, pruned 2:4 with Wanda. After every hand-over the test set of STS-B is embedded, and the
 embeddings are compared with those before it.
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from encoder import Encoder
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -31,11 +32,7 @@ from peft_variator.profiling import describe_environment
 
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "restore"))
-from encoder import Encoder  # noqa: E402
-
-
-RESULTS = HERE / "results" / "end-to-end.json"
+RESULTS = HERE.parent / "packed_base" / "results" / "end-to-end.json"
 console = Console(soft_wrap=True, highlight=False)
 
 
@@ -154,7 +151,7 @@ def main(
         facts, restoring = _timed(lambda: restore_and_merge(chain, packed, seed))
         load_back(chain, data)
     report = {
-        "command": f"python examples/packed_base/end_to_end.py --data DATA --steps {steps} --seed {seed}",
+        "command": f"python examples/restore/end_to_end.py --data DATA --steps {steps} --seed {seed}",
         "environment": environment,
         "steps": steps,
         "seed": seed,

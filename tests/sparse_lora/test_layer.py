@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from sparse_lora_cases import plain_weight, prune_
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -18,6 +17,8 @@ from peft_variator.tuners.sparse_lora import (
     WeightLayout,
     register_layout,
 )
+
+from .cases import plain_weight, prune_
 
 
 BASES = {

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse_lora_cases import plain_weight
 from torch.nn import functional as F
 
 from peft_variator.bases.packing import pack
@@ -13,6 +12,8 @@ from peft_variator.bitmask import pack_mask
 from peft_variator.tuners.sparse_lora import functional
 from peft_variator.tuners.sparse_lora.base_weight import get_layout
 from peft_variator.tuners.sparse_lora.functional import MaskedWeight, effective_weight, masked_linear
+
+from .cases import plain_weight
 
 
 SCALE = 1.5

@@ -8,12 +8,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from pruning_cases import make
 from transformers import LlamaForCausalLM
 
 from peft_variator.sparsity import Pattern, PruningConfig, measure_sparsity, prune
 from peft_variator.sparsity.patterns import meets_pattern
 from peft_variator.sparsity.targets import find_targets
+
+from .cases import make
 
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "dsnot"]

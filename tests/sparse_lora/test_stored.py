@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from sparse_lora_cases import CASES, WEIGHTED, build, outputs, random_masks, randomize_
 from torch import nn
 
 from peft_variator import SparseLoraConfig, SparseLoraModel, attach_masks
 from peft_variator.sparsity import PruningConfig, prune
 from peft_variator.tuners.sparse_lora import SparseLoraLayer
+
+from .cases import CASES, WEIGHTED, build, outputs, random_masks, randomize_
 
 
 FILE = "adapter_model.safetensors"

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from sparse_lora_cases import CASES, build, outputs, prune_two_four_, randomize_
 from torch import nn
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLinear
 from peft_variator.tuners.sparse_lora.functional import merge_update
+
+from .cases import CASES, build, outputs, prune_two_four_, randomize_
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_cases import make
 from rich.progress import Progress
 
 from peft_variator.sparsity import PruningConfig, prune
 from peft_variator.sparsity.allocation import spread_budgets, water_fill
 from peft_variator.sparsity.scoring import first_order_scores, zeroth_order_scores
 from peft_variator.sparsity.targets import find_targets
+
+from .cases import make
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model
-from sparse_lora_cases import CASES, build, outputs, random_masks, randomize_
-from test_sparse_lora_stored import target_names
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import attach_masks
+
+from .cases import CASES, build, outputs, random_masks, randomize_
+from .test_stored import target_names
 
 
 BERT = CASES["bert"]
@@ -40,7 +41,6 @@ def _one_process(rank: int, directory: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path) -> None:
     mp.spawn(_one_process, args=(str(tmp_path),), nprocs=2)
     for mask in ("weight", "stored"):

@@ -5,12 +5,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from sparse_lora_cases import CASES, build, outputs, plain_model, plain_weight, randomize_
 from torch import nn
 from transformers import BertForQuestionAnswering, BertForTokenClassification, LlamaForTokenClassification
 
 from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.tuners.sparse_lora import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
+
+from .cases import CASES, build, outputs, plain_model, plain_weight, randomize_
 
 
 def make(name: str, **fields) -> PeftModel:

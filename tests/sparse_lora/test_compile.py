@@ -1,14 +1,15 @@
 import pytest
 import torch
 from peft import get_peft_model
-from sparse_lora_cases import CASES, SMALL, outputs, prune_, random_masks, randomize_
-from test_sparse_lora_layer import make_base, make_layer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLinear, attach_masks
+
+from .cases import CASES, SMALL, outputs, prune_, random_masks, randomize_
+from .test_layer import make_base, make_layer
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from pruning_cases import OTHERS, VISION_LANGUAGE, make, text_batch
 from torch import nn
 
 from peft_variator.sparsity import PruningConfig, prune
@@ -15,6 +14,8 @@ from peft_variator.sparsity.methods.wanda import wanda_mask
 from peft_variator.sparsity.modalities import block_stacks
 from peft_variator.sparsity.statistics import InputStatistics
 from peft_variator.sparsity.targets import find_targets
+
+from .cases import OTHERS, VISION_LANGUAGE, make, text_batch
 
 
 def run_order(model, targets, batch):

@@ -2,10 +2,11 @@ import re
 
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType
-from sparse_lora_cases import build
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraModel
+
+from .cases import build
 
 
 def test_name_and_prefix_do_not_contain_loras() -> None:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from pruning_cases import VISION_LANGUAGE, make
 
 from peft_variator.sparsity import PruningConfig, prune
 from peft_variator.sparsity.modalities import Modalities, block_stacks, innermost, is_inside
 from peft_variator.sparsity.targets import find_prunable, find_targets
+
+from .cases import VISION_LANGUAGE, make
 
 
 EXPECTED = {

@@ -4,10 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from sparse_lora_cases import CASES, build, outputs, randomize_
 from torch import nn
 
 from peft_variator import SparseLoraConfig
+
+from .cases import CASES, build, outputs, randomize_
 
 
 TARGETS = {
