@@ -28,6 +28,8 @@ torch:
   `torch.utils.checkpoint` asks it; -1 outside.
 - `torch._C._autograd._top_saved_tensors_default_hooks`: whether a checkpoint that is not reentrant repeats a forward;
   None if not.
+- `torch._C._len_torch_dispatch_stack` and `torch._C._functorch.peek_interpreter_stack`: whether someone sees the
+  operators of a call, and would miss a product that is none (a FLOP counter, `vmap`).
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own
   documentation of extending it sends users here.
 - `_forward_hooks` and `_forward_pre_hooks` of a module: whether calling it does more than its class says.
@@ -56,6 +58,7 @@ __all__ = [
     "BufferDict",
     "TorchDispatchMode",
     "add_peft_type",
+    "are_operators_watched",
     "backward_id",
     "before_upload",
     "checkpoint_function",
@@ -159,6 +162,11 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling a module is `linear` with its weight and bias and nothing else: no subclass, hook or wrapper."""
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module)
     return plain and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def are_operators_watched() -> bool:
+    """Whether a dispatch mode or a function transform is at work in this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def make_wrapper_subclass(cls: type[Tensor], shape: tuple[int, ...], like: Tensor) -> Any:

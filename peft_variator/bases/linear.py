@@ -16,6 +16,7 @@ from ..offloading import DISK_OFFLOAD_MESSAGE, has_lost_its_hook
 from ..tuners.sparse_lora.base_weight import WeightLayout, register_layout
 from ..workspace import WORKSPACE
 from .kernels import Accelerator, KernelChoice, build_sparse_weight, choose_kernel
+from .packed_product import describe_product, is_faster, multiply
 from .packing import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack
 
 
@@ -33,7 +34,8 @@ class Sparse24Linear(nn.Linear):
     ceil(in_features / 8)), `shape` int64 (2, 1), `bias` (out_features,); see `peft_variator.bases.packing`. They are
     parameters and not buffers, so that device maps and offloading take care of them.
 
-    The output equals that of the dense layer bit for bit, except on sparse tensor cores, where it is within the
+    The output equals that of the dense layer bit for bit, except on sparse tensor cores and, on CPUs, for up to 16
+    tokens that the product of the packed form takes (`peft_variator.bases.packed_product`), where it is within the
     rounding of the dtype. Gradients reach the input and the bias; the weight is unpacked again in the backward and
     nothing of its size is kept for it.
 
@@ -220,7 +222,10 @@ def describe_path(layer: Sparse24Linear, dtype: torch.dtype | None = None, devic
         return f"sparse tensor cores ({choice.kernel}), because {choice.reason}"
     if layer.unpacked == "always" and not layer.offloaded:
         return f"a dense weight that is unpacked once and kept, because unpacked='always', and {choice.reason}"
-    return f"unpack into a buffer, because {choice.reason}"
+    path = f"unpack into a buffer, because {choice.reason}"
+    on_cpu = (device or layer.compressed.device).type == "cpu"
+    few = describe_product(layer.out_features, layer.in_features, dtype or layer.compressed.dtype) if on_cpu else None
+    return path if few is None else f"{path}; {few}"
 
 
 def describe_paths(model: nn.Module) -> dict[str, str]:
@@ -330,7 +335,12 @@ def _unpacked(compressed: Tensor, bitmask: Tensor, in_features: int, dtype: torc
 
 
 def _forward(input: Tensor, bias: Tensor | None, compressed: Tensor, bitmask: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.linear(input, _unpacked(compressed, bitmask, 2 * compressed.shape[1], dtype), bias)
+    def unpacked() -> Tensor:
+        return F.linear(input, _unpacked(compressed, bitmask, 2 * compressed.shape[1], dtype), bias)
+
+    if dtype == compressed.dtype and is_faster(input, bias, compressed, bitmask, unpacked):
+        return multiply(input, bias, compressed, bitmask)
+    return unpacked()
 
 
 def _input_gradient(grad: Tensor, compressed: Tensor, bitmask: Tensor, dtype: torch.dtype) -> Tensor:

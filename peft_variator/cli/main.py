@@ -199,6 +199,18 @@ def convert_checkpoint_command(
         convert(checkpoint, output, base, residual_scale, publishing, Reporter(json, None, quiet))
 
 
+@app.command("doctor", cls=Command, context_settings=CONTEXT, short_help="Say what runs on this machine, and why not.")
+def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
+    """Say which versions and devices are here, which kernels run and why others don't.
+
+    Versions are compared with the range that the package is tested with. The first run may compile a kernel.
+    """
+    with reported():
+        from .doctor import doctor
+
+        doctor(Reporter(json, None, quiet))
+
+
 @app.command("export", cls=Command, context_settings=CONTEXT, short_help="Write a model with its plugin as ONNX.")
 def export_command(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub name of a Variator plugin.")],

@@ -24,6 +24,7 @@ from peft_variator.cli.main import app
 COMMANDS = [
     "bench",
     "convert-checkpoint",
+    "doctor",
     "export",
     "info",
     "inspect",

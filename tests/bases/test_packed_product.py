@@ -1,0 +1,183 @@
+"""The product of the packed form agrees with unpacking on every instruction set, and runs only where it is faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peft_variator.bases import Sparse24Linear
+from peft_variator.bases.linear import describe_path
+from peft_variator.bases.packed_product import (
+    LEVELS,
+    MAX_TOKENS,
+    SWITCH,
+    is_faster,
+    load_product,
+    multiply,
+)
+from peft_variator.bases.packing import pack
+from peft_variator.profiling import count_flops
+
+from .reference import prune_two_four, reference_unpack, same_bits, two_four_linear
+
+
+DTYPES = [torch.bfloat16, torch.float32]
+SHAPES = [(1, 4), (3, 12), (5, 36), (17, 100), (33, 260), (9, 512), (64, 1028)]
+
+
+@pytest.fixture(autouse=True)
+def product() -> Iterator[None]:
+    """What a test changed of the environment is forgotten."""
+    load_product.cache_clear()
+    yield
+    load_product.cache_clear()
+
+
+def needs_product(level: int = 0) -> None:
+    loaded = load_product()
+    if loaded.function is None:
+        pytest.skip(loaded.reason)
+    if level > loaded.level:
+        pytest.skip(f"this processor has no {LEVELS[level]}")
+
+
+def drawn(
+    rows: int, columns: int, tokens: int, dtype: torch.dtype, bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, 2:4 weight and bias, other ones in each run."""
+    weight = prune_two_four(torch.randn(rows, columns), seed=int(torch.randint(1 << 30, ()))).to(dtype)
+    return torch.randn(tokens, columns).to(dtype), weight, torch.randn(rows).to(dtype) if bias else None
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_unpacking(level: int, dtype: torch.dtype) -> None:
+    needs_product(level)
+    print("seed", torch.seed())
+    for rows, columns in SHAPES:
+        for tokens in (1, 2, 3, 5, 8, MAX_TOKENS):
+            for bias in (True, False):
+                x, weight, offset = drawn(rows, columns, tokens, dtype, bias)
+                packed = pack(weight)
+                found = multiply(x, offset, packed.compressed, packed.bitmask, level)
+                unpacked = reference_unpack(packed.compressed, packed.bitmask, columns).double()
+                exact = F.linear(x.double(), unpacked, None if offset is None else offset.double())
+                sizes = F.linear(x.double().abs(), unpacked.abs(), None if offset is None else offset.double().abs())
+                allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * sizes
+                assert found.dtype == dtype
+                assert (found.double() - exact).abs().le(allowed).all(), (rows, columns, tokens, bias)
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_comes_out_where_it_does_by_unpacking(level: int, dtype: torch.dtype) -> None:
+    needs_product(level)
+    x, weight, _ = drawn(8, 68, 3, dtype, False)
+    x[0, 5], x[1, 66] = float("inf"), float("nan")
+    weight[2, weight[2].nonzero()[0]] = float("-inf")
+    packed = pack(weight)
+    found, expected = multiply(x, None, packed.compressed, packed.bitmask, level), F.linear(x, weight)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+def test_bfloat16_is_rounded_to_the_nearest(level: int) -> None:
+    """1 + 2⁻⁸ lies between two bfloat16, and goes to the even one; 1 + 3·2⁻⁸ likewise."""
+    needs_product(level)
+    x = torch.tensor([[1.0, 2**-8, 0.0, 0.0], [1.0, 3 * 2**-8, 0.0, 0.0]], dtype=torch.bfloat16)
+    packed = pack(torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.bfloat16))
+    found = multiply(x, None, packed.compressed, packed.bitmask, level)
+    assert found.flatten().tolist() == [1.0, 1 + 2**-6]
+
+
+def large(dtype: torch.dtype = torch.bfloat16, bias: bool = True) -> Sparse24Linear:
+    return Sparse24Linear.from_dense(two_four_linear(512, 1024, dtype, bias))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1024,), (1, 1024), (2, 3, 1024), (40, 1024)], ids=str)
+def test_a_layer_gives_the_output_and_the_gradient_of_the_dense_one(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    layer = large(dtype)
+    dense, x = layer.to_dense(), torch.randn(shape).to(dtype).requires_grad_()
+    exact = F.linear(x.double(), dense.weight.double(), dense.bias.double())
+    allowed = 4 * torch.finfo(dtype).eps * exact.abs().max()
+    found = layer(x)
+    assert (found - exact).abs().max() <= allowed
+    with torch.no_grad():
+        assert (layer(x) - exact).abs().max() <= allowed
+    wanted = torch.autograd.grad(dense(x).float().square().sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(found.float().square().sum(), x)[0], wanted, rtol=0.05, atol=0.05)
+
+
+def test_what_is_faster_is_measured_once_a_shape() -> None:
+    needs_product()
+    layer, calls = large(), []
+
+    def taking(seconds: float) -> Callable[[], Tensor]:
+        def dense() -> Tensor:
+            calls.append(seconds)
+            time.sleep(seconds)
+            return torch.empty(0)
+
+        return dense
+
+    def asked(tokens: int, seconds: float, parts: Sparse24Linear = layer) -> bool:
+        x = torch.randn(tokens, 1024).bfloat16()
+        return is_faster(x, parts.bias, parts.compressed, parts.bitmask, taking(seconds))
+
+    assert asked(13, 0.5)
+    measured = len(calls)
+    assert measured > 0
+    assert asked(13, 0.0)  # remembered
+    assert len(calls) == measured
+    assert not asked(14, 0.0)
+    assert not asked(MAX_TOKENS + 1, 0.5)
+    small = Sparse24Linear.from_dense(two_four_linear(16, 1024, torch.bfloat16))
+    assert not asked(1, 0.5, small)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("CXX", "no-such-compiler", "no-such-compiler"), ("CXX", "false", "false failed"), (SWITCH, "0", f"{SWITCH}=0")],
+)
+def test_without_it_layers_unpack_and_say_why(
+    name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    load_product.cache_clear()
+    layer, x = large(), torch.randn(1, 1024).bfloat16()
+    with torch.no_grad():
+        assert same_bits(layer(x), layer.to_dense()(x))
+    assert reason in describe_path(layer)
+    with pytest.raises(RuntimeError, match=reason):
+        multiply(x, layer.bias, layer.compressed, layer.bitmask)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    needs_product()
+    layer = large()
+    with pytest.raises(RuntimeError, match=r"level is 9"):
+        multiply(torch.randn(1, 1024).bfloat16(), layer.bias, layer.compressed, layer.bitmask, 9)
+
+
+def test_who_counts_operators_or_transforms_functions_misses_nothing() -> None:
+    layer, x = large(torch.float32), torch.randn(3, 1, 1024)
+    assert count_flops(layer, {"input": x[:1, 0]}) == 2 * 512 * 1024
+    with torch.no_grad():
+        found, expected = torch.func.vmap(layer)(x), layer.to_dense()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_large_layers_say_what_few_tokens_take() -> None:
+    needs_product()
+    assert LEVELS[load_product().level] in describe_path(large())
+    assert LEVELS[min(load_product().level, 2)] in describe_path(large(torch.float32))
+    assert "float16" in describe_path(large(torch.float16))

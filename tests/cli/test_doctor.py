@@ -1,0 +1,59 @@
+"""`peft-variator doctor`: what it says of this machine, and of one that lacks something."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from peft_variator.bases.packed_product import load_product
+from peft_variator.cli import doctor
+from peft_variator.cli.main import app
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    load_product.cache_clear()
+
+
+def asked(*words: str) -> tuple[dict, str, str]:
+    done = CliRunner().invoke(app, ["doctor", "--json", "-", *words])
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout), done.stdout, done.stderr
+
+
+def test_what_is_here_is_told(tmp_path: Path) -> None:
+    facts, _, told = asked()
+    assert facts["versions"]["torch"]["installed"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert facts["in_tested_range"] is True
+    assert facts["devices"][0]["name"] == "cpu"
+    assert all(kernel["reason"] for kernel in facts["kernels"])
+    packed = facts["kernels"][0]
+    assert packed["runs"] == (load_product().function is not None)
+    for words in ("Versions", "torch", "Devices", "Kernels", packed["reason"]):
+        assert words in told
+    path = tmp_path / "facts.json"
+    done = CliRunner().invoke(app, ["doctor", "--json", str(path)])
+    assert json.loads(path.read_text()).keys() == facts.keys()
+    assert packed["reason"] in done.stdout
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    facts, _, told = asked()
+    assert facts["compiler"] is None
+    reasons = {kernel["name"]: kernel["reason"] for kernel in facts["kernels"] if not kernel["runs"]}
+    assert "no-such-compiler" in reasons["packed 2:4, one to a few tokens"]
+    assert "does not run" in told
+
+
+def test_a_version_outside_of_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "99.0" if name == "peft" else kept(name))
+    facts, _, told = asked("--quiet")
+    assert facts["in_tested_range"] is False
+    assert facts["versions"]["peft"] == {"installed": "99.0", "tested": "<0.22,>=0.21", "in_range": False}
+    assert "peft 99.0" in told
