@@ -31,6 +31,7 @@ def load_script(name):
 render = load_script("render")
 run_all = load_script("run_all")
 parts = load_script("parts")
+gpu = load_script("gpu")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 PAGE = f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n"
 BOTH = f"{PAGE}\n<!-- parts -->\n<!-- /parts -->\n"
@@ -216,3 +217,38 @@ def test_reports_of_another_machine_are_not_mixed():
     one = make_report()
     other = replace(one, environment={**one.environment, "torch": "2.14"})
     assert render.render([one, other]).count("### ") == 2
+
+
+def gpu_application():
+    application = typer.Typer()
+    application.command()(gpu.main)
+    return application
+
+
+@pytest.mark.parametrize("stage", gpu.STAGES)
+def test_a_stage_of_the_gpu_script_runs_dry(stage, tmp_path):
+    done = CliRunner().invoke(gpu_application(), [stage, "--dry", "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / f"{stage}.json").read_text())
+    assert report["dry"]
+    assert report["left_out"] == 0
+    assert report["rows"]
+    assert {"torch", "transformers", "peft"} <= report["environment"].keys()
+    for row in report["rows"]:
+        for call in row.get("calls", {}).values():
+            assert call["milliseconds"] > 0
+            assert call["peak_bytes"] >= 0
+
+
+def test_a_row_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
+    def stage(run):
+        yield lambda: {"name": "first"}
+        yield lambda: 1 / 0
+        yield lambda: {"name": "off", "passed": False, "difference": 1.0, "allowed": 0.5}
+
+    monkeypatch.setattr(gpu, "STAGES", {"some": (stage, 60)})
+    done = CliRunner().invoke(gpu_application(), ["some", "--dry", "--output", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "ZeroDivisionError" in done.output
+    assert "off by 1.00e+00" in done.output
+    assert len(json.loads((tmp_path / "some.json").read_text())["rows"]) == 3
