@@ -171,7 +171,7 @@ def are_operators_watched() -> bool:
 
 def make_wrapper_subclass(cls: type[Tensor], shape: tuple[int, ...], like: Tensor) -> Any:
     """A tensor of class `cls` without storage of its own, with the dtype and device of `like`."""
-    return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
 
 def is_quantized_tensor(tensor: Tensor) -> bool:

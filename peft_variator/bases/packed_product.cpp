@@ -75,7 +75,7 @@ struct Tables {
 };
 const Tables TABLES;
 
-// One row and one token from `column` on, value by value.
+// One row and one token from `column` on, value by value. Zeros are multiplied, too: with what is not finite they are NaN.
 template <class T>
 inline float plain_sum(const Task& task, long row, long token, long column) {
     const T* values = static_cast<const T*>(task.values) + row * (task.columns / 2) + column / 2;
@@ -83,9 +83,11 @@ inline float plain_sum(const Task& task, long row, long token, long column) {
     const float* x = task.wide + token * task.columns;
     float sum = 0;
     for (; column < task.columns; column += 8) {
-        const int count = task.columns - column < 8 ? 2 : 4;  // the last byte may stand for one group
+        const int columns = task.columns - column < 8 ? 4 : 8;  // the last byte may stand for one group
         const uint8_t* places = TABLES.columns[bits[column / 8]];
-        for (int index = 0; index < count; ++index) sum += widen(*values++) * x[column + places[index]];
+        float weights[8] = {};
+        for (int index = 0; index < columns / 2; ++index) weights[places[index]] = widen(*values++);
+        for (int index = 0; index < columns; ++index) sum += weights[index] * x[column + index];
     }
     return sum;
 }
