@@ -45,7 +45,7 @@ LEVELS = ("portable C++", "AVX2", "AVX-512", "AVX-512 with VBMI2 and BF16")
 """Instruction sets, by the number that the C++ knows them by; the last is for bfloat16 alone."""
 
 MAX_TOKENS = 16
-"""Above so many, unpacking has always been faster."""
+"""The most tokens that it is tried for."""
 
 MIN_WEIGHTS = 1 << 18
 """Layers with fewer weights lie in the caches, where there is nothing to gain."""
