@@ -44,6 +44,7 @@ TEXTS = [" ".join(f"w{(7 * line + word) % 50}" for word in range(9 + line)) for 
 NOT_RUN = {
     "docs/export.md": "exporting takes long: tests/variator/test_export.py and test_compile.py do it",
     "docs/metrics.md": "tests/metrics loads them",
+    "docs/serving.md": "profiling takes long: tests/runtime profiles, embeds and simulates",
     "docs/sharing.md": "it needs a Hub: tests/hub pushes and loads",
     "allocate(base": "a tiny model cannot save these shares: tests/profiling/test_allocation.py allocates",
     "register_layout(": "a class of the reader's own",

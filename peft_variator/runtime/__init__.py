@@ -5,28 +5,46 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .engine import BatchRecord, Engine, EngineClosed, EngineMetrics, QueueFull
     from .latency import LatencyCheck, LatencyTable, profile_latency, quality_from_card
     from .policies import POLICIES, FixedRatio, Oracle, Policy, QueueItem, QueueThreshold, SlackFit
+    from .simulator import RecordedLatencies, Simulation, simulate
+    from .tasks import Classifications, Embeddings, Prefilled, Scores
 
 
 __all__ = [
     "POLICIES",
+    "BatchRecord",
+    "Classifications",
+    "Embeddings",
+    "Engine",
+    "EngineClosed",
+    "EngineMetrics",
     "FixedRatio",
     "LatencyCheck",
     "LatencyTable",
     "Oracle",
     "Policy",
+    "Prefilled",
+    "QueueFull",
     "QueueItem",
     "QueueThreshold",
+    "RecordedLatencies",
+    "Scores",
+    "Simulation",
     "SlackFit",
     "profile_latency",
     "quality_from_card",
+    "simulate",
 ]
 
 # Where each name is, imported on first use.
 _ROOMS = {
+    "engine": ("BatchRecord", "Engine", "EngineClosed", "EngineMetrics", "QueueFull"),
     "latency": ("LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card"),
     "policies": ("POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit"),
+    "simulator": ("RecordedLatencies", "Simulation", "simulate"),
+    "tasks": ("Classifications", "Embeddings", "Prefilled", "Scores"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

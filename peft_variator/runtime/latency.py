@@ -326,16 +326,21 @@ def find_transformer(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} has no model of transformers in it. Give one that does.")
     if found.main_input_name != "input_ids":
         raise ValueError(f"{type(found).__name__} takes {found.main_input_name}; only models of text are served.")
-    if type(found) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.values():
+    if is_one_of(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, found):
         raise ValueError(
             f"{type(found).__name__} is an encoder-decoder. Serve its encoder alone, e.g. a T5EncoderModel."
         )
     return found
 
 
+def is_one_of(mapping: Mapping[Any, Any], model: PreTrainedModel) -> bool:
+    """Whether a model has the head that an automatic class of transformers, whose mapping this is, would give it."""
+    return type(model.config) in mapping and isinstance(model, mapping[type(model.config)])
+
+
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether a model predicts next tokens, so that it is asked for a prefill."""
-    return type(model) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    return is_one_of(MODEL_FOR_CAUSAL_LM_MAPPING, model)
 
 
 def has_plugin(model: nn.Module) -> bool:

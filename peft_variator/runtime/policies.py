@@ -223,9 +223,10 @@ class SlackFit(_Planner):
     ratio can answer in time limits nothing: it is answered with the first batch. If no ratio fits, the fastest runs on
     as many texts as end within the slack, or on all where nobody's deadline can be met.
 
-    While texts keep coming, a batch also has to leave those that come meanwhile enough of their time, for a batch as
-    large at the fastest ratio; how fast they come is read off the arrivals in the queue. A lone text whose slack
-    allows it gets the best ratio at once (k = 1 without measured quality).
+    How fast texts come is read off the arrivals in the queue. A batch also has to leave those that come while it runs
+    enough of their time, for a batch at the fastest ratio, and no batch is cut to save the oldest text if it then
+    holds fewer than come meanwhile: soon all would be late. A lone text whose slack allows it gets the best ratio at
+    once (k = 1 without measured quality).
 
     Args:
         table: latencies, and quality if measured; without it a smaller k counts as the better. Then `min_quality` of a
@@ -270,23 +271,30 @@ class SlackFit(_Planner):
             deadlines = list(accumulate((max(item.deadline, possible[0]) for item in queue[:count]), min))
         slack, behind = deadlines[-1] - now, waiting - count
         last_slack = max(queue[-1].deadline - now, slack)
-        limit = min(slack, self._room(queue, count, lengths[-1], fastest))
+        rate, allowance = _arrivals(queue)
         rank_of_last = self._rank.get(last, 0)
         for k in allowed:
             # Only texts that wait together make a ratio sticky: a lone one finds an idle server.
             factor = 1 + self.hysteresis if waiting > 1 and self._rank[k] < rank_of_last else 1.0
             seconds = factor * latency(k, count, lengths[-1])
-            if seconds + (behind * seconds / count if behind else 0.0) > last_slack:
+            if seconds * (1 + behind / count) > last_slack:
                 continue
-            if seconds <= limit:
-                return k, count
-            if limit < slack:
+            if seconds <= slack:
+                coming = min(int(rate * seconds), self.max_batch)
+                if not coming or seconds + latency(fastest, coming, lengths[-1]) <= allowance:
+                    return k, count
                 continue
             size = self._largest(k, count, lengths, deadlines, now, factor)
-            rest = waiting - size
-            if size and factor * latency(k, size, lengths[size - 1]) + rest * seconds / count <= last_slack:
+            if not size:
+                continue
+            part = factor * latency(k, size, lengths[size - 1])
+            if part + (waiting - size) * seconds / count <= last_slack and size >= rate * part:
                 return k, size
-        return fastest, self._largest(fastest, count, lengths, deadlines, now, 1.0) or count
+        size = self._largest(fastest, count, lengths, deadlines, now, 1.0)
+        # Batches that are smaller than what comes meanwhile would make everybody late, not only the oldest.
+        if not size or size < rate * latency(fastest, size, lengths[size - 1]):
+            return fastest, count
+        return fastest, size
 
     def _largest(
         self, k: int, count: int, lengths: list[int], deadlines: list[float], now: float, factor: float
@@ -302,16 +310,13 @@ class SlackFit(_Planner):
                 high = middle
         return low
 
-    def _room(self, queue: Sequence[Waiting], count: int, longest: int, fastest: int) -> float:
-        """Seconds that a batch may take so that texts that come meanwhile can still be answered in time."""
-        newest, oldest = queue[-1].arrival, queue[0].arrival
-        if newest <= oldest:  # one text, or all at once: nothing tells that more will come
-            return math.inf
-        rate = (len(queue) - 1) / (newest - oldest)
-        allowance = queue[-1].deadline - newest
-        following = self.table.latency(fastest, count, longest)
-        # A batch in which nobody comes leaves nobody behind.
-        return max(allowance - following, 1 / rate)
+
+def _arrivals(queue: Sequence[Waiting]) -> tuple[float, float]:
+    """Texts that come in a second, as far as the queue tells, and the seconds that the newest was given."""
+    newest, oldest = queue[-1].arrival, queue[0].arrival
+    allowance = queue[-1].deadline - newest
+    # One text, or all of them at once, tell nothing about more to come.
+    return ((len(queue) - 1) / (newest - oldest) if newest > oldest else 0.0), allowance
 
 
 class Oracle(_Planner):

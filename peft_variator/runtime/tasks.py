@@ -1,0 +1,396 @@
+"""What is asked of a model: texts in, one answer a text out, whichever batch it ran in. One class a task."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize as to_length_one
+from torch.nn.functional import pad
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..profiling import count_positions
+from .latency import find_transformer, is_causal, is_one_of, unwrap
+from .pooling import pool, read_recipe
+
+
+__all__ = [
+    "Classifications",
+    "Classify",
+    "Embed",
+    "EmbedSentences",
+    "Embeddings",
+    "Prefill",
+    "Prefilled",
+    "Rerank",
+    "Scores",
+    "Served",
+    "Task",
+]
+
+Encoded = dict[str, list[int]]
+"""One text: what the tokenizer gives, without padding, always with `input_ids`."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What `embed` gives.
+
+    Args:
+        embeddings: float32 on the CPU, shape (n, d).
+        ratios: the compression ratio k of each text.
+        lengths: tokens of each text, special ones included.
+        late: whether each answer came after its deadline.
+    """
+
+    embeddings: Tensor
+    ratios: list[int]
+    lengths: list[int]
+    late: list[bool]
+
+
+@dataclass(frozen=True)
+class Classifications:
+    """What `classify` gives: `logits`, float32 on the CPU, shape (n, labels); the rest as in [`Embeddings`]."""
+
+    logits: Tensor
+    ratios: list[int]
+    lengths: list[int]
+    late: list[bool]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `rerank` gives: `scores`, float32 on the CPU, shape (n,), larger for documents that fit better."""
+
+    scores: Tensor
+    ratios: list[int]
+    lengths: list[int]
+    late: list[bool]
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What `prefill` gives.
+
+    Args:
+        logits: those of the last position of each prompt, float32 on the CPU, shape (n, vocabulary).
+        past_key_values: the cache of all prompts, padded on the left to the longest, on the model's device.
+        attention_mask: 1 for what the cache holds of each prompt, 0 for padding, shape (n, longest).
+        ratios: the compression ratio k of each prompt: its row of the cache was made at this k, all of it.
+        lengths: tokens of each prompt.
+        late: whether each answer came after its deadline.
+    """
+
+    logits: Tensor
+    past_key_values: DynamicCache
+    attention_mask: Tensor
+    ratios: list[int]
+    lengths: list[int]
+    late: list[bool]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and its tokenizer, and the lock that the tokenizer needs: its settings are not made for threads."""
+
+    model: nn.Module
+    inner: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Served:
+        """Find the model of transformers, and the most tokens that it, its tokenizer and the user allow."""
+        inner = find_transformer(model)
+        most = [count_positions(inner.config), tokenizer.model_max_length, max_length]
+        return cls(model, inner, tokenizer, min((each for each in most if each is not None), default=None))
+
+    def encode(self, *columns: list[str], max_length: int | None = None) -> list[Encoded]:
+        """Tokens of each text, or of each pair of texts, cut to `max_length`; `None`: not cut."""
+        cutting = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        with self.lock:
+            found = self.tokenizer(*columns, return_attention_mask=False, verbose=False, **cutting)
+        taken = inspect.signature(type(self.inner).forward).parameters
+        return _rows({name: rows for name, rows in found.items() if name in taken})
+
+    def padded(self, texts: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:
+        """A batch on the model's device, with its attention mask."""
+        filling = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
+        return pad_batch(texts, filling, side, self.inner.device)
+
+
+def _rows(columns: Mapping[str, Any]) -> list[Encoded]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def pad_batch(
+    texts: Sequence[Encoded], filling: Mapping[str, int], side: str, device: torch.device
+) -> dict[str, Tensor]:
+    """Texts as tensors of shape (batch, longest), and `attention_mask`: 1 for their tokens, 0 for padding."""
+    lengths = [len(text["input_ids"]) for text in texts]
+    longest = max(lengths)
+
+    def column(rows: Sequence[list[int]], value: int) -> Tensor:
+        fill = [[value] * (longest - len(row)) for row in rows]
+        pairs = zip(rows, fill, strict=True)
+        return torch.tensor([row + more if side == "right" else more + row for row, more in pairs], device=device)
+
+    batch = {name: column([text[name] for text in texts], filling.get(name, 0)) for name in texts[0]}
+    return batch | {"attention_mask": column([[1] * length for length in lengths], 0)}
+
+
+class Task:
+    """One kind of question. What it gives for a text does not depend on the batch that the text runs in.
+
+    Raises:
+        ValueError: when it is made: the model cannot do this.
+    """
+
+    served: Served
+
+    def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
+        """Tokens of each text, in the thread of whoever asks.
+
+        Raises:
+            ValueError: a text can't be taken.
+        """
+        raise NotImplementedError
+
+    def run(self, texts: Sequence[Encoded]) -> list[Any]:
+        """One forward over a batch, at the ratio that is chosen: an answer for each text."""
+        raise NotImplementedError
+
+    def assemble(self, answers: list[Any], **about: Any) -> Any:
+        """The answers to one request, in its order."""
+        raise NotImplementedError
+
+
+class Embed(Task):
+    """Embeddings of a model of transformers.
+
+    Args:
+        served: the model.
+        pooling: a name in `POOLINGS`; `None`: as the model's folder says, else `"mean"`.
+        normalize: whether vectors have length 1; `None`: as the folder says, else yes.
+    """
+
+    def __init__(self, served: Served, pooling: str | None, normalize: bool | None) -> None:
+        recipe = read_recipe(served.inner.config.name_or_path)
+        if recipe.unknown and (pooling is None or normalize is None):
+            raise ValueError(
+                f"{served.inner.config.name_or_path} makes its embeddings with {', '.join(recipe.unknown)}, which "
+                "only sentence-transformers can: give the Engine a SentenceTransformer, or name pooling and normalize."
+            )
+        self.served = served
+        self.poolings = recipe.poolings if pooling is None else (pooling,)
+        self.normalize = recipe.normalize if normalize is None else normalize
+        self.prompt = recipe.prompt
+        most = [each for each in (served.max_length, recipe.max_length) if each is not None]
+        self.max_length = min(most, default=None)
+        self.width = served.inner.config.get_text_config().hidden_size * len(self.poolings)
+        # A head keeps its hidden states to itself unless it is asked for them.
+        self.asks = {} if _returns_hidden_states(served.inner) else {"output_hidden_states": True}
+
+    def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
+        encoded = self.served.encode([self.prompt + text for text in texts], max_length=self.max_length)
+        return _checked_not_empty(encoded)
+
+    def run(self, texts: Sequence[Encoded]) -> list[Tensor]:
+        batch = self.served.padded(texts)
+        outputs = self.served.model(**batch, **self.asks)
+        hidden = outputs.hidden_states[-1] if self.asks else outputs.last_hidden_state
+        vectors = torch.cat([pool(hidden, batch["attention_mask"], name) for name in self.poolings], dim=-1)
+        return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).float().cpu())
+
+    def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
+        return Embeddings(torch.stack(answers) if answers else torch.zeros(0, self.width), **about)
+
+
+def _returns_hidden_states(model: PreTrainedModel) -> bool:
+    return model.base_model is model
+
+
+class EmbedSentences(Task):
+    """Embeddings of a `SentenceTransformer`, as its `encode` gives them.
+
+    Args:
+        model: a SentenceTransformer.
+        pooling: instead of its own; `None`: its own.
+        normalize: whether vectors have length 1; `None`: as its modules do.
+    """
+
+    def __init__(self, model: Any, pooling: str | None, normalize: bool | None) -> None:
+        self.sentences = cast(Any, unwrap(model))
+        self.served = Served.of(model, self.sentences.tokenizer, None)
+        self.pooling = pooling
+        self.normalize = normalize
+        self.prompt = (self.sentences.prompts or {}).get(self.sentences.default_prompt_name or "") or None
+        self.width = self.sentences.get_embedding_dimension()
+
+    def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
+        with self.served.lock:
+            features = self.sentences.preprocess(texts, prompt=self.prompt)
+        shape = features["input_ids"].shape
+        rest = {name: value for name, value in features.items() if name not in ("attention_mask",)}
+        columns = {name: value for name, value in rest.items() if isinstance(value, Tensor) and value.shape == shape}
+        shared = {name: value for name, value in rest.items() if name not in columns}
+        encoded: list[Any] = []
+        for row, mask in enumerate(features["attention_mask"].bool()):
+            encoded.append(_SentenceEncoding({name: value[row][mask].tolist() for name, value in columns.items()}))
+            encoded[-1].shared = shared
+        return _checked_not_empty(encoded)
+
+    def run(self, texts: Sequence[Encoded]) -> list[Tensor]:
+        shared = texts[0].shared  # type: ignore[attr-defined]
+        side = getattr(self.served.tokenizer, "padding_side", "right")
+        features: dict[str, Any] = {**shared, **self.served.padded(texts, side)}
+        mask = features["attention_mask"]
+        if self.pooling is None and self.normalize is None:
+            return list(self.sentences(features)["sentence_embedding"].float().cpu())
+        return list(self._through_modules(features, mask).float().cpu())
+
+    def _through_modules(self, features: dict[str, Any], mask: Tensor) -> Tensor:
+        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+        for module in self.sentences:
+            if isinstance(module, Pooling) and self.pooling is not None:
+                features["sentence_embedding"] = pool(features["token_embeddings"], mask, self.pooling)
+            elif not isinstance(module, Normalize) or self.normalize is None:
+                features = module(features)
+        vectors = features["sentence_embedding"]
+        return to_length_one(vectors, dim=-1) if self.normalize else vectors
+
+    def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
+        return Embeddings(torch.stack(answers) if answers else torch.zeros(0, self.width or 0), **about)
+
+
+class _SentenceEncoding(dict[str, list[int]]):
+    """Tokens of a text, and what `preprocess` said about all texts of its call."""
+
+    shared: dict[str, Any]
+
+
+class Classify(Task):
+    """Logits of a model for sequence classification."""
+
+    what = "classify"
+
+    def __init__(self, served: Served) -> None:
+        if not is_one_of(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, served.inner):
+            raise ValueError(
+                f"{self.what} needs a model with a head for sequence classification; {type(served.inner).__name__} "
+                "has none."
+            )
+        self.served = served
+        self.labels: int = served.inner.config.num_labels
+
+    def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
+        return _checked_not_empty(self.served.encode(texts, max_length=self.served.max_length))
+
+    def run(self, texts: Sequence[Encoded]) -> list[Tensor]:
+        return list(self.served.model(**self.served.padded(texts)).logits.float().cpu())
+
+    def assemble(self, answers: list[Tensor], **about: Any) -> Any:
+        return Classifications(torch.stack(answers) if answers else torch.zeros(0, self.labels), **about)
+
+
+class Rerank(Classify):
+    """How well documents fit a query: the logit of a model with one label, or, of two, that of the second over the
+    first."""
+
+    what = "rerank"
+
+    def __init__(self, served: Served) -> None:
+        super().__init__(served)
+        if self.labels > 2:
+            raise ValueError(f"rerank needs a model with one label or two; this one has num_labels={self.labels}.")
+
+    def encode(self, texts: list[str], *, query: str = "", **options: Any) -> list[Encoded]:
+        return self.served.encode([query] * len(texts), texts, max_length=self.served.max_length) if texts else []
+
+    def assemble(self, answers: list[Tensor], **about: Any) -> Scores:
+        scores = [logits[-1] - (logits[0] if self.labels == 2 else 0.0) for logits in answers]
+        return Scores(torch.stack(scores) if scores else torch.zeros(0), **about)
+
+
+class Prefill(Task):
+    """The prefill of a causal model: the cache, and the logits that the next token is drawn from."""
+
+    def __init__(self, served: Served) -> None:
+        if not is_causal(served.inner):
+            raise ValueError(
+                f"prefill needs a causal language model; {type(served.inner).__name__} predicts no next token."
+            )
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=served.inner.config).layers} - {"DynamicLayer"}
+        if kinds:
+            raise ValueError(
+                f"prefill serves models that keep keys and values of every token; {type(served.inner).__name__} has "
+                f"caches of other kinds: {', '.join(sorted(kinds))}."
+            )
+        self.served = served
+
+    def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
+        encoded = [{"input_ids": text["input_ids"]} for text in self.served.encode(texts)]
+        most = self.served.max_length
+        for index, text in enumerate(encoded):
+            if most is not None and len(text["input_ids"]) > most:
+                raise ValueError(
+                    f"prompts[{index}] has {len(text['input_ids'])} tokens; the model takes {most}. Shorten it."
+                )
+        return _checked_not_empty(encoded)
+
+    def run(self, texts: Sequence[Encoded]) -> list[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
+        batch = self.served.padded(texts, side="left")
+        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        outputs = self.served.model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+        logits = outputs.logits[:, -1].float().cpu()
+        rows = []
+        for row, text in enumerate(texts):
+            own = len(text["input_ids"])
+            # Copies: a view would keep the cache of the whole batch alive.
+            layers = [
+                (layer.keys[row : row + 1, :, -own:].clone(), layer.values[row : row + 1, :, -own:].clone())
+                for layer in outputs.past_key_values.layers
+            ]
+            rows.append((logits[row], layers))
+        return rows
+
+    def assemble(self, answers: list[Any], **about: Any) -> Prefilled:
+        inner = self.served.inner
+        cache = DynamicCache(config=inner.config)
+        lengths: list[int] = about["lengths"]
+        longest = max(lengths, default=0)
+        mask = torch.tensor(
+            [[0] * (longest - length) + [1] * length for length in lengths], dtype=torch.long, device=inner.device
+        ).reshape(len(lengths), longest)
+        for index in range(len(answers[0][1]) if answers else 0):
+            keys, values = (
+                torch.cat([_padded_left(layers[index][part], longest) for _, layers in answers]) for part in (0, 1)
+            )
+            cache.update(keys, values, index)
+        vocabulary = inner.config.get_text_config().vocab_size
+        logits = torch.stack([row for row, _ in answers]) if answers else torch.zeros(0, vocabulary)
+        return Prefilled(logits, cache, mask, **about)
+
+
+def _padded_left(states: Tensor, longest: int) -> Tensor:
+    return pad(states, (0, 0, longest - states.shape[-2], 0))
+
+
+def _checked_not_empty(encoded: list[Any]) -> list[Any]:
+    for index, text in enumerate(encoded):
+        if not text["input_ids"]:
+            raise ValueError(f"Text {index} has no tokens: the tokenizer adds none to an empty text. Leave it out.")
+    return encoded

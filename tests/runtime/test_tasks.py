@@ -1,0 +1,156 @@
+"""Classifying, ranking and prefilling: what the engine gives is what the model gives at the ratio it says."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from peft_variator import using_ratio
+from peft_variator.runtime import Engine, FixedRatio, QueueItem
+from peft_variator.runtime.queueing import DeadlineQueue
+
+from .models import SENTENCES, TEXT, causal, classifier, encoder, tokenizer
+
+
+TOKENIZER, PLAIN = tokenizer(), tokenizer(special=False)
+PATIENT = float("inf")
+
+
+def logits_of(model: Any, ratio: int, *texts: str) -> torch.Tensor:
+    inputs = TOKENIZER(*texts, return_tensors="pt", truncation=True, max_length=64)
+    with torch.no_grad(), using_ratio(model, ratio):
+        return model(**inputs).logits[0]
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_classify(ratio: int) -> None:
+    model = classifier()
+    with Engine(model, TOKENIZER, policy=FixedRatio(ratio), slo_ms=PATIENT) as engine:
+        result = engine.classify(SENTENCES)
+        again = asyncio.run(engine.aclassify(SENTENCES[:2]))
+        empty = engine.classify([])
+    wanted = torch.stack([logits_of(model, ratio, text) for text in SENTENCES])
+    torch.testing.assert_close(result.logits, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(again.logits, wanted[:2], atol=1e-5, rtol=0)
+    assert (result.ratios, empty.logits.shape, empty.ratios) == ([ratio] * 4, (0, 3), [])
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_rerank(labels: int) -> None:
+    model = classifier(labels)
+    with Engine(model, TOKENIZER, policy=FixedRatio(4), slo_ms=PATIENT) as engine:
+        result = engine.rerank("a b c", SENTENCES)
+        again = asyncio.run(engine.arerank("a b c", SENTENCES))
+        empty = engine.rerank("a", [])
+    logits = torch.stack([logits_of(model, 4, "a b c", text) for text in SENTENCES])
+    wanted = logits[:, 0] if labels == 1 else logits[:, 1] - logits[:, 0]
+    torch.testing.assert_close(result.scores, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(again.scores, wanted, atol=1e-5, rtol=0)
+    assert (result.ratios, empty.scores.shape) == ([4] * 4, (0,))
+
+
+def test_wrong_questions_are_refused() -> None:
+    with Engine(classifier(), TOKENIZER) as engine:
+        for query in (None, ["a"], 3):
+            with pytest.raises(TypeError, match="query"):
+                engine.rerank(query, ["a"])  # type: ignore[arg-type]
+        for documents in ("a", None, [1]):
+            with pytest.raises(TypeError, match="documents"):
+                engine.rerank("a", documents)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="num_labels=3"):
+            engine.rerank("a", ["b"])
+        with pytest.raises(ValueError, match="causal"):
+            engine.prefill(["a"])
+    with Engine(encoder(), TOKENIZER) as engine:
+        for ask in (engine.classify, lambda texts: engine.rerank("a", texts)):
+            with pytest.raises(ValueError, match="head for sequence classification"):
+                ask(["a"])
+
+
+def test_a_classifier_embeds_too() -> None:
+    model = classifier()
+    with Engine(model, TOKENIZER, policy=FixedRatio(2), pooling="cls", normalize=False) as engine:
+        found = engine.embed(SENTENCES).embeddings
+        assert engine.classify(["a"]).logits.shape == (1, 3)
+    inputs = TOKENIZER(SENTENCES[0], return_tensors="pt")
+    with torch.no_grad(), using_ratio(model, 2):
+        wanted = model(**inputs, output_hidden_states=True).hidden_states[-1][0, 0]
+    torch.testing.assert_close(found[0], wanted, atol=1e-5, rtol=0)
+
+
+PROMPTS = ["a b c d e f g h i j k l m n", "o p q", "r s t u v w x"]
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_prefill(ratio: int) -> None:
+    """The cache is the one that the prompt makes by itself at that ratio, so decoding goes on from it."""
+    model = causal()
+    with Engine(model, PLAIN, policy=FixedRatio(ratio), slo_ms=PATIENT) as engine:
+        result = engine.prefill(PROMPTS)
+        alone = asyncio.run(engine.aprefill(PROMPTS[1:2]))
+    assert result.ratios == [ratio] * 3
+    assert result.attention_mask.sum(1).tolist() == result.lengths == [14, 3, 7]
+    assert result.past_key_values.get_seq_length() == 14
+    for row, prompt in enumerate(PROMPTS):
+        ids = PLAIN(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad(), using_ratio(model, ratio):
+            single = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        torch.testing.assert_close(result.logits[row], single.logits[0, -1], atol=1e-5, rtol=0)
+        for found, wanted in zip(result.past_key_values.layers, single.past_key_values.layers, strict=True):
+            own = found.keys[row : row + 1, :, -ids.shape[1] :]
+            torch.testing.assert_close(own, wanted.keys, atol=1e-5, rtol=0)
+    assert isinstance(alone.past_key_values, DynamicCache)
+    torch.testing.assert_close(alone.logits, result.logits[1:2], atol=1e-5, rtol=0)
+    decoded = decode(model, alone, steps=4)
+    ids = PLAIN(PROMPTS[1], return_tensors="pt")["input_ids"]
+    with using_ratio(model, ratio):
+        generated = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    assert decoded == generated[0, ids.shape[1] :].tolist()
+
+
+def decode(model: Any, prefilled: Any, steps: int) -> list[int]:
+    """Greedy decoding by hand, with nothing but the result."""
+    token, found = prefilled.logits.argmax(-1, keepdim=True), []
+    for _ in range(steps):
+        found.append(int(token))
+        with torch.no_grad():
+            token = model(input_ids=token, past_key_values=prefilled.past_key_values).logits[:, -1:].argmax(-1)
+    return found
+
+
+def test_prompts_are_not_cut_and_nothing_is_none() -> None:
+    with Engine(causal(), PLAIN) as engine:
+        with pytest.raises(ValueError, match=r"prompts\[1\] has 65 tokens"):
+            engine.prefill(["a", "a " * 65])
+        with pytest.raises(ValueError, match="Text 0 has no tokens"):
+            engine.prefill([""])
+        assert engine.metrics.requests == 0
+        empty = engine.prefill([])
+        assert (empty.logits.shape, empty.past_key_values.get_seq_length()) == ((0, len(PLAIN)), 0)
+        assert engine.prefill(["a " * 64]).lengths == [64]
+
+
+def test_caches_of_other_kinds_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "mistral", **TEXT, num_key_value_heads=2, head_dim=8, sliding_window=4, bos_token_id=1, eos_token_id=2
+    )
+    with Engine(AutoModelForCausalLM.from_config(config), PLAIN) as engine:
+        with pytest.raises(ValueError, match="caches of other kinds"):
+            engine.prefill(["a"])
+
+
+def test_the_queue_keeps_the_urgent_first_and_the_alike_together() -> None:
+    queue: DeadlineQueue[QueueItem] = DeadlineQueue()
+    assert (len(queue), list(queue.view())) == (0, [])
+    for deadline, limit in [(5, None), (3, 2), (4, None), (9, 2), (1, None)]:
+        queue.add(QueueItem(0.0, 1, float(deadline), None, limit))
+    assert [item.deadline for item in queue.view()] == [1, 4, 5, 3, 9]
+    assert [item.deadline for item in queue.take(2)] == [1, 4]
+    assert [item.deadline for item in queue.view()] == [3, 9, 5]
+    assert [item.deadline for item in queue.take(10)] == [3, 9]
+    assert [item.deadline for item in queue.remove(lambda item: True)] == [5]
+    assert (len(queue), list(queue.view())) == (0, [])
