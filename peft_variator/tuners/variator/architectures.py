@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .config import VariatorConfig
-from .forward_context import StackKind
+from .forward_context import StackKind, parameter_names
 
 
 __all__ = [
@@ -155,10 +155,12 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "dinov2": _VISION_MLP,
         "dinov2_with_registers": _VISION_MLP,
         "dinov3_vit": _VISION_MLP,
+        "idefics3_vision": _VISION_MLP,
         "ijepa": _VISION_MLP,
         "internvl_vision": _VISION_MLP,
         "siglip2_vision_model": _VISION_MLP,
         "siglip_vision_model": _VISION_MLP,
+        "smolvlm_vision": _VISION_MLP,
         "videomae": _POST_NORM,
         "vit": _VISION_MLP,
         "vivit": _VISION_MLP,
@@ -387,7 +389,7 @@ def stack_kind(stack: nn.Module, feed_forward: FeedForward, model: nn.Module | N
         feed_forward: the table's row for its networks.
         model: the whole model, which may use the stack otherwise than its architecture tells.
     """
-    if isinstance(stack, PreTrainedModel) and stack.main_input_name == "pixel_values":
+    if isinstance(stack, PreTrainedModel) and "pixel_values" in (stack.main_input_name, *parameter_names(stack)[:1]):
         return "vision"
     if feed_forward.entries_a_frame is not None:
         return "audio"

@@ -1,0 +1,85 @@
+"""Models of several towers: each that can takes a plugin, and the others stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from peft_variator import VariatorConfig
+
+from .cases import DECODER, FIRST_WORD, IMAGE_TOKEN, TOWER, VISION, VOCABULARY, Case, outputs_of
+
+
+LLAMA_TEXT = DECODER | {"model_type": "llama"}
+IDEFICS = {"text_config": LLAMA_TEXT, "vision_config": TOWER, "image_token_id": IMAGE_TOKEN, "scale_factor": 2}
+# Fields of the configuration, the number of tokens an image has in the text, and the towers with a plugin.
+COMPOSITES: dict[str, tuple[dict[str, Any], int, set[str]]] = {
+    "smolvlm": (IDEFICS, 9, {"vision_model", "text_model"}),
+    "idefics3": (IDEFICS, 9, {"vision_model", "text_model"}),
+    "internvl": (
+        {
+            "text_config": DECODER | {"model_type": "qwen2"},
+            "vision_config": VISION | {"image_size": [24, 24], "patch_size": [4, 4]},
+            "image_token_id": IMAGE_TOKEN,
+            "downsample_ratio": 0.5,
+        },
+        9,
+        {"vision_tower", "language_model"},
+    ),
+    "paligemma": (
+        {
+            "text_config": DECODER | {"model_type": "gemma2", "sliding_window": 8},
+            "vision_config": TOWER | {"model_type": "siglip_vision_model", "projection_dim": 32},
+            "image_token_id": IMAGE_TOKEN,
+            "projection_dim": 32,
+            "hidden_size": 32,
+            "vocab_size": VOCABULARY,
+        },
+        36,
+        {"vision_tower", "language_model"},
+    ),
+}
+
+
+def inputs_of(name: str, image_tokens: int) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    ids = torch.randint(FIRST_WORD, VOCABULARY, (2, 11))
+    ids = torch.cat([ids[:, :3], torch.full((2, image_tokens), IMAGE_TOKEN), ids[:, 3:]], dim=1)
+    pixels = torch.randn(2, 3, 24, 24)
+    if name in ("smolvlm", "idefics3"):
+        pixels = pixels.unsqueeze(1)  # a text may have several
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_every_tower_that_can_takes_a_plugin(name: str) -> None:
+    fields, image_tokens, towers = COMPOSITES[name]
+    case, inputs = Case(name, name, AutoModelForImageTextToText, fields, "vlm"), inputs_of(name, image_tokens)
+    expected = outputs_of(case.build().requires_grad_(False), inputs)["logits"]
+    model = get_peft_model(case.build(), VariatorConfig(init_weights=False)).eval()
+    found = {tower for tower in towers for target in model.targeted_module_names if f"{tower}." in target}
+    assert found == towers
+    assert len(model.targeted_module_names) == 2 * len(towers)
+    assert not torch.allclose(outputs_of(model, inputs)["logits"], expected, atol=1e-3)
+    model.set_compression_ratio(1)
+    assert torch.equal(outputs_of(model, inputs)["logits"], expected)
+    text = get_peft_model(case.build(), VariatorConfig(compress_vision_tower=False))
+    assert len(text.targeted_module_names) == 2
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_generation_from_an_image(name: str) -> None:
+    """The first prediction of a prefill is that of a plain call."""
+    fields, image_tokens, _ = COMPOSITES[name]
+    case, inputs = Case(name, name, AutoModelForImageTextToText, fields, "vlm"), inputs_of(name, image_tokens)
+    model = get_peft_model(case.build(), VariatorConfig(init_weights=False)).eval()
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    first = outputs_of(model, inputs)["logits"][:, -1]
+    assert output.sequences.shape[1] == inputs["input_ids"].shape[1] + 4
+    torch.testing.assert_close(output.logits[0], first, rtol=0, atol=1e-4)
