@@ -69,7 +69,8 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
         "adapter_model.safetensors",
     }
     loaded = PeftModel.from_pretrained(case.build(), tmp_path).eval()
-    assert_same(loaded, model, case)
+    # In AIMv2 the last bits depend on whether the plugin can be trained; frozen, both are the same.
+    assert_same(loaded, model.requires_grad_(False) if case.name == "aimv2" else model, case)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     again = get_peft_model_state_dict(loaded)
     assert again.keys() == saved.keys()
