@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -20,27 +21,49 @@ from ..profiling import (
     was_busy,
 )
 from .console import Reporter
+from .saved_plugin import open_plugin
 
 
-__all__ = ["bench"]
+__all__ = ["bench", "find_subject", "warn_about_load"]
 
 # Options that are named as in the other commands, unlike the fields of the settings.
+DEFAULT_RATIOS = [2, 4, 8]
 OPTIONS = {"ratios": "ratio", "batch": "batch-size"}
 
 
 def bench(settings: BenchmarkSettings, reporter: Reporter) -> None:
     """Measure and tell; see [`run_benchmark`]."""
     reporter.check()
-    if Path(settings.model, "adapter_config.json").is_file() and not Path(settings.model, "config.json").is_file():
-        raise ValueError(
-            f"{settings.model!r} holds an adapter. Name its base model: a fresh plugin on it is measured."
-        )
     report = _run(settings, reporter)
     reporter.write_json(report.to_json())
     if reporter.png is not None:
         save_plot(report, reporter.png)
         reporter.say(f"Wrote {reporter.png}.")
     _show(report, reporter)
+
+
+def find_subject(model: str | None, adapter: str | None) -> tuple[str, list[int]]:
+    """The base that is measured, and the ratios where none are named.
+
+    Args:
+        model: what was named as the model, if anything.
+        adapter: folder or Hub name of a saved plugin; `None`: a fresh one is measured.
+
+    Raises:
+        OSError: there is no such adapter.
+        ValueError: no model is named, or a folder with an adapter alone is named as one.
+    """
+    if model is not None and Path(model, "adapter_config.json").is_file() and not Path(model, "config.json").is_file():
+        raise ValueError(
+            f"{model!r} holds an adapter, not a model. To measure it on its base, run: "
+            f"{shlex.join(['peft-variator', 'bench', '--adapter', model])}"
+        )
+    if adapter is not None:
+        saved = open_plugin(adapter, model)
+        return saved.base, saved.ratios
+    if model is None:
+        raise ValueError("Name a model to measure a fresh plugin on, or a saved plugin with --adapter DIR.")
+    return model, DEFAULT_RATIOS
 
 
 def _command(settings: BenchmarkSettings) -> str:
@@ -65,19 +88,28 @@ def _run(settings: BenchmarkSettings, reporter: Reporter) -> BenchmarkReport:
 def _show(report: BenchmarkReport, reporter: Reporter) -> None:
     reporter.show_table(make_table(report))
     _show_packed_layers(report.packed_layers, reporter)
-    if was_busy(report.environment):
-        reporter.warn(
-            f"Other programs kept {report.environment['cpu_in_use']:.0%} of the cores busy when the run began: these "
-            "figures are not to be trusted. Run again when the machine is idle."
-        )
+    warn_about_load(report.environment, reporter)
+    model, adapter = report.settings["model"], report.settings["adapter"]
+    ratios = ",".join(str(ratio) for ratio in report.settings["ratios"])
+    weights = "random, which costs no speed" if adapter is None else f"those of {adapter}"
     reporter.say(
-        "Base and plugin ran in turn in one process. The plugin's weights were random, which costs no speed.",
-        f"Again: {report.command}",
+        f"Base and plugin ran in turn in one process. The plugin's weights were {weights}.", f"Again: {report.command}"
     )
-    model, ratios = report.settings["model"], ",".join(str(ratio) for ratio in report.settings["ratios"])
-    if has_weights(model):
+    if adapter is not None:
+        evaluating = shlex.join(["peft-variator", "evaluate", adapter, "--ratio", ratios])
+        reporter.say(f"Its quality beside its speed on texts of yours: {evaluating} --data FILE")
+    elif has_weights(model):
         training = shlex.join(["peft-variator", "train", model, "--ratio", ratios, "--output", "plugin"])
         reporter.say(f"To train a plugin that keeps the quality, give data of yours: {training} --data FILE")
+
+
+def warn_about_load(environment: Mapping[str, Any], reporter: Reporter) -> None:
+    """Tell that other programs kept the machine busy while times were taken, if they did."""
+    if was_busy(environment):
+        reporter.warn(
+            f"Other programs kept {environment['cpu_in_use']:.0%} of the cores busy when the run began: these "
+            "figures are not to be trusted. Run again when the machine is idle."
+        )
 
 
 def _show_packed_layers(paths: Mapping[str, str], reporter: Reporter) -> None:

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from .. import __version__
 from ..files import check_new_file, replacing
-from ..models import check_model_name, find_task
+from ..models import find_task
 from ..training import load_plugin
 from ..tuners.variator import VariatorConfig
 from .console import Reporter
+from .saved_plugin import SavedPlugin, open_plugin
 
 
 __all__ = ["ExportReport", "export"]
@@ -35,11 +34,7 @@ LARGEST_FILE = 2**31
 SHAPES = ((2, 16), (1, 7), (3, 33))
 # Of the largest value of an output: runtimes sum in another order.
 TOLERANCE = 1e-3
-HEADS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
@@ -108,19 +103,14 @@ def export(adapter: str, output: Path, ratio: int | None, base: str | None, repo
     check_new_file(output)
     if ratio is not None and ratio < 1:
         raise ValueError(f"--ratio is {ratio}; a compression ratio is 1 (nothing is merged) or more.")
-    check_model_name(adapter)
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, VariatorConfig):
-        raise ValueError(f"{adapter!r} has the method {config.peft_type}, not a Variator plugin. Name a plugin.")
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"{adapter!r} does not name its base. Name it with --base.")
-    model, without_pooler = _load_base(base, adapter, config)
+    saved = open_plugin(adapter, base)
+    model, without_pooler = _load_base(saved)
     plugin = load_plugin(model, adapter, is_trainable=False).eval()
     if ratio is not None:
         plugin.set_compression_ratio(ratio)
-    processor = _load_processor(base, model)
-    report = _write(plugin, output, processor, without_pooler, (base, adapter, ratio or config.compression_ratio))
+    processor = _load_processor(saved.base, model)
+    origin = saved.base, adapter, ratio or saved.config.compression_ratio
+    report = _write(plugin, output, processor, without_pooler, origin)
     reporter.write_json(json.dumps(asdict(report), indent=2))
     reporter.say(
         f"Wrote {report.output} ({report.bytes / 1e6:,.1f} MB): {report.base} with its plugin at k = {report.ratio}.",
@@ -137,46 +127,25 @@ def _check_packages() -> None:
         )
 
 
-# The model
-
-
-def _load_base(name: str, adapter: str, config: VariatorConfig) -> tuple[PreTrainedModel, bool]:
+def _load_base(saved: SavedPlugin) -> tuple[PreTrainedModel, bool]:
     """The base in the class that the plugin was saved from, and whether its pooler has no weights.
 
     Raises:
         ValueError: the base is no encoder, or neither it nor the adapter holds all weights.
     """
-    check_model_name(name)
-    loaded, info = _class_of(config).from_pretrained(name, output_loading_info=True, dtype=torch.float32)
-    task = find_task(name, loaded.config)
+    task_type = saved.config.task_type
+    if task_type is not None and task_type not in TASK_TYPES:
+        raise ValueError(
+            f"The plugin has task_type={str(task_type)!r}; models of {', '.join(TASK_TYPES)} are exported."
+        )
+    model, without_pooler = saved.load_base()
+    task = find_task(saved.base, model.config)
     if task not in ("encoder", "vision"):
         raise ValueError(
-            f"{name!r} is a {task} model, and only text and vision encoders are exported: generating would need the "
-            "key-value cache as inputs and outputs. For a prefill, use torch.compile."
+            f"{saved.base!r} is a {task} model, and only text and vision encoders are exported: generating would need "
+            "the key-value cache as inputs and outputs. For a prefill, use torch.compile."
         )
-    in_adapter = {key.removeprefix("base_model.model.") for key in load_peft_weights(adapter, device="cpu")}
-    missing = {key for key in info["missing_keys"] if key not in in_adapter}
-    pooler = {key for key in missing if "pooler." in key}
-    if missing - pooler:
-        raise ValueError(
-            f"Neither {name!r} nor {adapter!r} holds {', '.join(sorted(missing - pooler)[:3])} of a "
-            f"{type(loaded).__name__}, which would be random. Name the base of the plugin with --base."
-        )
-    return loaded.eval(), bool(pooler)
-
-
-def _class_of(config: VariatorConfig) -> Any:
-    """The class of the model that the plugin was saved from, else transformers' choice without a head."""
-    if config.task_type is not None:
-        if config.task_type in HEADS:
-            return getattr(transformers, HEADS[config.task_type])
-        if config.task_type != "FEATURE_EXTRACTION":
-            raise ValueError(
-                f"The plugin has task_type={str(config.task_type)!r}; models of {', '.join(HEADS)} and "
-                "FEATURE_EXTRACTION are exported."
-            )
-    name = (config.auto_mapping or {}).get("base_model_class")
-    return getattr(transformers, name) if name in dir(transformers) else AutoModel
+    return model, without_pooler
 
 
 def _load_processor(name: str, model: PreTrainedModel) -> Any:

@@ -105,9 +105,21 @@ def main(
 
 @app.command("bench", cls=Command, context_settings=CONTEXT, short_help="Measure how much faster a plugin is.")
 def bench_command(
-    model: Annotated[str, typer.Argument(help="Hub name, folder, path of a config.json, or name of a known shape.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hub name, folder, path of a config.json, or name of a known shape. With --adapter: the base, if it "
+            "is not the one that the adapter names."
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of a saved plugin to measure instead of a fresh one.")
+    ] = None,
     ratio: Annotated[
-        list[str] | None, typer.Option(help="Compression ratios k (2,4,8), repeated or with commas.")
+        list[str] | None,
+        typer.Option(
+            help="Compression ratios k, repeated or with commas; left out: 2,4,8, or those of the saved plugin."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences or images in a batch.")] = 8,
     length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence (128). Not for images.")] = None,
@@ -141,16 +153,18 @@ def bench_command(
     """
     with reported():
         reporter = Reporter(json, png, quiet)
-        ratios = parse_ratios(["2,4,8"] if ratio is None else ratio)
+        ratios = None if ratio is None else parse_ratios(ratio)
         import torch
 
         from ..profiling import BenchmarkSettings
-        from .bench import bench
+        from .bench import bench, find_subject
 
+        model, default_ratios = find_subject(model, adapter)
         bench(
             BenchmarkSettings(
                 model=model,
-                ratios=ratios,
+                ratios=default_ratios if ratios is None else ratios,
+                adapter=adapter,
                 batch=batch_size,
                 length=length,
                 lengths=lengths,
@@ -209,6 +223,81 @@ def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
         from .doctor import doctor
 
         doctor(Reporter(json, None, quiet))
+
+
+@app.command("evaluate", cls=Command, context_settings=CONTEXT, short_help="Say whether a plugin pays on your data.")
+def evaluate_command(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub name of a Variator plugin.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Your texts: a text file with one on each line, .jsonl, data set on the Hub; for vision models a "
+            "folder of images. Repeatable."
+        ),
+    ],
+    base: Annotated[str | None, typer.Option(help="Base model; left out: the one that the plugin names.")] = None,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="Compression ratios k, repeated or with commas; left out: those it was trained for."),
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Ask for the largest k whose mean cosine to the base is at least this.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(help="Ask for the largest k with at least this share of the base's predictions."),
+    ] = None,
+    max_nll: Annotated[
+        float | None,
+        typer.Option(help="Ask for the largest k with at most this negative log-likelihood of a token."),
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Most texts or images that are used, drawn by --seed.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed samples of each setting.")] = 5,
+    min_seconds: Annotated[float, typer.Option(help="Short samples are repeated to fill so many seconds.")] = 0.2,
+    text_column: TextColumn = "text",
+    split: Split = "train",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")
+    ] = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: as torch chooses.")] = None,
+    device: Device = None,
+    seed: Seed = 0,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure ADAPTER on your texts at their lengths: quality and speed for each k, and whether it pays.
+
+    Encoders are judged by the cosine of hidden states to the base's, classifiers also by agreement of predictions;
+    language models read the first part of a text, and by agreement and negative log-likelihood of the rest. Base and
+    plugin are timed in turn in one process; causal models on a prefill.
+    """
+    with reported():
+        ratios = None if ratio is None else parse_ratios(ratio)
+        import torch
+
+        from .evaluate import EvaluateJob, evaluate
+
+        job = EvaluateJob(
+            adapter=adapter,
+            data=data,
+            base=base,
+            ratio=ratios,
+            min_cosine=min_cosine,
+            min_agreement=min_agreement,
+            max_nll=max_nll,
+            examples=examples,
+            batch_size=batch_size,
+            rounds=rounds,
+            min_seconds=min_seconds,
+            text_column=text_column,
+            split=split,
+            dtype=dtype,
+            threads=threads,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            seed=seed,
+        )
+        evaluate(job, Reporter(json, None, quiet))
 
 
 @app.command("export", cls=Command, context_settings=CONTEXT, short_help="Write a model with its plugin as ONNX.")

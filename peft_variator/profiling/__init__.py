@@ -2,7 +2,7 @@
 
 from ..models import SHAPES, build_model, find_task, has_weights, load_config, share_weights
 from .allocation import allocate
-from .benchmark import BenchmarkSettings, compare, count_steps, run_benchmark
+from .benchmark import BenchmarkSettings, compare, count_steps, find_device, run_benchmark
 from .environment import describe_environment, was_busy
 from .flops import count_flops
 from .inputs import count_positions, make_inputs, make_lengths
@@ -26,6 +26,7 @@ __all__ = [
     "count_positions",
     "count_steps",
     "describe_environment",
+    "find_device",
     "find_task",
     "has_weights",
     "load_config",

@@ -24,7 +24,7 @@ from .report import BenchmarkReport, Measurement
 from .timing import Candidate, num_threads, time_alternately
 
 
-__all__ = ["BenchmarkSettings", "compare", "count_steps", "run_benchmark"]
+__all__ = ["BenchmarkSettings", "compare", "count_steps", "find_device", "run_benchmark"]
 
 DEFAULT_LENGTH = 128
 
@@ -48,6 +48,7 @@ class BenchmarkSettings:
         random_weights: draw the weights even if there are pretrained ones; they are drawn where there are none.
         with_disabled: measure the plugin switched off, too.
         seed: of weights, plugin and inputs.
+        adapter: folder or Hub name of a saved plugin, which is measured instead of a fresh one.
     """
 
     model: str
@@ -64,6 +65,7 @@ class BenchmarkSettings:
     random_weights: bool = False
     with_disabled: bool = False
     seed: int = 0
+    adapter: str | None = None
 
     def resolved(self, config: PreTrainedConfig) -> BenchmarkSettings:
         """These settings with `task` and `length` filled in, and whether weights are drawn.
@@ -105,7 +107,7 @@ def run_benchmark(
         ValueError: a setting is out of range, or the model cannot take a plugin.
         OSError: the model is not found.
     """
-    device, dtype = _find_device(settings.device), getattr(torch, settings.dtype)
+    device, dtype = find_device(settings.device), getattr(torch, settings.dtype)
     config = load_config(settings.model)
     settings = settings.resolved(config)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -141,7 +143,12 @@ def run_benchmark(
     )
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: there is no such device here, or it computes nothing.
+    """
     try:
         # A tensor, since torch.device accepts devices that are not there.
         device = torch.empty(0, device=name).device
@@ -180,6 +187,10 @@ def _build(
         device=device,
         random_weights=settings.random_weights,
     )
+    if settings.adapter is not None:
+        from ..training import load_plugin  # only now: a benchmark of a fresh plugin needs no trainer
+
+        return base, load_plugin(share_weights(base), settings.adapter, is_trainable=False).to(dtype).eval()
     # The paper's form, whose cost does not depend on the network's width.
     plugin_config = VariatorConfig(init_weights=False, decompression="bottleneck")
     plugin = get_peft_model(share_weights(base), plugin_config, autocast_adapter_dtype=False)

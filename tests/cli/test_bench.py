@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, BertModel
 from typer.testing import CliRunner
 
 from peft_variator.bases import pack_checkpoint
@@ -14,6 +16,7 @@ from peft_variator.cli import bench as bench_module
 from peft_variator.cli.main import app
 from peft_variator.profiling import BenchmarkReport
 from peft_variator.sparsity import PruningConfig, prune
+from tests.cli.saved_plugins import save_plugin
 
 
 TEXT = {
@@ -99,7 +102,7 @@ def test_what_is_printed_and_written(config, tmp_path):
     )
     for expected in ("uneven lengths, bfloat16", f"Wrote {files[0]}. Wrote {files[1]}. ", f"Again: {report.command}"):
         assert expected in out
-    assert out.endswith(f"peft-variator train {model} --data FILE --ratio 4 --output plugin ")
+    assert "peft-variator train" not in out  # a configuration has no weights that a plugin could follow
 
 
 def test_the_printed_command_gives_the_same_settings(config, tmp_path):
@@ -199,7 +202,30 @@ def test_says_which_product_the_packed_layers_run_and_why(tmp_path):
 
 def test_a_shape_that_is_misspelt_and_an_adapter_are_told(tmp_path):
     status, _, err = invoke("bert-bse", *QUICK)
-    assert (status, "Did you mean 'bert-base'?" in err) == (1, True)
+    assert (status, "Did you mean 'bert-base'" in err) == (1, True)
     (tmp_path / "adapter_config.json").write_text("{}")
     status, _, err = invoke(tmp_path, *QUICK)
-    assert (status, "holds an adapter" in err) == (1, True)
+    assert (status, f"bench --adapter {tmp_path}" in err) == (1, True)
+    status, _, err = invoke(*QUICK)
+    assert (status, "--adapter" in err) == (1, True)
+
+
+def test_a_saved_plugin_is_measured_as_it_is(tmp_path):
+    plugin = save_plugin(tmp_path, "classifier", decompression="bottleneck", bottleneck_dim=3, trained_ratios=[2, 8])
+    status, out, err = invoke("--adapter", plugin, *QUICK[2:], "--length", 13, "--json", tmp_path / "out.json")
+    assert status == 0, err
+    report = BenchmarkReport.load(tmp_path / "out.json")
+    assert (report.model, report.settings["adapter"]) == (str(tmp_path / "model"), str(plugin))
+    assert [each.name for each in report.plugins] == ["k = 2", "k = 8"]
+    saved = load_file(plugin / "adapter_model.safetensors")
+    assert report.added_parameters == sum(value.numel() for name, value in saved.items() if "variator" in name)
+    assert f"evaluate {plugin}" in out
+    again = report.command.split()[2:]
+    assert invoke(*again, "--json", tmp_path / "again.json")[0] == 0
+    assert BenchmarkReport.load(tmp_path / "again.json").settings == report.settings
+    lora = tmp_path / "lora"
+    get_peft_model(
+        BertModel.from_pretrained(tmp_path / "model"), LoraConfig(target_modules=["query"])
+    ).save_pretrained(lora)
+    status, _, err = invoke("--adapter", lora, *QUICK)
+    assert (status, "LORA" in err) == (1, True)

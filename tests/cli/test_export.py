@@ -8,43 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from peft_variator import VariatorConfig
 from peft_variator.cli.main import app
-
-
-TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
-
-
-def save_base(folder: Path, kind: str) -> PreTrainedModel:
-    """A tiny model and its tokenizer."""
-    torch.manual_seed(0)
-    model = BertModel(BertConfig(**TEXT)) if kind == "encoder" else LlamaForCausalLM(LlamaConfig(**TEXT))
-    model.save_pretrained(folder)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(36))]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
-    ).save_pretrained(folder)
-    return type(model).from_pretrained(folder)
+from tests.cli.saved_plugins import save_plugin
 
 
 def invoke(*words: Any) -> tuple[int, str, str]:
@@ -52,14 +21,6 @@ def invoke(*words: Any) -> tuple[int, str, str]:
     done = CliRunner().invoke(app, ["export", *map(str, words)])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
-
-
-def save_plugin(folder: Path, kind: str = "encoder") -> Path:
-    """A base in `folder/model`, and its plugin, whose path is returned."""
-    base = save_base(folder / "model", kind)
-    torch.manual_seed(1)
-    get_peft_model(base, VariatorConfig(init_weights=False, keep_token_ids=[2, 3])).save_pretrained(folder / "plugin")
-    return folder / "plugin"
 
 
 def test_a_file_that_runs_without_torch(tmp_path: Path) -> None:

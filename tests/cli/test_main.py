@@ -25,6 +25,7 @@ COMMANDS = [
     "bench",
     "convert-checkpoint",
     "doctor",
+    "evaluate",
     "export",
     "info",
     "inspect",

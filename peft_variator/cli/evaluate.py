@@ -1,0 +1,566 @@
+"""`peft-variator evaluate`: a plugin on the user's own data, quality beside speed, and whether it pays."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from statistics import median
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    default_data_collator,
+)
+
+from ..profiling import (
+    Candidate,
+    count_flops,
+    count_positions,
+    describe_environment,
+    find_device,
+    num_threads,
+    share_weights,
+    speedup,
+    time_alternately,
+)
+from ..training import load_plugin
+from ..training.images import ImageFolder
+from ..training.objective import stacks_of
+from ..training.predictions import CAUSAL, Prediction, prediction_of
+from ..training.text import read_texts, split_spans, surroundings
+from ..tuners.variator.forward_context import next_token_labels
+from .bench import warn_about_load
+from .console import Reporter
+from .saved_plugin import SavedPlugin, open_plugin
+
+
+__all__ = ["EvaluateJob", "Evaluation", "RatioResult", "evaluate"]
+
+Batch = dict[str, Any]
+
+# Batches that are timed at most; quality is measured on all.
+TIMED_BATCHES = 8
+# Fewer texts than these give figures that others would change visibly.
+ENOUGH_TEXTS = 32
+# A tokenizer without a limit tells a number like this or more.
+NO_LIMIT = 10**9
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """What is evaluated; each field is an option of the command.
+
+    Args:
+        adapter: folder or Hub name of the plugin.
+        data: files of texts, data sets, or for vision models folders of images.
+        base: folder or Hub name of the base; `None`: the one that the plugin names.
+        ratio: compression ratios k; `None`: those that the plugin was trained for.
+        min_cosine: the least mean cosine of the last hidden states that will do; `None`: none is asked for.
+        min_agreement: the least share of equal predictions that will do.
+        max_nll: the largest mean negative log-likelihood of a token that will do, in nats.
+        examples: texts or images that are used at most, drawn by `seed`.
+        batch_size: examples in a batch.
+        rounds: timed samples of each setting.
+        min_seconds: seconds that a sample takes at least; short ones are repeated.
+        text_column: column of a data set that holds the text.
+        split: split of a data set.
+        dtype: name of a torch dtype, of weights and activations.
+        threads: CPU threads; `None`: as torch chooses.
+        device: name of a torch device.
+        seed: seed of which examples are used, and of where a text is cut into prompt and continuation.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    adapter: str
+    data: list[str]
+    base: str | None = None
+    ratio: list[int] | None = None
+    min_cosine: float | None = None
+    min_agreement: float | None = None
+    max_nll: float | None = None
+    examples: int = 256
+    batch_size: int = 8
+    rounds: int = 5
+    min_seconds: float = 0.2
+    text_column: str = "text"
+    split: str = "train"
+    dtype: str = "float32"
+    threads: int | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("examples", 1), ("batch_size", 1), ("rounds", 2)):
+            if getattr(self, name) < least:
+                value = getattr(self, name)
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it has to be at least {least}.")
+        for name, low, high in (("min_cosine", -1, 1), ("min_agreement", 0, 1), ("max_nll", 0, math.inf)):
+            bound = getattr(self, name)
+            if bound is not None and not low <= bound <= high:
+                raise ValueError(f"--{name.replace('_', '-')} is {bound}; it has to be between {low} and {high}.")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """What is asked of each measure, by its name."""
+        asked = {"cosine": self.min_cosine, "agreement": self.min_agreement, "nll": self.max_nll}
+        return {name: bound for name, bound in asked.items() if bound is not None}
+
+
+@dataclass(frozen=True)
+class RatioResult:
+    """One compression ratio.
+
+    Args:
+        ratio: k.
+        quality: measures by name: `cosine` of the last hidden states to the base's, mean over tokens (of an
+            encoder–decoder `encoder_cosine` and `decoder_cosine`); `embedding_cosine` of their means over each text;
+            `agreement`, the share of predictions that are the base's; `nll` of a token, in nats.
+        flops_saved: share of the base's operations that are not done.
+        seconds: seconds for the timed batches, one sample a round.
+        speedup: how many times faster than the base, `low`, `median` and `high` quartile over the rounds.
+        holds: whether it is as good as asked; `None`: nothing was asked.
+    """
+
+    ratio: int
+    quality: dict[str, float]
+    flops_saved: float
+    seconds: list[float]
+    speedup: dict[str, float]
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A plugin on a user's data.
+
+    Args:
+        adapter: folder or Hub name of the plugin.
+        base: folder or Hub name of the base.
+        model_class: class of the base.
+        data: what was read.
+        examples: number of texts or images that quality was measured on.
+        tokens: `min`, `median` and `max` of the tokens of a text, as the model got it; `None` for images.
+        cut: texts that were longer than the model can read, and cut.
+        timed_examples: how many of the examples were timed.
+        batch_size: examples in a batch.
+        environment: machine and versions.
+        base_seconds: the base's seconds for the timed batches, one sample a round.
+        base_quality: `nll` of the base, where the model has one.
+        bounds: what was asked of each measure.
+        ratios: the results, by ascending k.
+        largest_ratio: the largest k that is as good as asked; `None`: none is, or nothing was asked.
+        pays: whether that k is faster than the base in three of four rounds; where nothing was asked, whether any is.
+        verdict: the same in one line.
+        command: what was typed.
+    """
+
+    adapter: str
+    base: str
+    model_class: str
+    data: list[str]
+    examples: int
+    tokens: dict[str, float] | None
+    cut: int
+    timed_examples: int
+    batch_size: int
+    environment: dict[str, Any]
+    base_seconds: list[float]
+    base_quality: dict[str, float]
+    bounds: dict[str, float]
+    ratios: list[RatioResult]
+    largest_ratio: int | None
+    pays: bool
+    verdict: str
+    command: str
+
+
+def evaluate(job: EvaluateJob, reporter: Reporter) -> None:
+    """Evaluate a plugin and tell.
+
+    Args:
+        job: what to evaluate.
+        reporter: where to tell.
+
+    Raises:
+        OSError: the plugin, its base or the data are not there.
+        ValueError: the adapter is no plugin, the model has no such measure, or the data holds no text.
+    """
+    reporter.check()
+    saved, device = open_plugin(job.adapter, job.base), find_device(job.device)
+    with num_threads(job.threads):
+        evaluation = _evaluate(job, saved, device, reporter)
+    reporter.write_json(json.dumps(asdict(evaluation), indent=2))
+    _show(evaluation, reporter)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Batches for quality and for the clock, and what is known of the texts in them."""
+
+    quality: list[Batch]
+    timed: list[Batch]
+    count: int
+    lengths: list[int]
+    cut: int
+
+
+def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, reporter: Reporter) -> Evaluation:
+    base: Any = saved.load_base(getattr(torch, job.dtype))[0].to(device)
+    prediction = prediction_of(base)
+    _check_bounds(job, base, prediction)
+    examples = _read(job, saved, base, device)
+    ratios = sorted(set(job.ratio or saved.ratios))
+    plugin = load_plugin(share_weights(base), saved.name, is_trainable=False).to(base.dtype).eval()
+    for ratio in ratios:
+        plugin.set_compression_ratio(ratio)  # raises for one that is none, before anything is measured
+    environment = describe_environment(device)
+    steps = len(examples.quality) + (1 + len(ratios)) * job.rounds
+    columns = [TextColumn("{task.description}"), *Progress.get_default_columns()[1:2]]
+    with reporter.progress(*columns, MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        bar = progress.add_task(f"Evaluating {saved.name} on {device}", total=steps)
+        advance = partial(progress.advance, bar)
+        base_quality, quality = _measure(plugin, prediction, examples.quality, ratios, advance)
+        seconds = _time(base, plugin, examples.timed, ratios, job, device, advance)
+    flops = {ratio: _flops(base if ratio is None else plugin, examples.timed, ratio) for ratio in (None, *ratios)}
+    results = [
+        RatioResult(
+            ratio,
+            quality[ratio],
+            1 - flops[ratio] / flops[None],
+            seconds[ratio],
+            asdict(speedup(seconds[None], seconds[ratio])),
+            _holds(quality[ratio], job.bounds) if job.bounds else None,
+        )
+        for ratio in ratios
+    ]
+    largest, pays, verdict = judge(results, job.bounds)
+    return Evaluation(
+        adapter=saved.name,
+        base=saved.base,
+        model_class=type(base).__name__,
+        data=job.data,
+        examples=examples.count,
+        tokens=_spread_of(examples.lengths),
+        cut=examples.cut,
+        timed_examples=min(examples.count, len(examples.timed) * job.batch_size),
+        batch_size=job.batch_size,
+        environment=environment,
+        base_seconds=seconds[None],
+        base_quality=base_quality,
+        bounds=job.bounds,
+        ratios=results,
+        largest_ratio=largest,
+        pays=pays,
+        verdict=verdict,
+        command=command_line(job),
+    )
+
+
+def _check_bounds(job: EvaluateJob, base: PreTrainedModel, prediction: Prediction | None) -> None:
+    has_text_head = prediction is CAUSAL or (prediction is not None and len(stacks_of(base)) > 1)
+    name = type(base).__name__
+    if job.min_agreement is not None and prediction is None:
+        raise ValueError(f"--min-agreement needs a model that predicts, and {name} has no head. Use --min-cosine.")
+    if job.max_nll is not None and not has_text_head:
+        raise ValueError(
+            f"--max-nll needs a model that predicts text, and {name} is none. Use --min-cosine"
+            + (" or --min-agreement." if prediction else ".")
+        )
+    if prediction is None and len(stacks_of(base)) > 1:
+        raise ValueError(f"{name} has a decoder and no head, so nothing tells what it is to predict.")
+
+
+# The data
+
+
+def _read(job: EvaluateJob, saved: SavedPlugin, base: PreTrainedModel, device: torch.device) -> _Examples:
+    generator = random.Random(job.seed)
+
+    def to_device(batch: Mapping[str, Any]) -> Batch:
+        return {
+            name: value.to(device, base.dtype) if value.is_floating_point() else value.to(device)
+            for name, value in batch.items()
+        }
+
+    if base.main_input_name == "pixel_values":
+        processor = AutoImageProcessor.from_pretrained(saved.base)
+        folders = [ImageFolder(folder, processor) for folder in job.data]
+        places = [(folder, index) for folder in folders for index in range(len(folder))]
+        chosen = [folder[index] for folder, index in _draw(places, job.examples, generator)]
+        batches = [to_device(default_data_collator(part)) for part in _parts(chosen, job.batch_size)]
+        return _Examples(batches, batches[:TIMED_BATCHES], len(chosen), [], 0)
+
+    texts = chain.from_iterable(read_texts(name, column=job.text_column, split=job.split) for name in job.data)
+    drawn = _draw([text.strip() for text in texts if text.strip()], job.examples, generator)
+    if not drawn:
+        raise ValueError(f"{', '.join(job.data)} holds no text. Give a file with a text on each line.")
+    tokenizer = AutoTokenizer.from_pretrained(saved.base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
+    before, after = surroundings(tokenizer)
+    most = [tokenizer.model_max_length, count_positions(base.config)]
+    room = min([limit for limit in most if limit and limit < NO_LIMIT], default=NO_LIMIT) - len(before) - len(after)
+    found = tokenizer(drawn, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    bodies = [ids[:room] for ids in found if ids]  # a tokenizer may leave nothing of a text
+    if not bodies:
+        raise ValueError(f"{', '.join(job.data)}: the tokenizer of {saved.base} leaves nothing of its texts.")
+    whole = [{"input_ids": [*before, *ids, *after]} for ids in bodies]
+    is_causal = prediction_of(base) is CAUSAL
+    has_decoder = len(stacks_of(base)) > 1
+    if is_causal or has_decoder:
+        # Continuations: a model that generates is judged by what it makes of a prompt.
+        pairs = [ids for ids in bodies if len(ids) > 1]
+        if not pairs:
+            raise ValueError(f"{', '.join(job.data)}: no text has the 2 tokens that a prompt and a continuation need.")
+        records = split_spans(pairs, before, after, is_decoder=has_decoder, seed=job.seed)
+        collate: Callable[[Any], Mapping[str, Any]] = DataCollatorForSeq2Seq(tokenizer)
+    else:
+        records, collate = whole, DataCollatorWithPadding(tokenizer)
+    quality = [to_device(collate(part)) for part in _parts(records, job.batch_size)]
+    timed = quality[:TIMED_BATCHES]
+    if is_causal:  # a prefill, as `generate` runs it
+        tokenizer.padding_side = "left"
+        prompts = [{"input_ids": [*before, *ids]} for ids in bodies[: TIMED_BATCHES * job.batch_size]]
+        timed = [
+            to_device(DataCollatorWithPadding(tokenizer)(part)) | {"use_cache": True, "logits_to_keep": 1}
+            for part in _parts(prompts, job.batch_size)
+        ]
+    cut = sum(len(ids) > room for ids in found)
+    return _Examples(quality, timed, len(records), [len(each["input_ids"]) for each in whole], cut)
+
+
+def _draw(things: Sequence[Any], most: int, generator: random.Random) -> list[Any]:
+    """At most so many of them, in their order."""
+    places = range(len(things))
+    chosen = sorted(generator.sample(places, most)) if len(things) > most else places
+    return [things[place] for place in chosen]
+
+
+def _parts(things: Sequence[Any], size: int) -> Iterator[Any]:
+    return (things[start : start + size] for start in range(0, len(things), size))
+
+
+# The measures
+
+
+@torch.inference_mode()
+def _measure(
+    plugin: PeftModel,
+    prediction: Prediction | None,
+    batches: Sequence[Batch],
+    ratios: Sequence[int],
+    on_batch: Callable[[], object],
+) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+    """Quality of the base where it has one by itself, and of each ratio.
+
+    The base is the plugin at k = 1, which is exact, with the heads that were saved with the plugin.
+    """
+    stacks = stacks_of(plugin.get_base_model())
+    sums: dict[int, dict[str, Tensor]] = {}
+    counts: dict[str, int] = {}
+    for batch in batches:
+        reference = _outputs(plugin, batch, 1)
+        for ratio in (1, *(k for k in ratios if k != 1)):
+            outputs = reference if ratio == 1 else _outputs(plugin, batch, ratio)
+            values: dict[str, Tensor] = {}
+            for key, mask_of in stacks.items():
+                prefix, mask = key.removesuffix("hidden_states"), mask_of(batch)
+                found, expected = (each[key][-1].float() for each in (outputs, reference))
+                cosines = torch.cosine_similarity(found, expected, dim=-1)
+                values[f"{prefix}cosine"] = cosines.flatten() if mask is None else cosines[mask]
+                if prediction is None and mask is not None:
+                    ours, theirs = (_mean_of_text(states, mask) for states in (found, expected))
+                    values["embedding_cosine"] = torch.cosine_similarity(ours, theirs, dim=-1)
+            if prediction is not None:
+                used = prediction.mask(batch)
+                logits, wanted = (prediction.logits(each)[used].float() for each in (outputs, reference))
+                values["agreement"] = (logits.argmax(-1) == wanted.argmax(-1)).float()
+                if "labels" in batch:
+                    labels = batch["labels"]
+                    if prediction is CAUSAL:
+                        labels = next_token_labels(batch, (labels.shape[0], labels.shape[1]))
+                    values["nll"] = nn.functional.cross_entropy(logits, labels[used], reduction="none")
+            for name, value in values.items():
+                total = sums.setdefault(ratio, {})
+                total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + value.double().sum().cpu()
+                counts[name] = counts.get(name, 0) + (value.numel() if ratio == 1 else 0)
+        on_batch()
+    means_of = {ratio: {name: float(total / counts[name]) for name, total in sums[ratio].items()} for ratio in sums}
+    return {name: value for name, value in means_of[1].items() if name == "nll"}, means_of
+
+
+def _outputs(plugin: PeftModel, batch: Batch, ratio: int) -> Any:
+    with plugin.using_ratio(ratio):
+        return plugin(**batch, output_hidden_states=True)
+
+
+def _mean_of_text(states: Tensor, mask: Tensor) -> Tensor:
+    """Means over the real tokens of `(batch, length, dim)`, as most sentence encoders pool."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+@torch.inference_mode()
+def _time(
+    base: nn.Module,
+    plugin: PeftModel,
+    batches: Sequence[Batch],
+    ratios: Sequence[int],
+    job: EvaluateJob,
+    device: torch.device,
+    on_sample: Callable[[], object],
+) -> dict[int | None, list[float]]:
+    """Seconds for all batches, by ratio; `None`: of the base, in whose modules no plugin ever was."""
+
+    def run(model: nn.Module) -> None:
+        for batch in batches:
+            model(**batch)
+
+    @contextmanager
+    def at(ratio: int) -> Iterator[None]:
+        plugin.set_compression_ratio(ratio)
+        yield
+
+    names: dict[int | None, str] = {None: "base"} | {ratio: f"k = {ratio}" for ratio in ratios}
+    candidates = [Candidate("base", partial(run, base))]
+    candidates += [Candidate(f"k = {ratio}", partial(run, plugin), partial(at, ratio)) for ratio in ratios]
+    samples = time_alternately(candidates, job.rounds, device=device, min_seconds=job.min_seconds, on_sample=on_sample)
+    return {ratio: samples[name] for ratio, name in names.items()}
+
+
+def _flops(model: Any, batches: Sequence[Batch], ratio: int | None) -> int:
+    if ratio is not None:
+        model.set_compression_ratio(ratio)
+    return sum(count_flops(model, batch) for batch in batches)
+
+
+# The verdict
+
+
+def _holds(quality: Mapping[str, float], bounds: Mapping[str, float]) -> bool:
+    """Whether every measure is as good as asked; of an encoder–decoder both cosines."""
+    for name, bound in bounds.items():
+        found = [value for key, value in quality.items() if key in (name, f"encoder_{name}", f"decoder_{name}")]
+        if not found or not all(value <= bound if name == "nll" else value >= bound for value in found):
+            return False
+    return True
+
+
+def judge(results: Sequence[RatioResult], bounds: Mapping[str, float]) -> tuple[int | None, bool, str]:
+    """The largest ratio that is as good as asked, whether a plugin pays, and both in a line.
+
+    Args:
+        results: what was measured, at least one.
+        bounds: what is asked of each measure; empty: nothing.
+
+    Returns:
+        tuple: that ratio (`None`: none is, or nothing was asked), whether it is faster than the base in three of four
+        rounds (where nothing was asked: whether any is), and the verdict.
+    """
+    fastest = max(results, key=lambda each: each.speedup["median"])
+    if not bounds:
+        pays = any(each.speedup["low"] > 1 for each in results)
+        if not pays:
+            return None, False, f"It does not pay: no k is faster than the base; {_described(fastest)}."
+        return (
+            None,
+            True,
+            (
+                f"It pays if the quality is enough for you: {_described(fastest)}. "
+                f"--{_option(fastest.quality)} X names the largest k that keeps X."
+            ),
+        )
+    asked = " and ".join(f"{name} {'≤' if name == 'nll' else '≥'} {bound:g}" for name, bound in bounds.items())
+    holding = [each for each in results if each.holds]
+    if not holding:
+        return None, False, f"It does not pay: no k keeps {asked}. The smallest measured: {_described(results[0])}."
+    chosen = max(holding, key=lambda each: each.ratio)
+    if chosen.speedup["low"] > 1:
+        return chosen.ratio, True, f"It pays: {_described(chosen)}. It is the largest k measured that keeps {asked}."
+    return (
+        chosen.ratio,
+        False,
+        (f"It does not pay: the largest k that keeps {asked} is not faster than the base; {_described(chosen)}."),
+    )
+
+
+def _option(quality: Mapping[str, float]) -> str:
+    return "min-agreement" if "agreement" in quality else "min-cosine"
+
+
+def _described(result: RatioResult) -> str:
+    spread = result.speedup
+    quality = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.quality.items())
+    return f"k = {result.ratio} is {spread['median']:.2f}× ({spread['low']:.2f}–{spread['high']:.2f}) with {quality}"
+
+
+def _spread_of(lengths: Sequence[int]) -> dict[str, float] | None:
+    return {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None
+
+
+def _show(found: Evaluation, reporter: Reporter) -> None:
+    measures = list(found.ratios[0].quality)
+    texts = "images" if found.tokens is None else "texts"
+    head = ["FLOPs saved", "speed-up", "quartiles", "ms a batch"] + (["as asked"] if found.bounds else [])
+    rows = [["", *(name.replace("_", " ") for name in measures), *head]]
+    batches = math.ceil(found.timed_examples / found.batch_size)
+    base = [f"{found.base_quality[name]:.4f}" if name in found.base_quality else "" for name in measures]
+    unasked = [""] * bool(found.bounds)
+    rows.append(["base", *base, "", "", "", f"{1000 * median(found.base_seconds) / batches:.1f}", *unasked])
+    for each in found.ratios:
+        spread = each.speedup
+        rows.append(
+            [
+                f"k = {each.ratio}",
+                *(f"{each.quality[name]:.4f}" for name in measures),
+                f"{each.flops_saved:.1%}",
+                f"{spread['median']:.2f}×",
+                f"{spread['low']:.2f}–{spread['high']:.2f}",
+                f"{1000 * median(each.seconds) / batches:.1f}",
+                *(["yes" if each.holds else "no"] if found.bounds else []),
+            ]
+        )
+    lines = []
+    if found.tokens is not None:
+        tokens = found.tokens
+        cut = f"; {found.cut} were cut, as the model reads no more" if found.cut else ""
+        lines.append(f"Tokens of a text: {tokens['min']:g} to {tokens['max']:g}, median {tokens['median']:g}{cut}.")
+    lines.append(
+        f"Quality on {found.examples} {texts}, time on {found.timed_examples} in batches of {found.batch_size}; base "
+        "and plugin ran in turn in one process."
+    )
+    reporter.show_figures(f"{found.adapter} on {', '.join(found.data)}", rows, lines)
+    warn_about_load(found.environment, reporter)
+    if found.examples < ENOUGH_TEXTS:
+        reporter.warn(f"{found.examples} {texts} are few: others would give other figures. Give more --data.")
+    reporter.say(found.verdict)
+
+
+def command_line(job: EvaluateJob) -> str:
+    """The command line of a job: what differs from the defaults, and the device, whose default depends."""
+    default = EvaluateJob(job.adapter, job.data)
+    words = ["peft-variator", "evaluate", job.adapter]
+    for name, value in asdict(job).items():
+        if name == "adapter" or (value == getattr(default, name) and name not in ("data", "device")):
+            continue
+        shown = [",".join(map(str, value))] if name == "ratio" else value if isinstance(value, list) else [value]
+        for each in shown:
+            words += [f"--{name.replace('_', '-')}", str(each)]
+    return shlex.join(words)

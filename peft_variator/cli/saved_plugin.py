@@ -1,0 +1,106 @@
+"""A saved plugin as a command gets it: its folder, its base, and the class of model that it was trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from ..models import check_model_name, find_task, load_config
+from ..tuners.variator import VariatorConfig
+
+
+__all__ = ["SavedPlugin", "open_plugin"]
+
+CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+@dataclass(frozen=True)
+class SavedPlugin:
+    """A Variator plugin in a folder or on the Hub.
+
+    Args:
+        name: the folder, or the name on the Hub.
+        base: folder or Hub name of its base.
+        config: its configuration.
+    """
+
+    name: str
+    base: str
+    config: VariatorConfig
+
+    @property
+    def ratios(self) -> list[int]:
+        """The ratios it was trained for; where that is not recorded, its own."""
+        return [ratio for ratio in self.config.trained_ratios or () if ratio > 1] or [self.config.compression_ratio]
+
+    def load_base(self, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, bool]:
+        """The base in the class that the plugin was saved from, and whether its pooler has no weights.
+
+        Args:
+            dtype: of the weights.
+
+        Raises:
+            OSError: there is no such base.
+            ValueError: neither the base nor the plugin holds all weights.
+        """
+        check_model_name(self.base)
+        loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
+        in_adapter = {key.removeprefix("base_model.model.") for key in load_peft_weights(self.name, device="cpu")}
+        missing = {key for key in info["missing_keys"] if key not in in_adapter}
+        pooler = {key for key in missing if "pooler." in key}
+        if missing - pooler:
+            raise ValueError(
+                f"Neither {self.base!r} nor {self.name!r} holds {', '.join(sorted(missing - pooler)[:3])} of a "
+                f"{type(loaded).__name__}, which would be random. Name the base of the plugin with --base."
+            )
+        return loaded.eval(), bool(pooler)
+
+    def _class(self) -> Any:
+        """The class of the model that the plugin was saved from, else transformers' choice for the architecture."""
+        if self.config.task_type in CLASSES:
+            return getattr(transformers, CLASSES[self.config.task_type])
+        name = (self.config.auto_mapping or {}).get("base_model_class")
+        if name in dir(transformers):
+            return getattr(transformers, name)
+        task = find_task(self.base, load_config(self.base))
+        return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}.get(task, AutoModel)
+
+
+def open_plugin(name: str, base: str | None = None) -> SavedPlugin:
+    """Read what a plugin says of itself.
+
+    Args:
+        name: folder or Hub name of the plugin.
+        base: folder or Hub name of the base; `None`: the one that the plugin names.
+
+    Raises:
+        OSError: there is no such folder or repository.
+        ValueError: it is no Variator plugin, or nothing names its base.
+    """
+    check_model_name(name)
+    if Path(name).is_dir() and not Path(name, "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{name!r} has no adapter_config.json. Name the folder that a plugin was saved to.")
+    try:
+        config = PeftConfig.from_pretrained(name)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name!r}: its adapter_config.json is no JSON: {error}.") from error
+    if not isinstance(config, VariatorConfig):
+        raise ValueError(f"{name!r} has the method {config.peft_type}, not a Variator plugin. Name a plugin.")
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{name!r} does not name its base. Name the base as well.")
+    return SavedPlugin(name, base, config)

@@ -1,0 +1,68 @@
+"""A tiny base with its tokenizer in a folder, and a plugin for it beside it, for commands that are given both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_variator import VariatorConfig
+
+
+TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+T5 = {
+    "decoder_start_token_id": 0,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 40,
+}
+
+
+def save_base(folder: Path, kind: str) -> PreTrainedModel:
+    """A tiny model and its tokenizer."""
+    torch.manual_seed(0)
+    model = {
+        "encoder": lambda: BertModel(BertConfig(**TEXT)),
+        "classifier": lambda: BertForSequenceClassification(BertConfig(**TEXT)),
+        "causal": lambda: LlamaForCausalLM(LlamaConfig(**TEXT)),
+        "seq2seq": lambda: T5ForConditionalGeneration(T5Config(**T5)),
+    }[kind]()
+    model.save_pretrained(folder)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(36))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    ).save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def save_plugin(folder: Path, kind: str = "encoder", **fields: Any) -> Path:
+    """A base in `folder/model`, and its plugin, whose path is returned."""
+    base = save_base(folder / "model", kind)
+    torch.manual_seed(1)
+    get_peft_model(base, VariatorConfig(init_weights=False, keep_token_ids=[2, 3], **fields)).save_pretrained(
+        folder / "plugin"
+    )
+    return folder / "plugin"
