@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
@@ -29,9 +32,15 @@ from transformers import (
 
 
 __all__ = [
+    "ADAPTER_CONFIG_NAME",
+    "CONFIG_NAME",
     "SHAPES",
+    "CheckpointError",
     "Shape",
     "Task",
+    "adapter_base",
+    "blaming_config",
+    "build_empty",
     "build_model",
     "check_model_name",
     "find_task",
@@ -39,12 +48,23 @@ __all__ = [
     "load_config",
     "load_whole",
     "model_class",
+    "read_config",
+    "read_fields",
+    "read_model_config",
     "share_weights",
+    "shorten",
 ]
+
+CONFIG_NAME = "config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 Task = Literal["encoder", "causal", "seq2seq", "vision"]
 
 _POOLER = re.compile(r"(^|\.)pooler\.")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read, or does not hold what it says; the message names the file and what is in it."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +143,111 @@ def load_config(model: str) -> PreTrainedConfig:
         model: a name in `SHAPES`, the path of a `config.json`, a folder with one, or a model's name on the Hub.
 
     Raises:
+        CheckpointError: it is no configuration of a model that transformers knows.
         OSError: there is no such file, folder or model; the message names shapes that are spelt alike.
     """
     if model in SHAPES:
         return AutoConfig.for_model(SHAPES[model].model_type, **SHAPES[model].fields)
     try:
-        check_model_name(model)
-        return AutoConfig.from_pretrained(model)
+        return read_model_config(model)
     except OSError as error:
         close = [name for name in SHAPES if name.startswith(model.lower())] or get_close_matches(model.lower(), SHAPES)
         if not close:
             raise
         raise OSError(f"{error} Did you mean {' or '.join(map(repr, close))}?") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a model folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, as the folder holds an adapter, say; or as for `read_fields`.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        return read_fields(folder / CONFIG_NAME)
+    base = adapter_base(folder)
+    if base is None:
+        raise CheckpointError(f"{str(folder)!r} holds no {CONFIG_NAME}. Name the folder of a model.")
+    raise CheckpointError(f"{str(folder)!r} holds an adapter and no model. Name its base model{base}.")
+
+
+def adapter_base(folder: str | os.PathLike[str]) -> str | None:
+    """For a folder with an adapter alone, `", 'the name of its base'"`, or `""` where it names none; else None."""
+    if not Path(folder, ADAPTER_CONFIG_NAME).is_file() or Path(folder, CONFIG_NAME).is_file():
+        return None
+    name = read_fields(Path(folder, ADAPTER_CONFIG_NAME)).get("base_model_name_or_path")
+    return f", {shorten(name)}" if name else ""
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file that holds an object.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: it can't be read, is no JSON (or nested too deeply, or with numbers too long, to be read), or
+            holds something else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read: {shorten(error)}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} holds {shorten(fields)}, which is a {type(fields).__name__} and no fields.")
+    return fields
+
+
+def read_model_config(model: str | os.PathLike[str], **hub: Any) -> PreTrainedConfig:
+    """The configuration of a model as transformers reads it.
+
+    Args:
+        model: a folder with a config.json, the path of such a file, or a model's name on the Hub.
+        hub: for `AutoConfig.from_pretrained`: revision, token and so on.
+
+    Raises:
+        CheckpointError: it is no configuration of a model that transformers knows, or a field has a value of another
+            type; the message names the file.
+        OSError: there is no such file, folder or model.
+    """
+    check_model_name(str(model))
+    source: Path | str = str(model)
+    if not hub.get("subfolder") and (Path(model).is_dir() or Path(model).is_file()):
+        source = Path(model) / CONFIG_NAME if Path(model).is_dir() else Path(model)
+        _check_fields(source, read_config(Path(model)) if Path(model).is_dir() else read_fields(source))
+    try:
+        return AutoConfig.from_pretrained(model, **hub)
+    except OSError:
+        raise  # not there, or the Hub can't be reached: transformers says what to do
+    # what a config raises at a value of another kind is up to each model
+    except Exception as error:
+        raise CheckpointError(f"{source} describes no model that transformers can read: {shorten(error)}") from error
+
+
+def _check_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Raise where transformers would read a value of another type as if it were right, or fail without naming it."""
+    architectures = fields.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise CheckpointError(f"{path}: architectures={shorten(architectures)} is no list of names of classes.")
+    for name in ("dtype", "torch_dtype"):
+        dtypes = fields.get(name)
+        for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:  # a dict: one for each sub-model
+            known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+            if dtype is not None and not known:
+                raise CheckpointError(
+                    f"{path}: {name}={shorten(dtypes)} is no name of a torch dtype, such as 'bfloat16'."
+                )
+
+
+def shorten(value: object) -> str:
+    """What to show of a value or an error of any length."""
+    try:
+        text = str(value) if isinstance(value, Exception) else repr(value)
+    except Exception:  # nested too deeply, or an integer of more digits than Python writes out
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def find_task(model: str, config: PreTrainedConfig) -> Task:
@@ -221,9 +334,51 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The transformers class that wrote a checkpoint, by its config's `architectures`; None if there is none."""
     for name in config.architectures or ():
         found = getattr(transformers, name) if name in dir(transformers) else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):  # transformers has other classes, too
-            return found
+        # transformers has other classes, too, and model classes that are only inherited from
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            if getattr(found, "forward", None) is not nn.Module.forward:
+                return found
     return None
+
+
+def build_empty(cls: Any, config: PreTrainedConfig, source: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model that a configuration describes, without weights, on the meta device.
+
+    Args:
+        cls: a model class of transformers, or an automatic one.
+        config: the configuration.
+        source: where it was read from, for messages.
+
+    Raises:
+        CheckpointError: such a model can't be built.
+    """
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    # what a constructor raises at sizes that are none is up to each model
+    except Exception as error:
+        where = Path(source, CONFIG_NAME) if Path(source).is_dir() else source
+        raise CheckpointError(f"{where}: no {cls.__name__} can be built from it: {shorten(error)}") from error
+
+
+@contextmanager
+def blaming_config(cls: Any, config: PreTrainedConfig, source: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever fails inside is a `CheckpointError` that names config.json where no model can be built from that.
+
+    Args:
+        cls: as in `build_empty`.
+        config: as in `build_empty`.
+        source: as in `build_empty`.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError, ImportError):
+        raise
+    except Exception:
+        build_empty(cls, config, source)
+        raise
 
 
 def check_model_name(name: str) -> None:
@@ -247,9 +402,20 @@ def load_whole(automatic: Any, name: str, *, pooler: bool = True, **kwargs: Any)
         kwargs: for `from_pretrained`.
 
     Raises:
+        CheckpointError: config.json describes no model that can be built, or one with weights of other shapes.
         ValueError: the checkpoint lacks weights.
     """
-    loaded, info = automatic.from_pretrained(name, output_loading_info=True, **kwargs)
+    config = kwargs.pop("config", None) or read_model_config(name)
+    with blaming_config(automatic, config, name):
+        loaded, info = automatic.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    if info["mismatched_keys"]:
+        key, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{name!r}: {key} has shape {tuple(found)}, but a {type(loaded).__name__} of its config.json has "
+            f"{tuple(wanted)}. Weights and config.json are of different models."
+        )
     missing = sorted(key for key in info["missing_keys"] if pooler or not _POOLER.search(key))
     if missing:
         first = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
+from ..models import ADAPTER_CONFIG_NAME, read_fields, shorten
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, WeightLayout
 from ..tuners.sparse_lora.functional import merge_update, sum_updates
 from ..tuners.sparse_lora.masks import matches_fingerprint
@@ -27,10 +27,9 @@ from .loading_plan import KeyNames
 from .packing import LayoutError, pack
 
 
-__all__ = ["ADAPTER_CONFIG_NAME", "AdapterFile"]
+__all__ = ["AdapterFile"]
 
 _KEY_PREFIX = "base_model.model."  # what PEFT puts before every name in an adapter's file
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _METHOD = "SPARSE_LOW_RANK"
 _NAMES_SHOWN = 3
@@ -258,10 +257,13 @@ class AdapterFile:
 def _check_method(folder: Path) -> None:
     """Raise unless the config is that of a SparseLoRA adapter."""
     path = folder / ADAPTER_CONFIG_NAME
-    try:
-        method = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} can't be read as the config of an adapter: {error!r}") from error
+    fields = read_fields(path) if path.is_file() else {}
+    if "peft_type" not in fields:
+        why = "it has no peft_type" if path.is_file() else "it is missing"
+        raise CheckpointError(
+            f"{path} can't be read as the config of an adapter: {why}. Name the folder of a SparseLoRA adapter."
+        )
+    method = fields["peft_type"]
     if method == "VARIATOR":
         raise CheckpointError(
             f"{path}: peft_type='VARIATOR'. A compression plugin merges hidden vectors and no weights, so there is "
@@ -269,9 +271,9 @@ def _check_method(folder: Path) -> None:
         )
     if method != _METHOD:
         raise CheckpointError(
-            f"{path}: peft_type={method!r}, but only SparseLoRA adapters ({_METHOD!r}) are merged on files: another "
-            "update fills the zeros of the base. Train with SparseLoraConfig; or, where a dense model is what you "
-            "want, load a dense base and call PEFT's merge_and_unload()."
+            f"{path}: peft_type={shorten(method)}, but only SparseLoRA adapters ({_METHOD!r}) are merged on files: "
+            "another update fills the zeros of the base. Train with SparseLoraConfig; or, where a dense model is what "
+            "you want, load a dense base and call PEFT's merge_and_unload()."
         )
 
 

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
+from ..models import CheckpointError, read_fields, shorten
+
 
 __all__ = [
     "CHECKSUM_METADATA",
@@ -31,6 +33,7 @@ __all__ = [
     "StoredTensor",
     "TensorSpec",
     "checksum",
+    "read_index",
     "spec_of",
 ]
 
@@ -41,10 +44,6 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CHECKSUM_METADATA = "crc32"
 """Key of the safetensors metadata that holds the checksums of a file's tensors, as JSON {tensor name: checksum}."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read, or does not hold what it says; the message names file and tensor."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Checkpoint:
             if not (folder / WEIGHTS_NAME).exists():
                 raise CheckpointError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
             return cls.from_files([folder / WEIGHTS_NAME])
-        weight_map = _read_index(index)
+        weight_map = read_index(index)
         checkpoint = cls.from_files(folder / name for name in sorted(set(weight_map.values())))
         for name, file in weight_map.items():
             if name not in checkpoint.tensors or checkpoint.tensors[name].file.name != file:
@@ -192,19 +191,22 @@ def _read_checksums(file: Path, metadata: dict[str, str] | None) -> dict[str, st
     text = (metadata or {}).get(CHECKSUM_METADATA)
     try:
         checksums = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file}: the checksums in its metadata are not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: the checksums in its metadata are not JSON: {shorten(error)}") from error
     if not isinstance(checksums, dict):
         raise CheckpointError(f"{file}: the checksums in its metadata are a {type(checksums).__name__}, not a dict.")
     return checksums
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index with a weight_map: {error!r}") from error
+def read_index(index: Path) -> dict[str, str]:
+    """The `weight_map` of a checkpoint's index: tensor -> name of the file beside the index that holds it.
+
+    Raises:
+        CheckpointError: it is no such index.
+    """
+    files = read_fields(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(f"{index} is no index with a weight_map from names of tensors to names of files.")
     for name, file in files.items():
         if Path(file).name != file:
             raise CheckpointError(f"{index}: tensor {name} is in {file!r}, which is not a file beside the index.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,17 +9,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..files import write_text
-from .checkpoint import CheckpointError
+from ..models import shorten
 from .compressed_tensors import CODECS, Sparse24Codec
 from .linear import Unpacked
 
 
 __all__ = [
-    "CONFIG_NAME",
     "METHOD",
     "Rules",
     "Sparse24Config",
@@ -28,14 +25,9 @@ __all__ = [
     "matches",
     "names_dtype",
     "pop_quantization",
-    "read_config",
-    "read_model_config",
     "read_quantization",
-    "shorten",
     "translate_compressed_tensors",
 ]
-
-CONFIG_NAME = "config.json"
 
 METHOD = "sparse24"
 """The `quant_method` of packed models."""
@@ -158,45 +150,6 @@ class Sparse24Config(QuantizationConfigMixin):
         return {"quant_method": METHOD, "sparsity_config": {"sparsity_structure": "2:4", **fields}}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of a folder's config.json.
-
-    Raises:
-        CheckpointError: there is none, or it holds no fields.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, not the fields of a config.")
-    return config
-
-
-def read_model_config(folder: Path, **kwargs: Any) -> PreTrainedConfig:
-    """A folder's config.json as transformers reads it.
-
-    Args:
-        folder: the folder.
-        kwargs: for `AutoConfig.from_pretrained`.
-
-    Raises:
-        CheckpointError: transformers can't read it.
-    """
-    fields, path = read_config(folder), folder / CONFIG_NAME
-    architectures = fields.get("architectures")
-    if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
-    ):
-        raise CheckpointError(f"{path}: architectures={shorten(architectures)} is no list of names of classes.")
-    try:
-        return AutoConfig.from_pretrained(folder, **kwargs)
-    # what a config raises at a value of another kind is up to each model
-    except Exception as error:
-        raise CheckpointError(f"{path} describes no model that transformers can read: {shorten(error)}") from error
-
-
 def names_dtype(config: dict[str, Any]) -> bool:
     """Whether the fields of a config.json name the model's dtype.
 
@@ -267,12 +220,6 @@ def matches(module: nn.Module, name: str, patterns: Iterable[str]) -> bool:
         else pattern in (name, type(module).__name__)
         for pattern in patterns
     )
-
-
-def shorten(value: object) -> str:
-    """What to show of a value or an error of any length."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 README_NAME = "README.md"

@@ -10,9 +10,9 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..bitmask import mask_width
 from ..files import check_new_folder, write_text
-from ..models import model_class
-from .checkpoint import INDEX_NAME, Checkpoint, CheckpointError, ShardWriter, StoredTensor, TensorSpec
+from ..models import CONFIG_NAME, CheckpointError, build_empty, model_class, read_config, read_model_config
+from ..sentence_folder import copy_files, sentence_files
+from .checkpoint import INDEX_NAME, Checkpoint, ShardWriter, StoredTensor, TensorSpec
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import (
-    CONFIG_NAME,
     METHOD,
     README_NAME,
     Rules,
@@ -33,10 +33,7 @@ from .config import (
     drop_notice,
     names_dtype,
     pop_quantization,
-    read_config,
-    read_model_config,
     read_quantization,
-    shorten,
     write_notice,
 )
 from .loading_plan import KeyNames, PlannedWeight, check_complete, check_size, plan_weights
@@ -236,7 +233,6 @@ class ModelFolder:
             CheckpointError: its architecture is no class of transformers.
         """
         config = copy.deepcopy(self.model_config)
-        vars(config).pop("quantization_config", None)
         cls = model_class(config)
         if architecture is not None:
             config.architectures = [architecture]
@@ -244,17 +240,10 @@ class ModelFolder:
             cls = other if other is not None and other.config_class is type(config) else cls
         if cls is None:
             raise CheckpointError(
-                f"{self.path / CONFIG_NAME}: architectures={config.architectures} names no class of transformers, "
+                f"{self.path / CONFIG_NAME}: architectures={config.architectures} names no model of transformers, "
                 "so its linear layers are unknown. Load the model with its own code and Sparse24Config, and save it."
             )
-        try:
-            with torch.device("meta"):
-                return cls(config)
-        # what a constructor raises at sizes that are none is up to each model
-        except Exception as error:
-            raise CheckpointError(
-                f"{self.path / CONFIG_NAME}: {cls.__name__} can't be built from it: {shorten(error)}"
-            ) from error
+        return build_empty(cls, config, self.path)
 
     def packed_config(self, left_dense: list[str]) -> dict[str, Any]:
         """config.json of the packed model, whose layers are all packed but those named."""
@@ -370,6 +359,7 @@ def rewrite(
         CheckpointError: a piece can't be made.
     """
     files = [source.path / CONFIG_NAME, *source.checkpoint.files]
+    pipeline = sentence_files(str(source.path))
     stage = StagedFolder(output, {"source": fingerprint(files), "config": config, **job})
     every = pieces + _copy_pieces(source.checkpoint, pieces)
     total = sum(_source_bytes(piece) for piece in every)
@@ -394,7 +384,7 @@ def rewrite(
         index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(stage.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         names.add(INDEX_NAME)
-    names |= _copy_other_files(source.path, stage.path)
+    names |= _copy_other_files(source.path, stage.path, pipeline)
     if "quantization_config" in config:
         write_notice(stage.path)
     else:
@@ -414,8 +404,11 @@ def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
     return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _copy_other_files(source: Path, target: Path) -> set[str]:
-    """Copy tokenizer, generation config and so on, but no weights and nothing hidden; returns the names copied."""
+def _copy_other_files(source: Path, target: Path, pipeline: Mapping[str, Path]) -> set[str]:
+    """Copy tokenizer, generation config and so on, but no weights and nothing hidden; returns the names copied.
+
+    The folders of a sentence-transformers pipeline are copied whole: their weights are those of other modules.
+    """
     names = set()
     for entry in source.iterdir():
         if entry.name.startswith(".") or entry.name == CONFIG_NAME or entry.name.endswith(_WEIGHT_SUFFIXES):
@@ -426,7 +419,8 @@ def _copy_other_files(source: Path, target: Path) -> set[str]:
             shutil.copytree(entry, target / entry.name, ignore=hidden_and_weights, dirs_exist_ok=True)
         else:
             shutil.copyfile(entry, target / entry.name)
-    return names
+    copy_files(pipeline, target)
+    return names | {PurePosixPath(name).parts[0] for name in pipeline}
 
 
 class StagedFolder:

@@ -126,8 +126,8 @@ def plan_weights(
         _check_targets(model, names, weights, rules.targets)
     if all(weight.action == "unpack" and not weight.stored.codec.sparse for weight in planned):
         raise CheckpointError(
-            f"{', '.join(map(str, checkpoint.files))}: no linear layer of {type(model).__name__} is 2:4. Prune the "
-            "model to 2:4 first, or load it without a Sparse24Config."
+            f"{', '.join(map(str, checkpoint.files))}: no linear layer of {type(model).__name__} is 2:4, so "
+            "there is nothing to pack. Prune it to 2:4 first (peft-variator prune --pattern 2:4), or leave it dense."
         )
     return planned
 

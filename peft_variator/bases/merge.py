@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
+from ..models import adapter_base
 from ..tuners.sparse_lora.masks import base_fingerprint, same_base
-from .adapter_file import ADAPTER_CONFIG_NAME, AdapterFile
+from .adapter_file import AdapterFile
 from .checkpoint import CheckpointError, TensorSpec
 from .compressed_tensors import StoredWeight
-from .config import CONFIG_NAME
 from .convert import (
     ConversionReport,
     ModelFolder,
@@ -97,7 +97,7 @@ def merge_checkpoint(
         if not merge.packed_layers:
             raise CheckpointError(
                 f"{folder.path}: no linear layer of {type(merge.model).__name__} is 2:4 with {located.path}, so there "
-                "is nothing to pack. Merge to the dense form."
+                "is nothing to pack. Merge to the dense form: --dense, or packed=False."
             )
         config = folder.packed_config(layers_left_dense(merge.model, folder.checkpoint, merge.packed_layers))
     job = {"task": "merge", "adapter": fingerprint(located.files), "packed": packed}
@@ -116,10 +116,10 @@ def merge_checkpoint(
 
 def _check_order(base: Path, adapter: Path) -> None:
     """Raise where the adapter is given as the base, and the base as the adapter."""
-    given_adapter = (base / ADAPTER_CONFIG_NAME).is_file() and not (base / CONFIG_NAME).is_file()
-    if given_adapter and (adapter / CONFIG_NAME).is_file() and not (adapter / ADAPTER_CONFIG_NAME).is_file():
+    if adapter_base(base) is not None and adapter_base(adapter) is None:
         raise CheckpointError(
-            f"{base} is an adapter and {adapter} a model: they are swapped. Give the base first, then the adapter."
+            f"{str(base)!r} holds an adapter and {str(adapter)!r} does not: they are swapped. Give the base first, "
+            f"then the adapter: merge {adapter} {base}"
         )
 
 

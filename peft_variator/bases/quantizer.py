@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers import HfQuantizer
@@ -24,13 +24,13 @@ from transformers.quantizers.auto import (
 
 from ..compat import before_upload
 from ..files import new_folder
-from .checkpoint import CHECKSUM_METADATA, Checkpoint, CheckpointError, checksum
+from ..models import CheckpointError, blaming_config, read_model_config
+from .checkpoint import CHECKSUM_METADATA, Checkpoint, checksum
 from .config import (
     METHOD,
     Sparse24Config,
     names_dtype,
     pop_quantization,
-    read_model_config,
     read_quantization,
     write_notice,
 )
@@ -75,7 +75,7 @@ def load_base(
     """
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     local = Path(path).is_dir() and not kwargs.get("subfolder")
-    config = read_model_config(Path(path), **hub) if local else AutoConfig.from_pretrained(path, **hub)
+    config = read_model_config(path, **hub)
     fields = config.to_dict()
     if local and not kwargs.get("dtype") and not names_dtype(fields):
         kwargs["dtype"] = Checkpoint.from_directory(path).dtype
@@ -87,7 +87,8 @@ def load_base(
         published.unpacked = unpacked
         config.quantization_config = published.to_dict()
         vars(config).pop("compression_config", None)
-    return auto_class.from_pretrained(path, config=config, **kwargs)
+    with blaming_config(auto_class, config, path):
+        return auto_class.from_pretrained(path, config=config, **kwargs)
 
 
 def save_base(model: PreTrainedModel, output: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -346,6 +346,9 @@ def inspect_command(
         Literal["module", "block", "modality"], typer.Option(help="One row of the table for each.")
     ] = "block",
     pattern: Annotated[str | None, typer.Option(help="n:m pattern to check for, e.g. 2:4.")] = None,
+    fail: Annotated[
+        bool, typer.Option("--fail", help="Exit with status 1 if a module does not meet --pattern.")
+    ] = False,
     json: Json = None,
     png: Png = None,
     quiet: Quiet = False,
@@ -354,7 +357,9 @@ def inspect_command(
     with reported():
         from .inspect import inspect
 
-        inspect(path, by, pattern, Reporter(json, png, quiet))
+        met = inspect(path, by, pattern, fail, Reporter(json, png, quiet))
+        if not met:
+            raise typer.Exit(1)
 
 
 @app.command("merge", cls=Command, context_settings=CONTEXT, short_help="Merge a SparseLoRA adapter into its base.")

@@ -54,16 +54,7 @@ def unpack(source: Path, output: Path, reporter: Reporter) -> None:
 def merge(
     base: Path, adapter: Path, output: Path, packed: bool | None, publishing: Publishing, reporter: Reporter
 ) -> None:
-    """Merge a SparseLoRA adapter on disk into its base on disk; see [`merge_checkpoint`].
-
-    Raises:
-        ValueError: base and adapter are named in the wrong order.
-    """
-    if (base / "adapter_config.json").is_file() and not (adapter / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{str(base)!r} holds an adapter, and {str(adapter)!r} does not: the base comes first. Run: "
-            f"peft-variator merge {adapter} {base} --output {output}"
-        )
+    """Merge a SparseLoRA adapter on disk into its base on disk; see [`merge_checkpoint`]."""
     publishing.check()
     report = _run(
         "Merging", lambda on_progress: merge_checkpoint(base, adapter, output, packed, on_progress), reporter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
+from ..bases.config import pop_quantization, read_quantization
 from ..files import check_new_folder, new_folder
-from ..models import check_model_name, find_task, load_whole, model_class
+from ..models import find_task, load_whole, model_class, read_model_config
+from ..profiling import count_positions
+from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, prune
 from ..sparsity.calibration import read_batches
 from .console import Reporter, next_commands
@@ -59,12 +63,15 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
     check_new_folder(settings.output)
     reporter.check()
     settings.publishing.check()
+    if data is not None and not data.is_file():
+        raise FileNotFoundError(f"--data: there is no file {str(data)!r}.")
     if data is None and (config.method != "magnitude" or config.allocation == "ecoflap"):
         raise ValueError(
             f"method={config.method!r} with allocation={config.allocation!r} needs calibration data: give --data."
         )
     with tempfile.TemporaryDirectory(prefix="peft-variator-offload-") as offload_folder:
         loaded = _load(settings.model, settings.dtype, settings.device, offload_folder)
+        pipeline = sentence_files(settings.model)
         processor = _load_processor(settings.model, needed=data is not None)
         windows = {
             "samples": settings.samples,
@@ -74,13 +81,15 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
         }
         # An encoder–decoder makes its decoder's inputs of them.
         labels = loaded.can_generate() and (config.allocation == "ecoflap" or loaded.config.is_encoder_decoder)
-        batches = None if data is None else read_batches(data, processor, labels=labels, **windows)
+        limit = count_positions(loaded.config)
+        batches = None if data is None else read_batches(data, processor, labels=labels, positions=limit, **windows)
         report = prune(loaded, config, batches)
         report.source.update(model=settings.model, data=None if data is None else str(data), **windows)
         with new_folder(settings.output) as folder:
             loaded.save_pretrained(folder)
             if processor is not None:
                 processor.save_pretrained(folder)
+            copy_files(pipeline, folder)
             report.save_json(folder / REPORT_NAME)
             settings.publishing.set_license(folder)
     reporter.write_json(report.to_json())
@@ -116,16 +125,31 @@ def parse_amounts(texts: Sequence[str]) -> dict[str, float | str]:
 
 def _load(model: str, dtype: str, device_map: str, offload_folder: str) -> PreTrainedModel:
     """The model with the head that its checkpoint was saved with."""
-    check_model_name(model)
-    config = AutoConfig.from_pretrained(model)
+    config = read_model_config(model)
+    _check_dense(model, config)
     cls = model_class(config)
     if cls is None:
         raise ValueError(
-            f"The config of {model!r} names the architectures {config.architectures}, none of which is a class of "
+            f"The config of {model!r} names the architectures {config.architectures}, none of which is a model of "
             "transformers. Load the model in Python and call peft_variator.sparsity.prune on it."
         )
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    return load_whole(cls, model, dtype=wanted, device_map=device_map, offload_folder=offload_folder)
+    return load_whole(cls, model, config=config, dtype=wanted, device_map=device_map, offload_folder=offload_folder)
+
+
+def _check_dense(model: str, config: PreTrainedConfig) -> None:
+    """Raise before a packed or quantized model is loaded: the zeros and values of its weights are fixed."""
+    entry = pop_quantization(config.to_dict())
+    if entry is None:
+        return
+    try:
+        read_quantization(entry)
+    except ValueError as error:
+        raise ValueError(f"{model!r} is quantized. Prune its dense original, then quantize. {error}") from error
+    raise ValueError(
+        f"{model!r} is packed: its zeros are fixed. Make it dense, and prune that: peft-variator unpack "
+        f"{shlex.quote(model)} --output {shlex.quote(f'{Path(model).name}-dense')}"
+    )
 
 
 def _load_processor(model: str, needed: bool) -> Any | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import FeatureExtractionMixin, ImageProcessingMixin, ProcessorMixin
 from transformers.image_utils import load_image
 
 from .calls import Batch
@@ -53,34 +53,87 @@ def check_batches(calibration: Iterable[Batch] | None) -> list[Batch]:
     return batches
 
 
-def _text_batches(text: str, processor: Any, samples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
+def _text_batches(path: Path, processor: Any, samples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
     """`samples` windows of `length` tokens each, drawn without overlap, in batches without padding."""
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    if not callable(tokenizer) or isinstance(tokenizer, (FeatureExtractionMixin, ImageProcessingMixin)):
+        raise ValueError(
+            f"{path} is read as text, but the model has a {type(processor).__name__}, which reads none. Give .jsonl "
+            'with one {"image": path} a line.'
+        )
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(16 * samples * length)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as such, or name another file.") from error
     # Not verbose: the whole text is longer than the model takes, the windows are not.
-    tokens = torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+    tokens = torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], dtype=torch.long)
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     if not len(windows):
-        raise ValueError(f"The text has {len(tokens)} tokens, less than one window of length={length}. Lower length.")
+        raise ValueError(
+            f"{path}: The text has {len(tokens)} tokens, less than one window of length={length}. Lower length, or "
+            "give more text."
+        )
     chosen = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
     return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in chosen.split(batch_size)]
 
 
-def _record_batch(record: dict[str, Any], folder: Path, processor: Any, length: int) -> Batch:
+def _read_records(path: Path, samples: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first records of a `.jsonl`, each with the file and the line it stands in."""
+    with path.open("rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        for number, line in islice(lines, samples):
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is no JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f'{where} holds a {type(record).__name__}: give an object with "text", "image" or both.'
+                )
+            yield where, record
+
+
+def _record_batch(where: str, record: dict[str, Any], folder: Path, processor: Any, length: int) -> Batch:
     """One record with "text", "image" (a path beside the file) or both, as the model's processor makes it."""
-    inputs = {}
-    if "image" in record:
-        inputs["images"] = load_image(str(folder / record["image"]))
-    if "text" in record:
+    inputs: dict[str, Any] = {}
+    for name in ("text", "image"):
+        value = record.get(name)
+        if value is not None and not (isinstance(value, str) and value):
+            raise ValueError(
+                f"{where}: {name} is {value!r}. Give {'text' if name == 'text' else 'a path'} as a string."
+            )
+    if record.get("image") is not None:
+        try:
+            inputs["images"] = load_image(str(folder / record["image"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: the image {record['image']!r} can't be read: {error}") from error
+    if record.get("text") is not None:
         inputs["text"] = record["text"]
     if not inputs:
-        raise ValueError(f'A calibration record needs "text", "image" or both, but has {sorted(record)}.')
+        raise ValueError(f'{where}: A calibration record needs "text", "image" or both, but has {sorted(record)}.')
     # Cutting the text of a record with an image could cut image tokens.
-    cut = {} if "image" in record else {"truncation": True, "max_length": length}
-    return processor(**inputs, return_tensors="pt", **cut)
+    cut = {} if "images" in inputs else {"truncation": True, "max_length": length}
+    try:
+        return processor(**inputs, return_tensors="pt", **cut)
+    # a text without its image token, or an image for a tokenizer: what is raised is up to each processor
+    except Exception as error:
+        raise ValueError(
+            f"{where} is nothing that a {type(processor).__name__} takes: {type(error).__name__}: {error}"
+        ) from error
 
 
 def read_batches(
-    path: Path, processor: Any, *, samples: int, length: int, batch_size: int, seed: int, labels: bool
+    path: Path,
+    processor: Any,
+    *,
+    samples: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+    labels: bool,
+    positions: int | None = None,
 ) -> list[Batch]:
     """Calibration batches from a file.
 
@@ -92,16 +145,34 @@ def read_batches(
         batch_size: windows in a batch.
         seed: which windows are drawn.
         labels: add `labels` equal to `input_ids`, for a language-modelling loss.
+        positions: most tokens that the model can read, None where there is no limit.
 
     Raises:
-        ValueError: the text is shorter than a window, or a record has neither text nor image.
+        OSError: the file can't be read.
+        ValueError: `length` is more than the model can read, the text is shorter than a window, or a record can't be
+            used; the message names file and line.
     """
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in islice((line for line in file if line.strip()), samples)]
-            batches = [_record_batch(record, path.parent, processor, length) for record in records]
-        else:
-            batches = _text_batches(file.read(16 * samples * length), processor, samples, length, batch_size, seed)
-    if labels:
-        batches = [{**batch, "labels": batch["input_ids"]} for batch in batches if isinstance(batch, Mapping)]
+    if path.suffix != ".jsonl":
+        _check_length(length, positions)
+        batches = _text_batches(path, processor, samples, length, batch_size, seed)
+        return [_with_labels(batch, str(path)) for batch in batches] if labels else batches
+    batches = []
+    for where, record in _read_records(path, samples):
+        if record.get("image") is None:  # else nothing is cut
+            _check_length(length, positions)
+        batch = _record_batch(where, record, path.parent, processor, length)
+        batches.append(_with_labels(batch, where) if labels else batch)
+    if not batches:
+        raise ValueError(f"{path} has no record: give one with text, image or both a line.")
     return batches
+
+
+def _check_length(length: int, positions: int | None) -> None:
+    if positions is not None and length > positions:
+        raise ValueError(f"length={length} is more than the {positions} positions of the model. Lower it.")
+
+
+def _with_labels(batch: Batch, where: str) -> Batch:
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError(f"{where} has no text to take labels from, which this way of pruning needs. Add text.")
+    return {**batch, "labels": batch["input_ids"]}

@@ -2,27 +2,83 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..bitmask import unpack_mask
+from ..bases.checkpoint import read_index
+from ..bases.loading_plan import KeyNames
+from ..bitmask import mask_width, unpack_mask
+from ..models import (
+    CONFIG_NAME,
+    CheckpointError,
+    adapter_base,
+    build_empty,
+    model_class,
+    read_fields,
+    read_model_config,
+    shorten,
+)
+from .modalities import WHOLE_MODEL
 from .patterns import Pattern
-from .places import Place, place_by_config, place_by_name
 from .report import ModuleSparsity, SparsityReport, count_module
+from .targets import find_prunable
 
 
 __all__ = ["inspect_checkpoint"]
 
 _SLICE = 1 << 24
 """Weights read at once."""
+
+
+class Place(NamedTuple):
+    """What a weight belongs to; `transposed`: it lies as (in_features, out_features)."""
+
+    name: str
+    block: str
+    modality: str
+    transposed: bool
+
+
+PlaceOf = Callable[[str], Place | None]
+"""Name of a tensor -> what it belongs to; None for what is no weight of a linear layer."""
+
+
+def _place_by_config(folder: Path) -> PlaceOf | str:
+    """Where tensors belong in the model that config.json describes; or why there is no such model."""
+    if not (folder / CONFIG_NAME).is_file():
+        return "There is no config.json of a transformers model"
+    fields = read_fields(folder / CONFIG_NAME)
+    if "model_type" not in fields:
+        return "There is no config.json of a transformers model, as it names no model_type"
+    if "auto_map" in fields:
+        return "The model has code of its own"
+    config = read_model_config(folder)
+    cls = model_class(config)
+    if cls is None:
+        return f"config.json has architectures={shorten(config.architectures)}, which names no model of transformers"
+    model = build_empty(cls, config, folder)
+    names = KeyNames(model)
+    places = {
+        f"{target.name}.weight": Place(target.name, target.block, target.modality, target.transposed)
+        for target in find_prunable(model)
+    }
+    return lambda tensor: next((places[name] for name in names.targets(tensor) if name in places), None)
+
+
+def _place_by_name(tensor: str) -> Place | None:
+    """Where a tensor belongs, from its name alone: every ".weight" counts as a linear layer's."""
+    if not tensor.endswith("weight"):
+        return None
+    name = tensor.removesuffix("weight").removesuffix(".")
+    block = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return Place(name, block[0] if block else name, WHOLE_MODEL, False)
 
 
 def _files(path: Path) -> list[Path]:
@@ -33,7 +89,7 @@ def _files(path: Path) -> list[Path]:
         raise ValueError(f"{str(path)!r} does not exist. Give a directory with safetensors files, or one such file.")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_index(indices[0]).values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise ValueError(
@@ -90,28 +146,32 @@ def _count_dense(tensor: Any, place: Place, pattern: Pattern | None) -> ModuleSp
     return total
 
 
-def _count_packed(bitmask: Tensor, shape: Tensor, place: Place, pattern: Pattern | None) -> ModuleSparsity:
+def _count_packed(tensors: Any, stem: str, file: Path, place: Place, pattern: Pattern | None) -> ModuleSparsity:
     """Count a weight that is stored as its non-zero values and a bitmask."""
-    rows, width = (int(size) for size in shape)
-    return count_module(*place[:3], unpack_mask(bitmask.view(rows, -1), width).float(), pattern)
+    bitmask, size = tensors.get_tensor(f"{stem}.bitmask"), tensors.get_tensor(f"{stem}.shape").flatten().tolist()
+    if len(size) != 2 or min(size) < 1 or tuple(bitmask.shape) != (size[0], mask_width(int(size[1]))):
+        raise CheckpointError(
+            f"{file}, tensor {stem}.bitmask: its shape {tuple(bitmask.shape)} and {stem}.shape, {size}, are not those "
+            "of one matrix. The file is damaged; copy or download it again."
+        )
+    return count_module(*place[:3], unpack_mask(bitmask, size[1]).float(), pattern)
 
 
-def _count_file(
-    file: Path, place_of: Callable[[str], Place | None], pattern: Pattern | None
-) -> Iterator[ModuleSparsity]:
+def _count_file(file: Path, place_of: PlaceOf, pattern: Pattern | None) -> Iterator[ModuleSparsity]:
     try:
         with safe_open(file, framework="pt") as tensors:
             names = set(tensors.keys())
             for name in tensors.keys():  # noqa: SIM118 (safe_open is no dict)
                 stem, _, kind = name.rpartition(".")
-                if kind == "bitmask" and f"{stem}.shape" in names:
-                    place = place_of(f"{stem.removesuffix('.weight')}.weight")
-                    if place is not None:
-                        shape = tensors.get_tensor(f"{stem}.shape")
-                        yield _count_packed(tensors.get_tensor(name), shape, place, pattern)
+                packed = kind == "bitmask" and f"{stem}.shape" in names
+                place = place_of(f"{stem.removesuffix('.weight')}.weight" if packed else name)
+                if place is None:
                     continue
-                place = place_of(name)
-                entry = None if place is None else _count_dense(tensors.get_slice(name), place, pattern)
+                entry = (
+                    _count_packed(tensors, stem, file, place, pattern)
+                    if packed
+                    else _count_dense(tensors.get_slice(name), place, pattern)
+                )
                 if entry is not None:
                     yield entry
     except SafetensorError as error:
@@ -123,23 +183,29 @@ def inspect_checkpoint(path: str | os.PathLike[str], pattern: str | None = None)
 
     With a `config.json` of a transformers model beside the weights, its Linear and Conv1D modules are counted, with
     their blocks and modalities; without, every two-dimensional `.weight` (embeddings too), with blocks by name.
-    `source["structure"]` of the report says which. Weights stored as values and bitmask count like dense ones.
+    `source["structure"]` of the report says which, and `source["reason"]` why names alone had to do. Weights stored as
+    values and bitmask count like dense ones.
 
     Args:
         path: a directory with safetensors files, sharded or not, or one such file.
         pattern: n:m pattern to check for.
 
     Raises:
-        ValueError: there are no safetensors files, one is missing or broken, or it holds no linear layer; the pattern
-            is malformed.
+        ValueError: there are no safetensors files, one is missing or broken, or it holds no linear layer; config.json
+            has values of another kind; the pattern is malformed.
     """
     wanted = None if pattern is None else Pattern.parse(pattern)
     root = Path(path)
     files = _files(root)
-    by_config = place_by_config(root if root.is_dir() else root.parent)
-    place_of = by_config or place_by_name
+    found = _place_by_config(root if root.is_dir() else root.parent)
+    place_of: PlaceOf = _place_by_name if isinstance(found, str) else found
     entries = [entry for file in files for entry in _count_file(file, place_of, wanted)]
     if not entries:
-        raise ValueError(f"{str(root)!r} holds no weight of a linear layer.")
+        base = adapter_base(root)
+        hint = "" if base is None else f" It is an adapter: inspect its base{base}."
+        raise ValueError(f"{str(root)!r} holds no weight of a linear layer.{hint}")
     entries.sort(key=_natural)
-    return SparsityReport(entries, {"path": str(root), "structure": "config.json" if by_config else "tensor names"})
+    source = {"path": str(root), "structure": "config.json"}
+    if isinstance(found, str):
+        source |= {"structure": "tensor names", "reason": found}
+    return SparsityReport(entries, source)

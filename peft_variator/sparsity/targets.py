@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..bases import Sparse24Linear
+from ..compat import is_quantized_tensor
 from .config import PruningConfig
 from .modalities import DEFAULT_OFF, Modalities, block_stacks, innermost
 from .patterns import Pattern, Target, check_width
@@ -85,14 +87,20 @@ def _check_matched(model: nn.Module, wanted: list[str] | str, prunable: list[Pru
 
 
 def _check_weight(target: PrunableModule) -> None:
+    if isinstance(target.module, Sparse24Linear):
+        raise ValueError(
+            f"{target.name!r} is a packed 2:4 layer, whose zeros are fixed. Make the model dense first, with "
+            "`peft-variator unpack` or, in memory, with model.dequantize(), and prune that."
+        )
     weight = target.module.weight
     if weight.numel() == 0:
         raise ValueError(
             f"{target.name!r} has an empty weight {tuple(weight.shape)}. Exclude it with exclude_modules."
         )
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or is_quantized_tensor(weight):
+        kind = type(weight).__name__ if is_quantized_tensor(weight) else weight.dtype
         raise ValueError(
-            f"The weight of {target.name!r} is stored as {weight.dtype}. Prune the model in float32, bfloat16 or "
+            f"The weight of {target.name!r} is stored as {kind}. Prune the model in float32, bfloat16 or "
             "float16, and quantise afterwards."
         )
     if isinstance(target.target, Pattern):

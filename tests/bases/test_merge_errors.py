@@ -64,7 +64,7 @@ def test_folders_that_hold_no_adapter(dense_dir, adapter, tmp_path):
     (adapter / "adapter_model.safetensors").write_bytes(b"half")
     refuses(dense_dir, adapter, r"adapter_model\.safetensors can't be read as a safetensors file")
     (adapter / "adapter_config.json").write_text("[]")
-    refuses(dense_dir, adapter, r"adapter_config\.json can't be read as the config of an adapter: TypeError")
+    refuses(dense_dir, adapter, r"adapter_config\.json holds \[\]")
 
 
 def test_tensors_that_are_missing_or_of_another_kind(dense_dir, adapter):

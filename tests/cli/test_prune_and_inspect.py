@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import CLIPImageProcessorPil, CLIPProcessor, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, CLIPImageProcessorPil, CLIPProcessor, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from peft_variator.bases import load_base
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, SparsityReport, measure_sparsity, prune
 from peft_variator.sparsity.calibration import read_batches
@@ -257,6 +259,30 @@ def test_inspect_shows_a_pruned_model(base, tmp_path):
     assert (tmp_path / "zeros.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_packed_model_is_unpacked_first(base, tmp_path):
+    run("prune", base, "-o", tmp_path / "pruned", "--method", "magnitude", "--pattern", "2:4")
+    run("pack", tmp_path / "pruned", "-o", tmp_path / "packed")
+    output = refused("prune", tmp_path / "packed", "-o", tmp_path / "out", "--method", "magnitude", "--sparsity", 0.6)
+    assert f"peft-variator unpack {tmp_path / 'packed'}" in output
+    assert not (tmp_path / "out").exists()
+    packed = load_base(tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*dequantize"):
+        prune(packed, PruningConfig(method="magnitude", sparsity=0.6))
+    assert prune(packed.dequantize(), PruningConfig(method="magnitude", sparsity=0.6)).sparsity > 0.59
+
+
+def test_inspect_fails_where_a_pattern_is_missed(base, tmp_path):
+    run("prune", base, "-o", tmp_path / "out", "--method", "magnitude", "--pattern", "2:4")
+    missed = invoke("inspect", tmp_path / "out", "--pattern", "2:4", "--fail", "--json", "-")
+    assert missed.exit_code == 1  # the head is dense
+    assert "lm_head" in missed.stderr
+    assert json.loads(missed.stdout)["total"]["pattern_met"] is False
+    assert invoke("inspect", tmp_path / "out", "--pattern", "2:4").exit_code == 0
+    save_file({"a.weight": torch.tensor([[0.0, 1.0, 0.0, 2.0]])}, tmp_path / "a.safetensors")
+    assert invoke("inspect", tmp_path / "a.safetensors", "--pattern", "2:4", "--fail").exit_code == 0
+    assert "--pattern" in refused("inspect", tmp_path / "a.safetensors", "--fail")
+
+
 def test_inspect_says_what_it_cannot_know(tmp_path):
     save_file({"a.weight": torch.tensor([[-0.0, 1.0]])}, tmp_path / "a.safetensors")
     output = run("inspect", tmp_path / "a.safetensors")
@@ -310,6 +336,50 @@ def test_records_of_text_are_cut_and_others_refused(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"question": "w1"}\n')
     with pytest.raises(ValueError, match=r'needs "text", "image" or both, but has \[\'question\'\]'):
         read_batches(tmp_path / "records.jsonl", tokenizer(), **settings)
+
+
+BAD_LINES = {
+    "no json": "{'text': 1}",
+    "deep": "[" * 100_000,
+    "a list": '["w1"]',
+    "a number as text": '{"text": 5}',
+    "an image that is not there": '{"text": "w1", "image": "none.png"}',
+    "a file that is no image": '{"image": "records.jsonl"}',
+    "neither": '{"texts": "w1"}',
+    "an image for a tokenizer": '{"image": "white.png"}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_record_is_named_by_file_and_line(tmp_path, line):
+    Image.new("RGB", (20, 20)).save(tmp_path / "white.png")
+    file = tmp_path / "records.jsonl"
+    file.write_text(f'{{"text": "w1"}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))}, line 3\b"):
+        read_batches(file, tokenizer(), samples=8, length=16, batch_size=4, seed=0, labels=False)
+
+
+def test_calibration_files_that_cannot_be_read_are_named(base, tmp_path):
+    arguments = ["prune", base, "-o", tmp_path / "out", "--sparsity", 0.5, "--data", tmp_path / "text.txt"]
+    assert str(tmp_path / "text.txt") in refused(*arguments)
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe w1")
+    assert str(tmp_path / "text.txt") in refused(*arguments)
+    (tmp_path / "text.txt").write_text("")
+    assert str(tmp_path / "text.txt") in refused(*arguments)
+    (tmp_path / "text.jsonl").write_text("\n")
+    assert str(tmp_path / "text.jsonl") in refused(*arguments[:-1], tmp_path / "text.jsonl")
+
+
+def test_windows_that_the_model_cannot_read_are_refused(tmp_path, text):
+    make("bert")[0].save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    positions = BertConfig.from_pretrained(tmp_path / "bert").max_position_embeddings
+    arguments = ["prune", tmp_path / "bert", "-o", tmp_path / "out", "--sparsity", 0.5, "--data", text, "--samples", 2]
+    output = refused(*arguments, "--length", positions + 1)
+    assert f"length={positions + 1}" in output
+    assert str(positions) in output
+    (tmp_path / "records.jsonl").write_text('{"text": "w1"}\n')
+    assert "length=" in refused(*arguments[:-4], "--data", tmp_path / "records.jsonl", "--length", positions + 1)
 
 
 def test_an_encoder_decoder_is_pruned_on_text(tmp_path, text):
