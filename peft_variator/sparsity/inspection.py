@@ -25,10 +25,9 @@ from ..models import (
     read_model_config,
     shorten,
 )
-from .modalities import WHOLE_MODEL
+from .modules import WHOLE_MODEL, find_prunable
 from .patterns import Pattern
 from .report import ModuleSparsity, SparsityReport, count_module
-from .targets import find_prunable
 
 
 __all__ = ["inspect_checkpoint"]

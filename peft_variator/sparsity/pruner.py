@@ -12,17 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .allocation import spread_budgets, water_fill
 from .calibration import check_batches
-from .calls import Batch
 from .config import PruningConfig
+from .ecoflap import block_scores, spread_budgets, water_fill
 from .methods import METHODS
+from .modules import PrunableModule, find_prunable, find_targets
 from .patterns import Pattern, apply_mask
 from .report import ModuleSparsity, SparsityReport, count_module
-from .scoring import block_scores
+from .sequential import Batch, walk_blocks
 from .statistics import Statistics
-from .targets import PrunableModule, find_prunable, find_targets
-from .walk import walk_blocks
 from .weights import apply_matrix, read_matrix, replace_matrix
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..compat import offload_hook
-from .targets import PrunableModule
+from .modules import PrunableModule
 
 
 __all__ = ["apply_matrix", "read_matrix", "replace_matrix"]

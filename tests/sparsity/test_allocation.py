@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 from peft_variator.sparsity import PruningConfig, prune
-from peft_variator.sparsity.allocation import spread_budgets, water_fill
-from peft_variator.sparsity.scoring import first_order_scores, zeroth_order_scores
-from peft_variator.sparsity.targets import find_targets
+from peft_variator.sparsity.ecoflap import first_order_scores, spread_budgets, water_fill, zeroth_order_scores
+from peft_variator.sparsity.modules import find_targets
 
 from .cases import make
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from peft_variator.sparsity import PruningConfig, prune
-from peft_variator.sparsity.modalities import Modalities, block_stacks, innermost, is_inside
-from peft_variator.sparsity.targets import find_prunable, find_targets
+from peft_variator.sparsity.modules import Modalities, block_stacks, find_prunable, find_targets, innermost, is_inside
 
 from .cases import VISION_LANGUAGE, make
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from peft_variator.sparsity import Pattern, PruningConfig, measure_sparsity, prune
+from peft_variator.sparsity.modules import find_targets
 from peft_variator.sparsity.patterns import meets_pattern
-from peft_variator.sparsity.targets import find_targets
 
 from .cases import make
 

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from peft_variator.sparsity import PruningConfig, prune
-from peft_variator.sparsity.chains import find_chains
 from peft_variator.sparsity.methods import METHODS, Method
 from peft_variator.sparsity.methods.wanda import wanda_mask
-from peft_variator.sparsity.modalities import block_stacks
+from peft_variator.sparsity.modules import block_stacks, find_targets
+from peft_variator.sparsity.sequential import find_chains
 from peft_variator.sparsity.statistics import InputStatistics
-from peft_variator.sparsity.targets import find_targets
 
 from .cases import OTHERS, VISION_LANGUAGE, make, text_batch
 
