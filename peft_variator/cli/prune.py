@@ -130,7 +130,7 @@ def _load(model: str, dtype: str, device_map: str, offload_folder: str) -> PreTr
     cls = model_class(config)
     if cls is None:
         raise ValueError(
-            f"The config of {model!r} names the architectures {config.architectures}, none of which is a model of "
+            f"The config of {model!r} names the architectures {config.architectures}, none of which is a class of "
             "transformers. Load the model in Python and call peft_variator.sparsity.prune on it."
         )
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)

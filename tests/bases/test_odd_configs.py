@@ -86,8 +86,6 @@ def test_architectures_that_are_no_models(dense_dir, tmp_path, name):
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
     with pytest.raises(CheckpointError, match=name):
         pack_checkpoint(dense_dir, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=name):
-        merge_checkpoint(dense_dir, ADAPTER, tmp_path / "out")
     assert name in inspect_checkpoint(dense_dir).source["reason"]
     load_base(dense_dir)  # AutoModelForCausalLM says which class
 
@@ -104,5 +102,5 @@ def test_files_of_a_config_alone_and_names_on_the_hub(dense_dir):
     assert load_config(str(dense_dir / "config.json")).model_type == "llama"
     with pytest.raises(FileNotFoundError):
         read_model_config(dense_dir / "nowhere")
-    with pytest.raises(OSError, match="nobody/nothing"):
+    with pytest.raises(OSError):  # noqa: PT011 (what transformers says depends on whether it may ask the Hub)
         read_model_config("nobody/nothing")
