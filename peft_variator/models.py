@@ -167,7 +167,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return read_fields(folder / CONFIG_NAME)
     base = adapter_base(folder)
     if base is None:
-        raise CheckpointError(f"{str(folder)!r} holds no {CONFIG_NAME}. Name the folder of a model.")
+        raise CheckpointError(f"{folder / CONFIG_NAME} can't be read: it is missing. Name the folder of a model.")
     raise CheckpointError(f"{str(folder)!r} holds an adapter and no model. Name its base model{base}.")
 
 

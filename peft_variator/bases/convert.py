@@ -240,7 +240,7 @@ class ModelFolder:
             cls = other if other is not None and other.config_class is type(config) else cls
         if cls is None:
             raise CheckpointError(
-                f"{self.path / CONFIG_NAME}: architectures={config.architectures} names no model of transformers, "
+                f"{self.path / CONFIG_NAME}: architectures={config.architectures} names no class of transformers, "
                 "so its linear layers are unknown. Load the model with its own code and Sparse24Config, and save it."
             )
         return build_empty(cls, config, self.path)
