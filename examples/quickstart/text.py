@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_variator.training.text import cut_spans, surroundings, tokenize
+from peft_variator.training.data import cut_spans, surroundings, tokenize
 
 
 __all__ = ["Corpus", "load_corpus", "make_examples"]

@@ -17,7 +17,7 @@ from vision_quality import PHOTOGRAPH_SIDE, pixels
 from weights import WEIGHTS, Loaded
 
 from peft_variator import VariatorConfig
-from peft_variator.training.text import cut_spans, split_spans, surroundings, tokenize
+from peft_variator.training.data import cut_spans, split_spans, surroundings, tokenize
 
 
 __all__ = ["RECIPES", "Recipe", "make_dataset", "plugin_config", "trained_part"]

@@ -16,7 +16,7 @@ from training import adapt, train
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from peft_variator.sparsity import PruningConfig, measure_sparsity, prune
-from peft_variator.training.text import cut_spans, surroundings, tokenize
+from peft_variator.training.data import cut_spans, surroundings, tokenize
 
 
 __all__ = ["AMOUNTS", "Encoder"]

@@ -88,6 +88,12 @@ def _run(settings: BenchmarkSettings, reporter: Reporter) -> BenchmarkReport:
 def _show(report: BenchmarkReport, reporter: Reporter) -> None:
     reporter.show_table(make_table(report))
     _show_packed_layers(report.packed_layers, reporter)
+    for plugin in report.plugins:
+        if not report.pays(plugin):
+            reporter.warn(
+                f"At {plugin.name} it does not pay here: {report.speedup(plugin).median:.2f} times as fast as the "
+                f"base, with {report.flops_saved(plugin):.1%} of the FLOPs saved. Try a larger k, or longer inputs."
+            )
     warn_about_load(report.environment, reporter)
     model, adapter = report.settings["model"], report.settings["adapter"]
     ratios = ",".join(str(ratio) for ratio in report.settings["ratios"])

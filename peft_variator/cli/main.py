@@ -69,14 +69,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings 
 TaskOption = Annotated[Task | None, typer.Option(help="How the model is used; left out: read off the architecture.")]
 Data = Annotated[
     list[str],
-    typer.Option(help="Text file, .jsonl, data set on the Hub; for vision models a folder of images. Repeatable."),
+    typer.Option(
+        help="Text file, table (.csv, .tsv, .parquet, .json, .jsonl), data set on the Hub; for vision models a folder "
+        "of images. Repeatable."
+    ),
 ]
 Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
 Accumulation = Annotated[int, typer.Option(help="Batches in an optimizer step.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate; it warms up and follows a cosine to 0.")]
 MaxLength = Annotated[int, typer.Option(help="Most tokens in an example; lengths vary from a quarter up.")]
 HeldOut = Annotated[int, typer.Option(help="Examples to measure on; at most a tenth of the data.")]
-TextColumn = Annotated[str, typer.Option(help="Column of a data set or .jsonl that holds the text.")]
+TextColumn = Annotated[str, typer.Option(help="Column of a table or data set that holds the text.")]
 Split = Annotated[str, typer.Option(help="Split of a data set.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Mixed precision.")]
 Checkpoints = Annotated[

@@ -64,8 +64,11 @@ class RestoreJob(RunSettings):
         if self.kl_weight is not None and not 0 <= self.kl_weight <= 1:
             raise ValueError(f"--kl-weight is {self.kl_weight}; it is the λ of (1 − λ)·task + λ·KL, from 0 to 1.")
 
-    def run(self) -> tuple[RestoredFacts, bool]:
+    def run(self, reporter: Reporter) -> tuple[RestoredFacts, bool]:
         """Train an adapter and write it with its card.
+
+        Args:
+            reporter: told what the user has to know while it runs.
 
         Returns:
             tuple[RestoredFacts, bool]: what is known about it, and whether this is the process that wrote it.
@@ -79,7 +82,7 @@ class RestoreJob(RunSettings):
         has_teacher = self._follows_its_base(model) or self.teacher is not None
         weights = _loss_weights(self.model, task, self.kl_weight, has_teacher)
         teacher = None if self.teacher is None else load_weights(self.teacher, task)
-        data = load_run_data(self, task)
+        data = load_run_data(self, task, reporter)
         if task == "causal":
             data = _label_all(data)
         with training_arguments(self, prediction_loss_only=True, **weights) as args:
@@ -93,7 +96,7 @@ class RestoreJob(RunSettings):
             )
             show_only_a_bar(trainer)
             losses = {"dense": _teacher_losses(trainer, data), "pruned": _held_out_losses(trainer)}
-            train_or_resume(trainer, self)
+            train_or_resume(trainer, self, reporter)
             losses["restored"] = _held_out_losses(trainer)
             facts = self._facts(model, data, weights, losses)
             is_first = trainer.is_world_process_zero()
@@ -211,7 +214,7 @@ def _teacher_losses(trainer: DistillationTrainer, data: TrainingData) -> dict[st
 def restore(job: RestoreJob, reporter: Reporter) -> None:
     """Restore a pruned model and tell what came of it."""
     reporter.check()
-    facts, is_first = job.run()
+    facts, is_first = job.run(reporter)
     if is_first:
         reporter.write_json(json.dumps(asdict(facts), indent=2))
         _show(job, facts, reporter)

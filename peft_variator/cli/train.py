@@ -81,8 +81,11 @@ class TrainJob(RunSettings):
                 "for each --ratio, in the same order."
             )
 
-    def run(self) -> tuple[PluginFacts, bool]:
+    def run(self, reporter: Reporter) -> tuple[PluginFacts, bool]:
         """Train a plugin and write it with its card.
+
+        Args:
+            reporter: told what the user has to know while it runs.
 
         Returns:
             tuple[PluginFacts, bool]: what is known about the plugin, and whether this is the process that wrote it.
@@ -90,14 +93,14 @@ class TrainJob(RunSettings):
         check_checkpoints(self)
         beside = sentence_files(self.model)
         task = self.task or find_task(self.model, load_config(self.model))
-        data = load_run_data(self, task)
+        data = load_run_data(self, task, reporter)
         set_seed(self.seed)
         plugin, ratios = self._plugin(load_weights(self.model, task), data)
         with training_arguments(self, **self._objective(task, ratios)) as args:
             trainer = DistillationTrainer(plugin, args, train_dataset=data.train, data_collator=data.collate)
             show_only_a_bar(trainer)
             before = self._qualities(plugin, ratios, data)
-            train_or_resume(trainer, self)
+            train_or_resume(trainer, self, reporter)
             after = self._qualities(plugin, ratios, data)
             flops = self._flops(plugin, task, [1, *ratios], data)
             rows = [RatioFacts(k, flops[1], flops[k], before[k], after[k]) for k in ratios]
@@ -202,10 +205,12 @@ class TrainJob(RunSettings):
 def train(job: TrainJob, reporter: Reporter) -> None:
     """Train a plugin and tell what came of it."""
     reporter.check()
-    facts, is_first = job.run()
+    facts, is_first = job.run(reporter)
     if is_first:
         reporter.write_json(json.dumps(asdict(facts), indent=2))
         _show(job, facts, reporter)
+        if facts.verdict is not None:
+            reporter.warn(facts.verdict)
         warn_about_little_data(facts.held_out, reporter)
         job.publishing.push(job.output, reporter)
 

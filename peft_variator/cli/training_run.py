@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
-import random
 import shlex
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Subset
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -33,16 +34,16 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import check_new_file, check_new_folder, new_folder, write_text
 from ..models import Task, check_model_name
 from ..profiling import build_model, count_positions, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig
-from ..training.images import ImageFolder
+from ..training.data import ImageFolder, cut_documents, read_documents, split_spans, surroundings, tokenize_documents
 from ..training.model_card import PluginFacts, RestoredFacts
-from ..training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
 from .console import Reporter
 from .publishing import Publishing
 
@@ -78,12 +79,14 @@ class TrainingData:
         held_out: examples to measure on, none of them in `train`.
         collate: makes a batch of a list of examples.
         tokenizer: the model's tokenizer; `None` for images.
+        unreadable: files that were passed over because they can't be read.
     """
 
     train: Examples
     held_out: Examples
     collate: Callable[[list[Any]], dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase | None
+    unreadable: Sequence[str] = ()
 
     def held_out_batches(self, size: int, device: Any) -> Iterator[dict[str, Any]]:
         """The held-out examples in batches of a size."""
@@ -111,10 +114,11 @@ def load_data(
         model: the base model, whose tokenizer or image processor is used.
         task: how the model is used.
         data: files, data sets, or for vision models folders of images.
-        column: column of the text in a data set.
+        column: column of the text in tables and data sets.
         split: split of the data set.
         max_length: most tokens in an example.
-        wanted: number of examples that are enough; no more text is read than they need.
+        wanted: number of examples that are enough; no more text or images are read than they need, of every file
+            as much.
         held_out: number of examples to hold out, at most a tenth of all.
         seed: seed of the split, and of where text is cut.
 
@@ -124,33 +128,46 @@ def load_data(
     """
     names = ", ".join(data)
     if task == "vision":
-        processor = AutoImageProcessor.from_pretrained(model)
-        images: ConcatDataset[dict[str, Tensor]] = ConcatDataset([ImageFolder(folder, processor) for folder in data])
-        order = list(range(len(images)))
-        random.Random(seed).shuffle(order)
-        count = _count_held_out(len(order), held_out, names)
-        return TrainingData(Subset(images, order[count:]), Subset(images, order[:count]), default_data_collator, None)
+        images = ImageFolder(data, AutoImageProcessor.from_pretrained(model))
+        drawn, unreadable = images.draw(wanted, seed)
+        if unreadable and len(drawn) < 2:
+            raise ValueError(f"Of {len(images)} images in {names} only {len(drawn)} can be read. Add images.")
+        count = _count_held_out(len(drawn), held_out, names)
+        parts = Subset(images, drawn[count:]), Subset(images, drawn[:count])
+        return TrainingData(*parts, default_data_collator, None, [str(path) for path in unreadable])
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
-    texts = chain.from_iterable(read_texts(name, column=column, split=split) for name in data)
-    examples = _text_examples(tokenizer, task, texts, max_length, wanted, seed)
-    count = _count_held_out(len(examples), held_out, names)
+    before, after = surroundings(tokenizer)
+    room = max_length - len(before) - len(after)
+    sources = [read_documents(name, column=column, split=split) for name in data]
+    spans = [
+        cut_documents(documents, room, seed + index)
+        for index, documents in enumerate(tokenize_documents(sources, tokenizer, wanted * room))
+    ]
+    for name, each in zip(data, spans, strict=True):
+        if not each:
+            raise ValueError(f"{name} holds no text. Leave it out, or name another file.")
+    if task != "encoder":
+        spans = [[span for span in each if len(span) >= MIN_TOKENS] for each in spans]
+    count = _count_held_out(sum(map(len, spans)), held_out, names)
+    # The end of each file, rather than spans here and there, whose neighbours would be trained on.
+    ends = _shares([len(each) for each in spans], count)
+    ordered = [span for each, end in zip(spans, ends, strict=True) for span in each[: len(each) - end]]
+    ordered += [span for each, end in zip(spans, ends, strict=True) for span in each[len(each) - end :]]
+    if task == "encoder":
+        examples = [{"input_ids": [*before, *span, *after]} for span in ordered]
+    else:
+        examples = split_spans(ordered, before, after, is_decoder=task == "seq2seq", seed=seed)
     collate = DataCollatorWithPadding(tokenizer) if task == "encoder" else DataCollatorForSeq2Seq(tokenizer)
-    # The end of the text, rather than spans here and there, whose neighbours would be trained on.
     return TrainingData(examples[:-count], examples[-count:], collate, tokenizer)
 
 
-def _text_examples(
-    tokenizer: PreTrainedTokenizerBase, task: Task, texts: Iterator[str], max_length: int, wanted: int, seed: int
-) -> list[dict[str, list[int]]]:
-    before, after = surroundings(tokenizer)
-    room = max_length - len(before) - len(after)
-    spans = cut_spans(tokenize(texts, tokenizer, wanted * room), room, seed)
-    if task == "encoder":
-        return [{"input_ids": [*before, *span, *after]} for span in spans]
-    long_enough = (span for span in spans if len(span) >= MIN_TOKENS)
-    return split_spans(long_enough, before, after, is_decoder=task == "seq2seq", seed=seed)
+def _shares(sizes: list[int], count: int) -> list[int]:
+    """`count` things in proportion to sizes, whole numbers that add up to it, none larger than its size."""
+    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    marks = [0, *(end * count // max(1, ends[-1]) for end in ends)]
+    return [high - low for low, high in zip(marks[:-1], marks[1:], strict=True)]
 
 
 def _count_held_out(total: int, wanted: int, data: str) -> int:
@@ -201,6 +218,14 @@ class RunSettings:
                 "restore. Name a model on the Hub or a folder with one."
             )
         check_new_folder(self.output)
+        if self.checkpoints is not None and self.output.resolve() in (
+            self.checkpoints.resolve(),
+            *self.checkpoints.resolve().parents,
+        ):
+            raise ValueError(
+                f"--checkpoints {self.checkpoints} lies in --output {self.output}, which has to be empty until the "
+                "run ends. Name another folder."
+            )
         _check_device(self.device)
         self.publishing.check()
 
@@ -226,6 +251,8 @@ class RunSettings:
 
 
 SETTINGS_NAME = "run.json"
+# What training goes on from. The Trainer writes its state, trainer_state.json, last.
+NEEDED_FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
 def check_checkpoints(settings: RunSettings) -> None:
@@ -239,7 +266,7 @@ def check_checkpoints(settings: RunSettings) -> None:
         return
     file = settings.checkpoints / SETTINGS_NAME
     check_new_file(file)
-    if _last_checkpoint(settings) is None:
+    if not _checkpoints(settings):
         return
     if not file.is_file():
         raise ValueError(f"{settings.checkpoints} holds checkpoints of an unknown run. Name another folder.")
@@ -264,17 +291,66 @@ def show_only_a_bar(trainer: Trainer) -> None:
         trainer.add_callback(_Bar)
 
 
-def train_or_resume(trainer: Trainer, settings: RunSettings) -> None:
-    """Train, from the last checkpoint of the run if there is one; say in their folder which run they are of."""
-    last = _last_checkpoint(settings)
+def train_or_resume(trainer: Trainer, settings: RunSettings, reporter: Reporter) -> None:
+    """Train, from the last whole checkpoint of the run if there is one; say in their folder which run they are of."""
+    last = _last_whole_checkpoint(trainer, settings, reporter)
     if settings.checkpoints is not None and trainer.is_world_process_zero():
         write_text(settings.checkpoints / SETTINGS_NAME, json.dumps(_facts(settings), indent=2) + "\n")
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
-def _last_checkpoint(settings: RunSettings) -> str | None:
+def _checkpoints(settings: RunSettings) -> list[Path]:
+    """The checkpoints of earlier runs, whole or not, the last one first."""
     folder = settings.checkpoints
-    return get_last_checkpoint(str(folder)) if folder is not None and folder.is_dir() else None
+    if folder is None or not folder.is_dir():
+        return []
+    steps = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.iterdir() if path.is_dir()}
+    found = [path for path, step in steps.items() if step != path.name and step.isdecimal()]
+    return sorted(found, key=lambda path: int(steps[path]), reverse=True)
+
+
+def _last_whole_checkpoint(trainer: Trainer, settings: RunSettings, reporter: Reporter) -> Path | None:
+    """The last checkpoint that was written to its end; those that were not are told of."""
+    # Of models that are spread over processes every process writes files of its own.
+    is_spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    broken: list[str] = []
+    whole = None
+    for folder in _checkpoints(settings):
+        reason = _why_broken(folder, () if is_spread else NEEDED_FILES)
+        if reason is None:
+            whole = folder
+            break
+        broken.append(f"{folder} ({reason})")
+    if broken and _is_first_process():
+        after = "Starting from the beginning." if whole is None else f"Going on from {whole.name}."
+        reporter.warn(f"Passed over {', '.join(broken)}: not written to the end. {after}")
+    return whole
+
+
+def _why_broken(folder: Path, needed: Sequence[str]) -> str | None:
+    """What is wrong with a checkpoint of the Trainer, or `None` if it is whole."""
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    missing = [name for name in (TRAINER_STATE_NAME, *needed) if not fnmatch.filter(files, name)]
+    if missing:
+        return f"without {missing[0]}"
+    damaged = [name for name in files if not _is_whole(folder / name)]
+    return f"{damaged[0]} is damaged" if damaged else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of a checkpoint can be read to its end."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                file.keys()
+        elif path.suffix in (".pt", ".pth", ".bin"):  # torch's format is that of zip
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+    except (OSError, SafetensorError, ValueError, zipfile.BadZipFile):
+        return False
+    return True
 
 
 def _facts(settings: RunSettings) -> dict[str, object]:
@@ -292,15 +368,15 @@ def load_weights(name: str, task: Task) -> PreTrainedModel:
     return build_model(name, load_config(name), task, dtype=torch.float32, device=cpu, random_weights=False)
 
 
-def load_run_data(settings: RunSettings, task: Task) -> TrainingData:
-    """As much data as all processes of the run need; see [`load_data`].
+def load_run_data(settings: RunSettings, task: Task, reporter: Reporter) -> TrainingData:
+    """As much data as all processes of the run need; see [`load_data`]. Images that can't be read are told of.
 
     Raises:
         ValueError: examples would be longer than the model can read.
     """
     _check_length(settings)
     batch = settings.batch_size * settings.accumulation * _processes()
-    return load_data(
+    data = load_data(
         settings.model,
         task,
         settings.data,
@@ -311,6 +387,8 @@ def load_run_data(settings: RunSettings, task: Task) -> TrainingData:
         held_out=settings.held_out,
         seed=settings.seed,
     )
+    _warn_about_unreadable(data, reporter)
+    return data
 
 
 @contextmanager
@@ -322,8 +400,6 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
         objective: what is trained for, further fields of `DistillationConfig`.
     """
     on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
-    if settings.steps == 1:
-        objective["warmup_steps"] = 0  # a warm-up begins at a rate of 0, which would be the only one
     with tempfile.TemporaryDirectory(prefix=f"peft-variator-{settings.subcommand}-") as scratch:
         yield DistillationConfig(
             output_dir=str(settings.checkpoints or scratch),
@@ -344,6 +420,15 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
             use_cpu=on_cpu,
             ddp_backend="gloo" if on_cpu and _processes() > 1 else None,
             **objective,
+        )
+
+
+def _warn_about_unreadable(data: TrainingData, reporter: Reporter) -> None:
+    """Tell how many images were passed over, and the first of them."""
+    if data.unreadable and _is_first_process():
+        total = len(data.unreadable) + len(data.train) + len(data.held_out)
+        reporter.warn(
+            f"Skipped {len(data.unreadable)} of {total} images that can't be read; the first is {data.unreadable[0]}."
         )
 
 
@@ -386,6 +471,11 @@ def write_adapter(
 def _processes() -> int:
     """Number of processes that `accelerate launch` or `torchrun` has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first_process() -> bool:
+    """Whether this process speaks for all of them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check_length(settings: RunSettings) -> None:

@@ -97,6 +97,10 @@ class BenchmarkReport:
         """How many times faster than the base: median and quartiles over the rounds."""
         return speedup(self.base.seconds, plugin.seconds)
 
+    def pays(self, plugin: Measurement) -> bool:
+        """Whether the plugin was faster than the base, by the median over the rounds."""
+        return self.speedup(plugin).median > 1
+
     def summary(self, plugin: Measurement) -> dict[str, Any]:
         """The derived figures of one ratio, by name."""
         ideal, unpacked, measured = self.ideal_speedup(plugin), self.unpacked_speedup(plugin), self.speedup(plugin)
@@ -104,6 +108,7 @@ class BenchmarkReport:
             "flops_saved": self.flops_saved(plugin),
             "ideal_speedup": ideal,
             "speedup": asdict(measured),
+            "pays": self.pays(plugin),
             "measured_over_ideal": measured.median / ideal,
             "ideal_speedup_unpacked": unpacked,
             "measured_over_ideal_unpacked": None if unpacked is None else measured.median / unpacked,

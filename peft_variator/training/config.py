@@ -85,6 +85,10 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"variance_samples={self.variance_samples!r} has to be an integer of at least 1.")
         self._check_ratios()
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Number of warm-up steps; at least one step follows them, as the first one has a rate of 0."""
+        return max(0, min(super().get_warmup_steps(num_training_steps), num_training_steps - 1))
+
     def _check_weights(self) -> None:
         names = ("hidden_weight", "logits_weight", "task_weight")
         for name in names:

@@ -33,7 +33,7 @@ network of the base model and expands them after it, which saves computation at 
 FLOPs saved are those of one batch of the held-out data, counted with torch's `FlopCounterMode`. Quality is fidelity
 to the base model on {held_out} held-out examples: the mean cosine of the last hidden states of real tokens, their
 relative error ‖plugin − base‖ / ‖base‖{agreement}. "Before" is the plugin as training found it.
-
+{verdict}
 ## Use
 
 ```
@@ -84,6 +84,11 @@ class RatioFacts:
         """Share of the base model's operations that the plugin saves, 0 to 1."""
         return 1 - self.flops_plugin / self.flops_base
 
+    @property
+    def pays(self) -> bool:
+        """Whether the plugin saves operations at all."""
+        return self.flops_plugin < self.flops_base
+
 
 @dataclass(frozen=True)
 class PluginFacts:
@@ -122,6 +127,18 @@ class PluginFacts:
         ]
         return [head, *rows]
 
+    @property
+    def verdict(self) -> str | None:
+        """At which ratios the plugin costs more than it saves, `None` if it pays at all of them."""
+        losing = [facts for facts in self.ratios if not facts.pays]
+        if not losing:
+            return None
+        each = ", ".join(f"{-facts.flops_saved:.1%} more at k = {facts.ratio}" for facts in losing)
+        return (
+            f"The plugin does not pay at k = {', '.join(str(facts.ratio) for facts in losing)}: it takes as many "
+            f"operations as the base model or more ({each}). Choose a larger k, a narrower correction or longer texts."
+        )
+
 
 def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
     """The model card of a plugin, with metadata that the Hub understands.
@@ -142,6 +159,7 @@ def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
         table="\n".join("| " + " | ".join(line) + " |" for line in lines),
         held_out=facts.held_out,
         agreement=agreement,
+        verdict="" if facts.verdict is None else f"\n**{facts.verdict}**\n",
         model_class=facts.model_class,
         name=facts.name,
         switch=_switch(facts),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from peft_variator.cli.main import app
+from peft_variator.cli.training_run import load_data
 
 
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
@@ -167,6 +169,133 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
     whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, `data.txt`, and the `checkpoints` of a whole run with the result `whole`."""
+    root = tmp_path_factory.mktemp("stopped")
+    save_model(root / "model", "encoder")
+    data = save_data(root / "data.txt", "encoder")
+    words = [root / "model", "--data", data, *QUICK, *SMALL, "--checkpoints", root / "checkpoints"]
+    assert invoke(*words, "-o", root / "whole")[0] == 0
+    return root
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (one, other)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+NEWEST, BEFORE = "checkpoint-6", "checkpoint-5"
+DAMAGES = ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"]
+
+
+@pytest.mark.parametrize("how", ["missing", "cut off"])
+@pytest.mark.parametrize("file", DAMAGES)
+def test_a_broken_checkpoint_is_passed_over(stopped: Path, tmp_path: Path, file: str, how: str) -> None:
+    kept = tmp_path / "checkpoints"
+    shutil.copytree(stopped / "checkpoints", kept)
+    path = kept / NEWEST / file
+    content = path.read_bytes()
+    path.unlink()
+    if how == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    words = [stopped / "model", "--data", stopped / "data.txt", *QUICK, *SMALL, "--checkpoints", kept]
+    status, _, err = invoke(*words, "-o", tmp_path / "out")
+    assert status == 0, err
+    assert NEWEST in err
+    assert file in err
+    assert f"Going on from {BEFORE}" in err
+    whole, resumed = (
+        load_file(folder / "adapter_model.safetensors") for folder in (stopped / "whole", tmp_path / "out")
+    )
+    torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+
+
+def test_without_a_whole_checkpoint_it_starts_again(stopped: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "checkpoints"
+    shutil.copytree(stopped / "checkpoints", kept, ignore=shutil.ignore_patterns("scheduler.pt"))
+    words = [stopped / "model", "--data", stopped / "data.txt", *QUICK, *SMALL, "--checkpoints", kept]
+    status, _, err = invoke(*words, "-o", tmp_path / "out")
+    assert status == 0, err
+    assert "from the beginning" in err
+    whole, again = (
+        load_file(folder / "adapter_model.safetensors") for folder in (stopped / "whole", tmp_path / "out")
+    )
+    torch.testing.assert_close(whole, again, rtol=0, atol=0)
+
+
+def test_checkpoints_do_not_go_into_the_output(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    for kept in (tmp_path / "out", tmp_path / "out" / "kept"):
+        status, _, err = invoke(tmp_path / "model", "--data", "data", "-o", tmp_path / "out", "--checkpoints", kept)
+        assert (status, "--checkpoints" in err) == (1, True)
+
+
+def test_tables_are_read_by_column(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    lines = save_data(tmp_path / "data.txt", "encoder").read_text().splitlines()
+    table, records = tmp_path / "table.csv", tmp_path / "records.jsonl"
+    table.write_text("\n".join(["id,body", *(f"{number},{line}" for number, line in enumerate(lines))]))
+    records.write_text("\n".join(json.dumps({"body": line}) for line in lines))
+    words = [tmp_path / "model", "--data", table, "--data", records, *QUICK, *SMALL, "-o", tmp_path / "out"]
+    status, _, err = invoke(*words)
+    assert status == 1
+    assert str(table) in err
+    assert "id, body" in err
+    assert "--text-column" in err
+    assert not (tmp_path / "out").exists()
+    status, _, err = invoke(*words, "--text-column", "body")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("task", ["encoder", "causal", "seq2seq"])
+@pytest.mark.parametrize("kind", ["rows", "files"])
+def test_examples_hold_one_document_and_every_file_is_held_out_from(tmp_path: Path, task: Any, kind: str) -> None:
+    save_model(tmp_path / "model", task)
+    files = []
+    for word in range(0, 30, 10):
+        files.append(tmp_path / f"{word}.{'jsonl' if kind == 'rows' else 'txt'}")
+        if kind == "rows":
+            rows = [json.dumps({"text": f"w{number} " * 50}) for number in range(word, word + 10)]
+            files[-1].write_text("\n".join(rows))
+        else:
+            files[-1].write_text((f"w{word} " * 25 + "\n") * 20)
+    data = load_data(
+        str(tmp_path / "model"), task, [str(file) for file in files], column="text", split="train", max_length=20,
+        wanted=10_000, held_out=6, seed=0,
+    )  # fmt: skip
+    words = [
+        {token for token in [*row["input_ids"], *row.get("labels", [])] if token > 3}
+        for row in [*data.train, *data.held_out]
+    ]
+    assert all(len(each) == 1 for each in words)
+    assert len(set().union(*words)) == (30 if kind == "rows" else 3)
+    assert {(next(iter(each)) - 4) // 10 for each in words[-6:]} == {0, 1, 2}
+
+
+def test_unreadable_images_are_skipped_and_counted(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "vision")
+    data = save_data(tmp_path / "data", "vision")
+    (data / "7.png").write_bytes((data / "7.png").read_bytes()[:-30])
+    status, _, err = invoke(tmp_path / "model", "--data", data, "-o", tmp_path / "out", *QUICK, *SMALL)
+    assert status == 0, err
+    assert "Skipped 1 of 20 images" in err
+    assert str(data / "7.png") in err
+
+
+def test_a_plugin_that_does_not_pay_says_so(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    words = [tmp_path / "model", "--data", data, *QUICK, "--ratio", "2,8", "--decompression", "bottleneck"]
+    status, _, err = invoke(*words, "--bottleneck-dim", 600, "-o", tmp_path / "wide")
+    assert status == 0, err
+    assert "does not pay at k = 2" in err
+    assert "does not pay at k = 2" in (tmp_path / "wide" / "README.md").read_text()
+    status, _, err = invoke(*words, *SMALL, "-o", tmp_path / "small")
+    assert status == 0, err
+    assert "does not pay" not in err + (tmp_path / "small" / "README.md").read_text()
 
 
 def test_checkpoints_of_another_run_are_not_taken_up(tmp_path: Path) -> None:

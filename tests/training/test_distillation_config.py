@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -77,3 +78,11 @@ def test_ratios_are_drawn_from_seed_and_step_alone() -> None:
     counts = Counter(drawn)
     assert set(counts) == {2, 4, 8}
     assert min(counts.values()) > 70
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize("warmup", [0, 0.1, 1, 5])
+def test_a_rate_above_0_follows_the_warm_up(tmp_path, steps: int, warmup: float) -> None:
+    args = DistillationConfig(output_dir=str(tmp_path), warmup_steps=warmup, use_cpu=True)
+    wanted = warmup if warmup >= 1 else math.ceil(warmup * steps)
+    assert args.get_warmup_steps(steps) == min(wanted, steps - 1)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import Table, parquet
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from peft_variator.training.images import ImageFolder
-from peft_variator.training.text import cut_spans, read_texts, split_spans, surroundings, tokenize
+from peft_variator.training.data import (
+    ImageFolder,
+    cut_documents,
+    cut_spans,
+    read_documents,
+    read_texts,
+    split_spans,
+    surroundings,
+    tokenize,
+    tokenize_documents,
+)
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
@@ -29,6 +40,9 @@ def tokenizer(template: str) -> PreTrainedTokenizerFast:
     made.pre_tokenizer = Whitespace()
     made.post_processor = TemplateProcessing(single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+
+
+TOKENIZER = tokenizer("$A")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +66,7 @@ def test_tokens_are_those_of_the_text_up_to_the_limit() -> None:
     assert tokenize([], tokenizer("$A"), limit=6) == []
 
 
+@settings(deadline=None)
 @given(total=st.integers(0, 300), longest=st.integers(4, 40), seed=st.integers(0, 5))
 def test_spans_are_uneven_and_lose_no_more_than_a_short_end(total: int, longest: int, seed: int) -> None:
     tokens = list(range(total))
@@ -69,6 +84,7 @@ def test_lengths_of_spans_differ() -> None:
         cut_spans([1], 3, 0)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=5), seed=st.integers(0, 5))
 def test_a_span_is_split_into_prompt_and_rest(lengths: list[int], seed: int) -> None:
     spans = [list(range(10, 10 + length)) for length in lengths]
@@ -92,6 +108,88 @@ def test_texts_of_files(tmp_path: Path) -> None:
     assert list(read_texts(str(records), column="words")) == ["a", "b"]
     with pytest.raises(ValueError, match=r"records.jsonl has no column 'text', only words"):
         list(read_texts(str(records)))
+
+
+TEXTS = ["ä, b", 'say "c"', "two\nlines", "", "d\te"]
+ROWS = [{"id": number, "body": text} for number, text in enumerate(TEXTS)]
+
+
+def write_table(path: Path, kind: str) -> Path:
+    """The rows as a file of a kind, by the usual writer of it."""
+    if kind in ("csv", "tsv", "CSV"):
+        with path.open("w", newline="", encoding="utf-8-sig" if kind == "CSV" else "utf-8") as file:
+            writer = csv.DictWriter(file, ["id", "body"], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif kind == "parquet":
+        parquet.write_table(Table.from_pylist(ROWS), path)
+    elif kind == "columns.json":
+        path.write_text(json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}))
+    elif kind == "list.json":
+        path.write_text(json.dumps(ROWS, indent=2))
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["csv", "tsv", "CSV", "parquet", "list.json", "columns.json", "lines.json", "jsonl", "ndjson"]
+)
+def test_every_row_of_a_table_is_a_document(tmp_path: Path, kind: str) -> None:
+    file = str(write_table(tmp_path / f"table.{kind}", kind))
+    assert [list(document) for document in read_documents(file, column="body")] == [[text] for text in TEXTS]
+    with pytest.raises(ValueError, match=r"table\..* has no column 'text', only id, body.*--text-column"):
+        list(read_texts(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id,text\n1\n", "a.csv, row 1: column 'text' holds a NoneType"),
+        ("a.csv", "id,text\n1,b,c\n", "a.csv, line 2 has 3 cells"),
+        ("a.csv", 'id,text\n1,"b\n', "a.csv, line 2"),
+        ("a.csv", "text,text\na,b\n", "a.csv: .*text, text"),
+        ("a.tsv", 'text\n"b" c\n', "a.tsv, line 2"),
+        ("a.json", "[1]", "a.json, entry 1 is a int"),
+        ("a.json", '{"text": ["a"], "id": []}', "a.json holds one object with lists of 1"),
+        ("a.json", "{", "a.json, line 1 is no JSON"),
+        ("a.json", "[" * 100_000, "a.json"),
+        ("a.parquet", "text", "a.parquet can't be read as Parquet"),
+    ],
+)
+def test_tables_that_are_none_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_texts(str(tmp_path / name)))
+
+
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "a" * 200_000)
+    assert list(read_texts(str(tmp_path / "a.csv"))) == ["a" * 200_000]
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.lists(st.integers(0, 12), max_size=6), min_size=1, max_size=4), limit=st.integers(0, 60))
+def test_sources_give_as_many_tokens_each(lengths: list[list[int]], limit: int) -> None:
+    sources = [[["a " * length] for length in documents] for documents in lengths]
+    found = tokenize_documents(sources, TOKENIZER, limit)
+    sizes = [sum(map(len, documents)) for documents in found]
+    assert sum(sizes) == min(limit, sum(map(sum, lengths)))
+    short = [size for size, documents in zip(sizes, lengths, strict=True) if size < sum(documents)]
+    assert not short or max(sizes) <= min(short) + 1
+    for documents, wanted in zip(found, lengths, strict=True):
+        whole = [length for length in wanted if length]
+        assert [len(document) for document in documents[:-1]] == whole[: len(documents) - 1]
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), max_size=8), longest=st.integers(4, 20), seed=st.integers(0, 5))
+def test_no_span_holds_two_documents(lengths: list[int], longest: int, seed: int) -> None:
+    documents = [[number] * length for number, length in enumerate(lengths)]
+    spans = cut_documents(documents, longest, seed)
+    assert all(len(set(span)) == 1 for span in spans)
+    kept = [sum(len(span) for span in spans if span[0] == number) for number in range(len(documents))]
+    assert all(0 <= length - left < max(1, longest // 4) for length, left in zip(lengths, kept, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +246,21 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     assert len(images) == 2
     torch.testing.assert_close(images[0]["pixel_values"], torch.ones(3, 8, 8))
     torch.testing.assert_close(images[1]["pixel_values"], -torch.ones(3, 8, 8))
+
+
+def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
+    for index in range(6):
+        Image.new("RGB", (20, 30), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-30])
+    (tmp_path / "3.jpg").write_text("no image")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.png").mkdir()
+    images = ImageFolder(tmp_path, ViTImageProcessor(size={"height": 8, "width": 8}))
+    drawn, unreadable = images.draw(wanted=10, seed=0)
+    assert {images.paths[index].name for index in drawn} == {"0.png", "2.png", "3.png", "4.png", "5.png"}
+    assert {path.name for path in unreadable} == {"1.png", "3.jpg", "gone.png"}
+    assert images.draw(wanted=10, seed=0)[0] == drawn
+    assert images.draw(wanted=2, seed=0)[0] == drawn[:2]
 
 
 def test_folders_without_images_are_named(tmp_path: Path) -> None:

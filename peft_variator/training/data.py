@@ -1,0 +1,414 @@
+"""Text and images as training examples: documents, spans of their tokens of uneven length, and folders of images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.image_utils import load_image
+
+
+__all__ = [
+    "ImageFolder",
+    "cut_documents",
+    "cut_spans",
+    "read_documents",
+    "read_texts",
+    "split_spans",
+    "surroundings",
+    "tokenize",
+    "tokenize_documents",
+]
+
+LINES_AT_ONCE = 512
+ROWS_AT_ONCE = 1024
+# Characters in a cell of a CSV file; Python's own limit is that of short cells.
+LONGEST_CELL = 2**31 - 1
+# Where a span is cut into what is read and what is predicted, as a fraction of it: mostly prompt, as that is where a
+# plugin works.
+PROMPT_SHARE = (0.5, 0.9)
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+Record = dict[str, Any]
+
+
+def read_documents(data: str, *, column: str = "text", split: str = "train") -> Iterator[Iterable[str]]:
+    """Documents, each as its pieces: a plain text file is one, of its lines; of tables and data sets every row is one.
+
+    Args:
+        data: path of a file, or what `datasets.load_dataset` takes.
+        column: which column of a table or a data set holds the text.
+        split: which split of a data set is read.
+
+    Raises:
+        FileNotFoundError: `data` looks like a file and there is none.
+        ImportError: `data` is no file and `datasets` is not installed.
+        ValueError: there is no such column, or the file can't be read.
+    """
+    texts = read_texts(data, column=column, split=split)
+    return iter([texts]) if _is_plain_text(data) else ([text] for text in texts)
+
+
+def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iterator[str]:
+    """The lines of a text file, or a column of a table (CSV, TSV, Parquet, JSON, JSON Lines) or of a data set.
+
+    Args:
+        data: path of a file, or what `datasets.load_dataset` takes.
+        column: which column of a table or a data set holds the text.
+        split: which split of a data set is read.
+
+    Raises:
+        FileNotFoundError: `data` looks like a file and there is none.
+        ImportError: `data` is no file and `datasets` is not installed.
+        ValueError: there is no such column, or the file can't be read.
+    """
+    path = Path(data)
+    suffix = path.suffix.lower()
+    if path.is_file():
+        return _column(TABLES[suffix](path), column, data) if suffix in TABLES else _lines(path)
+    if suffix in (".txt", ".md", *TABLES) or data.startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise FileNotFoundError(f"There is no file {data!r}. Name a text file, or a data set on the Hub.")
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise ImportError(
+            f"{data!r} is no local file, and reading it as a data set needs `datasets`: pip install datasets. Or name "
+            "a text file."
+        ) from error
+    try:
+        records = load_dataset(data, split=split)
+    except DatasetsError as error:
+        raise ValueError(f"`datasets` can't read {data!r}: {error.__cause__ or error}") from error
+    return _column(records, column, data)
+
+
+def _is_plain_text(data: str) -> bool:
+    return Path(data).is_file() and Path(data).suffix.lower() not in TABLES
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # Windows starts files with a mark, which is no text
+            yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as UTF-8.") from error
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}. Every line has to be an object.") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} holds a {type(record).__name__}. Every line has to be an object.")
+        yield record
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """A list of objects, an object of columns, or JSON Lines under another name."""
+    try:
+        found = json.loads("".join(_lines(path)))
+    except json.JSONDecodeError:
+        yield from _json_lines(path)
+        return
+    except (ValueError, RecursionError) as error:  # UTF-8, or numbers and nesting that Python does not read
+        raise ValueError(f"{path} can't be read as JSON: {error}") from error
+    if isinstance(found, dict) and found and all(isinstance(values, list) for values in found.values()):
+        if len({len(values) for values in found.values()}) > 1:
+            raise ValueError(
+                f"{path} holds one object with lists of {', '.join(f'{len(v)} ({k!r})' for k, v in found.items())} "
+                "entries, which are no columns of a table. Save it as a list of objects, or as JSON Lines."
+            )
+        found = [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    for number, record in enumerate(found if isinstance(found, list) else [found], start=1):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, entry {number} is a {type(record).__name__}. Every entry has to be an object.")
+        yield record
+
+
+def _separated(delimiter: str) -> Callable[[Path], Iterator[Record]]:
+    """Reads files whose first line names the columns."""
+
+    def read(path: Path) -> Iterator[Record]:
+        csv.field_size_limit(LONGEST_CELL)
+        rows = csv.DictReader(_unchanged_lines(path), delimiter=delimiter, strict=True)
+        try:
+            names = rows.fieldnames or []
+            if len(set(names)) < len(names):
+                raise ValueError(
+                    f"{path}: the first line has to name the columns, and it says {', '.join(names)}, one of them "
+                    "twice. Give every column a name of its own."
+                )
+            for row in rows:
+                if None in row:
+                    raise ValueError(
+                        f"{path}, line {rows.line_num} has {len(row) - 1 + len(row[None])} cells, and the first line "
+                        f"names {len(row) - 1} columns. Quote cells that hold the separator."
+                    )
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {rows.line_num}: {error}. Quote cells as CSV writers do.") from error
+
+    return read
+
+
+def _unchanged_lines(path: Path) -> Iterator[str]:
+    """Lines with the ends that they have, which may be a part of a quoted cell."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as UTF-8.") from error
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    from pyarrow import ArrowException, parquet  # takes a while to import, and few need it
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise ValueError(f"{path} can't be read as Parquet: {error}") from error
+
+
+TABLES: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".csv": _separated(","),
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".parquet": _parquet,
+    ".tab": _separated("\t"),
+    ".tsv": _separated("\t"),
+}
+
+
+def _column(records: Iterable[Record], column: str, data: str) -> Iterator[str]:
+    for number, record in enumerate(records, start=1):
+        if column not in record:
+            raise ValueError(
+                f"{data} has no column {column!r}, only {', '.join(map(str, record))}. Name the one with the text by "
+                "--text-column."
+            )
+        if not isinstance(record[column], str):
+            kind = type(record[column]).__name__
+            raise ValueError(f"{data}, row {number}: column {column!r} holds a {kind}, but it has to be a text.")
+        yield record[column]
+
+
+def tokenize_documents(
+    sources: Sequence[Iterable[Iterable[str]]], tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[list[list[int]]]:
+    """Token ids of the documents of several sources, without special tokens; empty documents are left out.
+
+    Args:
+        sources: for each its documents, each as its pieces; no more of them is read than is needed.
+        tokenizer: the model's tokenizer.
+        limit: how many tokens are wanted in all. Sources give as many each, but those that have fewer.
+
+    Returns:
+        list[list[list[int]]]: for each source its documents; the last one that is read may be cut.
+    """
+    readers = [_TokenReader(documents, tokenizer) for documents in sources]
+    unread, left = readers, limit
+    while unread and left > 0:
+        share, still = -(-left // len(unread)), []
+        for reader in unread:
+            wanted = min(share, left)
+            found = reader.read(wanted)
+            left -= found
+            still += [reader] if found == wanted else []
+        unread = still
+    return [reader.documents for reader in readers]
+
+
+class _TokenReader:
+    """The tokens of documents, read on from where the last call stopped."""
+
+    def __init__(self, documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.documents: list[list[int]] = []
+        self._pieces = _token_pieces(documents, tokenizer)
+        self._rest: list[int] = []
+        self._number = -1
+
+    def read(self, count: int) -> int:
+        """Read so many tokens more; gives their number, which is smaller only where there are no more."""
+        done = 0
+        while done < count:
+            if not self._rest:
+                number, self._rest = next(self._pieces, (self._number, []))
+                if not self._rest:
+                    break
+                if number != self._number:
+                    self.documents.append([])
+                    self._number = number
+            ids, self._rest = self._rest[: count - done], self._rest[count - done :]
+            self.documents[-1] += ids
+            done += len(ids)
+        return done
+
+
+def _token_pieces(
+    documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, list[int]]]:
+    """The tokens of every piece that has any, with the number of its document."""
+    pieces = ((number, piece) for number, pieces in enumerate(documents) for piece in pieces if piece.strip())
+    while batch := list(islice(pieces, LINES_AT_ONCE)):
+        texts = [piece for _, piece in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield from ((number, ids) for (number, _), ids in zip(batch, encoded, strict=True) if ids)
+
+
+def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
+    """Token ids of the texts one after the other, as one document, without special tokens.
+
+    Args:
+        texts: lines or documents; no more of them is read than is needed.
+        tokenizer: the model's tokenizer.
+        limit: about how many tokens are wanted.
+    """
+    (documents,) = tokenize_documents([[texts]], tokenizer, limit)
+    return documents[0] if documents else []
+
+
+def surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def cut_spans(tokens: list[int], longest: int, seed: int) -> list[list[int]]:
+    """Cut the tokens of one document into spans; see [`cut_documents`]."""
+    return cut_documents([tokens], longest, seed)
+
+
+def cut_documents(documents: Iterable[list[int]], longest: int, seed: int) -> list[list[int]]:
+    """Cut tokens into spans of uneven length, drawn evenly from a quarter of `longest` to all of it.
+
+    A plugin trained on one length only would not have seen groups that end early, nor padding. No span holds tokens of
+    two documents, and the end of a document is left out if it is shorter than a quarter and not all of it.
+
+    Args:
+        documents: the tokens of each document.
+        longest: most tokens in a span, 4 or more.
+        seed: seed of the lengths.
+
+    Raises:
+        ValueError: `longest` is below 4.
+    """
+    if longest < 4:
+        raise ValueError(
+            f"A span of {longest} tokens is too short to merge anything in. Choose a length of 4 or more."
+        )
+    generator = random.Random(f"lengths of spans, seed {seed}")
+    spans: list[list[int]] = []
+    for tokens in documents:
+        start = 0
+        while start < len(tokens):
+            end = start + generator.randint(longest // 4, longest)
+            if start == 0 or len(tokens) - start >= longest // 4:
+                spans.append(tokens[start:end])
+            start = end
+    return spans
+
+
+def split_spans(
+    spans: Iterable[list[int]], before: list[int], after: list[int], *, is_decoder: bool, seed: int
+) -> list[dict[str, list[int]]]:
+    """Examples in which a model reads the first part of a span and predicts the rest.
+
+    Args:
+        spans: spans of tokens, each of 2 or more.
+        before: special tokens that start a text.
+        after: special tokens that end a text.
+        is_decoder: whether the rest is the target of a decoder (an encoder–decoder model), rather than the rest of
+            the same sequence, whose prompt has labels of −100.
+        seed: seed of where spans are split.
+    """
+    generator = random.Random(f"ends of prompts, seed {seed}")
+    examples = []
+    for span in spans:
+        place = min(max(1, round(len(span) * generator.uniform(*PROMPT_SHARE))), len(span) - 1)
+        prompt, rest = span[:place], span[place:]
+        if is_decoder:
+            examples.append({"input_ids": [*before, *prompt, *after], "labels": [*rest, *after]})
+        else:
+            labels = [-100] * (len(before) + place) + rest
+            examples.append({"input_ids": [*before, *span], "labels": labels})
+    return examples
+
+
+class ImageFolder(Dataset[dict[str, Tensor]]):
+    """The images in folders and the folders in them, each folder sorted by path, read when they are asked for.
+
+    Args:
+        folders: a folder, or several.
+        processor: the model's image processor.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        ValueError: there is no image in it.
+    """
+
+    def __init__(self, folders: str | Path | Sequence[str | Path], processor: Any) -> None:
+        self.processor = processor
+        self.paths: list[Path] = []
+        for folder in [folders] if isinstance(folders, str | Path) else folders:
+            if not Path(folder).is_dir():
+                raise NotADirectoryError(
+                    f"There is no folder {str(folder)!r}. Vision models train on a folder of images."
+                )
+            found = [path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+            if not found:
+                raise ValueError(
+                    f"There is no image in {str(folder)!r}. Known are {', '.join(sorted(IMAGE_SUFFIXES))}."
+                )
+            self.paths += sorted(path for path in found if not path.is_dir())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The image of an index as the model takes it: `pixel_values` of shape `(channels, height, width)`."""
+        image = load_image(str(self.paths[index]))
+        return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]}
+
+    def draw(self, wanted: int, seed: int) -> tuple[list[int], list[Path]]:
+        """Draw images that can be read; each is read for that, since damage shows nowhere else.
+
+        Args:
+            wanted: number of images that are enough.
+            seed: seed of the order in which they are drawn.
+
+        Returns:
+            tuple[list[int], list[Path]]: their indices in the order drawn, and the images that were passed over.
+        """
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        drawn: list[int] = []
+        unreadable: list[Path] = []
+        for index in order:
+            if len(drawn) == wanted:
+                break
+            try:
+                self[index]
+            except Exception:  # decoders raise errors of many kinds on what is damaged
+                unreadable.append(self.paths[index])
+            else:
+                drawn.append(index)
+        return drawn, unreadable
