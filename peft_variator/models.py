@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "CONFIG_NAME",
     "SHAPES",
     "CheckpointError",
+    "Head",
     "Shape",
     "Task",
     "adapter_base",
@@ -44,7 +47,9 @@ __all__ = [
     "build_model",
     "check_model_name",
     "find_task",
+    "has_decoder",
     "has_weights",
+    "head_of",
     "load_config",
     "load_whole",
     "model_class",
@@ -59,6 +64,19 @@ CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 Task = Literal["encoder", "causal", "seq2seq", "vision"]
+Head = Literal["seq2seq", "causal", "masked", "token-classification", "classification", "question-answering"]
+
+# transformers' own tables of model classes. A class of several tables (BERT with a causal head) is read by the first.
+_HEADS: tuple[tuple[Mapping[str, Any], Head], ...] = (
+    (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "seq2seq"),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal"),
+    (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "causal"),
+    (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "masked"),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "token-classification"),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "classification"),
+    (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "classification"),
+    (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "question-answering"),
+)
 
 _POOLER = re.compile(r"(^|\.)pooler\.")
 
@@ -275,6 +293,37 @@ def find_task(model: str, config: PreTrainedConfig) -> Task:
         f"How {model} (architecture {config.model_type!r}) is used is not known. Name the task: "
         f"{', '.join(get_args(Task))}. Of a model with several towers, pass the config.json of one of them."
     )
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """What a transformers model predicts, by its class; `None` where its head is not known or there is none.
+
+    Args:
+        model: the base model itself, not a wrapper.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    names = {cls.__name__ for cls in type(model).__mro__}
+    found = next((head for table, head in _HEADS if names & _class_names(table)), None)
+    # A vision-language model over an encoder–decoder predicts label t at position t, unshifted.
+    return "seq2seq" if found == "causal" and model.config.is_encoder_decoder else found
+
+
+def _class_names(table: Mapping[str, Any]) -> set[str]:
+    names: set[str] = set()
+    for entry in table.values():
+        names.update((entry,) if isinstance(entry, str) else entry)
+    return names
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a model is an encoder with a decoder, and returns the hidden states of both.
+
+    Args:
+        model: the base model itself, not a wrapper.
+    """
+    # Not told by `config.is_encoder_decoder`, which is also true of an encoder taken out of such a model.
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
 def build_model(

@@ -203,6 +203,7 @@ def _teacher_losses(trainer: DistillationTrainer, data: TrainingData) -> dict[st
         return {}
     total = items = 0.0
     term, device = trainer.terms["task"], trainer.args.device
+    trainer.model.eval()
     for batch in data.held_out_batches(trainer.args.per_device_eval_batch_size, device):
         outputs = trainer.teacher.outputs(trainer.model, batch)
         sums = term.loss(outputs, outputs, batch)

@@ -14,8 +14,8 @@ from ..models import Task
 from ..profiling import allocate, count_flops, find_task, load_config
 from ..sentence_folder import MODULES, sentence_files
 from ..training import DistillationTrainer, load_plugin
+from ..training.evaluation import measure_quality
 from ..training.model_card import PluginFacts, RatioFacts, plugin_card
-from ..training.quality import measure_quality
 from ..tuners.variator import VariatorConfig
 from .console import Reporter, next_commands
 from .training_run import (

@@ -1,7 +1,7 @@
 """Training of plugins and adapters against a dense teacher."""
 
 from .config import DistillationConfig
-from .loading import load_plugin
+from .load_plugin import load_plugin
 from .trainer import DistillationTrainer
 
 

@@ -160,7 +160,7 @@ def _separated(delimiter: str) -> Callable[[Path], Iterator[Record]]:
                     )
                 yield row
         except csv.Error as error:
-            raise ValueError(f"{path}, line {rows.line_num}: {error}. Quote cells as CSV writers do.") from error
+            raise ValueError(f"{path}, line {rows.reader.line_num}: {error}. Quote cells as CSV does.") from error
 
     return read
 
@@ -225,9 +225,10 @@ def tokenize_documents(
     readers = [_TokenReader(documents, tokenizer) for documents in sources]
     unread, left = readers, limit
     while unread and left > 0:
-        share, still = -(-left // len(unread)), []
-        for reader in unread:
-            wanted = min(share, left)
+        still = []
+        share, over = divmod(left, len(unread))
+        for index, reader in enumerate(unread):
+            wanted = share + (index < over)
             found = reader.read(wanted)
             left -= found
             still += [reader] if found == wanted else []

@@ -2,31 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from ..compat import BestModelLoader
+from ..tuners.variator import VariatorLayer
 from ..tuners.variator.calibration import calibrate, needs_calibration
-from .adapters import TrainedAdapters
 from .config import DistillationConfig
-from .exact_losses import ExactLossTrainer
-from .losses import LossSums
-from .objective import HIDDEN_KEYS, build_terms
-from .predictions import CAUSAL, prediction_of
-from .ratios import TrainedRatios, average_over_ratios, note_trained_ratios, sample_ratio
-from .sampling import sample_examples
-from .teacher import InPlaceTeacher, SeparateTeacher, Teacher
-from .terms import HiddenTerm, TaskTerm
-from .variance import measure_variances
+from .loss_masks import CAUSAL, HIDDEN_KEYS, prediction_of
+from .losses import HiddenTerm, LossSums, TaskTerm, Term, build_terms, measure_variances
+from .teacher import InPlaceTeacher, SeparateTeacher, Teacher, TrainedAdapters
 
 
-__all__ = ["DistillationTrainer"]
+__all__ = ["DistillationTrainer", "ExactLossTrainer", "sample_examples", "sample_ratio"]
+
+
+class ExactLossTrainer(Trainer):
+    """Averages every part of the loss over its own items (tokens, predictions, labels), not over micro-batches.
+
+    So a run gives the same whether a batch is cut into micro-batches or spread over processes, and an evaluation the
+    same whatever its batches. A subclass sets `terms` and says in `losses` how they are computed.
+
+    Args:
+        trainer_arguments: what `Trainer` takes.
+    """
+
+    # `compute_loss` divides by the items of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    terms: dict[str, Term]
+
+    def __init__(self, **trainer_arguments: Any) -> None:
+        super().__init__(**trainer_arguments)
+        self._running = RunningLosses()
+        self._evaluation: EvaluationSums | None = None
+
+    def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
+        """The parts of the loss of a batch, by the names in `terms`, and the outputs that the Trainer goes on with."""
+        raise NotImplementedError
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step, and how many items each part of the loss has in all of them.
+
+        Returns:
+            The micro-batches, and the items on all processes, float of shape `(parts of the loss,)`.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._running.start_step()
+        items = torch.zeros(len(self.terms), device=device)
+        for batch in batches:
+            items += torch.stack([term.items(batch).sum().to(device) for term in self.terms.values()])
+        return batches, self.accelerator.reduce(items, "sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted sum of the parts of the loss; see `Trainer.compute_loss`.
+
+        Args:
+            model: the student, wrapped or not; its mode (training or evaluation) decides what is averaged.
+            inputs: the batch.
+            return_outputs: whether to return the student's outputs too.
+            num_items_in_batch: items of each part of the loss in the whole accumulated batch, from
+                `get_batch_samples`. Without it, and in evaluation, the mean over this batch is taken.
+        """
+        is_training = model.training
+        losses, outputs = self.losses(model, inputs)
+        if is_training and isinstance(num_items_in_batch, Tensor):
+            means = self._shares(losses, num_items_in_batch)
+            self._running.add(means)
+        else:
+            means = {name: sums.mean() for name, sums in losses.items()}
+        if self._evaluation is not None:
+            self._evaluation.add(losses, self.accelerator)
+        loss = torch.stack([self.terms[name].weight * mean for name, mean in means.items()]).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _shares(self, losses: Mapping[str, LossSums], items: Tensor) -> dict[str, Tensor]:
+        """What this micro-batch adds to the means over the accumulated batch; scalars by name.
+
+        Data parallelism averages gradients over processes, which the factor makes a sum.
+        """
+        processes = self.accelerator.num_processes
+        return {
+            name: sums.errors.sum() * processes / total.clamp(min=1)
+            for (name, sums), total in zip(losses.items(), items, strict=True)
+        }
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Loss, predictions and labels of an evaluation batch; unlike in `Trainer`, a loss needs no labels."""
+        if self.label_names and all(inputs.get(name) is not None for name in self.label_names):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        if ignore_keys is None:
+            # Only some configurations have this attribute; the default is that of `Trainer`.
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
+        predictions = tuple(value for name, value in outputs.items() if name not in [*ignore_keys, "loss"])
+        return loss, predictions[0] if len(predictions) == 1 else predictions, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, or predict, with losses that are means over the whole set; see `Trainer.evaluation_loop`."""
+        self._evaluation = EvaluationSums({name: term.weight for name, term in self.terms.items()})
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            losses = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluation.losses().items()}
+        finally:
+            self._evaluation = None
+        return output._replace(metrics={**output.metrics, **losses})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; see `Trainer.log`. The parts of the loss are added to the lines of the training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._running.drain(self.accelerator)}
+        super().log(logs, start_time)
 
 
 class DistillationTrainer(BestModelLoader, ExactLossTrainer):
@@ -129,12 +252,11 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         """The parts of the loss of a batch, and the student's outputs without what was asked for their sake."""
         self._measure_variances(self.train_dataset)
-        is_training = model.training
-        teacher = self._teacher_outputs(model, inputs)
-        if is_training:
-            model.train()
-            if not self.args.base_dropout:
-                self.adapters.train_alone(self.model)
+        if model.training and not self.args.base_dropout:
+            self.adapters.train_alone(self.model)  # the rest of the model, so the teacher too, is in evaluation mode
+            teacher = self._teacher_outputs(model, inputs)
+        else:
+            teacher = self._teacher_outputs_without_dropout(model, inputs)
         outputs = model(**inputs, **self._extra_arguments)
         losses = {name: term.loss(outputs, teacher, inputs) for name, term in self.terms.items()}
         return losses, {name: value for name, value in outputs.items() if name not in HIDDEN_KEYS}
@@ -149,6 +271,16 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             return {}
         with self.accelerator.autocast():
             return self.teacher.outputs(model, {**inputs, **self._extra_arguments})
+
+    def _teacher_outputs_without_dropout(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As `_teacher_outputs`, whatever mode the model is in."""
+        mode = model.training
+        if mode:
+            model.eval()
+        outputs = self._teacher_outputs(model, inputs)
+        if mode:
+            model.train()
+        return outputs
 
     def _mean_task_loss(self, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
         """The task loss as the mean over a batch, by the means that `Trainer` offers."""
@@ -166,6 +298,7 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         if dataset is None:
             raise ValueError("The scale of hidden states is measured on data: pass train_dataset or eval_dataset.")
         mode = self.model.training
+        self.model.eval()
         # All processes draw the same sample. What a random collator draws must not shift what training draws.
         with torch.random.fork_rng(devices=[]):
             batches = self._sample_batches(dataset)
@@ -199,3 +332,136 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
                 output = super().evaluation_loop(*arguments)
                 by_ratio[ratio] = output.metrics
         return output._replace(metrics=average_over_ratios(by_ratio))
+
+
+class RunningLosses:
+    """The parts of the training loss since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def start_step(self) -> None:
+        """Count an optimizer step."""
+        self._steps += 1
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Take in what a micro-batch adds to the losses of its step, scalars by name."""
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """The mean over steps and processes, by name; all processes have to call it. Starts anew."""
+        means = {name: accelerator.reduce(total / self._steps, "mean") for name, total in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return {f"{name}_loss": float(mean) for name, mean in means.items()}
+
+
+class EvaluationSums:
+    """Errors and items of every example of an evaluation set, so that its losses do not depend on the batches."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.weights = dict(weights)
+        self._totals = torch.zeros(2, len(weights), dtype=torch.float64)
+
+    def add(self, terms: Mapping[str, LossSums], accelerator: Accelerator) -> None:
+        """Take in a batch; all processes have to call it. Examples that only fill up a last batch are left out."""
+        sums = [(terms[name].errors, terms[name].items) for name in self.weights]
+        columns = [torch.stack([errors, items.to(errors)], dim=1) for errors, items in sums]
+        gathered = accelerator.gather_for_metrics(torch.stack(columns, dim=2))
+        self._totals += gathered.double().sum(0).cpu()
+
+    def losses(self) -> dict[str, float]:
+        """The mean of every part, and their weighted sum as `loss`."""
+        errors, items = self._totals
+        means = dict(zip(self.weights, (errors / items.clamp(min=1)).tolist(), strict=True))
+        total = sum(weight * means[name] for name, weight in self.weights.items())
+        return {"loss": total} | {f"{name}_loss": mean for name, mean in means.items()}
+
+
+def sample_ratio(ratios: Sequence[int], seed: int, step: int) -> int:
+    """Draw the ratio of a step.
+
+    It depends on nothing but the arguments, so all processes, all micro-batches of the step and a run that was resumed
+    at the step draw the same one.
+
+    Args:
+        ratios: compression ratios to draw from, each equally likely.
+        seed: seed of the run.
+        step: number of optimizer steps done before this one.
+    """
+    return random.Random(f"compression ratio, seed {seed}, step {step}").choice(ratios)
+
+
+def average_over_ratios(by_ratio: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of several ratios as one: the mean under each name, and those of ratio 4 under `NAME_k4`."""
+    names = next(iter(by_ratio.values()))
+    means = {name: sum(metrics[name] for metrics in by_ratio.values()) / len(by_ratio) for name in names}
+    return means | {f"{name}_k{ratio}": metrics[name] for ratio, metrics in by_ratio.items() for name in metrics}
+
+
+def note_trained_ratios(adapters: TrainedAdapters, ratios: Sequence[int] | None) -> None:
+    """Have the configurations of the trained plugins say which ratios they are trained for.
+
+    Args:
+        adapters: the adapters that are trained.
+        ratios: the ratios to train for; `None`: the one that each plugin has.
+    """
+    for layer, names in adapters.layers:
+        for name in names if isinstance(layer, VariatorLayer) else ():
+            config = layer.configs[name]
+            own = layer.ratios.chosen.get(name, config.compression_ratio)
+            config.trained_ratios = sorted(set(ratios or [own]) - {1}) or None
+
+
+class TrainedRatios:
+    """The ratios of the Variator plugin that a run trains.
+
+    Args:
+        adapters: the adapters that are trained.
+        ratios: the ratios to train for.
+
+    Raises:
+        ValueError: no Variator plugin is trained, or its scores are tied to another ratio (`scoring="concat"`).
+    """
+
+    def __init__(self, adapters: TrainedAdapters, ratios: Sequence[int]) -> None:
+        self.choices = tuple(ratios)
+        self._plugins = [
+            (layer, name) for layer, names in adapters.layers if isinstance(layer, VariatorLayer) for name in names
+        ]
+        if not self._plugins:
+            raise ValueError(
+                f"ratios={list(ratios)} is for Variator plugins, and the model trains none. Set ratios=None."
+            )
+        for layer, name in self._plugins:
+            for ratio in ratios:
+                layer.rule_at(name, ratio)  # raises for one that it can't serve
+
+    def set(self, ratio: int) -> None:
+        """Let every module of the plugin compress by `ratio`."""
+        for layer, name in self._plugins:
+            layer.ratios.choose(name, ratio)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Give every module the ratio back that it had before."""
+        before = [layer.ratios.chosen.get(name) for layer, name in self._plugins]
+        try:
+            yield
+        finally:
+            for (layer, name), ratio in zip(self._plugins, before, strict=True):
+                layer.ratios.choose(name, ratio)
+
+
+def sample_examples(dataset: Any, count: int) -> list[Any]:
+    """Up to `count` examples, spread evenly over the data set, or its first ones if its length is not known.
+
+    Args:
+        dataset: a map-style or iterable data set.
+        count: number of examples.
+    """
+    if not has_length(dataset):
+        return list(islice(dataset, count))
+    count = min(count, len(dataset))
+    return [dataset[index * len(dataset) // count] for index in range(count)]

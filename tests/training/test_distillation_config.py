@@ -12,7 +12,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from peft_variator.training import DistillationConfig
-from peft_variator.training.ratios import sample_ratio
+from peft_variator.training.trainer import sample_ratio
 
 
 def test_only_three_defaults_of_training_arguments_change() -> None:

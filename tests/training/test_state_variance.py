@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
-from peft_variator.training.sampling import sample_examples
-from peft_variator.training.variance import HiddenStateVariance
+from peft_variator.training.losses import HiddenStateVariance
+from peft_variator.training.trainer import sample_examples
 
 
 @settings(deadline=None, max_examples=25)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartModel, BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from peft_variator import VariatorConfig
-from peft_variator.training.adapters import TrainedAdapters
-from peft_variator.training.teacher import InPlaceTeacher, SeparateTeacher
+from peft_variator.training.teacher import InPlaceTeacher, SeparateTeacher, TrainedAdapters
 
 
 LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False}

@@ -9,10 +9,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .adapters import TrainedAdapters
-from .objective import stacks_of
-from .predictions import prediction_of
-from .teacher import InPlaceTeacher
+from .loss_masks import prediction_of, stacks_of
+from .teacher import measured_adapters
 
 
 __all__ = ["measure_quality"]
@@ -41,7 +39,7 @@ def measure_quality(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
     """Fidelity of the last hidden states of real tokens, and of the predictions that are used.
 
     Args:
-        model: model with a trainable adapter; without it, it is the reference. Left in evaluation mode.
+        model: model with an adapter, trainable or not; without it, it is the reference. Left in evaluation mode.
         batches: keyword arguments of its forward, on its device.
 
     Returns:
@@ -50,12 +48,15 @@ def measure_quality(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
         `agreement`, the share of used predictions whose most likely token is the same.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    teacher, stacks, prediction = InPlaceTeacher(model, TrainedAdapters(model)), stacks_of(base), prediction_of(base)
+    adapters, stacks, prediction = measured_adapters(model), stacks_of(base), prediction_of(base)
+    model.eval()
     comparisons = {key: _Comparison() for key in stacks}
     same: list[Tensor] = []
     for inputs in batches:
         arguments = {**inputs, "output_hidden_states": True}
-        target, outputs = teacher.outputs(model, arguments), model(**arguments)
+        outputs = model(**arguments)
+        with adapters.switched_off():
+            target = model(**arguments)
         for key, mask_of in stacks.items():
             mask = mask_of(inputs)
             states = [

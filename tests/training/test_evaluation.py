@@ -1,16 +1,15 @@
-"""Fidelity on held-out data, and the model card."""
+"""Fidelity on held-out data."""
 
 from __future__ import annotations
 
 import evaluate
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from training_cases import build_plugin, collate_batch, make_examples
+from peft import PeftModel
+from training_cases import build_base, build_plugin, collate_batch, make_examples
 
 from peft_variator.metrics import path
-from peft_variator.training.model_card import PluginFacts, RatioFacts, plugin_card
-from peft_variator.training.quality import measure_quality
+from peft_variator.training.evaluation import measure_quality
 
 
 @pytest.fixture
@@ -50,6 +49,21 @@ def test_the_measures_are_those_of_the_metric(batches) -> None:
     assert measure_quality(model, batches("bert", 1)) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_an_adapter_need_not_be_trainable(batches, tmp_path) -> None:
+    model = build_plugin("bert", init_weights=False)
+    wanted = measure_quality(model, batches("bert", 4))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_base("bert"), tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert measure_quality(loaded, batches("bert", 4)) == pytest.approx(wanted, rel=1e-6)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    added = build_base("bert")
+    added.load_adapter(tmp_path)
+    assert measure_quality(added, batches("bert", 4)) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match="no active adapter"):
+        measure_quality(build_base("bert"), batches("bert", 4))
+
+
 def test_names_of_the_measures(batches) -> None:
     assert set(measure_quality(build_plugin("bert"), batches("bert", 6))) == {"cosine", "relative_error"}
     assert set(measure_quality(build_plugin("llama"), batches("llama", 6))) == {
@@ -64,47 +78,3 @@ def test_names_of_the_measures(batches) -> None:
         "decoder_relative_error",
         "agreement",
     }
-
-
-def facts(*ratios: int, measures: tuple[str, ...] = ("cosine",)) -> PluginFacts:
-    before, after = dict.fromkeys(measures, 0.5), dict.fromkeys(measures, 0.875)
-    return PluginFacts(
-        base="some/model",
-        model_class="BertModel",
-        name="my plugin",
-        data="text.txt",
-        steps=7,
-        held_out=3,
-        parameters=1234,
-        command="peft-variator train some/model --data text.txt",
-        ratios=[RatioFacts(ratio, 1000, 1000 // ratio, before, after) for ratio in ratios],
-    )
-
-
-def test_a_card_says_what_is_needed() -> None:
-    card = plugin_card(facts(2, 4))
-    assert card.data.to_dict()["base_model"] == "some/model"
-    assert card.data.library_name == "peft"
-    text = " ".join(card.text.split())
-    for words in (
-        "`import peft_variator` comes first",
-        "| k | FLOPs saved | cosine, before → after |",
-        "| 2 | 50.0% | 0.5000 → 0.8750 |",
-        "| 4 | 75.0% | 0.5000 → 0.8750 |",
-        "Parameters added: 1,234",
-        "from transformers import BertModel",
-        "PeftModel.from_pretrained(model, 'my plugin')",
-        "model.set_compression_ratio(4)",
-        "peft-variator train some/model --data text.txt",
-        "peft 0.",
-    ):
-        assert words in text, words
-    assert "predictions that agree" not in text
-
-
-def test_a_card_of_one_ratio_switches_nothing_and_is_read_back(tmp_path) -> None:
-    card = plugin_card(facts(4, measures=("cosine", "agreement")))
-    assert "set_compression_ratio" not in card.text
-    assert "share of predictions that agree" in card.text
-    card.save(tmp_path / "README.md")
-    assert ModelCard.load(tmp_path / "README.md").data.tags == card.data.tags

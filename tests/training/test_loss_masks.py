@@ -13,15 +13,19 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_variator.training.masks import (
+from peft_variator.training.loss_masks import (
+    CAUSAL,
+    EXAMPLES,
+    SPANS,
+    TOKENS,
     batch_size,
     decoder_tokens,
     labelled_tokens,
     last_tokens,
     predicting_tokens,
+    prediction_of,
     real_tokens,
 )
-from peft_variator.training.predictions import CAUSAL, EXAMPLES, SPANS, TOKENS, prediction_of
 
 
 IDS = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
