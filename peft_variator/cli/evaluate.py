@@ -39,10 +39,8 @@ from ..profiling import (
     time_alternately,
 )
 from ..training import load_plugin
-from ..training.images import ImageFolder
-from ..training.objective import stacks_of
-from ..training.predictions import CAUSAL, Prediction, prediction_of
-from ..training.text import read_texts, split_spans, surroundings
+from ..training.data import ImageFolder, read_texts, split_spans, surroundings
+from ..training.loss_masks import CAUSAL, Prediction, prediction_of, stacks_of
 from ..tuners.variator.forward_context import next_token_labels
 from .bench import warn_about_load
 from .console import Reporter
