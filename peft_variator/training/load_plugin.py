@@ -59,8 +59,11 @@ def load_plugin(
 
 
 def _adapted_modules(names: Iterable[str], prefix: str) -> set[str]:
-    """Names of the modules that have an adapter, as they were in the model it was saved from."""
-    pattern = re.compile(rf"{re.escape(PREFIX)}(.+?)\.{re.escape(prefix)}")
+    """Names of the modules that have an adapter, as they were in the model it was saved from.
+
+    What a plugin adds inside of a network that it wraps (low-rank updates of its maps) belongs to the wrapped module.
+    """
+    pattern = re.compile(rf"{re.escape(PREFIX)}(.+?)(?:\.base_layer(?:\..+)?)?\.{re.escape(prefix)}")
     return {found[1] for name in names if (found := pattern.match(name))}
 
 

@@ -38,8 +38,9 @@ def tensors(model: PeftModel, adapter: str = "default") -> dict[str, torch.Tenso
 @pytest.mark.parametrize(
     ("source", "target"), [("bert", "bert-classifier"), ("bert-classifier", "bert"), ("bert", "bert")]
 )
-def test_a_plugin_moves_between_heads(base_model, saved, source: str, target: str) -> None:
-    folder = saved(source)
+@pytest.mark.parametrize("fields", [{}, {"compensation_rank": 2}], ids=["plain", "compensated"])
+def test_a_plugin_moves_between_heads(base_model, saved, source: str, target: str, fields: dict[str, int]) -> None:
+    folder = saved(source, **fields)
     model = load_plugin(base_model(target), folder)
     wanted = load_file(folder / "adapter_model.safetensors")
     got = tensors(model)
