@@ -94,7 +94,7 @@ class _Module:
         neurons: how many there are to choose from.
         errors: what merging it alone changes in the model's output, relative to the output's size, by ratio.
         savings: share of the whole model's FLOPs that is saved, by ratio.
-        cost: share of the whole model's FLOPs that one more neuron costs.
+        costs: share of the whole model's FLOPs that one more neuron costs, by ratio.
         exponent: of the width in the error, which falls as width**-exponent.
     """
 
@@ -103,7 +103,7 @@ class _Module:
     neurons: int
     errors: dict[int, float] = field(default_factory=lambda: {1: 0.0})
     savings: dict[int, float] = field(default_factory=lambda: {1: 0.0})
-    cost: float = 0.0
+    costs: dict[int, float] = field(default_factory=dict)
     exponent: float = 0.0
 
     def width_at(self, factor: float) -> int:
@@ -116,7 +116,7 @@ class _Module:
 
     def saving(self, ratio: int, width: int) -> float:
         """What merging saves at a width."""
-        return 0.0 if ratio == 1 else self.savings[ratio] - self.cost * (width - self.width)
+        return 0.0 if ratio == 1 else self.savings[ratio] - self.costs.get(ratio, 0.0) * (width - self.width)
 
 
 def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str, Any]) -> dict[int, float]:
@@ -284,25 +284,24 @@ def _measure_savings(
     model: PeftModel, modules: dict[str, _Module], inputs: dict[str, Any], total: int, ratios: list[int]
 ) -> None:
     """FLOPs that each module saves; modules of one shape in one stack save the same."""
-    known: dict[Any, tuple[dict[int, float], float]] = {}
+    known: dict[Any, tuple[dict[int, float], dict[int, float]]] = {}
     layers: dict[str, VariatorLayer] = {layer.name: layer for layer in plugin_layers(model)}
     for name, module in modules.items():
         layer = layers[name]
         shape = (id(layer.stack), layer.in_features, module.neurons, module.width, _count(layer.base_layer))
         if shape not in known:
-            model.set_adapter("default")
-            savings = {1: 0.0}
+            savings, costs, narrow = {1: 0.0}, {}, module.width_at(WIDTHS["narrow"])
             for ratio in ratios[1:]:
+                model.set_adapter("default")
                 with _alone(model, name, ratio):
                     savings[ratio] = 1 - count_flops(model, inputs) / total
-            cost, narrow = 0.0, module.width_at(WIDTHS["narrow"])
-            if module.width and narrow != module.width:
-                model.set_adapter("narrow")
-                with _alone(model, name, ratios[-1]):
-                    saving = 1 - count_flops(model, inputs) / total
-                cost = (saving - savings[ratios[-1]]) / (module.width - narrow)
-            known[shape] = savings, cost
-        module.savings, module.cost = known[shape]
+                if narrow != module.width:
+                    model.set_adapter("narrow")
+                    with _alone(model, name, ratio):
+                        saving = 1 - count_flops(model, inputs) / total
+                    costs[ratio] = (saving - savings[ratio]) / (module.width - narrow)
+            known[shape] = savings, costs
+        module.savings, module.costs = known[shape]
 
 
 def _count(module: nn.Module) -> int:
