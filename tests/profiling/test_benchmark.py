@@ -154,6 +154,7 @@ def test_derived_figures():
         "flops_saved": 0.5,
         "ideal_speedup": 2.0,
         "speedup": {"low": pytest.approx(1.65), "median": pytest.approx(1.8), "high": pytest.approx(1.9)},
+        "pays": True,
         "measured_over_ideal": pytest.approx(0.9),
         "ideal_speedup_unpacked": 1.25,
         "measured_over_ideal_unpacked": pytest.approx(1.44),
