@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from huggingface_hub import ModelCard
 
 from ..adapter_card import CardContent, make_card, measured, pipeline_tag
+from ..markdown import make_table
 
 
 __all__ = ["PluginFacts", "RatioFacts", "RestoredFacts", "plugin_card", "restored_card"]
@@ -148,7 +149,6 @@ def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
         license: identifier of the plugin's license.
     """
     head, *rows = facts.rows()
-    lines = [head, ["---:"] * len(head), *rows]
     agreement = ", and the share of predictions that agree" if "agreement" in facts.ratios[0].after else ""
     body = PLUGIN_TEMPLATE.format(
         base=facts.base,
@@ -156,7 +156,7 @@ def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
         parameters=facts.parameters,
         data=facts.data,
         steps=facts.steps,
-        table="\n".join("| " + " | ".join(line) + " |" for line in lines),
+        table=make_table(head, rows, text_columns=0),
         held_out=facts.held_out,
         agreement=agreement,
         verdict="" if facts.verdict is None else f"\n**{facts.verdict}**\n",
@@ -303,7 +303,6 @@ def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard
         license: identifier of the adapter's license.
     """
     head, *rows = facts.rows()
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     parts = {name.removesuffix("_weight"): weight for name, weight in facts.weights.items() if weight}
     body = RESTORED_TEMPLATE.format(
         base=facts.base,
@@ -314,7 +313,7 @@ def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard
         steps=facts.steps,
         loss=" + ".join(f"{weight:g} · {name}" for name, weight in parts.items()),
         teacher="none" if facts.teacher is None else f"`{facts.teacher}`",
-        table="\n".join("| " + " | ".join(line) + " |" for line in lines),
+        table=make_table(head, rows),
         held_out=facts.held_out,
         usage=facts.usage,
         command=facts.command,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from peft_variator.tuners.variator.layer import FeedForwardEnd, VariatorLayer
 
+from .cases import Case
+
 
 FeedForward = Callable[[Tensor], Tensor]
 
@@ -155,3 +157,14 @@ def feed_forward_of(model: PeftModel, seen: Seen) -> FeedForward:
         return end.base_layer(hidden).flatten()
 
     return run
+
+
+def assert_the_plugin_alone_learns(model: nn.Module, case: Case) -> None:
+    """Train for three steps: every parameter of the plugin moves, and none of the base model's."""
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for seed in range(3):
+        next(iter(model(**case.inputs(2, 12, seed)).values())).pow(2).mean().backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("variator_" not in name), name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_variator import VariatorConfig
 
 from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from .reference import assert_the_plugin_alone_learns
 
 
 T5 = next(case for case in ALL if case.name == "t5")
@@ -135,13 +136,7 @@ def test_each_plugin_has_its_own() -> None:
 def test_every_update_learns_and_no_base_weight() -> None:
     for case in (BERT, LLAMA):
         model = compensated(case, decompression="neurons").train()
-        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        for seed in range(3):
-            next(iter(model(**case.inputs(2, 12, seed)).values())).pow(2).mean().backward()
-            optimizer.step()
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, before[name]) == ("variator_" not in name), name
+        assert_the_plugin_alone_learns(model, case)
 
 
 def test_a_task_lora_stays_what_it_is() -> None:

@@ -17,7 +17,7 @@ from peft_variator import VariatorConfig, calibrate
 from peft_variator.tuners.variator import VariatorLayer
 
 from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
-from .reference import feed_forward_of, kept_ends, text_groups, watch
+from .reference import assert_the_plugin_alone_learns, feed_forward_of, kept_ends, text_groups, watch
 
 
 T5_GATED = next(case for case in ALL if case.name == "flan-t5")
@@ -113,13 +113,7 @@ def test_saved_and_loaded(case: Case, tmp_path: Path) -> None:
 def test_every_copy_learns_and_no_base_weight() -> None:
     for case in (BERT, LLAMA):
         model = with_neurons(case, correction_dim=8).train()
-        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        for seed in range(3):
-            next(iter(model(**case.inputs(2, 12, seed)).values())).pow(2).mean().backward()
-            optimizer.step()
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, before[name]) == ("variator_" not in name), name
+        assert_the_plugin_alone_learns(model, case)
 
 
 @pytest.mark.parametrize("case", EXPERTS, ids=by_name)
@@ -305,14 +299,8 @@ def test_a_low_rank_update_is_saved_alone_and_loaded(case: Case, tmp_path: Path)
 def test_a_low_rank_update_learns_and_nothing_else() -> None:
     for case in (BERT, LLAMA):
         model = with_neurons(case, **LOW_RANK).train()
-        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         rows = [layer.variator_neuron_into["default"].rows.clone() for layer in layers_of(model)]
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        for seed in range(3):
-            next(iter(model(**case.inputs(2, 12, seed)).values())).pow(2).mean().backward()
-            optimizer.step()
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, before[name]) == ("variator_" not in name), name
+        assert_the_plugin_alone_learns(model, case)
         for layer, row in zip(layers_of(model), rows, strict=True):
             assert torch.equal(layer.variator_neuron_into["default"].rows, row)
 
