@@ -12,13 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
 
 from peft_variator import VariatorConfig
+from peft_variator.adapter_card import CardContent, make_card
 from peft_variator.files import write_text
 from peft_variator.markdown import make_table
+from peft_variator.training.model_card import PLUGIN_TAGS
 
 
 __all__ = ["card", "ship"]
@@ -76,13 +77,9 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
     """
     weights, parameters = WEIGHTS[name], run["parameters"]
     base_id, ratios = str(config.base_model_name_or_path), config.trained_ratios or [config.compression_ratio]
-    data = ModelCardData(
-        library_name="peft", license=weights.licence.lower(), base_model=base_id, tags=["peft", "variator"]
-    )
     share = 100 * parameters["plugin"] / parameters["base"]
     recipe = run["recipe"]
     lines = [
-        f"---\n{data.to_yaml()}\n---",
         f"# Compression plugin for {name}",
         "A Variator plugin (Xiao et al. 2023, arXiv 2310.15724): it merges neighbouring tokens around each "
         "feed-forward network, so that the model runs faster. "
@@ -94,6 +91,8 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         "## Measured",
         _quality(name, ratios, results),
         _speed(name, ratios, results),
+        "Measured by `measure.py` and `speed.py` in `examples/real_models`; the JSON beside them in `results/` holds "
+        "the commands, the environment and the spread.",
         "## How it was made",
         f"- Weights: {weights.attribution}. SHA-256 of their file: `{run['weights_sha256']}`.",
         f"- Trained for k = {', '.join(map(str, ratios))} by distillation from the base without "
@@ -103,7 +102,9 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         f"- Command: `{run['command']}`",
         f"- Licence: {weights.licence}, that of the weights.",
     ]
-    return "\n\n".join(line for line in lines if line) + "\n"
+    body = "\n\n".join(line for line in lines if line)
+    content = CardContent(body, base_id, PLUGIN_TAGS, license=weights.licence.lower(), name=f"plugin for {name}")
+    return str(make_card(content))
 
 
 def _quality(name: str, ratios: list[int], results: Path) -> str:
