@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -43,9 +43,22 @@ class SavedConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         check_field_types(self)
+        self._check_names()
         self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
         self.source = self.download = None
         super().__post_init__()
+
+    def _check_names(self) -> None:
+        """What PEFT's own fields hold, which it checks without naming them, or not at all."""
+        tasks = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in tasks:
+            raise ValueError(f"task_type={self.task_type!r} is not one of {', '.join(map(repr, tasks))}, or None.")
+        for key, value in (self.auto_mapping or {}).items():
+            if not isinstance(key, str) or not (value is None or isinstance(value, str)):
+                raise ValueError(
+                    f"auto_mapping={self.auto_mapping!r} has to map texts to texts: 'base_model_class' and "
+                    "'parent_library' to the names of the base's class and of its module."
+                )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card."""

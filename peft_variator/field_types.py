@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 __all__ = ["check_field_types"]
 
 INTEGER_LIMIT = 2**31  # sizes and counts end up in 32-bit indices of kernels
+SEED_LIMIT = 2**32  # of NumPy's generators
 SHOWN_CHARACTERS = 80
 
 
@@ -26,20 +29,45 @@ def check_field_types(config: Any, inherited_from: type | None = None) -> None:
 
     Args:
         config: instance of a dataclass.
-        inherited_from: a base class that checks its own fields, which are left alone.
+        inherited_from: a base class of another library. Of its fields those of plain types and enums are checked; paths
+            pass for strings.
 
     Raises:
-        ValueError: a field has a value of another type, an integer of 2**31 or more, or a float that is not finite.
+        ValueError: a field has a value of another type, an integer of 2**31 or more (a seed: of 2**32), or a float
+            that is not finite.
     """
     hints = get_type_hints(type(config))
-    left_alone = {item.name for item in fields(inherited_from)} if inherited_from is not None else set()
+    inherited = {item.name for item in fields(inherited_from)} if inherited_from is not None else set()
     checked = {}
     for item in fields(config):
-        if item.init and item.name not in left_alone:
-            checked[item.name] = _converted(item.name, getattr(config, item.name), hints[item.name])
+        if item.init:
+            convert = _inherited if item.name in inherited else _converted
+            checked[item.name] = convert(item.name, getattr(config, item.name), hints[item.name])
     for name, value in checked.items():
         if value is not getattr(config, name):
             setattr(config, name, value)
+
+
+def _inherited(name: str, value: Any, hint: Any) -> Any:
+    """The value of a field of another library as its type, if that is one of Python's own or an enum."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any((get_origin(kind) or kind) is dict for kind in kinds):  # or an object that the library makes of one
+        if isinstance(value, (int, float, list, tuple, set, np.generic, np.ndarray)):
+            raise _wrong(name, value, hint)
+        return value
+    enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+    if not {bool, int, float, str, type(None), list[str]}.issuperset(set(kinds) - set(enums)):
+        return value
+    if enums:
+        allowed = [member.value for kind in enums for member in kind]
+        if not isinstance(value, (str, Enum)) or value not in allowed:
+            raise ValueError(f"{name}={_shown(value)} is not one of {', '.join(map(repr, allowed))}.")
+        return value
+    if str in kinds and isinstance(value, os.PathLike):
+        return value
+    if name == "max_grad_norm" and value == math.inf:  # measured and never clipped
+        return value
+    return _converted(name, value, hint)
 
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
@@ -68,7 +96,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, (list, tuple, set, frozenset)):
             return _unless_equal(value, set(_entries(name, value, get_args(hint))))
     elif isinstance(value, origin) and not isinstance(value, np.generic):
-        return value
+        # A subclass may not be written to a file; members of enums are what they are in many libraries.
+        return str.__str__(value) if origin is str and not isinstance(value, Enum) else value
     raise _wrong(name, value, hint)
 
 
@@ -128,9 +157,12 @@ def _integer(name: str, value: Any) -> int:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong(name, value, int)
-    if abs(value) >= INTEGER_LIMIT:
-        raise ValueError(f"{name}={_shown(value)} is too large: an integer has to be below 2**31 here.")
-    return value
+    limit = SEED_LIMIT if name.endswith("seed") else INTEGER_LIMIT
+    if abs(value) >= limit:
+        raise ValueError(
+            f"{name}={_shown(value)} is too large: an integer has to be below 2**{limit.bit_length() - 1} here."
+        )
+    return int(value)  # members of an IntEnum, too
 
 
 def _float(name: str, value: Any) -> float:

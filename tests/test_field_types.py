@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.sparsity import PruningConfig
@@ -63,6 +64,15 @@ OWN_FIELDS = {
         (DistillationConfig, "hidden_weight", True),
         (DistillationConfig, "ratios", [2.5]),
         (DistillationConfig, "variance_samples", 2**31),
+        (DistillationConfig, "gradient_checkpointing", "false"),
+        (DistillationConfig, "learning_rate", "2e-3"),
+        (DistillationConfig, "max_steps", True),
+        (DistillationConfig, "seed", 2**32),
+        (DistillationConfig, "save_strategy", "sometimes"),
+        (DistillationConfig, "lr_scheduler_type", "cosines"),
+        (DistillationConfig, "accelerator_config", 3),
+        (VariatorConfig, "task_type", "CLASSIFY"),
+        (SparseLoraConfig, "auto_mapping", {"base_model_class": 1}),
     ],
 )
 def test_wrong_types_are_refused_by_name(kind: type, name: str, value: Any) -> None:
@@ -81,6 +91,16 @@ def test_numpy_integers_and_tuples_become_what_json_holds() -> None:
     values = (config.compression_ratio, config.ratio_pattern, config.layers_to_transform, config.modules_to_save)
     assert json.loads(json.dumps(values)) == [2, {"layer.0": 1}, [0, 1], ["classifier"]]
     assert [type(token_id) for token_id in config.keep_token_ids] == [int, int]
+
+
+def test_what_training_arguments_take_passes(tmp_path) -> None:
+    args = DistillationConfig(
+        output_dir=tmp_path, seed=2**31, max_grad_norm=float("inf"), per_device_train_batch_size=np.int64(4)
+    )
+    again = replace(args, learning_rate=1, save_strategy=SaveStrategy.NO)
+    values = (again.output_dir, again.seed, again.max_grad_norm, again.learning_rate, again.save_strategy)
+    assert values == (str(tmp_path), 2**31, float("inf"), 1, "no")
+    assert type(again.per_device_train_batch_size) is int
 
 
 def test_a_saved_adapter_with_a_wrong_type_is_refused(tmp_path) -> None:

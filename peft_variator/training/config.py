@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from ..field_types import check_field_types
 
@@ -75,6 +75,11 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_field_types(self, inherited_from=TrainingArguments)
+        schedules = [schedule.value for schedule in SchedulerType]
+        if self.lr_scheduler_type not in schedules:
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} is not one of {', '.join(map(repr, schedules))}."
+            )
         super().__post_init__()
         self._check_weights()
         if self.hidden_loss not in HIDDEN_LOSSES:
