@@ -29,8 +29,8 @@ def check_field_types(config: Any, inherited_from: type | None = None) -> None:
 
     Args:
         config: instance of a dataclass.
-        inherited_from: a base class of another library. Of its fields those of plain types and enums are checked; paths
-            pass for strings.
+        inherited_from: a base class of another library. Of its fields those of plain types and enums are checked;
+            paths pass for strings.
 
     Raises:
         ValueError: a field has a value of another type, an integer of 2**31 or more (a seed: of 2**32), or a float
