@@ -7,7 +7,10 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,11 +18,11 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import get_peft_model
 from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
 
 import peft_variator
 from peft_variator import PruningConfig, VariatorConfig, prune
-from peft_variator.sparsity import config as pruning_config
-from peft_variator.sparsity import methods, patterns, statistics
+from peft_variator.sparsity.methods import METHODS
 from peft_variator.tuners.variator import config as variator_config
 from peft_variator.tuners.variator import scoring
 
@@ -112,17 +115,43 @@ def test_the_scoring_that_contributing_adds(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.isfinite().all()
 
 
-def test_the_pruning_method_that_contributing_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = [block for block in blocks_of("CONTRIBUTING.md") if "def ria" in block]
-    names = {**vars(patterns), **vars(statistics), **vars(methods)}
-    exec(block, names)
-    monkeypatch.setitem(methods.METHODS, "ria", methods.Method(statistics.InputStatistics, names["ria"]))
-    monkeypatch.setattr(pruning_config, "METHODS", (*pruning_config.METHODS, "ria"))
+@pytest.fixture
+def ria(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The file that CONTRIBUTING.md adds, imported for one test."""
+    (block,) = [block for block in blocks_of("CONTRIBUTING.md") if "(ScoredMethod)" in block]
+    (tmp_path / "ria.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield import_module("ria")
+    del METHODS["ria"], sys.modules["ria"]
+
+
+def import_again(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module as a process sees it that imports it now."""
+    parent, _, child = name.rpartition(".")
+    package = import_module(parent)
+    monkeypatch.setattr(package, child, import_module(name))
+    monkeypatch.delitem(sys.modules, name)
+    return import_module(name)
+
+
+def test_the_pruning_method_that_contributing_adds(ria: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
-    weight, batch = model[0].weight.detach().clone(), torch.randn(30, 16)
-    prune(model, PruningConfig(method="ria", pattern="2:4"), [batch], progress=False)
+    weight, batch = torch.randn(8, 16), torch.randn(30, 16)
+    config = import_again("peft_variator.sparsity.config", monkeypatch)
+    configs = [
+        config.PruningConfig(method="ria", norm_power=0.25, pattern="2:4"),
+        PruningConfig(method=ria.RIA(norm_power=0.25), pattern="2:4"),
+    ]
     magnitude = weight.abs()
-    scores = (magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1, keepdim=True)) * batch.norm(dim=0).sqrt()
+    scores = (magnitude / magnitude.sum(0) + magnitude / magnitude.sum(1, keepdim=True)) * batch.norm(dim=0) ** 0.25
     kept = torch.zeros(8, 4, 4).scatter(2, scores.view(8, 4, 4).topk(2, dim=2).indices, 1.0).view(8, 16).bool()
-    assert torch.equal(model[0].weight != 0, kept)
+    for chosen in configs:
+        model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        model[0].weight.data.copy_(weight)
+        report = prune(model, chosen, [batch], progress=False)
+        assert torch.equal(model[0].weight != 0, kept)
+        assert (report.source["config"]["method"], report.source["config"]["norm_power"]) == ("ria", 0.25)
+    app = import_again("peft_variator.cli.main", monkeypatch).app
+    printed = CliRunner().invoke(app, ["prune", "--help"]).stdout
+    assert re.search(r"--method <[\w|]*\bria\b", printed)
+    assert "--norm-power" in printed

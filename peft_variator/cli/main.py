@@ -6,13 +6,16 @@ help and mistyped options need neither torch nor PEFT.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
+from ..sparsity.methods import METHODS, make_method, method_options
 from .console import Reporter, parse_ratios, parse_shares, reported
 
 
@@ -23,6 +26,10 @@ RENAMED = {"--ratios": "--ratio", "--batch": "--batch-size", "--device-map": "--
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 
 Task = Literal["encoder", "causal", "seq2seq", "vision"]
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 
 class Command(TyperCommand):
@@ -64,6 +71,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch; in tra
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda:1; left out: a GPU if there is one.")]
 Json = Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the figures as JSON; -: to standard output.")]
+Method = Annotated[MethodName, typer.Option(help="How weights are chosen.")]
 Png = Annotated[Path | None, typer.Option(help="Write a picture to this file; needs the extra 'plots'.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 TaskOption = Annotated[Task | None, typer.Option(help="How the model is used; left out: read off the architecture.")]
@@ -417,13 +425,27 @@ def pack_command(
         pack(source, output, target, ignore or (), publishing, Reporter(json, None, quiet))
 
 
+def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every pruning method to a command; it gets them as keywords, None where not given."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
+    place = 1 + list(signature.parameters).index("method")
+    for name, option in reversed(method_options().items()):
+        info = typer.Option(min=option.at_least, help=f"{option.help.removesuffix('.')} ({option.default}).")
+        kind: Any = Annotated[option.kind | None, info]
+        parameters.insert(place, inspect.Parameter(name, parameters[place - 1].kind, default=None, annotation=kind))
+    extended: Any = command
+    extended.__signature__ = signature.replace(parameters=parameters)
+    extended.__annotations__ = {item.name: item.annotation for item in parameters}
+    return command
+
+
 @app.command("prune", cls=Command, context_settings=CONTEXT, short_help="Make a dense model sparse.")
+@_with_method_options
 def prune_command(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the dense model.")],
     output: Output,
-    method: Annotated[
-        Literal["magnitude", "wanda", "sparsegpt", "dsnot"], typer.Option(help="How weights are chosen.")
-    ] = "wanda",
+    method: Method = "wanda",
     sparsity: Annotated[float | None, typer.Option(help="Fraction of weights removed, in [0, 1).")] = None,
     pattern: Annotated[str | None, typer.Option(help="n:m pattern, n weights kept of every m: 2:4, 4:8.")] = None,
     modality_sparsity: Annotated[
@@ -463,6 +485,7 @@ def prune_command(
     push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Prune MODEL and save it with a report of its zeros. The output folder appears when all of it is written."""
     with reported():
@@ -471,7 +494,7 @@ def prune_command(
         from .publishing import Publishing
 
         config = PruningConfig(
-            method=method,
+            method=make_method(method, {name: value for name, value in options.items() if value is not None}),
             sparsity=sparsity,
             pattern=pattern,
             modality_sparsity=parse_amounts(modality_sparsity or []) or None,

@@ -59,15 +59,15 @@ class PruneSettings:
 
 def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
     """Prune a model, save it with a report of its zeros, and tell."""
-    config, data = settings.config, settings.data
+    config, data, method = settings.config, settings.data, settings.config.pruning_method
     check_new_folder(settings.output)
     reporter.check()
     settings.publishing.check()
     if data is not None and not data.is_file():
         raise FileNotFoundError(f"--data: there is no file {str(data)!r}.")
-    if data is None and (config.method != "magnitude" or config.allocation == "ecoflap"):
+    if data is None and (method.statistics is not None or config.allocation == "ecoflap"):
         raise ValueError(
-            f"method={config.method!r} with allocation={config.allocation!r} needs calibration data: give --data."
+            f"method={method.name!r} with allocation={config.allocation!r} needs calibration data: give --data."
         )
     with tempfile.TemporaryDirectory(prefix="peft-variator-offload-") as offload_folder:
         loaded = _load(settings.model, settings.dtype, settings.device, offload_folder)

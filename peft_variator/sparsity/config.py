@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..field_types import check_field_types
+from .methods import METHODS, PruningMethod, make_method, method_options
 from .patterns import Pattern, Target
 
 
-__all__ = ["ALLOCATIONS", "METHODS", "SCORE_ORDERS", "PruningConfig", "check_sparsity"]
+__all__ = ["ALLOCATIONS", "SCORE_ORDERS", "PruningConfig", "check_sparsity"]
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "dsnot")
 ALLOCATIONS = ("uniform", "modality", "ecoflap")
 SCORE_ORDERS = ("zeroth", "first")
 
@@ -32,20 +32,32 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(allowed)}.")
 
 
-def _check_range(name: str, value: float, lowest: float, what: str) -> None:
-    if not value >= lowest:
-        raise ValueError(f"{name}={value!r} is too small: {what}, at least {lowest}.")
+Class = TypeVar("Class", bound=type)
+
+
+def _with_method_options(cls: Class) -> Class:
+    """Give a class that becomes a dataclass a field for every option of the registered methods."""
+    for name, option in method_options().items():
+        cls.__annotations__[name] = option.kind
+        setattr(cls, name, field(default=option.default, metadata={"help": option.help}))
+    return cls
 
 
 @dataclass
+@_with_method_options
 class PruningConfig:
     """How `prune` prunes. Give one of `sparsity`, `pattern` and `modality_sparsity`.
+
+    The options of the registered methods are fields, too: `PruningConfig(method="sparsegpt", damping=0.1)` is
+    `PruningConfig(method=SparseGPT(damping=0.1))`.
 
     Raises:
         ValueError: a field is outside what its help allows, or two fields contradict each other.
     """
 
-    method: str = field(default="wanda", metadata={"help": "magnitude, wanda, sparsegpt or dsnot."})
+    method: str | PruningMethod = field(
+        default="wanda", metadata={"help": f"{', '.join(METHODS)}; or one of their classes with its options."}
+    )
     sparsity: float | None = field(
         default=None,
         metadata={"help": "Fraction of weights removed from the pruned modules, in [0, 1): `0.5` removes half."},
@@ -97,20 +109,6 @@ class PruningConfig:
     keep_dense: bool = field(
         default=False, metadata={"help": "Leave the weights as they are and give the masks in the report."}
     )
-    damping: float = field(
-        default=0.01, metadata={"help": "SparseGPT: share of the mean of the Hessian's diagonal added to it."}
-    )
-    block_size: int = field(
-        default=128,
-        metadata={"help": "SparseGPT: columns whose mask is chosen together; with a pattern, whole groups."},
-    )
-    initial_method: str = field(
-        default="wanda", metadata={"help": "DSnoT: where its mask comes from, wanda or magnitude."}
-    )
-    max_cycles: int = field(default=100, metadata={"help": "DSnoT: swaps tried in each row at most."})
-    error_threshold: float = field(
-        default=0.1, metadata={"help": "DSnoT: an output whose expected error is at most this is left alone."}
-    )
     score_order: str = field(
         default="zeroth",
         metadata={"help": "ECoFLaP: zeroth (loss differences, forward passes only) or first (gradients)."},
@@ -124,23 +122,47 @@ class PruningConfig:
     )
     seed: int = field(default=0, metadata={"help": "ECoFLaP, zeroth: seed of the noise."})
 
+    if TYPE_CHECKING:  # of the fields that come from methods a type checker knows nothing
+
+        def __init__(self, method: str | PruningMethod = "wanda", **fields: Any) -> None: ...
+
     def __post_init__(self) -> None:
         check_field_types(self)
-        _check_choice("method", self.method, METHODS)
+        self._check_method()
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("score_order", self.score_order, SCORE_ORDERS)
-        _check_choice("initial_method", self.initial_method, ("wanda", "magnitude"))
         self._check_amount()
         self._check_allocation()
-        _check_range("damping", self.damping, 0.0, "it is a share of the Hessian's diagonal")
-        _check_range("block_size", self.block_size, 1, "it is a number of columns")
-        _check_range("max_cycles", self.max_cycles, 0, "it is a number of swaps")
-        _check_range("error_threshold", self.error_threshold, 0.0, "it is an absolute error")
-        _check_range("score_batches", self.score_batches, 1, "it is a number of batches")
+        if self.score_batches < 1:
+            raise ValueError(f"score_batches={self.score_batches!r} is too small: at least one batch is needed.")
         if not self.perturbation > 0:
             raise ValueError(
                 f"perturbation={self.perturbation!r} must be above 0: it scales the noise on the weights."
             )
+
+    def _check_method(self) -> None:
+        """The method is known, and the options of every method are what they may be."""
+        if isinstance(self.method, str):
+            for name in [self.method, *METHODS]:
+                self._from_fields(name)
+            return
+        for name, option in method_options().items():
+            if name in self.__dataclass_fields__ and getattr(self, name) != option.default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} beside method={self.method!r}: give a method's options in one "
+                    "place, where the method is made."
+                )
+
+    def _from_fields(self, name: str) -> PruningMethod:
+        """A method with the options that are fields here; one that was registered late keeps its defaults."""
+        options = fields(METHODS[name]) if name in METHODS else ()
+        given = {item.name: getattr(self, item.name) for item in options if item.name in self.__dataclass_fields__}
+        return make_method(name, given)
+
+    @property
+    def pruning_method(self) -> PruningMethod:
+        """The method with its options."""
+        return self._from_fields(self.method) if isinstance(self.method, str) else self.method
 
     def _check_amount(self) -> None:
         """One amount is given, and it makes sense."""
@@ -200,4 +222,6 @@ class PruningConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
+        method = self.pruning_method
+        values.update(asdict(method), method=method.name)
         return {**values, "modalities": None if self.modalities is None else list(self.modalities)}

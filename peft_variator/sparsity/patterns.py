@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch is imported where it is needed: the command line's help lists the methods without it
+    import torch
+    from torch import Tensor
 
 
 __all__ = ["Pattern", "Target", "apply_mask", "check_width", "keep_largest", "meets_pattern", "prune_counts", "select"]
@@ -71,6 +74,8 @@ def prune_counts(total: int, parts: int, target: float, device: torch.device | N
     Returns:
         int64 tensor (parts,).
     """
+    import torch
+
     lost = int(target * total + 0.5)
     edges = torch.arange(parts + 1, device=device, dtype=torch.int64) * lost // max(parts, 1)
     return edges.diff()
@@ -86,6 +91,8 @@ def keep_largest(scores: Tensor, lost: Tensor | int) -> Tensor:
     Returns:
         bool (rows, columns), True where kept.
     """
+    import torch
+
     order = scores.argsort(dim=1, stable=True)
     counts = torch.as_tensor(lost, device=scores.device).reshape(-1, 1)
     kept = torch.arange(scores.shape[1], device=scores.device) >= counts
@@ -108,7 +115,7 @@ def select(scores: Tensor, target: Target, per_row: bool) -> Tensor:
         ValueError: the pattern does not divide in_features.
     """
     if scores.numel() == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
+        return scores.bool()
     if isinstance(target, Pattern):
         check_width("the weight", scores.shape[1], target)
         groups = scores.reshape(-1, target.group)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .calibration import check_batches
 from .config import PruningConfig
 from .ecoflap import block_scores, spread_budgets, water_fill
-from .methods import METHODS
+from .methods import PruningMethod
 from .modules import PrunableModule, find_prunable, find_targets
 from .patterns import Pattern, apply_mask
 from .report import ModuleSparsity, SparsityReport, count_module
@@ -51,6 +51,7 @@ class _Pruner:
     """Prunes single modules and keeps the books. `hooks` outlives the walk and ends before `prune` returns."""
 
     config: PruningConfig
+    method: PruningMethod
     hooks: ExitStack
     advance: Callable[[], None]
     entries: dict[str, ModuleSparsity] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class _Pruner:
         weight = read_matrix(target)
         if not torch.isfinite(weight).all():
             raise ValueError(f"The weight of {target.name!r} holds NaN or infinite values: the checkpoint is broken.")
-        mask, pruned = METHODS[self.config.method].solve(weight, statistics, target.target, self.config)
+        mask, pruned = self.method.solve(weight, statistics, target.target)
         if self.config.keep_dense:
             pruned = apply_mask(weight, mask)
             self.masks[target.name] = (mask.T if target.transposed else mask).cpu().contiguous()
@@ -133,7 +134,8 @@ def prune(
         TypeError: a batch is neither a mapping nor a tensor.
     """
     targets = find_targets(model, config)
-    statistics = METHODS[config.method].statistics
+    method = config.pruning_method
+    statistics = method.statistics
     batches: list[Batch] = []
     if calibration is not None or statistics is not None or config.allocation == "ecoflap":
         batches = check_batches(calibration)
@@ -145,8 +147,8 @@ def prune(
         bar = stack.enter_context(Progress(*columns, console=console, transient=True, disable=not is_shown))
         if config.allocation == "ecoflap":
             targets = _allocate(model, targets, batches, config, bar)
-        task = bar.add_task(f"pruning ({config.method})", total=len(targets))
-        pruner = _Pruner(config, stack, lambda: bar.advance(task))
+        task = bar.add_task(f"pruning ({method.name})", total=len(targets))
+        pruner = _Pruner(config, method, stack, lambda: bar.advance(task))
         if statistics is None:
             for target in targets:
                 pruner.prune_module(target, None)

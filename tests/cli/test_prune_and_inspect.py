@@ -98,6 +98,7 @@ def test_prune_takes_every_choice(base, text, tmp_path):
     choices = ["--allocation", "ecoflap", "--score-order", "first", "--no-propagate", "--seed", 3]
     choices += ["--target-module", "mlp.up_proj", "--target-module", "q_proj", "--exclude-module", "0.mlp.up_proj"]
     choices += ["--modality", "language", "--dtype", "bfloat16", "--device-map", "cpu", "--sparsity", 0.5]
+    choices += ["--method", "sparsegpt", "--block-size", 16, "--damping", 0.5]
     run("prune", base, "-o", tmp_path / "out", "--data", text, *DATA, *choices)
     report = SparsityReport.load_json(tmp_path / "out" / "sparsity_report.json")
     assert {row.name.partition("layers.")[2] for row in report.modules} == {
@@ -106,7 +107,9 @@ def test_prune_takes_every_choice(base, text, tmp_path):
         "1.mlp.up_proj",
     }
     assert report.sparsity == pytest.approx(0.5, abs=5e-4)
-    assert not report.source["config"]["propagate"]
+    config = report.source["config"]
+    assert not config["propagate"]
+    assert (config["method"], config["block_size"], config["damping"]) == ("sparsegpt", 16, 0.5)
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
@@ -214,6 +217,7 @@ BAD = [
     (["--sparsity", 0.5], "needs calibration data: give --data"),
     (["--method", "magnitude"], "exactly one of sparsity, pattern and modality_sparsity"),
     (["--method", "magnitude", "--pattern", "3:7"], "does not divide the width of 'model.layers.0.self_attn.q_proj'"),
+    (["--method", "magnitude", "--sparsity", 0.5, "--damping", 0.5], "damping=0.5 is no option of method='magnitude'"),
     (["--method", "magnitude", "--modality-sparsity", "vision"], "give NAME=AMOUNT"),
     (["--method", "magnitude", "--modality-sparsity", "vision=much"], "'much' is no fraction and no n:m pattern"),
     (["--method", "magnitude", "--modality-sparsity", "vision=0.5"], "no Linear or Conv1D of modality 'vision'"),

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers as T
+
+from peft_variator.sparsity.methods.magnitude import Magnitude
+from peft_variator.sparsity.methods.wanda import Wanda
+from peft_variator.sparsity.patterns import Target
 
 
 VOCABULARY = 99
@@ -190,3 +195,13 @@ def make(name: str) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
     """A fresh copy of the model called `name`, in evaluation mode, and two batches for it."""
     model, batches = _built(name)
     return copy.deepcopy(model), [dict(batch) for batch in batches]
+
+
+def magnitude_mask(weight: torch.Tensor, target: Target) -> torch.Tensor:
+    """What magnitude pruning keeps of a weight."""
+    return Magnitude().solve(weight, None, target)[0]
+
+
+def wanda_mask(weight: torch.Tensor, input_norm: torch.Tensor, target: Target) -> torch.Tensor:
+    """What Wanda keeps of a weight whose inputs have these norms."""
+    return Wanda().solve(weight, SimpleNamespace(norm=input_norm), target)[0]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_variator.sparsity.methods.dsnot import dsnot_refine
-from peft_variator.sparsity.methods.magnitude import magnitude_mask
 from peft_variator.sparsity.methods.sparsegpt import inverse_hessian_factor, sparsegpt_prune
-from peft_variator.sparsity.methods.wanda import wanda_mask
 from peft_variator.sparsity.patterns import Pattern, apply_mask, keep_largest, meets_pattern, prune_counts, select
 from peft_variator.sparsity.statistics import GramStatistics, InputStatistics
+
+from .cases import magnitude_mask, wanda_mask
 
 
 TARGETS = [0.0, 0.3, 0.5, 0.875, Pattern(2, 4), Pattern(4, 8), Pattern(1, 4)]

@@ -355,11 +355,11 @@ BAD_CONFIGS = [
     ({"sparsity": 0.5, "pattern": "2:4"}, r"but got \['sparsity', 'pattern'\]"),
     (
         {"sparsity": 0.5, "method": "wand"},
-        "method='wand' is unknown. Choose one of magnitude, wanda, sparsegpt, dsnot",
+        "method='wand' is unknown. Choose one of dsnot, magnitude, sparsegpt, wanda",
     ),
     ({"sparsity": 0.5, "allocation": "owl"}, "allocation='owl' is unknown"),
     ({"sparsity": 0.5, "score_order": "second"}, "score_order='second' is unknown"),
-    ({"sparsity": 0.5, "initial_method": "sparsegpt"}, "initial_method='sparsegpt' is unknown"),
+    ({"sparsity": 0.5, "initial_method": "sparsegpt"}, "initial_method='sparsegpt' has to be one of"),
     ({"sparsity": 0.5, "allocation": "modality"}, "allocation='modality'.*do not go together"),
     ({"modality_sparsity": {"vision": 0.5}, "allocation": "ecoflap"}, "do not go together"),
     ({"modality_sparsity": {"vision": 0.5}, "modalities": ["vision"]}, "Leave modalities out"),

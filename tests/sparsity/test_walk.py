@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from peft_variator.sparsity import PruningConfig, prune
-from peft_variator.sparsity.methods import METHODS, Method
-from peft_variator.sparsity.methods.wanda import wanda_mask
+from peft_variator.sparsity.methods.wanda import Wanda
 from peft_variator.sparsity.modules import block_stacks, find_targets
 from peft_variator.sparsity.sequential import find_chains
 from peft_variator.sparsity.statistics import InputStatistics
 
-from .cases import OTHERS, VISION_LANGUAGE, make, text_batch
+from .cases import OTHERS, VISION_LANGUAGE, make, text_batch, wanda_mask
 
 
 def run_order(model, targets, batch):
@@ -194,7 +193,7 @@ class CountedStatistics(InputStatistics):
 
 @pytest.mark.parametrize("propagate", [True, False])
 def test_only_one_block_has_statistics_at_a_time(monkeypatch, propagate):
-    monkeypatch.setitem(METHODS, "wanda", Method(CountedStatistics, METHODS["wanda"].solve))
+    monkeypatch.setattr(Wanda, "statistics", CountedStatistics)
     monkeypatch.setattr(CountedStatistics, "most", 0)
     model, batches = make("llava")
     prune(model, PruningConfig(sparsity=0.5, propagate=propagate), batches, progress=False)

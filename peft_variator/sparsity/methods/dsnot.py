@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from ..patterns import Pattern, Target
+from ..patterns import Pattern, Target, apply_mask
 from ..statistics import InputStatistics
+from .base import METHODS, PruningMethod, option, register_method
 
 
-__all__ = ["dsnot_refine"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+__all__ = ["DSnoT", "dsnot_refine"]
 
 
 def _pick(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Index of each row's largest allowed score, (rows, 1), and whether the row has one, (rows, 1)."""
-    index = scores.masked_fill(~allowed, -torch.inf).argmax(dim=1, keepdim=True)
+    index = scores.masked_fill(~allowed, -math.inf).argmax(dim=1, keepdim=True)
     return index, allowed.gather(1, index)
 
 
@@ -22,6 +28,8 @@ def _same_group(index: Tensor, width: int, target: Target) -> Tensor | bool:
     """Which columns may be swapped with column `index` (rows, 1): those of its n:m group, or all of them."""
     if not isinstance(target, Pattern):
         return True
+    import torch
+
     columns = torch.arange(width, device=index.device)
     return columns // target.group == index // target.group
 
@@ -53,6 +61,8 @@ def dsnot_refine(
     Returns:
         the refined mask, with as many kept weights in each row (and group) as `mask`.
     """
+    import torch
+
     mask = mask.clone()
     contribution = weight.detach().to(statistics.mean.dtype) * statistics.mean
     growth = contribution / statistics.variance.clamp_min(torch.finfo(contribution.dtype).tiny)
@@ -75,3 +85,21 @@ def dsnot_refine(
         mask.scatter_(1, pruned, mask.gather(1, pruned) & ~swap)
         error = torch.where(swap, after, error)
     return mask
+
+
+@register_method
+@dataclass
+class DSnoT(PruningMethod):
+    """Another method's mask, refined; the weights that stay keep their values."""
+
+    name = "dsnot"
+    statistics = InputStatistics
+
+    initial_method: Literal["wanda", "magnitude"] = option("wanda", "Where the mask to start from comes from.")
+    max_cycles: int = option(100, "Swaps tried in each row at most.", at_least=0)
+    error_threshold: float = option(0.1, "An output whose expected error is at most this is left alone.", at_least=0.0)
+
+    def solve(self, weight: Tensor, statistics: InputStatistics, target: Target) -> tuple[Tensor, Tensor]:
+        mask, _ = METHODS[self.initial_method]().solve(weight, statistics, target)
+        mask = dsnot_refine(weight, mask, statistics, target, self.max_cycles, self.error_threshold)
+        return mask, apply_mask(weight, mask)

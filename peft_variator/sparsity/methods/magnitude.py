@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..patterns import Target, select
-
-
-__all__ = ["magnitude_mask", "magnitude_scores"]
+from .base import ScoredMethod, register_method
 
 
-def magnitude_scores(weight: Tensor) -> Tensor:
-    """|w|, in float32 or better, of the shape of `weight`."""
-    return weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def magnitude_mask(weight: Tensor, target: Target) -> Tensor:
-    """Keep the largest |w| of the whole matrix, or of each group of an n:m pattern.
+__all__ = ["Magnitude"]
 
-    Args:
-        weight: (out_features, in_features).
-        target: fraction removed, or an n:m pattern.
 
-    Returns:
-        bool (out_features, in_features), True where kept.
-    """
-    return select(magnitude_scores(weight), target, per_row=False)
+@register_method
+@dataclass
+class Magnitude(ScoredMethod):
+    """Keep the largest |w| of the whole matrix, or of each group of an n:m pattern."""
+
+    name = "magnitude"
+    per_row = False
+
+    def score(self, weight: Tensor, statistics: None) -> Tensor:
+        import torch
+
+        return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))

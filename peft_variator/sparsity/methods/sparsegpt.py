@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..patterns import Pattern, Target, apply_mask, check_width, keep_largest, select
+from ..statistics import GramStatistics
+from .base import PruningMethod, option, register_method
 
 
-__all__ = ["inverse_hessian_factor", "sparsegpt_prune"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+__all__ = ["SparseGPT", "inverse_hessian_factor", "sparsegpt_prune"]
 
 
 def inverse_hessian_factor(gram: Tensor, damping: float) -> Tensor:
@@ -25,6 +31,8 @@ def inverse_hessian_factor(gram: Tensor, damping: float) -> Tensor:
     Raises:
         ValueError: the damped matrix is not positive definite.
     """
+    import torch
+
     hessian = gram.to(torch.float64, copy=True)
     diagonal = hessian.diagonal()
     diagonal.add_((diagonal == 0).double())
@@ -46,14 +54,14 @@ def _block_mask(weight: Tensor, diagonal: Tensor, lost: int) -> Tensor:
 
 def _prune_block(weight: Tensor, factor: Tensor, mask: Tensor, pattern: Pattern | None) -> Tensor:
     """Prune the columns of one block in place, left to right (algorithm 1); returns their errors, (rows, columns)."""
-    errors = torch.zeros_like(weight)
+    errors = weight.new_zeros(weight.shape)
     diagonal = factor.diagonal()
     for j in range(weight.shape[1]):
         if pattern is not None and j % pattern.group == 0:
             group = slice(j, j + pattern.group)
             mask[:, group] = select((weight[:, group] / diagonal[group]).square(), pattern, per_row=True)
         errors[:, j] = weight[:, j].masked_fill(mask[:, j], 0.0) / diagonal[j]
-        weight[:, j:] -= torch.outer(errors[:, j], factor[j, j:])
+        weight[:, j:] -= errors[:, j].outer(factor[j, j:])
     return errors
 
 
@@ -77,6 +85,8 @@ def sparsegpt_prune(
     Raises:
         ValueError: the pattern does not divide in_features, or the Hessian is not positive definite.
     """
+    import torch
+
     pattern, fraction = (target, 0.0) if isinstance(target, Pattern) else (None, target)
     if pattern is not None:
         check_width("the weight", weight.shape[1], pattern)
@@ -99,3 +109,18 @@ def sparsegpt_prune(
         updated[:, stop:] -= errors @ factor[columns, stop:]
     updated[:, never_active] = weight[:, never_active].detach().float()
     return mask, apply_mask(updated.to(weight.dtype), mask)
+
+
+@register_method
+@dataclass
+class SparseGPT(PruningMethod):
+    """A mask chosen column by column; later columns make up for the error."""
+
+    name = "sparsegpt"
+    statistics = GramStatistics
+
+    damping: float = option(0.01, "Share of the mean of the Hessian's diagonal added to it.", at_least=0.0)
+    block_size: int = option(128, "Columns whose mask is chosen together; with a pattern, whole groups.", at_least=1)
+
+    def solve(self, weight: Tensor, statistics: GramStatistics, target: Target) -> tuple[Tensor, Tensor]:
+        return sparsegpt_prune(weight, statistics.gram, target, self.damping, self.block_size)
