@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 import peft_variator
 from peft_variator import PruningConfig, VariatorConfig, prune
 from peft_variator.sparsity.methods import METHODS
-from peft_variator.tuners.variator import config as variator_config
 from peft_variator.tuners.variator import scoring
 
 
@@ -96,7 +95,6 @@ def test_the_scoring_that_contributing_adds(monkeypatch: pytest.MonkeyPatch) -> 
     names = dict(vars(scoring))
     exec(block, names)
     monkeypatch.setitem(scoring.SCORINGS, "norm", names["NormScoring"]())
-    monkeypatch.setattr(variator_config, "SCORINGS", ("token", "concat", "norm"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     base = BertModel(BertConfig(vocab_size=20, **sizes)).eval()

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ...adapter_card import CardContent, hub_id, pipeline_tag, usage
 from ...adapter_state import SavedConfig
+from .decompression import DECOMPRESSIONS
+from .scoring import SCORINGS
 
 
 __all__ = ["VariatorConfig"]
 
-SCORINGS = ("token", "concat")
-DECOMPRESSIONS = ("bottleneck", "neurons")
 DEFAULT_CORRECTION = 0.25
 DEFAULT_BOTTLENECK = 64
 PATCH_GROUPINGS = ("window", "raster")

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .config import VariatorConfig
 from .merging import Groups
 from .network import Network
 from .neurons import UpdatedRows, apply_linear, create_copies, neuron_outputs
+
+
+if TYPE_CHECKING:  # which asks here what may be chosen
+    from .config import VariatorConfig
 
 
 __all__ = ["DECOMPRESSIONS", "BottleneckDecompression", "Decompression", "NeuronsDecompression"]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .config import VariatorConfig
 from .network import Network
+
+
+if TYPE_CHECKING:  # which asks the decompressions what may be chosen
+    from .config import VariatorConfig
 
 
 __all__ = [

@@ -1,6 +1,7 @@
 """How the members of a group are weighted: one class a scoring, chosen by `VariatorConfig(scoring=…)`.
 
-To add one, write a subclass of [`Scoring`] here with a `name`; the configuration takes it by that name.
+To add one, write a subclass of [`Scoring`] here with a `name`, and add it to `SCORINGS`: the configuration takes it
+by that name.
 """
 
 from __future__ import annotations
