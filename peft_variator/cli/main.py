@@ -579,6 +579,75 @@ def restore_command(
         restore(job, Reporter(json, None, quiet))
 
 
+@app.command(
+    "serve", cls=Command, context_settings=CONTEXT, short_help="Serve embeddings at the ratio that load allows."
+)
+def serve_command(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of the text encoder.")],
+    adapter: Annotated[str | None, typer.Option(help="Its Variator plugin; left out: the base alone.")] = None,
+    slo_ms: Annotated[float, typer.Option(help="Milliseconds in which a request is to be answered.")] = 50.0,
+    policy: Annotated[
+        Literal["slack-fit", "threshold", "fixed"], typer.Option(help="What chooses the ratio of each batch.")
+    ] = "slack-fit",
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="Ratios k to choose from, repeated or with commas; left out: those it was trained for."),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Latency table (JSON); measured and written if there is none.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most texts that wait; beyond it, status 429.")] = 1024,
+    max_texts: Annotated[int, typer.Option(min=1, help="Most texts in a request.")] = 256,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; the rest is cut off.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 4 << 20,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request gets status 504.")] = 30.0,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean, cls, max or lasttoken; left out: as the model's folder says, else mean.")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Vectors of length 1; left out: likewise, or yes."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")
+    ] = "float32",
+    name: Annotated[str | None, typer.Option(help="Name of the model for clients; left out: MODEL.")] = None,
+    host: Annotated[Literal["127.0.0.1", "0.0.0.0", "::"], typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1024, max=65535, help="Port to listen on.")] = 8000,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Serve embeddings of MODEL over HTTP as OpenAI does, at the compression ratio that the load allows.
+
+    /v1/embeddings, /v1/models, /health, and /metrics for Prometheus. An idle server answers with the base; the more
+    texts wait, the larger the ratio that still answers in time. Needs the extra 'serve'.
+    """
+    with reported():
+        from .serve import serve
+
+        serve(
+            Reporter(None, None, quiet),
+            model=model,
+            adapter=adapter,
+            slo_ms=slo_ms,
+            policy=policy,
+            ratios=None if ratio is None else tuple(parse_ratios(ratio)),
+            table=None if table is None else str(table),
+            max_queue=max_queue,
+            max_texts=max_texts,
+            max_length=max_length,
+            max_bytes=max_bytes,
+            timeout=timeout,
+            pooling=pooling,
+            normalize=normalize,
+            dtype=dtype,
+            name=name,
+            host=host,
+            port=port,
+            device=device,
+        )
+
+
 @app.command("train", cls=Command, context_settings=CONTEXT, short_help="Train a compression plugin for a model.")
 def train_command(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],

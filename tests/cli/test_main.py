@@ -33,6 +33,7 @@ COMMANDS = [
     "pack",
     "prune",
     "restore",
+    "serve",
     "train",
     "unpack",
 ]

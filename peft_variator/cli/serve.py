@@ -1,0 +1,73 @@
+"""The `serve` command: what can be checked before a server starts is checked here, then it runs."""
+
+from __future__ import annotations
+
+import math
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import check_new_file
+from ..models import load_config
+from .console import Reporter
+from .saved_plugin import open_plugin
+
+
+__all__ = ["serve"]
+
+NEEDED = ("litserve", "prometheus_client")
+
+
+def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
+    """Serve until the process is told to end.
+
+    Args:
+        reporter: where the address is told.
+        device: name of a torch device; `None`: a GPU if there is one.
+        settings: see [`ServeSettings`].
+
+    Raises:
+        ImportError: the extra is not installed.
+        OSError: the model, the plugin, the table or the port can't be used.
+        ValueError: a setting is out of range.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"Serving needs {' and '.join(missing)}, which is not installed. Run: pip install 'peft-variator[serve]'"
+        )
+    for name in ("slo_ms", "timeout"):
+        if not 0 < settings[name] < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {settings[name]}; it has to be above 0, and finite.")
+    load_config(settings["model"])
+    if settings["adapter"] is not None:
+        open_plugin(settings["adapter"], settings["model"])
+    if settings["table"] is not None and not Path(settings["table"]).exists():
+        check_new_file(settings["table"])
+    _check_port(settings["host"], settings["port"])
+    from ..runtime import server
+
+    chosen = server.ServeSettings(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **settings)
+    reporter.say(
+        f"Loading {chosen.model}" + (f" with {chosen.adapter}" if chosen.adapter else "") + ".",
+        f"Serving on http://{chosen.host}:{chosen.port}/v1 once it is loaded (/health tells); Ctrl-C ends.",
+    )
+    try:
+        server.serve(chosen)
+    except (EOFError, RuntimeError) as error:  # a worker could not start, or died
+        raise ValueError(f"{chosen.model} can't be served; the reason stands above.") from error
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"Port {port} of {host} can't be used: {error.strerror}. Name another with --port."
+            ) from error

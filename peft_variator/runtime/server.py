@@ -1,0 +1,218 @@
+"""What a server serves: its settings, the engine that is made from them, and starting it.
+
+What it is hosted by is in `lit_server`, which needs the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..models import check_model_name, load_whole
+from ..profiling import count_positions
+from ..training import load_plugin
+from .engine import BatchRecord, Engine
+from .latency import LatencyTable, find_transformer, profile_latency, quality_from_card
+from .policies import FixedRatio, Policy, QueueThreshold, SlackFit
+from .pooling import check_pooling, read_recipe
+
+
+__all__ = ["ServeSettings", "make_engine", "serve"]
+
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for it
+DEFAULT_RATIOS = (1, 2, 4, 8)
+BATCH_SIZES = (1, 4, 16, 64)
+LENGTHS = (16, 64, 256)
+RESERVE_MS = 2.0  # for what lies around the engine: queues between processes, JSON
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What is served, and how.
+
+    Args:
+        model: folder of the base, or its name on the Hub.
+        adapter: folder of a Variator plugin, or its name on the Hub; `None`: the base alone.
+        slo_ms: milliseconds in which a request is to be answered.
+        policy: `slack-fit`, `threshold` or `fixed`.
+        ratios: compression ratios to choose from; `None`: those that the plugin was trained for.
+        table: file of the latency table, measured and written there if it does not exist; `None`: measured anew.
+        max_queue: most texts that may wait; beyond it requests get status 429.
+        max_texts: most texts in a request.
+        max_length: most tokens of a text; `None`: as many as the model takes.
+        max_bytes: largest body of a request.
+        timeout: seconds after which a request gets status 504.
+        pooling: as in [`Engine`].
+        normalize: as in [`Engine`].
+        device: name of a torch device.
+        dtype: `float32`, `bfloat16` or `float16`.
+        host: `127.0.0.1`, `0.0.0.0` or `::`.
+        port: 1024 to 65535.
+        name: what `/v1/models` calls the model; `None`: as `model`.
+
+    Raises:
+        ValueError: settings that do not go together, or a pooling that is not known.
+    """
+
+    model: str
+    adapter: str | None = None
+    slo_ms: float = 50.0
+    policy: str = SlackFit.name
+    ratios: tuple[int, ...] | None = None
+    table: str | None = None
+    max_queue: int = 1024
+    max_texts: int = 256
+    max_length: int | None = None
+    max_bytes: int = 4 << 20
+    timeout: float = 30.0
+    pooling: str | None = None
+    normalize: bool | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in (SlackFit.name, QueueThreshold.name, FixedRatio.name):
+            raise ValueError(f"policy={self.policy!r} is not served; choose slack-fit, threshold or fixed.")
+        if self.adapter is None and (self.ratios or self.policy == FixedRatio.name):
+            raise ValueError("Ratios and the policy 'fixed' need a plugin: name it with --adapter.")
+        if self.policy == FixedRatio.name and len(self.ratios or ()) != 1:
+            raise ValueError("The policy 'fixed' needs one ratio: --ratio 4, say.")
+        if self.pooling is not None:
+            check_pooling(self.pooling)
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        return self.name or self.model
+
+
+def serve(settings: ServeSettings) -> None:
+    """Serve until the process is told to end (SIGINT or SIGTERM); what was taken is answered first.
+
+    For a process that does nothing else: prometheus_client reads when it is imported that several processes count
+    together, so it must not have been imported before.
+
+    Raises:
+        ImportError: the extra `serve` is not installed.
+        KeyboardInterrupt: the process was told to end before it served.
+        OSError: the port is in use.
+        RuntimeError: the model can't be served; the reason is on the error stream.
+    """
+    server_process = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Children that are forked inherit this; they end when the server says so, after they have answered.
+        if os.getpid() == server_process:
+            # LitServe watches its workers, and would report that they end.
+            logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with tempfile.TemporaryDirectory(prefix="peft-variator-metrics-") as folder:
+        os.environ[METRICS_FOLDER] = folder
+        from .lit_server import make_server
+
+        server = make_server(settings)
+        try:
+            server.run(
+                host=settings.host,
+                port=settings.port,
+                num_api_servers=1,
+                generate_client_file=False,
+                log_level="warning",
+            )
+        except BaseException:
+            for worker in getattr(server, "inference_workers", ()):  # one that still loads would go on
+                worker.terminate()
+            raise
+
+
+def make_engine(settings: ServeSettings, on_batch: Callable[[BatchRecord], object] | None = None) -> Engine:
+    """Load what is served, and make its engine.
+
+    Raises:
+        OSError: a folder or a file is not there.
+        ValueError: the parts do not fit together.
+    """
+    model, tokenizer = _load(settings)
+    return Engine(
+        model,
+        tokenizer,
+        _make_policy(settings, model),
+        slo_ms=settings.slo_ms,
+        max_queue=settings.max_queue,
+        pooling=settings.pooling,
+        normalize=settings.normalize,
+        max_length=None if tokenizer is None else settings.max_length,
+        on_batch=on_batch,
+    )
+
+
+def _load(settings: ServeSettings) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """The model with its plugin, and its tokenizer; no tokenizer for what only sentence-transformers can run."""
+    check_model_name(settings.model)
+    dtype = getattr(torch, settings.dtype)
+    if read_recipe(settings.model).unknown and (settings.pooling is None or settings.normalize is None):
+        from sentence_transformers import SentenceTransformer
+
+        sentences: Any = SentenceTransformer(settings.model, device=settings.device, model_kwargs={"dtype": dtype})
+        if settings.adapter is not None:
+            sentences.load_adapter(settings.adapter)
+        if settings.max_length is not None:
+            sentences.max_seq_length = min(settings.max_length, sentences.max_seq_length or settings.max_length)
+        return sentences, None
+    config = AutoConfig.from_pretrained(settings.model)
+    base = load_whole(AutoModel, settings.model, pooler=False, config=config, dtype=dtype).to(settings.device)
+    model = base if settings.adapter is None else load_plugin(base, settings.adapter, is_trainable=False)
+    return model, AutoTokenizer.from_pretrained(settings.model)
+
+
+def _make_policy(settings: ServeSettings, model: nn.Module) -> Policy:
+    if settings.adapter is None:
+        return FixedRatio(1)
+    if settings.policy == FixedRatio.name:
+        (k,) = settings.ratios or ()
+        return FixedRatio(k)
+    ratios = settings.ratios or _trained_ratios(model)
+    if settings.policy == QueueThreshold.name:
+        return QueueThreshold({k: 8 << index for index, k in enumerate(sorted({*ratios} - {1}))})
+    return SlackFit(_read_or_measure(settings, model, ratios), reserve_ms=RESERVE_MS)
+
+
+def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence[int]) -> LatencyTable:
+    """The latency table: from its file, or measured now and written there."""
+    path = settings.table
+    if path is not None and Path(path).exists():
+        table = LatencyTable.load(path)
+        missing = sorted({*(settings.ratios or ())} - {*table.ratios})
+        if missing:
+            raise ValueError(f"{path} has no ratios {missing}, only {list(table.ratios)}. Remove it to measure anew.")
+        return table
+    positions = count_positions(find_transformer(model).config)
+    lengths = [length for length in LENGTHS if positions is None or length <= positions] or [positions or 1]
+    known = (quality_from_card(settings.adapter) if settings.adapter else None) or {}
+    quality = {k: value for k, value in known.items() if k in (1, *ratios)} or None
+    table = profile_latency(model, ratios, BATCH_SIZES, lengths, quality=quality, rounds=3, min_seconds=0.02)
+    if path is not None:
+        table.save(path)
+    return table
+
+
+def _trained_ratios(model: nn.Module) -> Sequence[int]:
+    configs = getattr(model, "peft_config", {}).values()
+    return next((each.trained_ratios for each in configs if getattr(each, "trained_ratios", None)), DEFAULT_RATIOS)
