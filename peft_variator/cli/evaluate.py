@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from statistics import median
 from typing import Any
 
 import torch
 from peft import PeftModel
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    default_data_collator,
-)
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..profiling import (
     Candidate,
     count_flops,
-    count_positions,
     describe_environment,
     find_device,
     num_threads,
@@ -39,24 +29,18 @@ from ..profiling import (
     time_alternately,
 )
 from ..training import load_plugin
-from ..training.data import ImageFolder, read_texts, split_spans, surroundings
+from ..training.evaluation import measure_ratios
 from ..training.loss_masks import CAUSAL, Prediction, prediction_of, stacks_of
-from ..tuners.variator.forward_context import next_token_labels
 from .bench import warn_about_load
 from .console import Reporter
+from .examples import Batch, load_evaluation_data, warn_about_unreadable
 from .saved_plugin import SavedPlugin, open_plugin
 
 
 __all__ = ["EvaluateJob", "Evaluation", "RatioResult", "evaluate"]
 
-Batch = dict[str, Any]
-
-# Batches that are timed at most; quality is measured on all.
-TIMED_BATCHES = 8
 # Fewer texts than these give figures that others would change visibly.
 ENOUGH_TEXTS = 32
-# A tokenizer without a limit tells a number like this or more.
-NO_LIMIT = 10**9
 
 
 @dataclass(frozen=True)
@@ -208,22 +192,21 @@ def evaluate(job: EvaluateJob, reporter: Reporter) -> None:
     _show(evaluation, reporter)
 
 
-@dataclass(frozen=True)
-class _Examples:
-    """Batches for quality and for the clock, and what is known of the texts in them."""
-
-    quality: list[Batch]
-    timed: list[Batch]
-    count: int
-    lengths: list[int]
-    cut: int
-
-
 def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, reporter: Reporter) -> Evaluation:
     base: Any = saved.load_base(getattr(torch, job.dtype))[0].to(device)
     prediction = prediction_of(base)
     _check_bounds(job, base, prediction)
-    examples = _read(job, saved, base, device)
+    examples = load_evaluation_data(
+        saved.base,
+        base,
+        job.data,
+        column=job.text_column,
+        split=job.split,
+        wanted=job.examples,
+        batch_size=job.batch_size,
+        seed=job.seed,
+    )
+    warn_about_unreadable(examples.unreadable, examples.count, reporter)
     ratios = sorted(set(job.ratio or saved.ratios))
     plugin = load_plugin(share_weights(base), saved.name, is_trainable=False).to(base.dtype).eval()
     for ratio in ratios:
@@ -234,7 +217,7 @@ def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, report
     with reporter.progress(*columns, MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         bar = progress.add_task(f"Evaluating {saved.name} on {device}", total=steps)
         advance = partial(progress.advance, bar)
-        base_quality, quality = _measure(plugin, prediction, examples.quality, ratios, advance)
+        quality = measure_ratios(plugin, examples.quality, ratios, on_batch=advance)
         seconds = _time(base, plugin, examples.timed, ratios, job, device, advance)
     flops = {ratio: _flops(base if ratio is None else plugin, examples.timed, ratio) for ratio in (None, *ratios)}
     results = [
@@ -261,7 +244,7 @@ def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, report
         batch_size=job.batch_size,
         environment=environment,
         base_seconds=seconds[None],
-        base_quality=base_quality,
+        base_quality={name: value for name, value in quality[1].items() if name == "nll"},
         bounds=job.bounds,
         ratios=results,
         largest_ratio=largest,
@@ -285,134 +268,7 @@ def _check_bounds(job: EvaluateJob, base: PreTrainedModel, prediction: Predictio
         raise ValueError(f"{name} has a decoder and no head, so nothing tells what it is to predict.")
 
 
-# The data
-
-
-def _read(job: EvaluateJob, saved: SavedPlugin, base: PreTrainedModel, device: torch.device) -> _Examples:
-    generator = random.Random(job.seed)
-
-    def to_device(batch: Mapping[str, Any]) -> Batch:
-        return {
-            name: value.to(device, base.dtype) if value.is_floating_point() else value.to(device)
-            for name, value in batch.items()
-        }
-
-    if base.main_input_name == "pixel_values":
-        processor = AutoImageProcessor.from_pretrained(saved.base)
-        folders = [ImageFolder(folder, processor) for folder in job.data]
-        places = [(folder, index) for folder in folders for index in range(len(folder))]
-        chosen = [folder[index] for folder, index in _draw(places, job.examples, generator)]
-        batches = [to_device(default_data_collator(part)) for part in _parts(chosen, job.batch_size)]
-        return _Examples(batches, batches[:TIMED_BATCHES], len(chosen), [], 0)
-
-    texts = chain.from_iterable(read_texts(name, column=job.text_column, split=job.split) for name in job.data)
-    drawn = _draw([text.strip() for text in texts if text.strip()], job.examples, generator)
-    if not drawn:
-        raise ValueError(f"{', '.join(job.data)} holds no text. Give a file with a text on each line.")
-    tokenizer = AutoTokenizer.from_pretrained(saved.base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
-    before, after = surroundings(tokenizer)
-    most = [tokenizer.model_max_length, count_positions(base.config)]
-    room = min([limit for limit in most if limit and limit < NO_LIMIT], default=NO_LIMIT) - len(before) - len(after)
-    found = tokenizer(drawn, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    bodies = [ids[:room] for ids in found if ids]  # a tokenizer may leave nothing of a text
-    if not bodies:
-        raise ValueError(f"{', '.join(job.data)}: the tokenizer of {saved.base} leaves nothing of its texts.")
-    whole = [{"input_ids": [*before, *ids, *after]} for ids in bodies]
-    is_causal = prediction_of(base) is CAUSAL
-    has_decoder = len(stacks_of(base)) > 1
-    if is_causal or has_decoder:
-        # Continuations: a model that generates is judged by what it makes of a prompt.
-        pairs = [ids for ids in bodies if len(ids) > 1]
-        if not pairs:
-            raise ValueError(f"{', '.join(job.data)}: no text has the 2 tokens that a prompt and a continuation need.")
-        records = split_spans(pairs, before, after, is_decoder=has_decoder, seed=job.seed)
-        collate: Callable[[Any], Mapping[str, Any]] = DataCollatorForSeq2Seq(tokenizer)
-    else:
-        records, collate = whole, DataCollatorWithPadding(tokenizer)
-    quality = [to_device(collate(part)) for part in _parts(records, job.batch_size)]
-    timed = quality[:TIMED_BATCHES]
-    if is_causal:  # a prefill, as `generate` runs it
-        tokenizer.padding_side = "left"
-        prompts = [{"input_ids": [*before, *ids]} for ids in bodies[: TIMED_BATCHES * job.batch_size]]
-        timed = [
-            to_device(DataCollatorWithPadding(tokenizer)(part)) | {"use_cache": True, "logits_to_keep": 1}
-            for part in _parts(prompts, job.batch_size)
-        ]
-    cut = sum(len(ids) > room for ids in found)
-    return _Examples(quality, timed, len(records), [len(each["input_ids"]) for each in whole], cut)
-
-
-def _draw(things: Sequence[Any], most: int, generator: random.Random) -> list[Any]:
-    """At most so many of them, in their order."""
-    places = range(len(things))
-    chosen = sorted(generator.sample(places, most)) if len(things) > most else places
-    return [things[place] for place in chosen]
-
-
-def _parts(things: Sequence[Any], size: int) -> Iterator[Any]:
-    return (things[start : start + size] for start in range(0, len(things), size))
-
-
-# The measures
-
-
-@torch.inference_mode()
-def _measure(
-    plugin: PeftModel,
-    prediction: Prediction | None,
-    batches: Sequence[Batch],
-    ratios: Sequence[int],
-    on_batch: Callable[[], object],
-) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
-    """Quality of the base where it has one by itself, and of each ratio.
-
-    The base is the plugin at k = 1, which is exact, with the heads that were saved with the plugin.
-    """
-    stacks = stacks_of(plugin.get_base_model())
-    sums: dict[int, dict[str, Tensor]] = {}
-    counts: dict[str, int] = {}
-    for batch in batches:
-        reference = _outputs(plugin, batch, 1)
-        for ratio in (1, *(k for k in ratios if k != 1)):
-            outputs = reference if ratio == 1 else _outputs(plugin, batch, ratio)
-            values: dict[str, Tensor] = {}
-            for key, mask_of in stacks.items():
-                prefix, mask = key.removesuffix("hidden_states"), mask_of(batch)
-                found, expected = (each[key][-1].float() for each in (outputs, reference))
-                cosines = torch.cosine_similarity(found, expected, dim=-1)
-                values[f"{prefix}cosine"] = cosines.flatten() if mask is None else cosines[mask]
-                if prediction is None and mask is not None:
-                    ours, theirs = (_mean_of_text(states, mask) for states in (found, expected))
-                    values["embedding_cosine"] = torch.cosine_similarity(ours, theirs, dim=-1)
-            if prediction is not None:
-                used = prediction.mask(batch)
-                logits, wanted = (prediction.logits(each)[used].float() for each in (outputs, reference))
-                values["agreement"] = (logits.argmax(-1) == wanted.argmax(-1)).float()
-                if "labels" in batch:
-                    labels = batch["labels"]
-                    if prediction is CAUSAL:
-                        labels = next_token_labels(batch, (labels.shape[0], labels.shape[1]))
-                    values["nll"] = nn.functional.cross_entropy(logits, labels[used], reduction="none")
-            for name, value in values.items():
-                total = sums.setdefault(ratio, {})
-                total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + value.double().sum().cpu()
-                counts[name] = counts.get(name, 0) + (value.numel() if ratio == 1 else 0)
-        on_batch()
-    means_of = {ratio: {name: float(total / counts[name]) for name, total in sums[ratio].items()} for ratio in sums}
-    return {name: value for name, value in means_of[1].items() if name == "nll"}, means_of
-
-
-def _outputs(plugin: PeftModel, batch: Batch, ratio: int) -> Any:
-    with plugin.using_ratio(ratio):
-        return plugin(**batch, output_hidden_states=True)
-
-
-def _mean_of_text(states: Tensor, mask: Tensor) -> Tensor:
-    """Means over the real tokens of `(batch, length, dim)`, as most sentence encoders pool."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+# The clock
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ help and mistyped options need neither torch nor PEFT.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -82,19 +82,9 @@ Data = Annotated[
         "of images. Repeatable."
     ),
 ]
-Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
-Accumulation = Annotated[int, typer.Option(help="Batches in an optimizer step.")]
 Rate = Annotated[float, typer.Option(help="Peak learning rate; it warms up and follows a cosine to 0.")]
-MaxLength = Annotated[int, typer.Option(help="Most tokens in an example; lengths vary from a quarter up.")]
-HeldOut = Annotated[int, typer.Option(help="Examples to measure on; at most a tenth of the data.")]
 TextColumn = Annotated[str, typer.Option(help="Column of a table or data set that holds the text.")]
 Split = Annotated[str, typer.Option(help="Split of a data set.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Mixed precision.")]
-Checkpoints = Annotated[
-    Path | None, typer.Option(help="Save ten checkpoints here, and go on from the last one that is found.")
-]
-
-
 License = Annotated[str | None, typer.Option(help="License to name in the card, e.g. apache-2.0.")]
 PushToHub = Annotated[str | None, typer.Option(metavar="REPO", help="Repository on the Hub to push the result to.")]
 
@@ -112,6 +102,60 @@ def main(
     ] = False,
 ) -> None:
     """Make the models you already have cheaper to run."""
+
+
+def _with_options(
+    parameters: Iterable[inspect.Parameter], after: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command more options behind the one named `after`; it gets them as keywords."""
+    added = list(parameters)
+
+    def extend(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        found = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
+        place = 1 + [item.name for item in found].index(after)
+        found[place:place] = added
+        extended: Any = command
+        extended.__signature__ = signature.replace(parameters=found)
+        extended.__annotations__ = {item.name: item.annotation for item in found}
+        return command
+
+    return extend
+
+
+def _method_options() -> Iterator[inspect.Parameter]:
+    """The options of every pruning method; None where not given."""
+    for name, option in method_options().items():
+        info = typer.Option(min=option.at_least, help=f"{option.help.removesuffix('.')} ({option.default}).")
+        kind: Any = Annotated[option.kind | None, info]
+        yield inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=kind)
+
+
+def _run_options() -> Iterable[inspect.Parameter]:
+    """The options of every command that trains."""
+
+    def options(
+        steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+        batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
+        accumulation: Annotated[int, typer.Option(help="Batches in an optimizer step.")] = 1,
+        max_length: Annotated[
+            int, typer.Option(help="Most tokens in an example; lengths vary from a quarter up.")
+        ] = 128,
+        held_out: Annotated[int, typer.Option(help="Examples to measure on; at most a tenth of the data.")] = 128,
+        text_column: TextColumn = "text",
+        split: Split = "train",
+        task: TaskOption = None,
+        bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+        checkpoints: Annotated[
+            Path | None, typer.Option(help="Save ten checkpoints here, and go on from the last one that is found.")
+        ] = None,
+        device: Device = None,
+        seed: Seed = 0,
+        license: License = None,
+        push_to_hub: PushToHub = None,
+    ) -> None: ...
+
+    return inspect.signature(options, eval_str=True).parameters.values()
 
 
 @app.command("bench", cls=Command, context_settings=CONTEXT, short_help="Measure how much faster a plugin is.")
@@ -425,23 +469,8 @@ def pack_command(
         pack(source, output, target, ignore or (), publishing, Reporter(json, None, quiet))
 
 
-def _with_method_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of every pruning method to a command; it gets them as keywords, None where not given."""
-    signature = inspect.signature(command, eval_str=True)
-    parameters = [item for item in signature.parameters.values() if item.kind is not item.VAR_KEYWORD]
-    place = 1 + list(signature.parameters).index("method")
-    for name, option in reversed(method_options().items()):
-        info = typer.Option(min=option.at_least, help=f"{option.help.removesuffix('.')} ({option.default}).")
-        kind: Any = Annotated[option.kind | None, info]
-        parameters.insert(place, inspect.Parameter(name, parameters[place - 1].kind, default=None, annotation=kind))
-    extended: Any = command
-    extended.__signature__ = signature.replace(parameters=parameters)
-    extended.__annotations__ = {item.name: item.annotation for item in parameters}
-    return command
-
-
 @app.command("prune", cls=Command, context_settings=CONTEXT, short_help="Make a dense model sparse.")
-@_with_method_options
+@_with_options(_method_options(), after="method")
 def prune_command(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the dense model.")],
     output: Output,
@@ -512,6 +541,7 @@ def prune_command(
 
 
 @app.command("restore", cls=Command, context_settings=CONTEXT, short_help="Win back the quality of a pruned model.")
+@_with_options(_run_options(), after="lr")
 def restore_command(
     model: Annotated[str, typer.Argument(help="Pruned model; or the dense one of an --adapter that stores masks.")],
     data: Data,
@@ -525,23 +555,10 @@ def restore_command(
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of a new adapter.")] = 8,
     alpha: Annotated[float, typer.Option(help="Its update is scaled by alpha / rank.")] = 16.0,
-    steps: Steps = 1000,
-    batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
-    accumulation: Accumulation = 1,
     lr: Rate = 1e-3,
-    max_length: MaxLength = 128,
-    held_out: HeldOut = 128,
-    text_column: TextColumn = "text",
-    split: Split = "train",
-    task: TaskOption = None,
-    bf16: Bf16 = False,
-    checkpoints: Checkpoints = None,
-    device: Device = None,
-    seed: Seed = 0,
-    license: License = None,
-    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
+    **run: Any,
 ) -> None:
     """Restore a pruned MODEL with SparseLoRA, and write the adapter with a model card. Merged, it stays as sparse.
 
@@ -560,21 +577,8 @@ def restore_command(
             kl_weight=kl_weight,
             rank=rank,
             alpha=alpha,
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
             lr=lr,
-            max_length=max_length,
-            held_out=held_out,
-            text_column=text_column,
-            split=split,
-            task=task,
-            bf16=bf16,
-            checkpoints=checkpoints,
-            device=device,
-            seed=seed,
-            license=license,
-            push_to_hub=push_to_hub,
+            **run,
         )
         restore(job, Reporter(json, None, quiet))
 
@@ -649,17 +653,14 @@ def serve_command(
 
 
 @app.command("train", cls=Command, context_settings=CONTEXT, short_help="Train a compression plugin for a model.")
+@_with_options(_run_options(), after="flops_saved")
 def train_command(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],
     data: Data,
     output: Output,
     ratio: Ratio = None,
     adapter: Annotated[str | None, typer.Option(help="Plugin to start from instead of a new one.")] = None,
-    steps: Steps = 1000,
-    batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
-    accumulation: Accumulation = 1,
     lr: Rate = 2e-3,
-    max_length: MaxLength = 128,
     hidden_loss: Annotated[
         Literal["all", "last"], typer.Option(help="Hidden states to follow: of all layers, or the last.")
     ] = "all",
@@ -684,18 +685,9 @@ def train_command(
         list[str] | None,
         typer.Option(help="Share of the FLOPs to save as in 0.45, for each --ratio: ratios and widths by layer."),
     ] = None,
-    held_out: HeldOut = 128,
-    text_column: TextColumn = "text",
-    split: Split = "train",
-    task: TaskOption = None,
-    bf16: Bf16 = False,
-    checkpoints: Checkpoints = None,
-    device: Device = None,
-    seed: Seed = 0,
-    license: License = None,
-    push_to_hub: PushToHub = None,
     json: Json = None,
     quiet: Quiet = False,
+    **run: Any,
 ) -> None:
     """Train a Variator plugin for MODEL on plain text or images, and write it with a model card.
 
@@ -714,11 +706,7 @@ def train_command(
             output=output,
             ratio=ratios,
             adapter=adapter,
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
             lr=lr,
-            max_length=max_length,
             hidden_loss=hidden_loss,
             logits_weight=logits_weight,
             bottleneck_dim=bottleneck_dim,
@@ -727,16 +715,7 @@ def train_command(
             correction_rank=correction_rank,
             compensation_rank=compensation_rank,
             flops_saved=None if flops_saved is None else parse_shares(flops_saved),
-            held_out=held_out,
-            text_column=text_column,
-            split=split,
-            task=task,
-            bf16=bf16,
-            checkpoints=checkpoints,
-            device=device,
-            seed=seed,
-            license=license,
-            push_to_hub=push_to_hub,
+            **run,
         )
         train(job, Reporter(json, None, quiet))
 

@@ -19,10 +19,9 @@ from ..training import DistillationTrainer, load_plugin
 from ..training.model_card import RestoredFacts, restored_card
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer
 from .console import Reporter, next_commands
+from .examples import Examples, TrainingData
 from .training_run import (
-    Examples,
     RunSettings,
-    TrainingData,
     check_checkpoints,
     load_run_data,
     load_weights,

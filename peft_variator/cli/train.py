@@ -18,9 +18,9 @@ from ..training.evaluation import measure_quality
 from ..training.model_card import PluginFacts, RatioFacts, plugin_card
 from ..tuners.variator import VariatorConfig
 from .console import Reporter, next_commands
+from .examples import TrainingData
 from .training_run import (
     RunSettings,
-    TrainingData,
     check_checkpoints,
     load_run_data,
     load_weights,

@@ -1,4 +1,4 @@
-"""What every run that trains an adapter goes through: settings, data, trainer, checkpoints, the written result."""
+"""What every run that trains an adapter goes through: settings, trainer, checkpoints, the written result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -19,20 +19,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import Subset
 from transformers import (
-    AutoImageProcessor,
     AutoProcessor,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    default_data_collator,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -42,18 +34,15 @@ from ..models import Task, check_model_name
 from ..profiling import build_model, count_positions, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig
-from ..training.data import ImageFolder, cut_documents, read_documents, split_spans, surroundings, tokenize_documents
 from ..training.model_card import PluginFacts, RestoredFacts
 from .console import Reporter
+from .examples import TrainingData, load_data, warn_about_unreadable
 from .publishing import Publishing
 
 
 __all__ = [
-    "Examples",
     "RunSettings",
-    "TrainingData",
     "check_checkpoints",
-    "load_data",
     "load_run_data",
     "load_weights",
     "show_only_a_bar",
@@ -63,117 +52,8 @@ __all__ = [
     "write_adapter",
 ]
 
-Examples = list[dict[str, list[int]]] | Subset[dict[str, Tensor]]
-
-MIN_TOKENS = 2
 # Fewer held-out examples than these give figures that another draw would change visibly.
 ENOUGH_HELD_OUT = 32
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Examples, and how to make batches of them.
-
-    Args:
-        train: examples to train on.
-        held_out: examples to measure on, none of them in `train`.
-        collate: makes a batch of a list of examples.
-        tokenizer: the model's tokenizer; `None` for images.
-        unreadable: files that were passed over because they can't be read.
-    """
-
-    train: Examples
-    held_out: Examples
-    collate: Callable[[list[Any]], dict[str, Any]]
-    tokenizer: PreTrainedTokenizerBase | None
-    unreadable: Sequence[str] = ()
-
-    def held_out_batches(self, size: int, device: Any) -> Iterator[dict[str, Any]]:
-        """The held-out examples in batches of a size."""
-        for start in range(0, len(self.held_out), size):
-            stop = min(start + size, len(self.held_out))
-            batch = self.collate([self.held_out[index] for index in range(start, stop)])
-            yield {name: value.to(device) for name, value in batch.items()}
-
-
-def load_data(
-    model: str,
-    task: Task,
-    data: Sequence[str],
-    *,
-    column: str,
-    split: str,
-    max_length: int,
-    wanted: int,
-    held_out: int,
-    seed: int,
-) -> TrainingData:
-    """Read text or images and hold some out.
-
-    Args:
-        model: the base model, whose tokenizer or image processor is used.
-        task: how the model is used.
-        data: files, data sets, or for vision models folders of images.
-        column: column of the text in tables and data sets.
-        split: split of the data set.
-        max_length: most tokens in an example.
-        wanted: number of examples that are enough; no more text or images are read than they need, of every file
-            as much.
-        held_out: number of examples to hold out, at most a tenth of all.
-        seed: seed of the split, and of where text is cut.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is too little data to hold anything out.
-    """
-    names = ", ".join(data)
-    if task == "vision":
-        images = ImageFolder(data, AutoImageProcessor.from_pretrained(model))
-        drawn, unreadable = images.draw(wanted, seed)
-        if unreadable and len(drawn) < 2:
-            raise ValueError(f"Of {len(images)} images in {names} only {len(drawn)} can be read. Add images.")
-        count = _count_held_out(len(drawn), held_out, names)
-        parts = Subset(images, drawn[count:]), Subset(images, drawn[:count])
-        return TrainingData(*parts, default_data_collator, None, [str(path) for path in unreadable])
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
-    before, after = surroundings(tokenizer)
-    room = max_length - len(before) - len(after)
-    sources = [read_documents(name, column=column, split=split) for name in data]
-    spans = [
-        cut_documents(documents, room, seed + index)
-        for index, documents in enumerate(tokenize_documents(sources, tokenizer, wanted * room))
-    ]
-    for name, each in zip(data, spans, strict=True):
-        if not each:
-            raise ValueError(f"{name} holds no text. Leave it out, or name another file.")
-    if task != "encoder":
-        spans = [[span for span in each if len(span) >= MIN_TOKENS] for each in spans]
-    count = _count_held_out(sum(map(len, spans)), held_out, names)
-    # The end of each file, rather than spans here and there, whose neighbours would be trained on.
-    ends = _shares([len(each) for each in spans], count)
-    ordered = [span for each, end in zip(spans, ends, strict=True) for span in each[: len(each) - end]]
-    ordered += [span for each, end in zip(spans, ends, strict=True) for span in each[len(each) - end :]]
-    if task == "encoder":
-        examples = [{"input_ids": [*before, *span, *after]} for span in ordered]
-    else:
-        examples = split_spans(ordered, before, after, is_decoder=task == "seq2seq", seed=seed)
-    collate = DataCollatorWithPadding(tokenizer) if task == "encoder" else DataCollatorForSeq2Seq(tokenizer)
-    return TrainingData(examples[:-count], examples[-count:], collate, tokenizer)
-
-
-def _shares(sizes: list[int], count: int) -> list[int]:
-    """`count` things in proportion to sizes, whole numbers that add up to it, none larger than its size."""
-    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
-    marks = [0, *(end * count // max(1, ends[-1]) for end in ends)]
-    return [high - low for low, high in zip(marks[:-1], marks[1:], strict=True)]
-
-
-def _count_held_out(total: int, wanted: int, data: str) -> int:
-    if total < 2:
-        raise ValueError(f"{data} gives {total} examples; at least 2 are needed, one of them to measure on. Add data.")
-    return min(wanted, max(1, total // 10))
 
 
 @dataclass
@@ -387,7 +267,8 @@ def load_run_data(settings: RunSettings, task: Task, reporter: Reporter) -> Trai
         held_out=settings.held_out,
         seed=settings.seed,
     )
-    _warn_about_unreadable(data, reporter)
+    if _is_first_process():
+        warn_about_unreadable(data.unreadable, len(data.train) + len(data.held_out), reporter)
     return data
 
 
@@ -420,15 +301,6 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
             use_cpu=on_cpu,
             ddp_backend="gloo" if on_cpu and _processes() > 1 else None,
             **objective,
-        )
-
-
-def _warn_about_unreadable(data: TrainingData, reporter: Reporter) -> None:
-    """Tell how many images were passed over, and the first of them."""
-    if data.unreadable and _is_first_process():
-        total = len(data.unreadable) + len(data.train) + len(data.held_out)
-        reporter.warn(
-            f"Skipped {len(data.unreadable)} of {total} images that can't be read; the first is {data.unreadable[0]}."
         )
 
 

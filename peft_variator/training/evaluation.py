@@ -1,19 +1,21 @@
-"""How closely a model with an adapter follows itself without it, on held-out data."""
+"""How closely a model with an adapter follows itself without it: on held-out data, and at each ratio of a plugin."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .loss_masks import prediction_of, stacks_of
+from ..tuners.variator.forward_context import next_token_labels
+from .loss_masks import CAUSAL, Prediction, prediction_of, stacks_of
 from .teacher import measured_adapters
 
 
-__all__ = ["measure_quality"]
+__all__ = ["measure_quality", "measure_ratios"]
 
 
 class _Comparison:
@@ -73,3 +75,74 @@ def measure_quality(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
         prefix = key.removesuffix("hidden_states")
         results |= {f"{prefix}{name}": value for name, value in comparison.results().items()}
     return results | ({"agreement": float(torch.cat(same).double().mean())} if same else {})
+
+
+@torch.inference_mode()
+def measure_ratios(
+    plugin: PeftModel,
+    batches: Sequence[Mapping[str, Any]],
+    ratios: Sequence[int],
+    *,
+    on_batch: Callable[[], object] | None = None,
+) -> dict[int, dict[str, float]]:
+    """Quality of a plugin at each ratio, beside that of its base.
+
+    The base is the plugin at k = 1, which is exact, with the heads that were saved with the plugin.
+
+    Args:
+        plugin: the base with a Variator plugin, in evaluation mode.
+        batches: keyword arguments of its forward, on its device.
+        ratios: compression ratios k.
+        on_batch: called after each batch.
+
+    Returns:
+        dict[int, dict[str, float]]: for each ratio, and for 1, the base: `cosine`, the mean over tokens of that of the
+        last hidden states to the base's (of an encoder–decoder `encoder_cosine` and `decoder_cosine`);
+        `embedding_cosine` of their means over each text, for models without a head; `agreement`, the share of
+        predictions that are the base's; `nll` of a token in nats, where the batches have labels.
+    """
+    base = plugin.get_base_model()
+    stacks, prediction = stacks_of(base), prediction_of(base)
+    values: dict[int, dict[str, list[Tensor]]] = {k: defaultdict(list) for k in dict.fromkeys([1, *ratios])}
+    for batch in batches:
+        reference: Any = None
+        for ratio, found in values.items():
+            with plugin.using_ratio(ratio):
+                outputs = plugin(**batch, output_hidden_states=True)
+            reference = outputs if ratio == 1 else reference
+            for key, mask_of in stacks.items():
+                ours, theirs = (each[key][-1].float() for each in (outputs, reference))
+                prefix, mask = key.removesuffix("hidden_states"), mask_of(batch)
+                cosines = torch.cosine_similarity(ours, theirs, dim=-1)
+                found[f"{prefix}cosine"].append(cosines.flatten() if mask is None else cosines[mask])
+                if prediction is None and mask is not None:
+                    ours, theirs = (_mean_of_text(states, mask) for states in (ours, theirs))
+                    found["embedding_cosine"].append(torch.cosine_similarity(ours, theirs, dim=-1))
+            if prediction is not None:
+                _compare_predictions(prediction, batch, outputs, reference, found)
+        if on_batch is not None:
+            on_batch()
+    return {
+        ratio: {name: float(torch.cat(parts).double().mean()) for name, parts in found.items()}
+        for ratio, found in values.items()
+    }
+
+
+def _compare_predictions(
+    prediction: Prediction, batch: Mapping[str, Any], outputs: Any, reference: Any, found: dict[str, list[Tensor]]
+) -> None:
+    """Add for each used prediction whether it is the base's, and how unlikely its label is."""
+    used = prediction.mask(batch)
+    logits, wanted = (prediction.logits(each)[used].float() for each in (outputs, reference))
+    found["agreement"].append((logits.argmax(-1) == wanted.argmax(-1)).float())
+    if "labels" in batch:
+        labels = batch["labels"]
+        if prediction is CAUSAL:
+            labels = next_token_labels(batch, (labels.shape[0], labels.shape[1]))
+        found["nll"].append(nn.functional.cross_entropy(logits, labels[used], reduction="none"))
+
+
+def _mean_of_text(states: Tensor, mask: Tensor) -> Tensor:
+    """Means over the real tokens of `(batch, length, dim)`, as most sentence encoders pool."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -21,12 +21,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
 )
 
 from peft_variator import VariatorConfig
 
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+IMAGES = {name: value for name, value in TEXT.items() if name != "vocab_size"} | {"image_size": 16, "patch_size": 4}
 T5 = {
     "decoder_start_token_id": 0,
     "d_model": 16,
@@ -39,15 +43,19 @@ T5 = {
 
 
 def save_base(folder: Path, kind: str) -> PreTrainedModel:
-    """A tiny model and its tokenizer."""
+    """A tiny model and its tokenizer or image processor."""
     torch.manual_seed(0)
     model = {
         "encoder": lambda: BertModel(BertConfig(**TEXT)),
         "classifier": lambda: BertForSequenceClassification(BertConfig(**TEXT)),
         "causal": lambda: LlamaForCausalLM(LlamaConfig(**TEXT)),
         "seq2seq": lambda: T5ForConditionalGeneration(T5Config(**T5)),
+        "vision": lambda: ViTModel(ViTConfig(**IMAGES), add_pooling_layer=False),
     }[kind]()
     model.save_pretrained(folder)
+    if kind == "vision":
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+        return type(model).from_pretrained(folder, add_pooling_layer=False)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(36))]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -110,6 +111,20 @@ def test_an_encoder_decoder(tmp_path: Path, data: Path) -> None:
     report = report_of(save_plugin(tmp_path, "seq2seq"), "--data", data, "--ratio", "2", "--min-cosine", "0.999999")
     assert report["ratios"][0]["quality"].keys() == {"encoder_cosine", "decoder_cosine", "agreement", "nll"}
     assert report["ratios"][0]["holds"] is False
+
+
+def test_images_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path) -> None:
+    plugin, images = save_plugin(tmp_path, "vision"), tmp_path / "images"
+    images.mkdir()
+    for index in range(3):
+        Image.new("RGB", (20, 20), (60 * index, 90, 200)).save(images / f"{index}.png")
+    (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:40])
+    status, out, err = invoke(plugin, "--data", images, *QUICK, "--ratio", "2", "--json", "-")
+    assert status == 0, err
+    report = json.loads(out)
+    assert (report["examples"], report["tokens"]) == (3, None)
+    assert report["ratios"][0]["quality"].keys() == {"cosine"}
+    assert re.search(r"1 of 4 images .*broken\.png", err)
 
 
 def test_what_is_told(tmp_path: Path, data: Path) -> None:

@@ -147,7 +147,7 @@ def test_losses_are_those_of_all_tokens(folders: Path, text: Path, tmp_path: Pat
         folders / "causal-pruned", "--data", text, "--teacher", folders / "causal", "-o", out, *QUICK
     )
     assert code == 0, errors
-    from peft_variator.cli.training_run import load_data
+    from peft_variator.cli.examples import load_data
 
     data = load_data(
         str(folders / "causal"), "causal", [str(text)], column="text", split="train", max_length=32, wanted=37,

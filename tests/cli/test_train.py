@@ -33,8 +33,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from peft_variator.cli.examples import load_data
 from peft_variator.cli.main import app
-from peft_variator.cli.training_run import load_data
 
 
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
