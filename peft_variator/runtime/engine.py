@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ from .tasks import (
 )
 
 
-__all__ = ["BatchRecord", "Engine", "EngineClosed", "EngineMetrics", "QueueFull"]
+__all__ = ["BatchRecord", "Engine", "EngineClosed", "EngineMetrics", "Limits", "QueueFull"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,18 @@ class EngineClosed(RuntimeError):
 
 class QueueFull(RuntimeError):
     """A call has more texts than the queue has room for; none of them was taken."""
+
+
+class Limits(TypedDict, total=False):
+    """What one call asks of its answer; each may be left out."""
+
+    slo_ms: float | None
+    """Milliseconds until the answer is due; `None`: the engine's."""
+    min_quality: float | None
+    """Least quality of the ratio that is used, on the scale of the policy's latency table; where nobody measured it,
+    and with policies that know none, the base answers, k = 1."""
+    max_ratio: int | None
+    """Largest ratio that may be used."""
 
 
 @dataclass(frozen=True)
@@ -291,19 +303,13 @@ class Engine:
     def embed(
         self,
         texts: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Embeddings:
         """One vector for each text.
 
         Args:
             texts: a list of texts; those that are too long for the model are cut.
-            slo_ms: milliseconds until the answer is due; `None`: the engine's.
-            min_quality: least quality of the ratio that is used, on the scale of the policy's latency table; where
-                nobody measured it, and with policies that know none, the base answers, k = 1.
-            max_ratio: largest ratio that may be used.
+            limits: `slo_ms`, `min_quality` and `max_ratio`, as [`Limits`] says.
 
         Raises:
             TypeError: `texts` is no list of texts, or an option is not of its type.
@@ -311,49 +317,37 @@ class Engine:
             QueueFull: the texts do not fit into the queue; none was taken.
             EngineClosed: the engine is closed.
         """
-        return cast(Embeddings, self._ask(Embed, texts, "texts", slo_ms, min_quality, max_ratio))
+        return cast(Embeddings, self._ask(Embed, texts, "texts", **limits))
 
     async def aembed(
         self,
         texts: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Embeddings:
         """As `embed`, for an event loop. A call that is cancelled leaves the queue."""
-        return cast(Embeddings, await self._aask(Embed, texts, "texts", slo_ms, min_quality, max_ratio))
+        return cast(Embeddings, await self._aask(Embed, texts, "texts", **limits))
 
     def classify(
         self,
         texts: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Classifications:
         """Logits of each text, from a model for sequence classification. Arguments and errors are those of `embed`."""
-        return cast(Classifications, self._ask(Classify, texts, "texts", slo_ms, min_quality, max_ratio))
+        return cast(Classifications, self._ask(Classify, texts, "texts", **limits))
 
     async def aclassify(
         self,
         texts: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Classifications:
         """As `classify`, for an event loop."""
-        return cast(Classifications, await self._aask(Classify, texts, "texts", slo_ms, min_quality, max_ratio))
+        return cast(Classifications, await self._aask(Classify, texts, "texts", **limits))
 
     def rerank(
         self,
         query: str,
         documents: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Scores:
         """How well each document fits the query.
 
@@ -362,33 +356,25 @@ class Engine:
         Args:
             query: a text.
             documents: a list of texts, scored in their order.
-            slo_ms: as in `embed`, and so are the others and the errors.
-            min_quality: see there.
-            max_ratio: see there.
+            limits: as in `embed`, and so are the errors.
         """
         options = {"query": _checked_query(query)}
-        return cast(Scores, self._ask(Rerank, documents, "documents", slo_ms, min_quality, max_ratio, options))
+        return cast(Scores, self._ask(Rerank, documents, "documents", options, **limits))
 
     async def arerank(
         self,
         query: str,
         documents: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Scores:
         """As `rerank`, for an event loop."""
         options = {"query": _checked_query(query)}
-        return cast(Scores, await self._aask(Rerank, documents, "documents", slo_ms, min_quality, max_ratio, options))
+        return cast(Scores, await self._aask(Rerank, documents, "documents", options, **limits))
 
     def prefill(
         self,
         prompts: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Prefilled:
         """The cache of each prompt, and the logits of its last position, from a causal language model.
 
@@ -396,41 +382,35 @@ class Engine:
         prefills more into it uses the same one. Tokens that are decoded one at a time run on the base at any ratio.
         Prompts are never cut. Other arguments and errors are those of `embed`.
         """
-        return cast(Prefilled, self._ask(Prefill, prompts, "prompts", slo_ms, min_quality, max_ratio))
+        return cast(Prefilled, self._ask(Prefill, prompts, "prompts", **limits))
 
     async def aprefill(
         self,
         prompts: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Prefilled:
         """As `prefill`, for an event loop."""
-        return cast(Prefilled, await self._aask(Prefill, prompts, "prompts", slo_ms, min_quality, max_ratio))
+        return cast(Prefilled, await self._aask(Prefill, prompts, "prompts", **limits))
 
     def submit(
         self,
         texts: Sequence[str],
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Unpack[Limits],
     ) -> Future[Embeddings]:
         """As `embed`, without waiting: a future of its result. Cancelling it takes the texts out of the queue."""
-        return cast("Future[Embeddings]", self._submit(Embed, texts, "texts", slo_ms, min_quality, max_ratio))
+        return cast("Future[Embeddings]", self._submit(Embed, texts, "texts", **limits))
 
-    def _ask(self, *question: Any) -> Any:
-        future = self._submit(*question)
+    def _ask(self, *question: Any, **limits: Unpack[Limits]) -> Any:
+        future = self._submit(*question, **limits)
         try:
             return future.result()
         except BaseException:
             future.cancel()  # whoever asked stopped waiting, by Ctrl-C say
             raise
 
-    async def _aask(self, *question: Any) -> Any:
+    async def _aask(self, *question: Any, **limits: Unpack[Limits]) -> Any:
         # Tokenizing takes its time, and may wait for another thread's: not in the event loop.
-        submitting = asyncio.get_running_loop().run_in_executor(None, partial(self._submit, *question))
+        submitting = asyncio.get_running_loop().run_in_executor(None, partial(self._submit, *question, **limits))
         try:
             future = await asyncio.shield(submitting)
         except asyncio.CancelledError:
@@ -443,10 +423,11 @@ class Engine:
         kind: type[Task],
         texts: Sequence[str],
         name: str,
-        slo_ms: float | None,
-        min_quality: float | None,
-        max_ratio: int | None,
         options: dict[str, Any] | None = None,
+        *,
+        slo_ms: float | None = None,
+        min_quality: float | None = None,
+        max_ratio: int | None = None,
     ) -> Future[Any]:
         """Check a call and put its texts into the queue, all or none."""
         arrival = time.monotonic()
