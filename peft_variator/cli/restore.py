@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,6 +63,11 @@ class RestoreJob(RunSettings):
         super().__post_init__()
         if self.kl_weight is not None and not 0 <= self.kl_weight <= 1:
             raise ValueError(f"--kl-weight is {self.kl_weight}; it is the λ of (1 − λ)·task + λ·KL, from 0 to 1.")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError(
+                "restore measures the model before it trains it, and FSDP shards a model only when it trains. Start "
+                "it with `accelerate launch --multi_gpu` or `torchrun`, or train in Python with DistillationTrainer."
+            )
 
     def run(self, reporter: Reporter) -> tuple[RestoredFacts, bool]:
         """Train an adapter and write it with its card.
@@ -98,10 +104,11 @@ class RestoreJob(RunSettings):
             train_or_resume(trainer, self, reporter)
             losses["restored"] = _held_out_losses(trainer)
             facts = self._facts(model, data, weights, losses)
+            adapters = trainer.gather_adapters()
             is_first = trainer.is_world_process_zero()
             if is_first:
                 card = restored_card(facts, self.license)
-                write_adapter(self.output, model, card, facts, trainer.state.log_history, beside)
+                write_adapter(self.output, model, card, facts, trainer.state.log_history, beside, adapters)
         return facts, is_first
 
     def _adapter(self, base: PreTrainedModel) -> PeftModel:

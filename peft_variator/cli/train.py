@@ -105,10 +105,11 @@ class TrainJob(RunSettings):
             flops = self._flops(plugin, task, [1, *ratios], data)
             rows = [RatioFacts(k, flops[1], flops[k], before[k], after[k]) for k in ratios]
             facts = self._facts(plugin, data, rows)
+            adapters = trainer.gather_adapters()
             is_first = trainer.is_world_process_zero()
             if is_first:
                 card = plugin_card(facts, self.license)
-                write_adapter(self.output, plugin, card, facts, trainer.state.log_history, beside)
+                write_adapter(self.output, plugin, card, facts, trainer.state.log_history, beside, adapters)
         return facts, is_first
 
     def _plugin(self, base: PreTrainedModel, data: TrainingData) -> tuple[PeftModel, list[int]]:

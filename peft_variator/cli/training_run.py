@@ -117,7 +117,7 @@ class RunSettings:
     @property
     def command(self) -> str:
         """The command line of these settings: what differs from the defaults, but for where it is pushed."""
-        words = ["peft-variator", self.subcommand, self.model]
+        words = [*launcher_words(os.environ), self.subcommand, self.model]
         for option in fields(self)[1:]:
             value, name = getattr(self, option.name), "--" + option.name.replace("_", "-")
             if option.name == "push_to_hub" or (option.default is not MISSING and value == option.default):
@@ -128,6 +128,34 @@ class RunSettings:
                 for each in value if isinstance(value, list) else [value]:
                     words += [name, str(each)]
         return shlex.join(words)
+
+
+def launcher_words(environment: Mapping[str, str]) -> list[str]:
+    """The start of a command line that runs `peft-variator` on as many processes as this one was started with.
+
+    Args:
+        environment: the variables by which launchers tell the processes of each other.
+    """
+    processes, machines = (environment.get(name, "1") for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        words = ["accelerate", "launch", "--num_processes", processes]
+        words += ["--num_machines", machines] if machines != "1" else []
+        if environment.get("ACCELERATE_USE_FSDP") == "true":
+            words += ["--use_fsdp", "--fsdp_version", environment.get("FSDP_VERSION", "1")]
+            if environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "false":
+                words += ["--fsdp_cpu_ram_efficient_loading", "false"]
+        elif environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            words += ["--use_deepspeed"]
+        elif processes != "1":
+            words += ["--multi_gpu"]  # without it, accelerate starts a single process on a machine without GPUs
+        precision = environment["ACCELERATE_MIXED_PRECISION"]
+        words += ["--mixed_precision", precision] if precision != "no" else []
+    elif processes != "1":
+        words = ["torchrun", "--nproc-per-node", environment.get("LOCAL_WORLD_SIZE", processes)]
+        words += ["--nnodes", machines] if machines != "1" else []
+    else:
+        return ["peft-variator"]
+    return [*words, "-m", "peft_variator"]
 
 
 SETTINGS_NAME = "run.json"
@@ -320,6 +348,7 @@ def write_adapter(
     facts: PluginFacts | RestoredFacts,
     log: list[dict[str, Any]],
     beside: Mapping[str, Path],
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write an adapter, its card, and `training.json` with the facts and the log: all of it or nothing.
 
@@ -330,12 +359,13 @@ def write_adapter(
         facts: what the card says.
         log: losses and rates, as the trainer has kept them.
         beside: what sentence-transformers needs to load the folder by itself, from `sentence_files`; empty for others.
+        state_dict: the weights, if they are not whole in the model; see `DistillationTrainer.gather_adapters`.
     """
     with new_folder(output) as folder:
         if beside:
             copy_files(beside, folder)
             AutoProcessor.from_pretrained(facts.base).save_pretrained(folder)
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state_dict)
         card.save(folder / "README.md")
         write_text(folder / "training.json", json.dumps({"facts": asdict(facts), "log": log}, indent=2) + "\n")
 

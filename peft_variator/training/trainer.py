@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from accelerate.utils import send_to_device
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
@@ -209,8 +211,10 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             return None
         if teacher_model is None:
             return InPlaceTeacher(model, self.adapters)
+        # FSDP places the student itself, and nothing else.
+        is_placed = self.place_model_on_device or self.is_fsdp_enabled
         # A model spread over devices by a device map, like the student's own, stays where it is.
-        if self.place_model_on_device and getattr(teacher_model, "hf_device_map", None) is None:
+        if is_placed and getattr(teacher_model, "hf_device_map", None) is None:
             self._move_model_to_device(teacher_model, self.args.device)
         return SeparateTeacher(teacher_model, model)
 
@@ -222,7 +226,7 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         """
         if self.train_dataset is not None and needs_calibration(self.model):
             with torch.random.fork_rng(devices=[]):
-                calibrate(self.model, self._sample_batches(self.train_dataset))
+                calibrate(self.model, self._sample_batches(self.train_dataset, self.model))
         note_trained_ratios(self.adapters, self.args.ratios)
         self._measure_variances(self.train_dataset)
         if self.ratios is None:
@@ -240,6 +244,35 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             super().load_best_model()  # their checkpoints hold the whole model
         else:
             self.adapters.load(self.model, str(self.state.best_model_checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapters whole; see `Trainer.save_model`, which writes none where FSDP saves shards."""
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            adapters = self.gather_adapters()
+            self.model.save_pretrained(
+                output_dir or self.args.output_dir, state_dict=adapters, is_main_process=self.args.should_save
+            )
+        super().save_model(output_dir, _internal_call)
+
+    def gather_adapters(self) -> dict[str, Tensor] | None:
+        """What `save_pretrained` takes as `state_dict`: adapters that FSDP has spread over processes, whole.
+
+        All processes have to call it. The base stays where it is.
+
+        Returns:
+            Tensors by name, on the CPU; `None` if nothing is spread.
+        """
+        if not self.is_fsdp_enabled:
+            return None
+        parts = self.model.state_dict()
+        if isinstance(self.model, PeftModel):
+            kept = {
+                id(part)
+                for name in self.model.peft_config
+                for part in get_peft_model_state_dict(self.model, state_dict=parts, adapter_name=name).values()
+            }
+            parts = {key: part for key, part in parts.items() if id(part) in kept}
+        return {key: (part.full_tensor() if isinstance(part, DTensor) else part).cpu() for key, part in parts.items()}
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -301,16 +334,20 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         self.model.eval()
         # All processes draw the same sample. What a random collator draws must not shift what training draws.
         with torch.random.fork_rng(devices=[]):
-            batches = self._sample_batches(dataset)
+            teacher = self.teacher.model if isinstance(self.teacher, SeparateTeacher) else self.model
+            batches = self._sample_batches(dataset, teacher)
             measure_variances(terms, ((inputs, self._teacher_outputs(self.model, inputs)) for inputs in batches))
         self.model.train(mode)
 
-    def _sample_batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
+    def _sample_batches(self, dataset: Any, model: nn.Module) -> Iterator[dict[str, Any]]:
+        """A few batches of a data set, for a model that is run outside of training."""
         examples = sample_examples(dataset, self.args.variance_samples)
         collate = self._get_collator_with_removed_columns(self.data_collator)
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(examples), size):
-            yield self._prepare_inputs(collate(examples[start : start + size]))
+            inputs = self._prepare_inputs(collate(examples[start : start + size]))
+            # Until FSDP shards the student, which happens when training starts, it is where it was loaded.
+            yield send_to_device(inputs, next(model.parameters()).device) if self.is_fsdp_enabled else inputs
 
     def evaluation_loop(
         self,

@@ -55,14 +55,22 @@ def save_text(file: Path) -> Path:
     return file
 
 
+LAUNCHERS = {
+    "train": ["accelerate", "launch", "--num_processes", "2", "--multi_gpu"],
+    "restore": ["torchrun", "--nproc-per-node", "2"],
+}
+MODULES = {"accelerate": ["accelerate.commands.accelerate_cli"], "torchrun": ["torch.distributed.run"]}
+
+
 def launch_two(*words: str) -> None:
-    """Start two processes by torch's own launcher, on the CPU."""
+    """Start two processes on the CPU, by accelerate's launcher or torch's own."""
+    program, *options = LAUNCHERS[words[0]]
     with socket.socket() as connection:
         connection.bind(("127.0.0.1", 0))
         port = connection.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    options += ["--main_process_port" if program == "accelerate" else "--master-port", str(port)]
     done = subprocess.run(
-        [*launch, "-m", "peft_variator.cli.main", *words],
+        [sys.executable, "-m", *MODULES[program], *options, "-m", "peft_variator", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -91,6 +99,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path, command: str) -> None:
     assert len(losses) == 4
     # Adam makes something of nothing: gradients that are rounding errors alone move weights as far as any other.
     assert losses == pytest.approx(expected, rel=1e-3)
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert f"{' '.join(LAUNCHERS[command])} -m peft_variator {command} {model}" in card
+    assert f"peft-variator {command} {model}" in (tmp_path / "one" / "README.md").read_text()
     assert facts["held_out"] == expected_facts["held_out"]
     for state in {"dense", "pruned"} & expected_facts.get("losses", {}).keys():
         assert facts["losses"][state] == pytest.approx(expected_facts["losses"][state], rel=1e-4)
