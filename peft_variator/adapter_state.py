@@ -13,20 +13,27 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapter_card import CardContent, write_card
-from .compat import before_upload, mark_without_adapters
+from .compat import before_upload, key_mapping_while_loading, mark_without_adapters
 from .field_types import check_field_types
 from .snapshot import ModelSnapshot, undone_on_error
 
 
-__all__ = ["AdapterStateError", "SavedConfig", "TidyTuner", "check_adapter_state"]
+__all__ = ["AdapterStateError", "SavedConfig", "TidyTuner", "check_adapter_state", "read_keys"]
 
 _PREFIX = "base_model.model."
 _NAMES_SHOWN = 3
+# Modules that PEFT saves whole for a task, whatever the config says.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class AdapterStateError(ValueError, RuntimeError):
@@ -115,6 +122,9 @@ class TidyTuner(BaseTuner):
         try:
             _check_adapter_name(adapter_name)
             with undone_on_error(self.model) as before:
+                key_mapping = key_mapping_while_loading()
+                if key_mapping is not None:
+                    _check_file(self.model, self.peft_config[adapter_name], key_mapping)
                 yield
         except BaseException:
             if not has_adapters:
@@ -143,24 +153,94 @@ class TidyTuner(BaseTuner):
             raise
 
 
+def _file_of(config: SavedConfig) -> Path | None:
+    """Where the tensors of a saved adapter are on this machine; `None`: nowhere yet."""
+    if config.source is None:
+        return None
+    if config.download is None:
+        return Path(config.source, SAFETENSORS_WEIGHTS_NAME)
+    repo, places = config.download
+    name = "/".join(filter(None, (places["subfolder"].strip("/"), SAFETENSORS_WEIGHTS_NAME)))
+    found = try_to_load_from_cache(repo, name, places.get("cache_dir"), places.get("revision"))
+    return Path(found) if isinstance(found, str) else None
+
+
+def read_keys(file: Path) -> set[str]:
+    """The names of the tensors in an adapter's file.
+
+    Raises:
+        AdapterStateError: it is not there, or can't be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return set(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise AdapterStateError(
+            f"The adapter in {file.parent}: {file.name} can't be read: {error}. It is missing or damaged; copy it "
+            "again, or save the adapter again with save_pretrained."
+        ) from error
+
+
+def _check_file(model: nn.Module, config: SavedConfig, key_mapping: Mapping[str, str]) -> None:
+    """Check what PEFT looks at in an adapter's file before it shows the tensors to a tuner.
+
+    Args:
+        model: the base model.
+        config: of the adapter.
+        key_mapping: how PEFT is going to rename the file's keys.
+
+    Raises:
+        AdapterStateError: the file can't be read, has keys that PEFT cannot rename, or lacks a tensor of a module that
+            is saved whole.
+    """
+    file = _file_of(config)
+    if file is None or (not file.exists() and file.with_name(WEIGHTS_NAME).exists()):
+        return
+    keys = read_keys(file)
+    where = f"The adapter in {file.parent}"
+    foreign = [key for key in keys if not key.startswith("base_model.")]
+    if key_mapping and foreign:
+        raise AdapterStateError(
+            f"{where} brings tensors that have no place in this model: {_shorten(foreign)}. Load it onto the model "
+            "that it was made for, or save it again with save_pretrained."
+        )
+    keys = {_renamed(key, key_mapping) for key in keys}
+    whole = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
+    for name, module in model.named_modules():
+        if not name.endswith(whole) or not whole:
+            continue
+        saved = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        if any(isinstance(inner, BaseTunerLayer) for inner in saved.modules()):
+            continue  # its tensors have other names in the model than in the file
+        missing = [f"{name}.{key}" for key in saved.state_dict() if f"{_PREFIX}{name}.{key}" not in keys]
+        if missing:
+            raise _incomplete(where, missing)
+
+
+def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
+    prefix = _PREFIX if key.startswith(_PREFIX) else "base_model."
+    inner = key.removeprefix(prefix)
+    for pattern, replacement in key_mapping.items():
+        renamed, count = re.subn(pattern, replacement, inner)
+        if count:
+            return prefix + renamed
+    return key
+
+
 def _check_download(config: SavedConfig) -> None:
     """Compare an adapter's file in the Hub's cache with the name that the Hub gave it, the SHA-256 of its content.
 
     Raises:
         AdapterStateError: it was damaged on the way or since.
     """
-    if config.download is None:
-        return
-    repo, places = config.download
-    name = "/".join(filter(None, (places["subfolder"].strip("/"), SAFETENSORS_WEIGHTS_NAME)))
-    found = try_to_load_from_cache(repo, name, places.get("cache_dir"), places.get("revision"))
-    blob = Path(found).resolve() if isinstance(found, str) else None
+    file = _file_of(config) if config.download is not None else None
+    blob = None if file is None else file.resolve()
     if blob is None or not re.fullmatch("[0-9a-f]{64}", blob.name):
         return
     if hashlib.sha256(blob.read_bytes()).hexdigest() != blob.name:
         raise AdapterStateError(
-            f"The adapter in {config.source}: {name} is not what the Hub has; it was damaged while it was "
-            f"downloaded, or since. Remove {blob} and load it again."
+            f"The adapter in {config.source}: {SAFETENSORS_WEIGHTS_NAME} is not what the Hub has; it was damaged "
+            f"while it was downloaded, or since. Remove {blob} and load it again."
         )
 
 
@@ -199,11 +279,16 @@ def check_adapter_state(
             has another shape or kind of number, or is not finite. The message has its key.
     """
     where = f"The adapter in {source}" if source else f"The state of adapter {adapter_name!r}"
-    found = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
-    everything = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}
+    of_model = model.state_dict()
+    has_prefix = any(key.startswith(_PREFIX) for key in of_model)  # else PEFT takes keys with it and without
+    foreign = [key for key in state_dict if has_prefix and not key.startswith(_PREFIX)]
+    found = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key not in foreign}
+    everything = {key.removeprefix(_PREFIX): value for key, value in of_model.items()}
     whole = bool(everything) and everything.keys() <= found.keys()
     expected = everything if whole else _expected_tensors(model, adapter_name)
-    surplus = [key for key in found if key not in expected and not _is_embedding(model, key, found, everything, where)]
+    surplus = foreign + [
+        key for key in found if key not in expected and not _is_embedding(model, key, found, everything, where)
+    ]
     missing = [key for key in expected if key not in found]
     if surplus:
         overwritten = [key for key in surplus if key in everything]
@@ -214,13 +299,17 @@ def check_adapter_state(
             f"{hint} Load it onto the model that it was made for, or save it again with save_pretrained."
         )
     if missing:
-        raise AdapterStateError(
-            f"{where} lacks {_shorten(missing)}. The file is incomplete, its keys were renamed, or the adapter was "
-            "made for another model. Save it again with save_pretrained."
-        )
+        raise _incomplete(where, missing)
     for key, wanted in expected.items():
         _check_tensor(key, found[key], wanted, where)
     return whole
+
+
+def _incomplete(where: str, missing: list[str]) -> AdapterStateError:
+    return AdapterStateError(
+        f"{where} lacks {_shorten(missing)}. The file is incomplete, its keys were renamed, or the adapter was made "
+        "for another model. Save it again with save_pretrained."
+    )
 
 
 def _expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -243,7 +332,9 @@ def _check_tensor(key: str, found: Tensor, wanted: Tensor, where: str) -> None:
             f"{where} does not fit this model: size mismatch for {key}: {tuple(found.shape)} in the file, "
             f"{tuple(wanted.shape)} in the model. Load it onto the model, and with the config, that it was made with."
         )
-    same_kind = found.is_floating_point() if wanted.is_floating_point() else found.dtype == wanted.dtype
+    same_kind = found.dtype == wanted.dtype
+    if wanted.is_floating_point():  # of eight bits it would be a quantized tensor, which needs a scale
+        same_kind = found.is_floating_point() and found.dtype.itemsize > 1
     if not same_kind:
         raise AdapterStateError(
             f"{where} has {key} as {found.dtype}, where {wanted.dtype} is expected. Save it again with "

@@ -8,6 +8,8 @@ peft:
   Python's enum): PEFT looks methods up by enum member and has no entry point for other packages. To go when it has.
 - `peft.tuners._buffer_dict.BufferDict`: buffers by adapter name, which `nn.Module` lacks.
 - `peft.tuners.tuners_utils._maybe_include_all_linear_layers`: PEFT's reading of "all-linear"; it returns a config.
+- The frames of `PeftModel.from_pretrained` and `load_adapter`, and `key_mapping` in them: they put an empty
+  adapter in before they read its file, and tell nobody that there is one. To go when PEFT reads the file first.
 
 transformers:
 - `transformers.PreTrainedModel._hf_peft_config_loaded`: `add_adapter` sets it before it injects anything, and leaves
@@ -40,11 +42,12 @@ torch:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from torch import Tensor, nn
@@ -66,6 +69,7 @@ __all__ = [
     "include_all_linear_layers",
     "is_plain_linear",
     "is_quantized_tensor",
+    "key_mapping_while_loading",
     "make_wrapper_subclass",
     "mark_without_adapters",
     "offload_hook",
@@ -89,6 +93,21 @@ def add_peft_type(name: str) -> PeftType:
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
     return PeftType[name]
+
+
+def key_mapping_while_loading() -> Mapping[str, str] | None:
+    """How PEFT is going to rename the keys of the file from which it fills an adapter that it is putting in.
+
+    Returns:
+        Regular expressions and what takes the place of what they match; `None`: it is not loading one.
+    """
+    loading = {PeftModel.from_pretrained.__func__.__code__, PeftModel.load_adapter.__code__}  # type: ignore[attr-defined]
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in loading:
+            return frame.f_locals["key_mapping"] or {}
+        frame = frame.f_back
+    return None
 
 
 def mark_without_adapters(model: nn.Module) -> None:

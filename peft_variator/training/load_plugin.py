@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import nn
+
+from ..adapter_state import read_keys
+from ..snapshot import undone_on_error
 
 
 __all__ = ["load_plugin"]
@@ -34,8 +38,9 @@ def load_plugin(
         is_trainable: whether it is to be trained further, as in the second stage of a plugin.
 
     Raises:
-        ValueError: the model has no modules, or modules of more than one part, that the adapter fits; not every tensor
-            of the adapter was loaded; or the model is offloaded to disk, where PEFT would overwrite its files.
+        ValueError: the adapter's file can't be read; the model has no modules, or modules of more than one part, that
+            the adapter fits; not every tensor of the adapter was loaded; or the model is offloaded to disk, where PEFT
+            would overwrite its files. The model is left as it was.
     """
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(
@@ -43,19 +48,35 @@ def load_plugin(
             "files, which may be those of the model itself. Load the model without disk offload first."
         )
     path = os.fspath(path)
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftConfig.from_pretrained(path).peft_type]
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, WEIGHTS_NAME)):
+        read_keys(Path(path, SAFETENSORS_WEIGHTS_NAME))
+    prefix = _prefix_of(path)
     weights = load_peft_weights(path, device="cpu")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     mapping = _find_renaming(
         _adapted_modules(weights, prefix), {name for name, _ in base.named_modules() if name}, path
     )
-    if isinstance(model, PeftModel):
-        model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
-        model.set_adapter(adapter_name, inference_mode=not is_trainable)
-    else:
-        model = PeftModel.from_pretrained(model, path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
-    _check_loaded(model, adapter_name, {_renamed(name, mapping) for name in weights}, path)
+    with undone_on_error(model):
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
+            model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        else:
+            model = PeftModel.from_pretrained(
+                model, path, adapter_name, is_trainable=is_trainable, key_mapping=mapping
+            )
+        _check_loaded(model, adapter_name, {_renamed(name, mapping) for name in weights}, path)
     return model
+
+
+def _prefix_of(path: str) -> str:
+    """What the names of an adapter's tensors start with, by its method."""
+    try:
+        return PEFT_TYPE_TO_PREFIX_MAPPING[PeftConfig.from_pretrained(path).peft_type]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"The adapter in {path}: peft_type in {CONFIG_NAME} is none of PEFT's methods, or one without tensors of "
+            f"its own ({error}). Save the adapter again with save_pretrained."
+        ) from error
 
 
 def _adapted_modules(names: Iterable[str], prefix: str) -> set[str]:

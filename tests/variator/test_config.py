@@ -41,6 +41,7 @@ from .reference import watch
         ({"keep_token_ids": [1, "a"]}, r"keep_token_ids.*'a'.*integer"),
         ({"keep_token_ids": 3}, r"keep_token_ids=3.*list"),
         ({"layers_pattern": "layer"}, r"layers_pattern='layer' has no effect without layers_to_transform"),
+        ({"end_module": ""}, r"end_module='' names no module"),
     ],
     ids=str,
 )

@@ -226,6 +226,8 @@ class VariatorConfig(SavedConfig):
             )
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        if self.end_module == "":
+            raise ValueError("end_module='' names no module. Leave it out where a target module is the whole network.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform. Name the layers' "
