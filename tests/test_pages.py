@@ -13,21 +13,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from peft_variator import PruningConfig, SparseLoraConfig, VariatorConfig, prune
 from peft_variator.bases import pack_checkpoint
+from tests.word_tokenizer import BERT_SPECIAL, BERT_TOKENS, numbered_words, word_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,20 +66,9 @@ def given(page: str) -> dict[str, Any]:
 
 
 def save_tokenizer(folder: str) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(60))]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-        model_max_length=64,
-    ).save_pretrained(folder)
+    words = [*BERT_SPECIAL, *numbered_words(60)]
+    templates = ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]")
+    word_tokenizer(words, *templates, **BERT_TOKENS, model_max_length=64).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .inspection import inspect_checkpoint
     from .patterns import Pattern
     from .pruner import measure_sparsity, prune
-    from .report import ModuleSparsity, SparsityReport
+    from .sparsity_report import ModuleSparsity, SparsityReport
 
 
 __all__ = [
@@ -28,7 +28,7 @@ _FILES = {
     "inspection": ("inspect_checkpoint",),
     "patterns": ("Pattern",),
     "pruner": ("measure_sparsity", "prune"),
-    "report": ("ModuleSparsity", "SparsityReport"),
+    "sparsity_report": ("ModuleSparsity", "SparsityReport"),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 

@@ -27,7 +27,7 @@ from ..models import (
 )
 from .modules import WHOLE_MODEL, find_prunable
 from .patterns import Pattern
-from .report import ModuleSparsity, SparsityReport, count_module
+from .sparsity_report import ModuleSparsity, SparsityReport, count_module
 
 
 __all__ = ["inspect_checkpoint"]

@@ -18,8 +18,8 @@ from .ecoflap import block_scores, spread_budgets, water_fill
 from .methods import PruningMethod
 from .modules import PrunableModule, find_prunable, find_targets
 from .patterns import Pattern, apply_mask
-from .report import ModuleSparsity, SparsityReport, count_module
 from .sequential import Batch, walk_blocks
+from .sparsity_report import ModuleSparsity, SparsityReport, count_module
 from .statistics import Statistics
 from .weights import apply_matrix, read_matrix, replace_matrix
 

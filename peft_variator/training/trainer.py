@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
 from ..compat import BestModelLoader
 from ..tuners.variator import VariatorLayer
-from ..tuners.variator.calibration import calibrate, needs_calibration
+from ..tuners.variator.neuron_selection import calibrate, needs_calibration
 from .config import DistillationConfig
 from .loss_masks import CAUSAL, HIDDEN_KEYS, prediction_of
 from .losses import HiddenTerm, LossSums, TaskTerm, Term, build_terms, measure_variances

@@ -7,10 +7,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -18,7 +14,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -27,6 +22,7 @@ from transformers import (
 )
 
 from peft_variator import VariatorConfig
+from tests.word_tokenizer import BERT_SPECIAL, numbered_words, word_tokenizer
 
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -56,13 +52,10 @@ def save_base(folder: Path, kind: str) -> PreTrainedModel:
     if kind == "vision":
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
         return type(model).from_pretrained(folder, add_pooling_layer=False)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(36))]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
-    ).save_pretrained(folder)
+    words = [*BERT_SPECIAL, *numbered_words(36)]
+    word_tokenizer(words, "[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]").save_pretrained(
+        folder
+    )
     return type(model).from_pretrained(folder)
 
 

@@ -12,9 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, CLIPImageProcessorPil, CLIPProcessor, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -23,15 +20,14 @@ from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, SparsityReport, measure_sparsity, prune
 from peft_variator.sparsity.calibration import read_batches
 from tests.sparsity.cases import make
+from tests.word_tokenizer import numbered_words, word_tokenizer
 
 
-WORDS = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(90))]
+WORDS = ["<pad>", "<bos>", "<eos>", *numbered_words(90)]
 
 
 def tokenizer():
-    plain = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<pad>"))
-    plain.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return word_tokenizer(WORDS, unknown="<pad>", pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
 @pytest.fixture

@@ -13,9 +13,6 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import (
     BertConfig,
@@ -23,7 +20,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     set_seed,
 )
 from typer.testing import CliRunner
@@ -31,6 +27,7 @@ from typer.testing import CliRunner
 from peft_variator import SparseLoraConfig, attach_masks
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, inspect_checkpoint, prune
+from tests.word_tokenizer import numbered_words, word_tokenizer
 
 
 TEXT = {
@@ -64,10 +61,8 @@ def refused(*words: Any) -> str:
 
 def save(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *(f"w{i}" for i in range(38))])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    words = ["<pad>", "<unk>", *numbered_words(38)]
+    word_tokenizer(words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
     return folder
 
 

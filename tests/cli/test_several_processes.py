@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from typer.testing import CliRunner
 
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, prune
+from tests.word_tokenizer import numbered_words, word_tokenizer
 
 
 # Two held-out examples: more than fill a batch would have some counted twice, as in `Trainer`.
@@ -42,10 +40,8 @@ def save_model(folder: Path, pruned: bool) -> Path:
     if pruned:
         prune(model, PruningConfig(method="magnitude", pattern="2:4"), progress=False)
     model.save_pretrained(folder)
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", *(f"w{i}" for i in range(38))])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    words = ["<pad>", "<unk>", *numbered_words(38)]
+    word_tokenizer(words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
     return folder
 
 

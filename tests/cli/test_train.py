@@ -13,17 +13,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -35,6 +30,7 @@ from typer.testing import CliRunner
 
 from peft_variator.cli.examples import load_data
 from peft_variator.cli.main import app
+from tests.word_tokenizer import BERT_SPECIAL, numbered_words, word_tokenizer
 
 
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
@@ -65,17 +61,13 @@ def save_model(folder: Path, task: str) -> PreTrainedModel:
     if task == "vision":
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
         return model
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{index}" for index in range(36))]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]" if task == "encoder" else "$A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    template = "[CLS] $A [SEP]" if task == "encoder" else "$A [SEP]"
     # The causal model has no padding token, like GPT-2's.
     pad = {} if task == "causal" else {"pad_token": "[PAD]"}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="[SEP]", cls_token="[CLS]", sep_token="[SEP]", **pad
-    ).save_pretrained(folder)
+    words = [*BERT_SPECIAL, *numbered_words(36)]
+    word_tokenizer(words, template, eos_token="[SEP]", cls_token="[CLS]", sep_token="[SEP]", **pad).save_pretrained(
+        folder
+    )
     return model
 
 

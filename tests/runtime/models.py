@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -19,9 +18,10 @@ from transformers import (
 
 from peft_variator import VariatorConfig
 from peft_variator.runtime import LatencyTable
+from tests.word_tokenizer import BERT_SPECIAL, BERT_TOKENS, word_tokenizer
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *string.ascii_lowercase]
+WORDS = [*BERT_SPECIAL, *string.ascii_lowercase]
 TEXT = {
     "vocab_size": len(WORDS),
     "hidden_size": 32,
@@ -36,15 +36,8 @@ SENTENCES = ["a b c d e f g h i j k l", "m n o p q", "r s t u v w x y z a b c d 
 
 def tokenizer(*, special: bool = True) -> PreTrainedTokenizerFast:
     """One token a letter; `special` puts [CLS] and [SEP] around them."""
-    built = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    built.pre_tokenizer = pre_tokenizers.Whitespace()
-    if special:
-        built.post_processor = processors.TemplateProcessing(
-            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=built, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    templates = ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1") if special else ()
+    return word_tokenizer(WORDS, *templates, **BERT_TOKENS)
 
 
 def plugin(base: Any, ratio: int = 4) -> PeftModel:

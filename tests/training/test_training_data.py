@@ -13,10 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import Table, parquet
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from peft_variator.training.data import (
@@ -30,16 +26,14 @@ from peft_variator.training.data import (
     tokenize,
     tokenize_documents,
 )
+from tests.word_tokenizer import word_tokenizer
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
 
 
 def tokenizer(template: str) -> PreTrainedTokenizerFast:
-    made = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    made.pre_tokenizer = Whitespace()
-    made.post_processor = TemplateProcessing(single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+    return word_tokenizer(WORDS, template, pad_token="[PAD]")
 
 
 TOKENIZER = tokenizer("$A")

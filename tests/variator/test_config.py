@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from peft import PeftConfig, PeftType, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from peft_variator import VariatorConfig
+from tests.word_tokenizer import word_tokenizer
 
 from .cases import ALL, BERT, LLAMA, SEQ2SEQ, Case, by_name
 from .reference import watch
@@ -88,9 +87,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", "the", "word"]
-    model = WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special)
+    return word_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", "the", "word"], **special)
 
 
 def test_from_tokenizer_keeps_special_tokens() -> None:

@@ -1,10 +1,10 @@
 """Variator: plug-and-play compression plugins (Xiao et al. 2023, https://arxiv.org/abs/2310.15724)."""
 
 from ...registration import register_method
-from .calibration import calibrate
 from .config import VariatorConfig
 from .layer import VariatorLayer
 from .model import VariatorModel
+from .neuron_selection import calibrate
 from .ratios import set_compression_ratio, using_ratio
 
 
