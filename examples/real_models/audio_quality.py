@@ -39,7 +39,7 @@ def spoken_text(
     data: Path,
     limit: int | None,
 ) -> dict[str, Any]:
-    """Word error rates, in percent, on sentences of WikiText-2 test that `espeak-ng` reads."""
+    """Word error rates, in percent, on sentences of WikiText-2 test that eSpeak NG reads."""
     sentences = [
         sentence
         for paragraph in wikitext2(data, "test")

@@ -146,7 +146,7 @@ class Photographs(Dataset[dict[str, torch.Tensor]]):
 
 
 class Spectrograms(Dataset[dict[str, torch.Tensor]]):
-    """Utterances of digits and sentences that `espeak-ng` reads, as the encoder takes them.
+    """Utterances of digits and sentences that eSpeak NG reads, as the encoder takes them.
 
     Args:
         base: the model with its feature extractor.

@@ -12,8 +12,6 @@ import io
 import json
 import random
 import re
-import shutil
-import subprocess
 import wave
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from speech import synthesise
 
 
 __all__ = [
@@ -306,27 +305,22 @@ def digit_utterances(data: Path, count: int, *, is_test: bool, seed: int = 0) ->
 
 
 def spoken_sentences(texts: Iterable[str], voice: str = "en-us") -> list[Utterance]:
-    """Sentences that `espeak-ng` reads; each becomes an utterance.
+    """Sentences that eSpeak NG reads; each becomes an utterance.
 
     Raises:
-        FileNotFoundError: `espeak-ng` is not installed.
+        ModuleNotFoundError: `espeakng-loader` is not installed.
     """
-    if shutil.which("espeak-ng") is None:
-        raise FileNotFoundError("espeak-ng is not installed, so no sentence can be read: apt-get install espeak-ng")
-    utterances = []
-    for text in texts:
-        command = ["espeak-ng", "-v", voice, "--stdout", text]
-        sound = subprocess.run(command, capture_output=True, check=True).stdout
-        utterances.append(Utterance(_read_wave(sound), text))
-    return utterances
+    return [Utterance(_resample(*synthesise(text, voice)), text) for text in texts]
 
 
 def _read_wave(content: bytes) -> _Audio:
     """Samples of a mono 16-bit WAV at 16 kHz."""
+    with wave.open(io.BytesIO(content)) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 32768
+        return _resample(samples, file.getframerate())
+
+
+def _resample(samples: _Audio, rate: int) -> _Audio:
     from scipy.signal import resample_poly
 
-    with wave.open(io.BytesIO(content)) as file:
-        rate = file.getframerate()
-        # The header of a stream gives no true length, so what is there is read.
-        samples = np.frombuffer(file.readframes(len(content)), np.int16).astype(np.float32) / 32768
     return resample_poly(samples, SAMPLING_RATE, rate).astype(np.float32)
