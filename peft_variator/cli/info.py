@@ -174,6 +174,7 @@ SETTINGS = {
         "keep_first_tokens",
         "keep_last_tokens",
         "keep_token_ids",
+        "keep_outliers",
         "ratio_pattern",
         "ratio_schedule",
     ),

@@ -681,6 +681,10 @@ def train_command(
     compensation_rank: Annotated[
         int | None, typer.Option(help="Rank of updates of the blocks' maps, on only while the plugin merges.")
     ] = None,
+    keep_outliers: Annotated[
+        float | None,
+        typer.Option(help="Share of a text's tokens not to merge, those that a probe tells, as in 0.1."),
+    ] = None,
     flops_saved: Annotated[
         list[str] | None,
         typer.Option(help="Share of the FLOPs to save as in 0.45, for each --ratio: ratios and widths by layer."),
@@ -714,6 +718,7 @@ def train_command(
             correction_dim=correction_dim,
             correction_rank=correction_rank,
             compensation_rank=compensation_rank,
+            keep_outliers=keep_outliers,
             flops_saved=None if flops_saved is None else parse_shares(flops_saved),
             **run,
         )

@@ -40,7 +40,7 @@ LOGITS_WEIGHTS: dict[Task, float] = {"causal": 1.0, "seq2seq": 0.0, "encoder": 0
 
 
 # Fields of `VariatorConfig` that are passed on as they are.
-PLUGIN_OPTIONS = ("bottleneck_dim", "decompression", "correction_rank", "compensation_rank")
+PLUGIN_OPTIONS = ("bottleneck_dim", "decompression", "correction_rank", "compensation_rank", "keep_outliers")
 ALLOCATION_BATCHES = 4
 
 
@@ -63,6 +63,7 @@ class TrainJob(RunSettings):
     correction_dim: str | None = None
     correction_rank: int | None = None
     compensation_rank: int | None = None
+    keep_outliers: float | None = None
     flops_saved: list[float] | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +100,8 @@ class TrainJob(RunSettings):
         with training_arguments(self, **self._objective(task, ratios)) as args:
             trainer = DistillationTrainer(plugin, args, train_dataset=data.train, data_collator=data.collate)
             show_only_a_bar(trainer)
+            if self.keep_outliers is not None:
+                trainer.calibrate()  # or nothing could be merged yet
             before = self._qualities(plugin, ratios, data)
             train_or_resume(trainer, self, reporter)
             after = self._qualities(plugin, ratios, data)

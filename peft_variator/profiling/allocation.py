@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..tuners.variator import VariatorConfig, calibrate
+from ..tuners.variator.neuron_selection import needs_calibration
 from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
 from .flops import count_flops
@@ -80,7 +81,7 @@ def allocate(
     modules = _measure(base, examples, inputs, total, ratios, fields)
     rows, widths = _solve(modules, targets)
     config = _config_of(modules, rows, widths, fields)
-    _check(base, config, targets, inputs, total)
+    _check(base, config, examples, targets, inputs, total)
     return config
 
 
@@ -207,8 +208,9 @@ def _measure(
                 }
                 model.add_adapter(name, VariatorConfig(**plugin))
                 names.append(name)
-            for name in names:
-                model.set_adapter(name)
+        for name in names:
+            model.set_adapter(name)
+            if needs_calibration(model):
                 calibrate(model, batches)
         trials = [(name, each) for name in names for each in modules]
         for adapter, name in tqdm(trials, desc="Measuring modules", disable=None):
@@ -412,7 +414,12 @@ def _config_of(modules: list[_Module], rows: Rows, widths: dict[str, int], field
 
 
 def _check(
-    base: nn.Module, config: VariatorConfig, targets: dict[int, float], inputs: dict[str, Any], total: int
+    base: nn.Module,
+    config: VariatorConfig,
+    batches: list[dict[str, Any]],
+    targets: dict[int, float],
+    inputs: dict[str, Any],
+    total: int,
 ) -> None:
     """Count what the rows really save.
 
@@ -421,6 +428,8 @@ def _check(
     """
     model: Any = get_peft_model(base, config)
     try:
+        if config.keep_outliers is not None:  # which neurons are copied changes no FLOPs
+            calibrate(model, batches)
         for k, share in targets.items():
             model.set_compression_ratio(k)
             saved = 1 - count_flops(model, inputs) / total

@@ -218,15 +218,22 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             self._move_model_to_device(teacher_model, self.args.device)
         return SeparateTeacher(teacher_model, model)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; see `Trainer.train`. A plugin trained for several `ratios` has its own ratio again afterwards.
+    def calibrate(self) -> None:
+        """Choose by a sample of the training data what a new plugin copies and keeps; see `peft_variator.calibrate`.
 
-        A new plugin with `decompression="neurons"` is calibrated first, see [`calibrate`]; the configuration of the
-        plugin says afterwards which ratios it was trained for.
+        Nothing happens where the plugin needs none, or there is no training data.
         """
         if self.train_dataset is not None and needs_calibration(self.model):
             with torch.random.fork_rng(devices=[]):
                 calibrate(self.model, self._sample_batches(self.train_dataset, self.model))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; see `Trainer.train`. A plugin trained for several `ratios` has its own ratio again afterwards.
+
+        A new plugin is calibrated first, see [`calibrate`](DistillationTrainer.calibrate); the configuration of the
+        plugin says afterwards which ratios it was trained for.
+        """
+        self.calibrate()
         note_trained_ratios(self.adapters, self.args.ratios)
         self._measure_variances(self.train_dataset)
         if self.ratios is None:

@@ -108,6 +108,15 @@ class VariatorConfig(SavedConfig):
         default_factory=list,
         metadata={"help": "Token ids that are never merged, such as separators; see `VariatorConfig.from_tokenizer`."},
     )
+    keep_outliers: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of a text's tokens, in (0, 1), that are not merged on top of those above: the ⌈share · n⌉ "
+            "of its n tokens whose output of the network is going to be longest, by a linear probe that "
+            "`peft_variator.calibrate` fits. They are chosen where a call reaches the first module that merges. "
+            "`None`: none. Image patches and frames of sound are merged as without it."
+        },
+    )
     patch_grouping: str = field(
         default="window",
         metadata={
@@ -191,7 +200,7 @@ class VariatorConfig(SavedConfig):
         metadata={
             "help": "K, how many tokens of a sequence that are not merged there is room for in compiled and exported "
             "code, whose shapes cannot depend on a text: ⌈length / k⌉ + 2K + 1 rows. A sequence that needs more stops "
-            "with an error. Without a compiler it has no effect."
+            "with an error. Those of `keep_outliers` have room beside them. Without a compiler it has no effect."
         },
     )
     trained_ratios: list[int] | None = field(
@@ -326,6 +335,12 @@ class VariatorConfig(SavedConfig):
         for name in ("correction_rank", "compensation_rank"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
+        share = self.keep_outliers
+        if share is not None and (not isinstance(share, float) or not 0 < share < 1):
+            raise ValueError(
+                f"keep_outliers={share!r} is a share of a text's tokens, so it has to be a float between 0 and 1. "
+                "Leave it out to keep none."
+            )
         _check_integer("max_kept_tokens", self.max_kept_tokens, 0)
         if self.trained_ratios is not None:
             if not isinstance(self.trained_ratios, list | tuple | set):
@@ -393,7 +408,8 @@ class VariatorConfig(SavedConfig):
             scoring=self.scoring,
             decompression=self.decompression,
             kept=f"the first {self.keep_first_tokens} and the last {self.keep_last_tokens} of a text"
-            + (f", and {len(self.keep_token_ids)} special ones" if self.keep_token_ids else ""),
+            + (f", and {len(self.keep_token_ids)} special ones" if self.keep_token_ids else "")
+            + (f", and {self.keep_outliers:.3g} of its tokens, by a probe" if self.keep_outliers else ""),
         )
         other = [ratio for ratio in self.ratio_schedule or trained or () if ratio != self.compression_ratio]
         lines = ["model.eval()"] + [f"model.set_compression_ratio({ratio})  # more: faster" for ratio in other[-1:]]

@@ -232,7 +232,9 @@ class StackForward(WrappedForward):
                 plugin, ratio = selection if selection.adapter in layer.rules else (None, None)
             if plugin is not None:
                 rule = layer.rule_at(plugin, ratio)
-                if rule.ratio > 1:
+                if layer.observes_all:
+                    rule = rule._replace(outliers=None)
+                if rule.ratio > 1 or layer.observes_all:
                     found[layer.name] = (plugin, rule)
         return found
 

@@ -15,6 +15,7 @@ from .forward_context import PluginRatios, runs_single_blocks
 from .merging import Groups, SharedGroups
 from .network import Network, find_network
 from .neurons import NeuronIndex, read_rows
+from .outliers import OutlierProbe
 from .scoring import SCORINGS, Scoring
 from .token_groups import MergeRule, StackGroups, rule_of
 
@@ -125,19 +126,27 @@ class VariatorLayer(PluginModule):
         hidden_size: d, width of the hidden states.
         has_end: whether a `FeedForwardEnd` expands, because the network goes on behind the wrapped module.
         ratios: the compression ratios of all plugins of the base model.
+        reads_text: whether its tokens are those of a text, and no patches or frames of sound.
     """
 
     adapter_layer_names: tuple[str, ...] = (
         "variator_scorer",
+        "variator_outliers",
         *dict.fromkeys(part for decompression in DECOMPRESSIONS.values() for part in decompression.parts),
     )
     other_param_names: tuple[str, ...] = ("rules", "configs", "decompressions")
 
     def __init__(
-        self, base_layer: nn.Module, name: str, hidden_size: int, has_end: bool, ratios: PluginRatios
+        self,
+        base_layer: nn.Module,
+        name: str,
+        hidden_size: int,
+        has_end: bool,
+        ratios: PluginRatios,
+        reads_text: bool = True,
     ) -> None:
         super().__init__(base_layer, hidden_size)
-        self.name, self.has_end, self.ratios = name, has_end, ratios
+        self.name, self.has_end, self.ratios, self.reads_text = name, has_end, ratios, reads_text
         self.rules: dict[str, MergeRule] = {}
         self.configs: dict[str, VariatorConfig] = {}
         self.decompressions: dict[str, str] = {}
@@ -145,6 +154,8 @@ class VariatorLayer(PluginModule):
         """The module that holds this one, and the end of the network; in a tuple, as they are no parts of this one."""
         self.observer: Callable[[VariatorLayer, Tensor, Groups, str], None] | None = None
         """Sees hidden states and groups in place of the plugin, which then runs the base model's network."""
+        self.observes_all = False
+        """Whether the observer sees calls where nothing is merged here, too; outliers are then merged like others."""
         for part in self.adapter_layer_names:
             setattr(self, part, nn.ModuleDict())
         self.register_load_state_dict_post_hook(_read_base_again)
@@ -156,7 +167,8 @@ class VariatorLayer(PluginModule):
             adapter_name: name of the plugin.
             config: its configuration.
         """
-        self.rules[adapter_name] = rule_of(config, self.name)
+        rule = rule_of(config, self.name)
+        self.rules[adapter_name] = rule if self.reads_text else rule._replace(outliers=None)
         self.configs[adapter_name] = config
         self.ratios.choose(adapter_name, None)
         network = self.network()
@@ -170,6 +182,11 @@ class VariatorLayer(PluginModule):
             for parameter in scorer.parameters():
                 nn.init.zeros_(parameter)
         parts = self.decompression(adapter_name).create(self.in_features, config, network, self.name)
+        if self.rules[adapter_name].outliers is not None:
+            probe = OutlierProbe(self.in_features)
+            if not config.init_weights:
+                probe.fit(torch.randn(self.in_features))
+            parts["variator_outliers"] = probe
         for part, module in {"variator_scorer": scorer, **parts}.items():
             getattr(self, part)[adapter_name] = module
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -195,6 +212,12 @@ class VariatorLayer(PluginModule):
             return None
         parent, end = self.around
         return find_network(self.base_layer, parent, None if end is None else end.base_layer)
+
+    @property
+    def end(self) -> nn.Module:
+        """The module that gives the output of the network: this one, or a `FeedForwardEnd`."""
+        end = None if self.around is None else self.around[1]
+        return self if end is None else end
 
     def modules_of(self, adapter_name: str) -> dict[str, nn.Module]:
         """The weights of a plugin's decompression, by part; a part that this network has no use for is left out."""
@@ -285,7 +308,7 @@ class VariatorLayer(PluginModule):
         kwargs: dict[str, Any],
     ) -> Any:
         plugin, rule = choice
-        groups = call.of(rule, hidden_states)
+        groups = call.of(rule, hidden_states, plugin, self.score_outliers)
         if groups.num_rows == 0 and not self.has_end:
             return torch.zeros_like(hidden_states)
         if self.observer is not None:
@@ -329,6 +352,30 @@ class VariatorLayer(PluginModule):
                 "Load it onto a base that is in memory, and call the model once before it is compiled."
             )
         read_rows(modules, network)
+
+    def probe_of(self, plugin: str) -> OutlierProbe | None:
+        """What tells the outliers of a plugin with `keep_outliers`; `None`: it has none here."""
+        probes = getattr(self, "variator_outliers")  # noqa: B009  # mypy takes an attribute for a tensor
+        return probes[plugin] if plugin in probes else None
+
+    def score_outliers(self, plugin: str, hidden_states: Tensor) -> Tensor:
+        """What tells outliers: the logarithm of the norm that the network's output will have, up to a constant.
+
+        Args:
+            plugin: name of the plugin.
+            hidden_states: shape `(…, dim)`.
+
+        Raises:
+            RuntimeError: nothing was fitted to tell it by.
+        """
+        probe = self.probe_of(plugin)
+        if probe is None or not probe.is_fitted:
+            raise RuntimeError(
+                f"keep_outliers={self.configs[plugin].keep_outliers}: the probe that tells outliers has not been "
+                f"fitted to the base model ({self.name}). Call peft_variator.calibrate(model, batches) once before "
+                "the plugin is used; DistillationTrainer does so by itself, and the probe is saved with the plugin."
+            )
+        return probe(hidden_states)
 
     def compress(self, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
         """Merge each group into one vector.
@@ -401,6 +448,9 @@ def _read_base_again(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, VariatorLayer)  # whose hook this is
     for plugin in layer.rules:
         layer.read_base(plugin, again=True)
+        probe = layer.probe_of(plugin)
+        if probe is not None:
+            probe.look_again()
 
 
 def plugin_layers(model: nn.Module) -> Iterator[VariatorLayer]:

@@ -23,6 +23,7 @@ from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
 from .layer import FeedForwardEnd, PluginModule, VariatorLayer, plugin_layers
+from .outliers import OutlierProbe
 from .ratios import compression_ratio_of, set_compression_ratio, using_ratio
 
 
@@ -121,6 +122,11 @@ class VariatorModel(TidyTuner):
                 placements[key] = place(model, config, key, target)
         if not placements:
             check_not_refused(model)
+        elif config.keep_outliers is not None and all(p.kind in ("vision", "audio") for p in placements.values()):
+            raise ValueError(
+                f"keep_outliers={config.keep_outliers} is a share of a text's tokens, and this plugin would merge "
+                "image patches or frames of sound alone. Leave it out."
+            )
         return placements
 
     def _warn_about_decompression(self, config: VariatorConfig, adapter_name: str) -> None:
@@ -239,9 +245,11 @@ class VariatorModel(TidyTuner):
         modules = [module for module in self.model.modules() if isinstance(module, PluginModule)]
         containers = [getattr(module, name) for module in modules for name in module.adapter_layer_names]
         for container in containers if autocast_adapter_dtype else ():
-            for parameter in container[adapter_name].parameters() if adapter_name in container else ():
-                if parameter.dtype in (torch.float16, torch.bfloat16):
-                    parameter.data = parameter.data.float()
+            module = container[adapter_name] if adapter_name in container else nn.Module()
+            # A probe's weight is no parameter, since nothing trains it.
+            for tensor in module.buffers() if isinstance(module, OutlierProbe) else module.parameters():
+                if tensor.dtype in (torch.float16, torch.bfloat16):
+                    tensor.data = tensor.data.float()
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -317,7 +325,14 @@ def _wrap_network(
         end_module = FeedForwardEnd(parent.get_submodule(end), placement.key, placement.hidden_size)
         _replace(parent, end, end_module)
     ratios = next((layer.ratios for layer in plugin_layers(model)), None) or PluginRatios()
-    layer = VariatorLayer(target, placement.key, placement.hidden_size, has_end=end is not None, ratios=ratios)
+    layer = VariatorLayer(
+        target,
+        placement.key,
+        placement.hidden_size,
+        has_end=end is not None,
+        ratios=ratios,
+        reads_text=placement.kind in ("encoder", "causal"),
+    )
     layer.around = (parent, end_module)
     setattr(parent, target_name, layer)
     return layer

@@ -1,9 +1,10 @@
-"""Choosing by data which neurons of its networks a plugin copies."""
+"""What a plugin learns from data before it is trained: which neurons it copies, and which tokens are outliers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .layer import VariatorLayer, plugin_layers
 from .merging import Groups
 from .network import Network
 from .neurons import copy_neurons, has_left_its_start
+from .outliers import LeastSquares, OutlierProbe
 from .ratios import using_ratio
 
 
@@ -21,15 +23,17 @@ __all__ = ["calibrate", "needs_calibration"]
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-    """Choose which neurons the active plugin copies: those whose output varies most inside of groups.
+    """Find out by data which neurons the active plugin copies, and which tokens are outliers.
 
     For each network, S is the neurons with the largest E[‖v_j‖²·(a_j(x) − a_j(m))²] over the tokens x that share a row
     with others, m being the mean of their group, on the hidden states of the base model. The copies are then the base
-    model's neurons again, so this comes before training. Where several processes train, all of them call it, each with
-    batches of its own.
+    model's neurons again, so this comes before training. With `keep_outliers` a linear probe of each network is fitted
+    first, by least squares, from a token's input to the logarithm of the norm of the network's output. Where several
+    processes train, all of them call this, each with batches of its own.
 
     Args:
-        model: a model whose active plugin has `decompression="neurons"` and a compression ratio above 1.
+        model: a model whose active plugin has `decompression="neurons"` and a compression ratio above 1, or
+            `keep_outliers`.
         batches: arguments of the model's call, by name; tensors are moved to the model's device.
 
     Raises:
@@ -37,7 +41,31 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
             merge. Nothing has been changed.
     """
     row = _widest_row(model)
-    layers = _layers_to_calibrate(model, row)
+    probes, layers = _probes_to_fit(model), _layers_to_calibrate(model, row)
+    if not probes and not layers:
+        raise ValueError(
+            "calibrate: the model has no active Variator plugin with decompression='neurons' and a compression ratio "
+            "above 1, or with keep_outliers. Nothing else is chosen by data."
+        )
+    before = {layer: probe.weight.clone() for layer, probe in probes.items()}
+    try:
+        if probes:
+            batches = list(batches)  # neurons are chosen by groups without outliers
+            _fit_probes(model, batches, probes)
+        if layers:
+            _choose_neurons(model, batches, layers, row)
+    except BaseException:
+        for layer, weight in before.items():
+            probes[layer].fit(weight)
+        raise
+
+
+def _choose_neurons(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    layers: list[tuple[VariatorLayer, str, Network]],
+    row: int | None,
+) -> None:
     spreads = {
         layer.name: torch.zeros(network.width, dtype=torch.float64, device=_device_of(layer))
         for layer, _, network in layers
@@ -48,21 +76,9 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
         if layer.name in networks:
             spreads[layer.name] += _spread(layer, networks[layer.name], hidden_states, groups, plugin)
 
-    device, training = next(model.parameters()).device, model.training
-    try:
-        model.eval()
-        for layer in plugin_layers(model):
-            layer.observer = observe
-        with torch.no_grad(), nullcontext() if row is None else using_ratio(model, row):
-            for batch in batches:
-                model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
-    finally:
-        for layer in plugin_layers(model):
-            layer.observer = None
-        model.train(training)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for spread in spreads.values():
-            torch.distributed.all_reduce(spread)
+    with _observed(model, plugin_layers(model), observe), nullcontext() if row is None else using_ratio(model, row):
+        _run(model, batches)
+    _sum_over_processes(spreads.values())
     if not all(bool(spread.any()) for spread in spreads.values()):
         raise ValueError("calibrate: the batches have no tokens that are merged. Pass longer texts, and more of them.")
     for layer, plugin, network in layers:
@@ -72,11 +88,100 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
         modules["variator_neurons"].is_calibrated = True  # type: ignore[assignment]  # a NeuronIndex
 
 
+def _fit_probes(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], probes: dict[VariatorLayer, OutlierProbe]
+) -> None:
+    norms = _OutputNorms({layer: LeastSquares(layer.in_features, _device_of(layer)) for layer in probes})
+    with _observed(model, probes, norms.observe, everywhere=True), norms.watched():
+        _run(model, batches)
+    _sum_over_processes(each.sums for each in norms.fits.values())
+    for layer, probe in probes.items():
+        weight = norms.fits[layer].solve()
+        if weight is None:
+            raise ValueError(
+                f"calibrate: the batches have no tokens, or all with outputs of one norm, so no probe for "
+                f"keep_outliers can be fitted ({layer.name}). Pass texts as the model is meant for."
+            )
+        probe.fit(weight)
+
+
+class _OutputNorms:
+    """What networks get and give, counted into what their probes are fitted from.
+
+    Args:
+        fits: the sums for the probe of each layer.
+    """
+
+    def __init__(self, fits: dict[VariatorLayer, LeastSquares]) -> None:
+        self.fits = fits
+        self._inputs: dict[VariatorLayer, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """See what the networks give."""
+        handles = [layer.end.register_forward_hook(partial(self._see_output, layer)) for layer in self.fits]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def observe(self, layer: VariatorLayer, hidden_states: Tensor, groups: Groups, plugin: str) -> None:
+        """See what a network gets; see `VariatorLayer.observer`."""
+        real = groups.row_of < groups.num_rows
+        self._inputs[layer] = hidden_states.flatten(0, -2)[real], real
+
+    def _see_output(self, layer: VariatorLayer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if layer in self._inputs:
+            inputs, real = self._inputs.pop(layer)
+            output = output[0] if isinstance(output, tuple) else output  # of experts
+            norms = output.flatten(0, -2)[real].double().norm(dim=-1)
+            self.fits[layer].add(inputs, norms.clamp(min=1e-12).log())
+
+
+@contextmanager
+def _observed(
+    model: nn.Module,
+    layers: Iterable[VariatorLayer],
+    observe: Callable[[VariatorLayer, Tensor, Groups, str], None],
+    everywhere: bool = False,
+) -> Iterator[None]:
+    """Have the base model run with an observer at the layers of its plugin; see `VariatorLayer.observer`."""
+    training, observed = model.training, list(layers)
+    try:
+        model.eval()
+        for layer in observed:
+            layer.observer, layer.observes_all = observe, everywhere
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in observed:
+            layer.observer, layer.observes_all = None, False
+        model.train(training)
+
+
+def _run(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+    device = next(model.parameters()).device
+    for batch in batches:
+        model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
+
+
+def _sum_over_processes(sums: Iterable[Tensor]) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for each in sums:
+            torch.distributed.all_reduce(each)
+
+
 def needs_calibration(model: nn.Module) -> bool:
-    """Whether the active plugin is new and copies neurons that were chosen without data."""
+    """Whether the active plugin is new and copies neurons that were chosen without data, or lacks a probe."""
     for layer in plugin_layers(model):
         plugin = layer.active_plugin
-        if plugin is None or layer.decompressions[plugin] != NeuronsDecompression.name:
+        if plugin is None:
+            continue
+        probe = layer.probe_of(plugin)
+        if probe is not None and not probe.is_fitted:
+            return True
+        if layer.decompressions[plugin] != NeuronsDecompression.name:
             continue
         modules, network = layer.modules_of(plugin), layer.network()
         is_new = not layer.configs[plugin].was_saved and not modules["variator_neurons"].is_calibrated
@@ -95,6 +200,20 @@ def _widest_row(model: nn.Module) -> int | None:
     return None
 
 
+def _probes_to_fit(model: nn.Module) -> dict[VariatorLayer, OutlierProbe]:
+    found = {}
+    for layer in plugin_layers(model):
+        plugin = layer.active_plugin
+        probe = None if plugin is None else layer.probe_of(plugin)
+        if plugin is None or probe is None:
+            continue
+        up = layer.modules_of(plugin).get("variator_up")
+        if up is not None and any(bool(parameter.any()) for parameter in up.parameters()):
+            raise _has_been_trained(layer, plugin)
+        found[layer] = probe
+    return found
+
+
 def _layers_to_calibrate(model: nn.Module, row: int | None) -> list[tuple[VariatorLayer, str, Network]]:
     found = []
     for layer in plugin_layers(model):
@@ -108,17 +227,16 @@ def _layers_to_calibrate(model: nn.Module, row: int | None) -> list[tuple[Variat
                 f"calibrate: the weights of {layer.name} cannot be read. Calibrate on the base as it was."
             )
         if has_left_its_start(layer.modules_of(plugin), network):
-            raise ValueError(
-                f"calibrate: the plugin {plugin!r} has been trained, and choosing its neurons again would undo that "
-                f"({layer.name}). Calibrate before the first step, or make a new plugin."
-            )
+            raise _has_been_trained(layer, plugin)
         found.append((layer, plugin, network))
-    if not found:
-        raise ValueError(
-            "calibrate: the model has no active Variator plugin with decompression='neurons' and a compression ratio "
-            "above 1. Nothing else is chosen by data."
-        )
     return found
+
+
+def _has_been_trained(layer: VariatorLayer, plugin: str) -> ValueError:
+    return ValueError(
+        f"calibrate: the plugin {plugin!r} has been trained, and choosing its neurons or outliers again would undo "
+        f"that ({layer.name}). Calibrate before the first step, or make a new plugin."
+    )
 
 
 def _device_of(layer: VariatorLayer) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from .attention_mask import (
 from .config import VariatorConfig
 from .forward_context import CallFacts, used_predictions
 from .merging import Block, BoundedGroups, Groups, PackedGroups, SharedGroups
+from .outliers import Share, choose_outliers, count_outliers, share_of
 
 
 __all__ = ["MergeRule", "StackGroups", "rule_of"]
@@ -47,6 +48,7 @@ class MergeRule(NamedTuple):
         text: whether text tokens are merged.
         images: whether image tokens among the text are merged.
         max_kept: K, for which number of tokens a sequence that are not merged there is room in compiled code.
+        outliers: share of a text's tokens that a probe keeps from being merged.
     """
 
     ratio: int
@@ -57,6 +59,7 @@ class MergeRule(NamedTuple):
     text: bool = True
     images: bool = True
     max_kept: int = 4
+    outliers: Share | None = None
 
 
 def rule_of(config: VariatorConfig, module_name: str) -> MergeRule:
@@ -70,6 +73,7 @@ def rule_of(config: VariatorConfig, module_name: str) -> MergeRule:
         text=config.compress_text_tokens,
         images=config.compress_image_tokens,
         max_kept=config.max_kept_tokens,
+        outliers=None if config.keep_outliers is None else share_of(config.keep_outliers),
     )
 
 
@@ -86,7 +90,9 @@ class StackGroups:
         self.facts, self.choices = facts, choices
         self.pending: dict[str, Any] = {}
         """What the start of a network leaves for its end, by the name of the module where it starts."""
-        self._groups: dict[tuple[MergeRule, torch.device], Groups] = {}
+        self._groups: dict[tuple[MergeRule, str | None, torch.device], Groups] = {}
+        self._outlier_scores: dict[str, Tensor] = {}
+        """What tells the outliers of a call, by plugin: found out by the first of its layers that runs."""
 
     def prepare(self) -> None:
         """Make the groups of all modules, if the arguments suffice, so that no layer has to.
@@ -96,48 +102,84 @@ class StackGroups:
         """
         if self.facts.tokens is not None:
             for _, rule in self.choices.values():
-                self._on(self.facts.tokens.device, rule, None)
+                if rule.outliers is None:  # they are told by hidden states
+                    self._on(self.facts.tokens.device, rule, None, self._shape_of(None))
 
     def merges_nothing(self) -> bool:
         """Whether no module found tokens to merge, as far as groups are made."""
         return not any(groups.merges for groups in self._groups.values())
 
-    def of(self, rule: MergeRule, hidden_states: Tensor) -> Groups:
+    def of(
+        self,
+        rule: MergeRule,
+        hidden_states: Tensor,
+        plugin: str = "",
+        probe: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> Groups:
         """The groups for one module.
 
         Args:
             rule: what that module merges.
             hidden_states: its input, shape `(batch, length, dim)` or `(batch * length, dim)`.
+            plugin: name of its plugin.
+            probe: gives for a plugin each of the hidden states a score that tells outliers. It is asked of the first
+                module of the plugin that the call reaches, if the rule keeps any.
 
         Raises:
             ValueError: the hidden states do not have the shape that the call's arguments tell, or nothing tells it.
         """
-        groups, shape = self._on(hidden_states.device, rule, hidden_states), self.facts.shape
-        fits = groups.row_of.shape[0] * hidden_states.shape[-1] == hidden_states.numel()
-        # Several rows of hidden states are the sequences; one row may hold all of them, one after the other.
-        if fits and shape is not None and hidden_states.dim() == 3 and hidden_states.shape[0] != 1:
-            fits = tuple(hidden_states.shape[:2]) == shape
-        if not fits:
-            tokens = shape or groups.row_of.shape[0]
-            raise ValueError(
-                f"A Variator plugin got hidden states of shape {tuple(hidden_states.shape)}, but the call it belongs "
-                f"to has tokens of shape (batch, length) = {tokens}. A feed-forward network has to see whole "
-                "sequences, batch first: set chunk_size_feed_forward=0 where the model has it. A model that pads or "
-                "turns its hidden states inside, as Longformer and XLNet do, cannot take a plugin."
-            )
-        return groups
+        shape = self._shape_of(hidden_states)
+        if rule.outliers is None:
+            groups = self._on(hidden_states.device, rule, None, shape)
+            _check_shape(hidden_states, shape, groups.row_of.shape[0])
+            return groups
+        _check_shape(hidden_states, shape, shape[0] * shape[1])
+        if plugin not in self._outlier_scores:
+            assert probe is not None  # of a layer whose rule keeps outliers
+            self._outlier_scores[plugin] = probe(plugin, hidden_states).view(shape)
+        return self._on(hidden_states.device, rule, plugin, shape)
 
-    def _on(self, device: torch.device, rule: MergeRule, hidden_states: Tensor | None) -> Groups:
-        """The groups on the device of a layer, which need not be that of the arguments."""
-        if (rule, device) not in self._groups:
+    def _shape_of(self, hidden_states: Tensor | None) -> tuple[int, int]:
+        """`(batch, length)` of the tokens, by the arguments of the call or else by hidden states."""
+        shape = self.facts.shape
+        if shape is None:
+            assert hidden_states is not None  # `prepare` asks only where the arguments suffice
+            return _shape_of(hidden_states)
+        return shape
+
+    def _on(self, device: torch.device, rule: MergeRule, plugin: str | None, shape: tuple[int, int]) -> Groups:
+        """The groups on the device of a layer, which need not be that of the arguments.
+
+        Args:
+            device: that of the layer.
+            rule: what it merges.
+            plugin: whose probe tells outliers; `None`: there are none.
+            shape: `(batch, length)`.
+        """
+        if (rule, plugin, device) not in self._groups:
             tokens = self.facts.tokens
-            if tokens is None:
-                assert hidden_states is not None  # `prepare` asks only where the arguments suffice
-                shape, at = _shape_of(hidden_states), device
+            at = device if tokens is None else tokens.device
+            if plugin is None:
+                groups = _GROUPINGS[self.facts.kind](self.facts, rule, shape, at)
             else:
-                shape, at = (tokens.shape[0], tokens.shape[1]), tokens.device
-            self._groups[rule, device] = _moved(_GROUPINGS[self.facts.kind](self.facts, rule, shape, at), device)
-        return self._groups[rule, device]
+                groups = group_text(self.facts, rule, shape, at, self._outlier_scores[plugin].to(at))
+            self._groups[rule, plugin, device] = _moved(groups, device)
+        return self._groups[rule, plugin, device]
+
+
+def _check_shape(hidden_states: Tensor, shape: tuple[int, int], tokens: int) -> None:
+    """Raise if hidden states are not those of `tokens` tokens of shape `(batch, length)`."""
+    fits = tokens * hidden_states.shape[-1] == hidden_states.numel()
+    # Several rows of hidden states are the sequences; one row may hold all of them, one after the other.
+    if fits and hidden_states.dim() == 3 and hidden_states.shape[0] != 1:
+        fits = tuple(hidden_states.shape[:2]) == shape
+    if not fits:
+        raise ValueError(
+            f"A Variator plugin got hidden states of shape {tuple(hidden_states.shape)}, but the call it belongs "
+            f"to has tokens of shape (batch, length) = {shape}. A feed-forward network has to see whole "
+            "sequences, batch first: set chunk_size_feed_forward=0 where the model has it. A model that pads or "
+            "turns its hidden states inside, as Longformer and XLNet do, cannot take a plugin."
+        )
 
 
 def _shape_of(hidden_states: Tensor) -> tuple[int, int]:
@@ -184,7 +226,13 @@ class MergeFlags(NamedTuple):
     breaks: Tensor | None
 
 
-def group_text(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Groups:
+def group_text(
+    facts: CallFacts,
+    rule: MergeRule,
+    shape: tuple[int, int],
+    device: torch.device,
+    outlier_scores: Tensor | None = None,
+) -> Groups:
     """The groups of the tokens of a text: shared by all sequences where they look alike, else packed.
 
     Args:
@@ -192,15 +240,16 @@ def group_text(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device
         rule: what the module merges.
         shape: `(batch, length)`.
         device: that of the call's arguments.
+        outlier_scores: of each token, shape `(batch, length)`, where the rule keeps outliers.
 
     Raises:
         ValueError: a mask cannot be read, or text cannot be told from images.
     """
     if _shapes_must_not_depend_on_values(device):
-        return bound(merge_flags(facts, rule, shape, device), rule, _number_of_texts(facts, shape))
-    if not _depends_on_values(facts, rule):
+        return bound(merge_flags(facts, rule, shape, device, outlier_scores), rule, _number_of_texts(facts, shape))
+    if outlier_scores is None and not _depends_on_values(facts, rule):
         device = torch.device("cpu")
-    return arrange(merge_flags(facts, rule, shape, device), rule.ratio)
+    return arrange(merge_flags(facts, rule, shape, device, outlier_scores), rule.ratio)
 
 
 def _shapes_must_not_depend_on_values(device: torch.device) -> bool:
@@ -223,7 +272,13 @@ def _depends_on_values(facts: CallFacts, rule: MergeRule) -> bool:
     )
 
 
-def merge_flags(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> MergeFlags:
+def merge_flags(
+    facts: CallFacts,
+    rule: MergeRule,
+    shape: tuple[int, int],
+    device: torch.device,
+    outlier_scores: Tensor | None = None,
+) -> MergeFlags:
     """What decides the groups of a text; see [`group_text`] for the arguments. Looks at no value on the host."""
     mask = single_mask(facts.arguments.get("attention_mask"))
     real = real_tokens(mask, shape, facts.past_length)
@@ -248,7 +303,10 @@ def merge_flags(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], devic
         may_merge = may_merge & ~with_those_before(
             used_predictions(facts, order, shape, device), order, rule.keep_last
         )
-    return MergeFlags(may_merge if real is None else may_merge & real, real, breaks)
+    may_merge = may_merge if real is None else may_merge & real
+    if rule.outliers is not None and outlier_scores is not None:
+        may_merge = may_merge & ~choose_outliers(outlier_scores, may_merge, real, starts, rule.outliers)
+    return MergeFlags(may_merge, real, breaks)
 
 
 def _is_any(ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
@@ -396,7 +454,8 @@ def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
 
     Each of up to K tokens that are not merged has a row and may split a group in two, and each border between texts
     splits one more: ⌈length / k⌉ + 2K + 1 rows, and 2K + 1 for every further text. An input that needs more stops with
-    an index out of range.
+    an index out of range. Each outlier has a row, takes one token from the groups and may split one in two, which is
+    2 − 2/k rows more.
 
     Args:
         flags: what decides the groups.
@@ -406,6 +465,9 @@ def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
     may_merge, real, breaks = flags
     length, ratio = may_merge.shape[1], rule.ratio
     rows = (length + ratio - 1) // ratio + (2 * rule.max_kept + 1) * texts
+    if rule.outliers is not None:
+        outliers = count_outliers(length, rule.outliers) + texts - 1  # of each text by itself they are rounded up
+        rows = rows + (outliers * (2 * ratio - 2) + ratio - 1) // ratio
     present = torch.ones_like(may_merge) if real is None else real
     alone = present & ~may_merge
     # Numbers that grow wherever a run ends: at a token by itself, behind it, and where texts or images start.
