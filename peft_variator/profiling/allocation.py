@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..tuners.variator import VariatorConfig, calibrate
-from ..tuners.variator.neuron_selection import needs_calibration
 from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
+from ..tuners.variator.neuron_selection import needs_calibration
 from .flops import count_flops
 
 
