@@ -32,7 +32,8 @@ def word_tokenizer(
     made = Tokenizer(WordLevel(ids, unk_token=unknown or words[1]))
     made.pre_tokenizer = Whitespace()
     special = [(word, ids[word]) for word in f"{template} {pair or ''}".replace(":1", "").split() if word in ids]
-    made.post_processor = TemplateProcessing(template, pair, special)
+    if special:
+        made.post_processor = TemplateProcessing(template, pair, special)
     return PreTrainedTokenizerFast(tokenizer_object=made, **fields)
 
 

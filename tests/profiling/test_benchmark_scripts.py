@@ -32,6 +32,7 @@ render = load_script("render")
 run_all = load_script("run_all")
 parts = load_script("parts")
 gpu = load_script("gpu")
+before_after = load_script("before_after")
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 PAGE = f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n"
 BOTH = f"{PAGE}\n<!-- parts -->\n<!-- /parts -->\n"
@@ -252,3 +253,15 @@ def test_a_row_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
     assert "ZeroDivisionError" in done.output
     assert "off by 1.00e+00" in done.output
     assert len(json.loads((tmp_path / "some.json").read_text())["rows"]) == 3
+
+
+def test_a_checkout_is_compared_run_by_run():
+    before = [{"call": [1.0, 2.0, 9.0]}, {"call": [4.0, 4.0]}, {"call": [1.0, 1.0]}]
+    after = [{"call": [1.0, 1.0, 1.0]}, {"call": [6.0, 2.0]}, {"call": [3.0, 3.0]}]
+    ratio = before_after.compare(before, after)["call"]
+    assert ratio == {"median": 1.0, "low": 0.5, "high": 3.0, "of_runs": [0.5, 1.0, 3.0]}
+
+
+def test_another_package_than_that_of_the_checkout_is_not_measured(tmp_path):
+    with pytest.raises(RuntimeError, match="peft_variator is imported from"):
+        before_after.measure(tmp_path, "tiny", 1, 1)
