@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .merging import Groups
 from .network import Network
-from .neurons import UpdatedRows, apply_linear, create_copies, neuron_outputs
+from .neurons import UpdatedRows, create_copies
 
 
 if TYPE_CHECKING:  # which asks here what may be chosen
@@ -89,8 +90,8 @@ class BottleneckDecompression(Decompression):
 
     def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
         outputs, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
-        per_row = apply_linear(modules["variator_down_output"], outputs)
-        per_token = apply_linear(modules["variator_down_input"], tokens)
+        per_row = _linear(modules["variator_down_output"], outputs)
+        per_token = _linear(modules["variator_down_input"], tokens)
         # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
         inner = torch.where(groups.is_merged, per_token + groups.spread(per_row), 0).tanh()
         up = modules["variator_up"]
@@ -126,8 +127,8 @@ class NeuronsDecompression(Decompression):
         out = modules["variator_neuron_out"]
         assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
         # Masked: a token by itself, and padding, have no correction.
-        inner = torch.where(groups.is_merged, neuron_outputs(modules, tokens), 0)
-        of_rows = neuron_outputs(modules, rows.flatten(0, -2).to(tokens.dtype))
+        inner = torch.where(groups.is_merged, _neuron_outputs(modules, tokens), 0)
+        of_rows = _neuron_outputs(modules, rows.flatten(0, -2).to(tokens.dtype))
         of_rows = torch.where(groups.rows_that_merge(), of_rows, 0)
         weight = out.weight.to(inner.dtype)
         # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
@@ -139,3 +140,17 @@ DECOMPRESSIONS: dict[str, Decompression] = {
     decompression.name: decompression() for decompression in (BottleneckDecompression, NeuronsDecompression)
 }
 """All decompressions by the name that `VariatorConfig` takes."""
+
+
+def _neuron_outputs(modules: Modules, inputs: Tensor) -> Tensor:
+    """a_j(x) of the copies, shape `(…, r)`."""
+    activated = modules["variator_neurons"](_linear(modules["variator_neuron_into"], inputs))
+    gate = modules.get("variator_neuron_gate")
+    return activated if gate is None else activated * _linear(gate, inputs)
+
+
+def _linear(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A linear map in the dtype of its input: the small plugin follows the activations."""
+    assert isinstance(module, nn.Linear | UpdatedRows)  # what plugins are made of
+    bias = None if module.bias is None else module.bias.to(inputs.dtype)
+    return linear(inputs, module.weight.to(inputs.dtype), bias)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .network import Network
 
@@ -19,11 +18,9 @@ if TYPE_CHECKING:  # which asks the decompressions what may be chosen
 __all__ = [
     "NeuronIndex",
     "UpdatedRows",
-    "apply_linear",
     "copy_neurons",
     "create_copies",
     "has_left_its_start",
-    "neuron_outputs",
     "read_rows",
 ]
 
@@ -181,20 +178,6 @@ def read_rows(modules: Modules, network: Network) -> None:
         if isinstance(module, UpdatedRows):
             module.rows = weight.to(module.B.device).clone()
     neurons.read_for = neurons.index
-
-
-def neuron_outputs(modules: Modules, inputs: Tensor) -> Tensor:
-    """a_j(x) of the copies, shape `(…, r)`."""
-    activated = modules["variator_neurons"](apply_linear(modules["variator_neuron_into"], inputs))
-    gate = modules.get("variator_neuron_gate")
-    return activated if gate is None else activated * apply_linear(gate, inputs)
-
-
-def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
-    """A linear map in the dtype of its input: the small plugin follows the activations."""
-    assert isinstance(module, nn.Linear | UpdatedRows)  # what plugins are made of
-    bias = None if module.bias is None else module.bias.to(inputs.dtype)
-    return linear(inputs, module.weight.to(inputs.dtype), bias)
 
 
 def _index_of(modules: Modules) -> NeuronIndex:
