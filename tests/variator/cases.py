@@ -361,6 +361,16 @@ CAUSAL += [
         core=False,
     ),
     Case(
+        "phi4-multimodal",
+        "phi4_multimodal",
+        AutoModelForCausalLM,
+        DECODER
+        | {"vision_config": {**TOWER, "crop_size": 24, "image_token_id": IMAGE_TOKEN}}
+        | {"audio_config": {"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 4}},
+        "causal",
+        core=False,
+    ),
+    Case(
         "qwen3-next",
         "qwen3_next",
         AutoModelForCausalLM,

@@ -13,6 +13,7 @@ from transformers import (
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
@@ -50,7 +51,7 @@ def test_the_decoder_is_the_base_model_on_the_merged_encoding(case: Case) -> Non
     with torch.no_grad():
         merged = model(**inputs)
         decoder_inputs = {name: inputs[name] for name in ("decoder_input_ids", "attention_mask")}
-        encoding = (merged.encoder_last_hidden_state,)
+        encoding = BaseModelOutput(merged.encoder_last_hidden_state)
         expected = case.build()(encoder_outputs=encoding, **decoder_inputs).logits
     torch.testing.assert_close(merged.logits, expected, rtol=0, atol=1e-5)
 
@@ -78,7 +79,7 @@ def test_a_ready_encoding_passes_by_the_plugins(case: Case) -> None:
     model, inputs = with_plugin(case), case.inputs(2, 14)
     with torch.no_grad():
         encoding = model(**inputs).encoder_last_hidden_state
-        arguments = {"encoder_outputs": (encoding,), "decoder_input_ids": torch.full((2, 3), FIRST_WORD)}
+        arguments = {"encoder_outputs": BaseModelOutput(encoding), "decoder_input_ids": torch.full((2, 3), FIRST_WORD)}
         assert watch(model, lambda: model(**arguments)) == []
 
 

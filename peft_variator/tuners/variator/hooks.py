@@ -425,7 +425,9 @@ _SEQUENCE_CLASSIFIERS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAME
 def _image_ids(surrounding: list[nn.Module]) -> tuple[int, ...]:
     """Ids that stand for image or video tokens in the text of the surrounding vision-language model."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    ids = [getattr(module.config, name, None) for module in surrounding for name in names if hasattr(module, "config")]
+    configs = [module.config for module in surrounding if hasattr(module, "config")]
+    configs += [config.vision_config for config in configs if hasattr(config, "vision_config")]  # Phi-4 has it there
+    ids = [getattr(config, name, None) for config in configs for name in names]
     return tuple(sorted({token_id for token_id in ids if isinstance(token_id, int)}))
 
 
