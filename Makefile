@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Set TORCH= to take another build: for the quickstart and the tests the one for CPUs is enough.
 TORCH ?= torch==2.13.0
 
-.PHONY: help quickstart test test-all gpu lint lowest newest dist docs clean
+.PHONY: help quickstart test test-all notebooks gpu lint lowest newest dist docs clean
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
@@ -34,6 +34,9 @@ test: $(VENV)/.test lint ## Run the linters and the tests, but for the slow ones
 
 test-all: $(VENV)/.test lint ## Run the linters and all tests, the slow ones and those of every architecture included
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
+notebooks: $(VENV)/.test ## Run the notebooks of examples/notebooks with two steps of training
+	$(BIN)/python -m pytest -m "" tests/examples/test_notebooks.py
 
 gpu: ## Check and measure everything on a GPU, with the packages of the python on the path; no network
 	$(PYTHON) benchmarks/gpu.py

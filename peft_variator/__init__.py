@@ -41,7 +41,7 @@ __all__ = [
     "using_ratio",
 ]
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 # Where each name is, imported on first use: a program that only runs a model needs neither trainer nor pruners.
 _ROOMS = {
