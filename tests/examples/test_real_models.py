@@ -227,5 +227,7 @@ def test_the_page_of_results_is_made_of_json(scripts, tmp_path):
     assert "| STS-B test, Spearman × 100 | 82.00 | 81.00 |" in text
     assert "SST-2" not in text
     assert "| 32×128 | 1.50 [1.40–1.60] |" in text
-    assert text.startswith("Before.") and text.endswith("After.\n") and "old" not in text
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
+    assert "old" not in text
     assert (tmp_path / "images" / f"frontier-{name}.png").stat().st_size > 1000
