@@ -168,6 +168,7 @@ SETTINGS = {
         "decompression",
         "bottleneck_dim",
         "correction_dim",
+        "correction_form",
         "correction_rank",
         "compensation_rank",
         "output_bias",

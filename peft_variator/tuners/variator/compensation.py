@@ -64,17 +64,23 @@ class CompensatedLinear(PluginModule):
         Args:
             inputs: shape `(…, in_features)`.
         """
-        call = None if self.stack is None else self.stack.current_groups()
-        choice = None if call is None else call.choices.get(self.network_name)
-        updates = getattr(self, self.adapter_layer_names[0])
-        if choice is None or choice[0] not in updates:
+        update = self.current_update()
+        if update is None:
             return self.base_layer(inputs, *args, **kwargs)
-        down, up = (getattr(self, part)[choice[0]].weight for part in self.adapter_layer_names)
-        base = self.base_layer
+        (down, up), base = update, self.base_layer
         if is_plain_linear(base) and self._pays_to_sum(inputs, base.weight, down, up):
             return linear(inputs, torch.addmm(base.weight, up, down), base.bias)
         output = self.base_layer(inputs, *args, **kwargs)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
+
+    def current_update(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of the plugin that merges in the call under way; `None`: there is none, or it has no update."""
+        call = None if self.stack is None else self.stack.current_groups()
+        choice = None if call is None else call.choices.get(self.network_name)
+        downs, ups = (getattr(self, part) for part in self.adapter_layer_names)
+        if choice is None or choice[0] not in downs:
+            return None
+        return downs[choice[0]].weight, ups[choice[0]].weight
 
     def _pays_to_sum(self, *tensors: Tensor) -> bool:
         """Whether W + B·A is less work than B·(A·x): where there are tokens enough and nothing trains."""

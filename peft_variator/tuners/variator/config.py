@@ -21,6 +21,7 @@ __all__ = ["VariatorConfig"]
 DEFAULT_CORRECTION = 0.25
 DEFAULT_BOTTLENECK = 64
 PATCH_GROUPINGS = ("window", "raster")
+CORRECTION_FORMS = ("added", "sliced")
 
 
 @dataclass
@@ -172,6 +173,15 @@ class VariatorConfig(SavedConfig):
             "layer of `decompression='bottleneck'` (`None` is 64)."
         },
     )
+    correction_form: str = field(
+        default="added",
+        metadata={
+            "help": "What `decompression='neurons'` does at merged rows: `added` runs the whole network and takes off "
+            "what the copies give for the row, which serves a quantised or packed base; `sliced` runs the network "
+            "without the neurons that are copied, which is less work and needs plain weights. Both start at the same "
+            "value, and a plugin that was trained in one form is another function in the other."
+        },
+    )
     correction_pattern: dict[str, int | float] = field(
         default_factory=dict,
         metadata={"help": "`correction_dim` of single modules, which are named as in `ratio_pattern`."},
@@ -306,6 +316,11 @@ class VariatorConfig(SavedConfig):
                     f"{name}={getattr(self, name)!r} belongs to decompression='neurons', not to 'bottleneck'. Set "
                     "decompression='neurons', or leave it out."
                 )
+        if self.correction_form == "sliced":
+            raise ValueError(
+                f"correction_form={self.correction_form!r} belongs to decompression='neurons', not to 'bottleneck'. "
+                "Set decompression='neurons', or leave it out."
+            )
         if isinstance(self.correction_dim, float):
             raise ValueError(
                 f"correction_dim={self.correction_dim!r}: a share of the network's inner width is meant for "
@@ -327,6 +342,7 @@ class VariatorConfig(SavedConfig):
             ("scoring", SCORINGS),
             ("decompression", DECOMPRESSIONS),
             ("patch_grouping", PATCH_GROUPINGS),
+            ("correction_form", CORRECTION_FORMS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .merging import Groups
+from .merging import Groups, PackedGroups
 from .network import Network
-from .neurons import UpdatedRows, create_copies
+from .neurons import NeuronIndex, UpdatedRows, create_copies
 
 
 if TYPE_CHECKING:  # which asks here what may be chosen
@@ -109,6 +109,9 @@ class NeuronsDecompression(Decompression):
     start as the base model's and are trained; the base model is only called, so it may be quantised or packed later.
     Untrained and with S all neurons, a token gets what the base model gives, F(x). With `correction_rank` the copies
     are the base model's rows with a low-rank update, see [`UpdatedRows`].
+
+    With `correction_form="sliced"` the layer runs the network without S at rows of groups, F₋S(m), and nothing is
+    taken off: y = F₋S(m) + Σ_{j∈S} v_j·a_j(x), the same as long as the copies are the base model's neurons.
     """
 
     name = "neurons"
@@ -124,16 +127,27 @@ class NeuronsDecompression(Decompression):
 
     def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
         tokens = hidden_states.flatten(0, -2)
-        out = modules["variator_neuron_out"]
+        out, neurons = modules["variator_neuron_out"], modules["variator_neurons"]
         assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
+        assert isinstance(neurons, NeuronIndex)
         # Masked: a token by itself, and padding, have no correction.
         inner = torch.where(groups.is_merged, _neuron_outputs(modules, tokens), 0)
-        of_rows = _neuron_outputs(modules, rows.flatten(0, -2).to(tokens.dtype))
-        of_rows = torch.where(groups.rows_that_merge(), of_rows, 0)
-        weight = out.weight.to(inner.dtype)
-        # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
-        rest = torch.addmm(output.flatten(0, -2).to(inner.dtype), of_rows, weight.t(), alpha=-1)
+        weight, rest = out.weight.to(inner.dtype), output.flatten(0, -2).to(inner.dtype)
+        if not neurons.is_sliced:
+            # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
+            rest = self._without_neurons(rest, rows.to(tokens.dtype), weight, groups, modules)
         return groups.expand(rest, inner, weight).view(hidden_states.shape)
+
+    @staticmethod
+    def _without_neurons(output: Tensor, rows: Tensor, weight: Tensor, groups: Groups, modules: Modules) -> Tensor:
+        """The output of rows without what the copies give for them where tokens share them; `(num_rows, d)`."""
+        if isinstance(groups, PackedGroups) and groups.can_split:  # the rows of groups are the first ones
+            merged, _ = groups.split(rows)
+            first = merged.shape[1]
+            of_rows = _neuron_outputs(modules, merged.flatten(0, -2))
+            return torch.cat([torch.addmm(output[:first], of_rows, weight.t(), alpha=-1), output[first:]])
+        of_rows = torch.where(groups.rows_that_merge(), _neuron_outputs(modules, rows.flatten(0, -2)), 0)
+        return torch.addmm(output, of_rows, weight.t(), alpha=-1)
 
 
 DECOMPRESSIONS: dict[str, Decompression] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -106,12 +106,43 @@ class FeedForwardEnd(PluginModule):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped module on the merged vectors and expand its output, if the start of the network merged."""
-        output = self.base_layer(hidden_states, *args, **kwargs)
         call = None if self.stack is None else self.stack.current_groups()
         if call is None or self.start_name not in call.pending:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        pending: _Pending = call.pending.pop(self.start_name)
+        if pending.silences:
+            hidden_states = pending.start.silence(hidden_states, pending.groups, pending.plugin)
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        return pending.start.expand(pending.join(output), pending.rows, pending.inputs, pending.groups, pending.plugin)
+
+
+class _Pending(NamedTuple):
+    """What the start of a network leaves for its end.
+
+    Args:
+        start: the layer where it starts.
+        groups: the groups.
+        rows: the merged vectors.
+        inputs: the hidden states before merging.
+        plugin: name of the plugin.
+        of_groups: output of the rows of groups, where the network runs on the others alone.
+        silences: whether the network runs on all rows, and the copied neurons are silenced at rows of groups.
+    """
+
+    start: VariatorLayer
+    groups: Groups
+    rows: Tensor
+    inputs: Tensor
+    plugin: str
+    of_groups: Tensor | None = None
+    silences: bool = False
+
+    def join(self, output: Tensor) -> Tensor:
+        """The output of all rows, from that of the rows that the network ran on."""
+        if self.of_groups is None:
             return output
-        start, groups, rows, inputs, plugin = call.pending.pop(self.start_name)
-        return start.expand(output, rows, inputs, groups, plugin)
+        sequences, groups, dim = self.of_groups.shape
+        return self.groups.join(self.of_groups, output.view(sequences, self.rows.shape[1] - groups, dim))
 
 
 class VariatorLayer(PluginModule):
@@ -154,6 +185,7 @@ class VariatorLayer(PluginModule):
         """The module that holds this one, and the end of the network; in a tuple, as they are no parts of this one."""
         self.observer: Callable[[VariatorLayer, Tensor, Groups, str], None] | None = None
         """Sees hidden states and groups in place of the plugin, which then runs the base model's network."""
+        self._plain: tuple[Network, list[tuple[nn.Module, str, nn.Module]]] | None = None
         self.observes_all = False
         """Whether the observer sees calls where nothing is merged here, too; outliers are then merged like others."""
         for part in self.adapter_layer_names:
@@ -316,16 +348,92 @@ class VariatorLayer(PluginModule):
             return self.base_layer(hidden_states, *args, **kwargs)
         self.read_base(plugin)
         merged = self.compress(hidden_states, groups, plugin)
-        output = self.base_layer(merged, *args, **kwargs)
+        pending, run_on = _Pending(self, groups, merged, hidden_states, plugin), merged
+        if self._is_sliced(plugin) and groups.merges:
+            if groups.can_split:
+                of_groups, run_on = groups.split(merged)
+                pending = pending._replace(of_groups=self._run_without_copied(of_groups, plugin))
+            else:  # the network runs on rows of all kinds, whose shapes may not depend on how many are groups
+                pending = pending._replace(silences=True)
+        if pending.silences and not self.has_end:
+            network = self._plain_network(plugin)
+            output = network.out(self.silence(network.neurons(run_on), groups, plugin))
+        else:
+            output = self.base_layer(run_on, *args, **kwargs)
         if self.has_end:
             self._check_output(output)
-            call.pending[self.name] = (self, groups, merged, hidden_states, plugin)
+            call.pending[self.name] = pending
             return output
         # Some mixtures of experts give what their routers said of the rows behind their output.
         rows, *others = output if isinstance(output, tuple) else (output,)
         self._check_output(rows)
-        expanded = self.expand(rows, merged, hidden_states, groups, plugin)
+        expanded = self.expand(pending.join(rows), merged, hidden_states, groups, plugin)
         return (expanded, *others) if isinstance(output, tuple) else expanded
+
+    def _is_sliced(self, plugin: str) -> bool:
+        sliced = self.configs[plugin].correction_form == "sliced"
+        return sliced and self.decompressions[plugin] == NeuronsDecompression.name
+
+    def _run_without_copied(self, rows: Tensor, plugin: str) -> Tensor:
+        """F₋S(m), what the network gives for rows without the neurons that are copied; the shape of `rows`."""
+        network = self._plain_network(plugin)
+        return network.with_neurons_alone(rows, self._neurons(plugin).rest(network.width))
+
+    def silence(self, activated: Tensor, groups: Groups, plugin: str) -> Tensor:
+        """The outputs of all neurons for rows, with 0 for the copied ones where tokens share the row.
+
+        Args:
+            activated: shape `(…, width)`, with as many vectors as there are rows.
+            groups: the groups.
+            plugin: name of the plugin.
+        """
+        copied = self._neurons(plugin).flags(activated.shape[-1])
+        rows = activated.flatten(0, -2)
+        return rows.masked_fill(groups.rows_that_merge() & copied, 0).view(activated.shape)
+
+    def _neurons(self, plugin: str) -> NeuronIndex:
+        neurons = self.modules_of(plugin)["variator_neurons"]
+        assert isinstance(neurons, NeuronIndex)  # what the decompression creates
+        return neurons
+
+    def find_plain_network(self, plugin: str) -> None:
+        """Look for the maps that a plugin with `correction_form="sliced"` takes parts of, if it is one.
+
+        Raises:
+            ValueError: their weights can't be sliced.
+        """
+        if plugin not in self.decompressions or not self._is_sliced(plugin):
+            return
+        end = None if self.around is None else self.around[1]
+        roots: list[nn.Module] = [self] if end is None else [self, end]
+        network = self.network()
+        wrong = None if network is None else network.unsliceable_map()
+        if network is None or wrong is not None:
+            found = [name for root in roots for name, module in root.named_modules() if module is wrong]
+            kind = "" if wrong is None else f" ({found[0]}, a {type(wrong).__name__})"
+            raise ValueError(
+                f"correction_form='sliced' runs a network without some of its neurons, and the weights of "
+                f"{self.name}{kind} cannot be sliced: they are quantised, packed, on disk, or under another adapter. "
+                "Use a plugin with correction_form='added', which only calls the network, or load plain weights."
+            )
+        maps = [module for module in (network.into, network.gate, network.out) if module is not None]
+        places = [
+            (holder, name, module)
+            for root in roots
+            for holder in root.modules()
+            for name, module in holder.named_children()
+            if any(module is each for each in maps)
+        ]
+        self._plain = network, places
+
+    def _plain_network(self, plugin: str) -> Network:
+        """The network whose maps are sliced, looked for anew where any of them was replaced."""
+        known = self._plain
+        is_compiling = torch.compiler.is_compiling()  # what is compiled is what was there
+        if known is None or not (is_compiling or all(getattr(at, name) is module for at, name, module in known[1])):
+            self.find_plain_network(plugin)
+        assert self._plain is not None  # it has been found
+        return self._plain[0]
 
     def read_base(self, plugin: str, again: bool = False) -> None:
         """Read what a plugin with a `correction_rank` takes of the base model's weights, where that has changed.

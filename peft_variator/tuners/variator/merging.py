@@ -12,7 +12,7 @@ Three layouts share one interface, `merge` and its inverse `expand`:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,10 +66,31 @@ class Groups:
     row_of: Tensor
     is_merged: Tensor
     all_real: bool
+    _rows_that_merge: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def merges(self) -> bool:
         """Whether any tokens share a row."""
+        raise NotImplementedError
+
+    @property
+    def can_split(self) -> bool:
+        """Whether rows of groups and rows of single tokens are told apart by where they lie."""
+        return True
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of groups, and those of single tokens; the inverse of `join`.
+
+        Args:
+            rows: shape `(sequences, rows, dim)`, as `merge` gives them.
+
+        Returns:
+            Shapes `(sequences, groups, dim)` and `(sequences, singles, dim)`.
+        """
+        raise NotImplementedError
+
+    def join(self, merged: Tensor, singles: Tensor) -> Tensor:
+        """The rows, shape `(sequences, rows, dim)`; see `split`."""
         raise NotImplementedError
 
     def merge(self, tokens: Tensor, member_scores: MemberScores) -> Tensor:
@@ -85,9 +106,11 @@ class Groups:
         raise NotImplementedError
 
     def rows_that_merge(self) -> Tensor:
-        """Which rows are shared by several tokens, shape `(num_rows, 1)`."""
-        none = torch.zeros(self.num_rows + 1, 1, dtype=torch.bool, device=self.row_of.device)
-        return none.index_copy(0, self.row_of, self.is_merged)[:-1]
+        """Which rows are shared by several tokens, shape `(num_rows, 1)`; found out once a call."""
+        if self._rows_that_merge is None:
+            none = torch.zeros(self.num_rows + 1, 1, dtype=torch.bool, device=self.row_of.device)
+            self._rows_that_merge = none.index_copy(0, self.row_of, self.is_merged)[:-1]
+        return self._rows_that_merge
 
     def spread(self, rows: Tensor) -> Tensor:
         """Give each token the vector of its row, and padding zeros.
@@ -207,6 +230,18 @@ class SharedGroups(Groups):
     def merges(self) -> bool:
         return any(block.size > 1 for block in self.blocks)
 
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        parts = rows.split([block.groups for block in self.blocks], dim=1)
+        merged = [part for part, block in zip(parts, self.blocks, strict=True) if block.size > 1]
+        singles = [part for part, block in zip(parts, self.blocks, strict=True) if block.size == 1]
+        none = [rows[:, :0]]
+        return torch.cat(merged or none, dim=1), torch.cat(singles or none, dim=1)
+
+    def join(self, merged: Tensor, singles: Tensor) -> Tensor:
+        groups = iter(merged.split([block.groups for block in self.blocks if block.size > 1], dim=1))
+        others = iter(singles.split([block.groups for block in self.blocks if block.size == 1], dim=1))
+        return torch.cat([next(groups if block.size > 1 else others) for block in self.blocks], dim=1)
+
     def merge(self, tokens: Tensor, member_scores: MemberScores) -> Tensor:
         return torch.cat([self._merge_block(block, tokens, member_scores) for block in self.blocks], dim=1)
 
@@ -253,6 +288,13 @@ class PackedGroups(Groups, Part):
     @property
     def merges(self) -> bool:
         return self.member_of.shape[0] > 0
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        groups = self.member_of.shape[0]
+        return rows[:, :groups], rows[:, groups:]
+
+    def join(self, merged: Tensor, singles: Tensor) -> Tensor:
+        return torch.cat([merged, singles], dim=1)
 
     def members(self, tokens: Tensor) -> list[Tensor]:
         groups, size = self.member_of.shape
@@ -344,6 +386,10 @@ class BoundedGroups(PackedGroups):
     @property
     def merges(self) -> bool:
         return True
+
+    @property
+    def can_split(self) -> bool:
+        return False
 
     def merge(self, tokens: Tensor, member_scores: MemberScores) -> Tensor:
         weights = self._weights(member_scores(self), tokens.dtype)

@@ -90,6 +90,8 @@ class VariatorModel(TidyTuner):
             self._placements = self._place_all(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             compensate(model, list(self._placements.values()), config, adapter_name)
+            for layer in plugin_layers(model):
+                layer.find_plain_network(adapter_name)
             # PEFT leaves adapters that were there before as trainable as they were.
             for module in self.carried_modules:
                 module.requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, linear, silu
 from transformers.pytorch_utils import Conv1D
 
 from ...compat import is_quantized_tensor
@@ -119,6 +119,25 @@ class Network:
         activated = self.activation(into)
         return activated if self.gate is None else activated * self.gate(hidden_states)
 
+    def with_neurons_alone(self, hidden_states: Tensor, index: Tensor) -> Tensor:
+        """The output with some neurons alone, Σ_j v_j·a_j(x) + b, shape `(…, d)`; their weights are copied meanwhile.
+
+        Args:
+            hidden_states: x, shape `(…, d)`.
+            index: the numbers of the neurons, shape `(r,)`.
+        """
+        activated = self.activation(_with_rows(self.into, hidden_states, index))
+        if self.fused:
+            activated = activated * _with_rows(self.into, hidden_states, index + self.width)
+        elif self.gate is not None:
+            activated = activated * _with_rows(self.gate, hidden_states, index)
+        return _with_columns(self.out, activated, index)
+
+    def unsliceable_map(self) -> nn.Module | None:
+        """A map that `with_neurons_alone` cannot take a part of: it has no plain weight in memory, or does more."""
+        maps = [module for module in (self.into, self.gate, self.out) if module is not None]
+        return next((module for module in maps if not _is_plain(_parts(module)[0])), None)
+
     def strengths(self) -> Tensor:
         """‖w_j‖·‖v_j‖ of all neurons, times ‖u_j‖ where gated: how much each can say; shape `(width,)`."""
         index = torch.arange(self.width)
@@ -164,6 +183,53 @@ def _rows(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
     if bias is None:
         return rows, rows.new_zeros(rows.shape[0])
     return rows, bias.index_select(0, index.to(bias.device))
+
+
+def _parts(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | None]:
+    """A map, and A and B of the low-rank update that a plugin with `compensation_rank` adds to it in this call."""
+    update: Any = getattr(module, "current_update", None)
+    if update is None:
+        return module, None
+    base: Any = module.base_layer
+    return base, update()
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) not in (nn.Linear, Conv1D):
+        return False
+    weight: Any = module.weight
+    return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
+
+
+def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight, shape `(out_features, in_features)`, and bias, as they are."""
+    weight: Any = module.weight
+    bias: Any = module.bias
+    return weight.t() if isinstance(module, Conv1D) else weight, bias
+
+
+def _with_rows(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
+    """Some of the outputs of a map."""
+    base, update = _parts(module)
+    weight, bias = _plain_weight(base)
+    index = index.to(weight.device)
+    output = linear(inputs, weight.index_select(0, index), None if bias is None else bias.index_select(0, index))
+    if update is None:
+        return output
+    down, up = (part.to(inputs.dtype) for part in update)
+    return output + linear(linear(inputs, down), up.index_select(0, index)).to(output.dtype)
+
+
+def _with_columns(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
+    """What a map gives for some of its inputs, all others being 0."""
+    base, update = _parts(module)
+    weight, bias = _plain_weight(base)
+    index = index.to(weight.device)
+    output = linear(inputs, weight.index_select(1, index), bias)
+    if update is None:
+        return output
+    down, up = (part.to(inputs.dtype) for part in update)
+    return output + linear(linear(inputs, down.index_select(1, index)), up).to(output.dtype)
 
 
 def is_map(module: object) -> bool:

@@ -33,21 +33,35 @@ class NeuronIndex(nn.Module):
     Args:
         index: their numbers, shape `(r,)`.
         activation: act, that of the network.
+        is_sliced: whether the network runs without them at rows of groups.
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, index: Tensor, activation: Callable[[Tensor], Tensor], is_sliced: bool = False) -> None:
         super().__init__()
         self.register_buffer("index", index)
         self._activation = (activation,)  # in a tuple: the module is the network's
         self.is_calibrated = False
+        self.is_sliced = is_sliced
+        self._rest: tuple[Tensor, int, Tensor] | None = None
         self.read_for: Tensor | None = None
         """The index that the base model's rows were read for, where `correction_rank` has the plugin read them."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The activation."""
         return self._activation[0](inputs)
+
+    def rest(self, width: int) -> Tensor:
+        """The numbers of all other neurons of a network of `width`, shape `(width − r,)`."""
+        if self._rest is None or self._rest[0] is not self.index or self._rest[1] != self.index._version:
+            self._rest = self.index, self.index._version, (~self.flags(width)).nonzero().flatten()
+        return self._rest[2]
+
+    def flags(self, width: int) -> Tensor:
+        """Which neurons of a network of `width` are copied, shape `(width,)`."""
+        none = torch.zeros(width, dtype=torch.bool, device=self.index.device)
+        return none.index_fill(0, self.index, True)
 
     def has_read(self) -> bool:
         """Whether the base model's rows were read for these neurons."""
@@ -114,7 +128,7 @@ def create_copies(dim: int, config: VariatorConfig, network: Network, name: str)
     if network.is_readable:
         index = network.strengths().topk(width).indices.sort().values.cpu()
     modules: dict[str, nn.Module] = {
-        "variator_neurons": NeuronIndex(index, network.activation),
+        "variator_neurons": NeuronIndex(index, network.activation, config.correction_form == "sliced"),
         "variator_neuron_into": new_map(dim, width, True),
         "variator_neuron_out": new_map(width, dim, False),
     }
