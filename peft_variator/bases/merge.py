@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -99,7 +100,7 @@ def merge_checkpoint(
                 f"{folder.path}: no linear layer of {type(merge.model).__name__} is 2:4 with {located.path}, so there "
                 "is nothing to pack. Merge to the dense form: --dense, or packed=False."
             )
-        config = folder.packed_config(layers_left_dense(merge.model, folder.checkpoint, merge.packed_layers))
+        config = folder.packed_config(layers_left_dense(merge.model, folder.checkpoint, merge.packed_layers.values()))
     job = {"task": "merge", "adapter": fingerprint(located.files), "packed": packed}
     report = rewrite(folder, output, pieces, config, job, on_progress)
     return MergeReport(
@@ -134,7 +135,6 @@ class _Merge:
 
     def __init__(self, folder: ModelFolder, adapter: AdapterFile, packed: bool) -> None:
         self.model: PreTrainedModel = folder.skeleton()
-        self.packed_layers: list[str] = []  # by name in the model; known when the pieces are
         self._folder, self._adapter, self._packed = folder, adapter, packed
         self._names = KeyNames(self.model)
         self._plans = {name: self._plan(weight) for name, weight in adapter.weights.items()}
@@ -174,6 +174,26 @@ class _Merge:
         pieces = (self._piece(name, weight) for name, weight in self._adapter.weights.items())
         return [piece for piece in pieces if piece is not None]
 
+    @cached_property
+    def packed_layers(self) -> dict[str, str]:
+        """The layers that are packed in the result: the name of each one's weight, and the layer's in the model.
+
+        Raises:
+            CheckpointError: a stored mask is not 2:4.
+        """
+        weights = self._adapter.weights.items() if self._packed else ()
+        packed = (name for name, weight in weights if self._packs(name, weight))
+        return {name: (self._names.parameter(name) or "").rpartition(".")[0] for name in packed}
+
+    def _packs(self, name: str, weight: StoredWeight) -> bool:
+        """Whether a weight is packed where the result is to be."""
+        if name in self._adapter.replaced:
+            return False
+        if name in self._adapter.modules and self._adapter.stores_masks:
+            return self._can_be_packed(weight) and self._adapter.stores_two_four(name)
+        planned = self._plans[name]
+        return planned is not None and planned.becomes_packed
+
     def _plan(self, weight: StoredWeight) -> PlannedWeight | None:
         """What loading the base, or packing a dense one, makes of the weight."""
         if weight.name in self._adapter.replaced or (self._folder.published is None and not self._packed):
@@ -187,24 +207,17 @@ class _Merge:
             return replaced_piece(weight, weight.own_dtype(self._folder.dtype), self._adapter.replaced[name])
         if name in self._adapter.modules:
             return self._merged_piece(name, weight)
-        if planned is not None and planned.becomes_packed and self._packed:
-            self.packed_layers.append(planned.module)
+        if planned is not None and name in self.packed_layers:
             return None if planned.action == "keep" else planned_piece(planned)
         if weight.plain or (planned is None and self._packed):
             return None
         return dense_piece(weight, self._dtype(weight))
 
     def _merged_piece(self, name: str, weight: StoredWeight) -> Piece:
-        planned = self._plans[name]
-        if self._adapter.stores_masks:
-            packs = self._packed and self._can_be_packed(weight) and self._adapter.stores_two_four(name)
-        else:
-            packs = self._packed and planned is not None and planned.becomes_packed
         dtype = self._dtype(weight)
-        if not packs:
+        if name not in self.packed_layers:
             specs = {name: TensorSpec(dtype, weight.size())}
             return Piece(weight.sources, specs, lambda: {name: self._merge_dense(weight)})
-        self.packed_layers.append((self._names.parameter(name) or "").rpartition(".")[0])
         return Piece(weight.sources, packed_specs(weight, dtype), lambda: self._merge_packed(weight))
 
     def _merge_dense(self, weight: StoredWeight) -> Tensor:

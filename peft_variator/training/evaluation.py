@@ -119,7 +119,8 @@ def measure_ratios(
                     ours, theirs = (_mean_of_text(states, mask) for states in (ours, theirs))
                     found["embedding_cosine"].append(torch.cosine_similarity(ours, theirs, dim=-1))
             if prediction is not None:
-                _compare_predictions(prediction, batch, outputs, reference, found)
+                for name, values_of in _compare_predictions(prediction, batch, outputs, reference).items():
+                    found[name].append(values_of)
         if on_batch is not None:
             on_batch()
     return {
@@ -129,17 +130,18 @@ def measure_ratios(
 
 
 def _compare_predictions(
-    prediction: Prediction, batch: Mapping[str, Any], outputs: Any, reference: Any, found: dict[str, list[Tensor]]
-) -> None:
-    """Add for each used prediction whether it is the base's, and how unlikely its label is."""
+    prediction: Prediction, batch: Mapping[str, Any], outputs: Any, reference: Any
+) -> dict[str, Tensor]:
+    """For each used prediction whether it is the base's, and how unlikely its label is."""
     used = prediction.mask(batch)
     logits, wanted = (prediction.logits(each)[used].float() for each in (outputs, reference))
-    found["agreement"].append((logits.argmax(-1) == wanted.argmax(-1)).float())
+    found = {"agreement": (logits.argmax(-1) == wanted.argmax(-1)).float()}
     if "labels" in batch:
         labels = batch["labels"]
         if prediction is CAUSAL:
             labels = next_token_labels(batch, (labels.shape[0], labels.shape[1]))
-        found["nll"].append(nn.functional.cross_entropy(logits, labels[used], reduction="none"))
+        found["nll"] = nn.functional.cross_entropy(logits, labels[used], reduction="none")
+    return found
 
 
 def _mean_of_text(states: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
 
 from ..compat import BestModelLoader
 from ..tuners.variator import VariatorLayer
@@ -356,6 +356,14 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             # Until FSDP shards the student, which happens when training starts, it is where it was loaded.
             yield send_to_device(inputs, next(model.parameters()).device) if self.is_fsdp_enabled else inputs
 
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """See `Trainer.predict`. With `ratios` too, there is one answer: at the ratio that the plugin has."""
+        ratios, self.ratios = self.ratios, None
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self.ratios = ratios
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -364,10 +372,10 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate, or predict; see `Trainer.evaluation_loop`. With `ratios`, it evaluates at each of them."""
+        """Evaluate; see `Trainer.evaluation_loop`. With `ratios`, it evaluates at each of them."""
         self._measure_variances(self.train_dataset if self.train_dataset is not None else dataloader.dataset)
         arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.ratios is None or description == "Prediction":
+        if self.ratios is None:
             return super().evaluation_loop(*arguments)
         by_ratio = {}
         with self.ratios.restored():
