@@ -395,15 +395,19 @@ def _middles(axis: Sequence[int]) -> list[int]:
     return [(low + high) // 2 for low, high in pairwise(axis)] or list(axis)
 
 
-def quality_from_card(adapter: str | Path, measure: str = "cosine") -> dict[int, float] | None:
-    """Quality for each k as the card of a trained plugin tells it, after training; the base, k = 1, has 1.
+def quality_from_card(adapter: str | Path, measure: str | None = None) -> dict[int, float] | None:
+    """Quality for each k as the card of a trained plugin tells it.
+
+    A card that training has written has a row for each k, with values before and after: the latter count, and the
+    base, k = 1, has 1. Cards of plugins that were measured on tasks have a column for each k, and one for the base.
 
     Args:
         adapter: folder of the adapter.
-        measure: which column: `cosine` (of hidden states to the base's) or `agreement` (of predictions).
+        measure: what is measured, or how its name begins, e.g. `cosine` (of hidden states to the base's), `agreement`
+            (of predictions) or `STS-B`; `None`: `cosine`, else the first task of the card.
 
     Returns:
-        k -> value, or `None` if there is no card, or the card has no such column.
+        k -> value, or `None` if there is no card, or the card has no such measure.
     """
     path = Path(adapter, "README.md")
     if not path.is_file():
@@ -413,6 +417,10 @@ def quality_from_card(adapter: str | Path, measure: str = "cosine") -> dict[int,
         for line in ModelCard.load(path).text.splitlines()
         if line.lstrip().startswith("|")
     ]
+    return _after_training(rows, measure or "cosine") or _on_tasks(rows, measure or "")
+
+
+def _after_training(rows: Sequence[Sequence[str]], measure: str) -> dict[int, float] | None:
     head = next((row for row in rows if row[0] == "k"), None)
     column = next((index for index, name in enumerate(head or []) if name.startswith(f"{measure},")), None)
     if column is None:
@@ -423,3 +431,16 @@ def quality_from_card(adapter: str | Path, measure: str = "cosine") -> dict[int,
         if row[0].isdecimal() and len(row) > column and "→" in row[column]
     }
     return {1: 1.0, **found} if found else None
+
+
+def _on_tasks(rows: Sequence[Sequence[str]], measure: str) -> dict[int, float] | None:
+    head = next((index for index, row in enumerate(rows) if row[1:2] == ["base"]), None)
+    if head is None:
+        return None
+    ratios = [1 if name == "base" else int(name.removeprefix("k = ")) for name in rows[head][1:]]
+    for row in rows[head + 2 :]:  # past the line under the head
+        if len(row) != len(ratios) + 1:
+            return None
+        if row[0].startswith(measure):
+            return {k: float(value) for k, value in zip(ratios, row[1:], strict=True) if value}
+    return None

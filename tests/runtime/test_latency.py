@@ -145,3 +145,18 @@ def test_quality_is_read_off_a_card(tmp_path: Path) -> None:
     )
     assert quality_from_card(tmp_path) == {1: 1.0, 2: 0.97, 4: 0.91}
     assert quality_from_card(tmp_path, "agreement") is None
+
+
+def test_quality_is_read_off_a_card_with_tasks(tmp_path: Path) -> None:
+    """The cards of shipped plugins: a column for each ratio, and a table of speed below."""
+    (tmp_path / "README.md").write_text(
+        "# A plugin\n\n|  | base | k = 4 | k = 8 |\n| --- | ---: | ---: | ---: |\n"
+        "| STS-B test | 82.03 | 81.40 | 81.63 |\n| SST-2 | 80.5 | | 79 |\n"
+        "\n| batch × length | k = 8 |\n| --- | ---: |\n| 32×128 | 1.28 [1.22–1.48] |\n"
+    )
+    assert quality_from_card(tmp_path) == quality_from_card(tmp_path, "STS-B") == {1: 82.03, 4: 81.40, 8: 81.63}
+    assert quality_from_card(tmp_path, "SST-2") == {1: 80.5, 8: 79.0}
+    assert quality_from_card(tmp_path, "agreement") is None
+    shipped = quality_from_card(Path(__file__).parents[2] / "examples" / "plugins" / "all-MiniLM-L6-v2")
+    assert shipped is not None
+    assert {1, 8, 16} <= set(shipped)
