@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .engine import BatchRecord, Engine, EngineClosed, EngineMetrics, QueueFull
     from .latency import LatencyCheck, LatencyTable, profile_latency, quality_from_card
     from .policies import POLICIES, FixedRatio, Oracle, Policy, QueueItem, QueueThreshold, SlackFit
+    from .server import ServeSettings, make_engine
     from .simulator import RecordedLatencies, Simulation, simulate
     from .tasks import Classifications, Embeddings, Prefilled, Scores
 
@@ -31,8 +32,10 @@ __all__ = [
     "QueueThreshold",
     "RecordedLatencies",
     "Scores",
+    "ServeSettings",
     "Simulation",
     "SlackFit",
+    "make_engine",
     "profile_latency",
     "quality_from_card",
     "simulate",
@@ -43,6 +46,7 @@ _ROOMS = {
     "engine": ("BatchRecord", "Engine", "EngineClosed", "EngineMetrics", "QueueFull"),
     "latency": ("LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card"),
     "policies": ("POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit"),
+    "server": ("ServeSettings", "make_engine"),
     "simulator": ("RecordedLatencies", "Simulation", "simulate"),
     "tasks": ("Classifications", "Embeddings", "Prefilled", "Scores"),
 }

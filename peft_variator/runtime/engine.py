@@ -549,6 +549,12 @@ class Engine:
         self._counts = replace(self._counts, **{name: getattr(self._counts, name) + by for name, by in more.items()})
 
     @property
+    def waiting(self) -> int:
+        """Texts that wait now."""
+        with self._wake:
+            return len(self._queue)
+
+    @property
     def metrics(self) -> EngineMetrics:
         """What the engine has done so far; it stays readable when the engine is closed."""
         with self._wake:

@@ -233,7 +233,7 @@ class EngineLoop(LitLoop):
             if due < now and self._open.pop(request_id, None) is not None:
                 future.cancel()
                 self._refuse(lit_api, transport, request_id, 504, "The request took too long.")
-        lit_api.metrics.waiting.set(lit_api.engine.metrics.waiting)
+        lit_api.metrics.waiting.set(lit_api.engine.waiting)
         try:
             taken = self.get_request(request_queue, timeout=POLL_SECONDS)
         except (EOFError, ConnectionError):

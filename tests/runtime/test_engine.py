@@ -273,7 +273,7 @@ def test_a_full_queue_refuses_a_call_whole(model: Any) -> None:
                 time.sleep(0.001)
             with pytest.raises(QueueFull):
                 engine.embed(["a", "b"])
-            assert engine.metrics.waiting == 2
+            assert engine.metrics.waiting == engine.waiting == 2
             third = pool.submit(engine.embed, ["c"])
             while engine.metrics.waiting < 3:
                 time.sleep(0.001)
