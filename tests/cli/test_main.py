@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ from typer.testing import CliRunner
 import peft_variator
 from peft_variator.cli.console import Reporter, parse_ratios, reported
 from peft_variator.cli.main import app
+from peft_variator.sparsity.config import SCORE_ORDERS
+from peft_variator.sparsity.methods import METHODS
+from peft_variator.tuners.variator.decompression import DECOMPRESSIONS
 
 
 COMMANDS = [
@@ -48,6 +52,21 @@ def test_nothing_is_cut_in_help(command: str, option: str) -> None:
     assert done.exit_code == 0
     assert "…" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "names"),
+    [
+        ("train", "--decompression", DECOMPRESSIONS),
+        ("prune", "--method", METHODS),
+        ("prune", "--score-order", SCORE_ORDERS),
+    ],
+)
+def test_choices_are_those_of_the_package(command: str, option: str, names: Iterable[str]) -> None:
+    printed = CliRunner().invoke(app, [command, "--help"]).stdout
+    found = re.search(rf"{option} <([\w|]+)>", printed)
+    assert found is not None
+    assert set(found[1].split("|")) == set(names)
 
 
 HEAVY = ("torch", "peft", "transformers", "numpy", "rich")
