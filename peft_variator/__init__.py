@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from .sparsity import PruningConfig, SparsityReport, prune
     from .training import DistillationConfig, DistillationTrainer, load_plugin
     from .tuners.sparse_lora import SparseLoraConfig, SparseLoraModel, attach_masks
-    from .tuners.variator import VariatorConfig, VariatorModel, calibrate, set_compression_ratio, using_ratio
+    from .tuners.variator import (
+        VariatorConfig,
+        VariatorModel,
+        calibrate,
+        quantize_plugin,
+        set_compression_ratio,
+        using_ratio,
+    )
 
 
 __all__ = [
@@ -37,6 +44,7 @@ __all__ = [
     "load_base",
     "load_plugin",
     "prune",
+    "quantize_plugin",
     "set_compression_ratio",
     "using_ratio",
 ]
@@ -50,7 +58,14 @@ _ROOMS = {
     "sparsity": ("PruningConfig", "SparsityReport", "prune"),
     "training": ("DistillationConfig", "DistillationTrainer", "load_plugin"),
     "tuners.sparse_lora": ("SparseLoraConfig", "SparseLoraModel", "attach_masks"),
-    "tuners.variator": ("VariatorConfig", "VariatorModel", "calibrate", "set_compression_ratio", "using_ratio"),
+    "tuners.variator": (
+        "VariatorConfig",
+        "VariatorModel",
+        "calibrate",
+        "quantize_plugin",
+        "set_compression_ratio",
+        "using_ratio",
+    ),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 # Importing these registers what they hold.

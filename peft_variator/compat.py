@@ -34,6 +34,8 @@ torch:
   operators of a call, and would miss a product that is none (a FLOP counter, `vmap`).
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own
   documentation of extending it sends users here.
+- `_load_from_state_dict` of a module: torch's quantised modules raise KeyError for a state dict that has nothing of
+  theirs, as that of an adapter. To go when they pass over it, or PEFT over them.
 - `_forward_hooks` and `_forward_pre_hooks` of a module: whether calling it does more than its class says.
 - `torch.Tensor._make_wrapper_subclass` and `torch.utils._pytree.tree_map_only`: a tensor that holds others and unpacks
   them when it is computed with, as torch's own documentation of subclasses writes it.
@@ -69,6 +71,7 @@ __all__ = [
     "include_all_linear_layers",
     "is_plain_linear",
     "is_quantized_tensor",
+    "keep_quantized_modules",
     "key_mapping_while_loading",
     "make_wrapper_subclass",
     "mark_without_adapters",
@@ -197,3 +200,22 @@ def is_quantized_tensor(tensor: Tensor) -> bool:
     """Whether a tensor that calls itself floating point keeps other tensors inside, as those of torchao do."""
     of_torch = type(tensor).__module__.startswith("torch.")  # DTensor, say
     return is_traceable_wrapper_subclass(tensor) and not of_torch
+
+
+def keep_quantized_modules(model: nn.Module) -> None:
+    """Have torch's quantised modules keep what they have in the next `load_state_dict` without them."""
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.ao.nn."):
+            vars(module)["_load_from_state_dict"] = _LoadIfGiven(module)
+
+
+class _LoadIfGiven:
+    """Stands in for `_load_from_state_dict` of one module, once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        vars(self.module).pop("_load_from_state_dict", None)
+        if any(key.startswith(prefix) for key in state_dict):
+            self.module._load_from_state_dict(state_dict, prefix, *args, **kwargs)

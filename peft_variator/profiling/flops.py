@@ -50,6 +50,16 @@ def _grouped_mm(tokens: _Shape, weights: _Shape, *args: Any, **kwargs: Any) -> i
     return 2 * tokens[-2] * tokens[-1] * weights[-1] * (weights[0] if len(tokens) == 3 else 1)
 
 
+def _int_mm(left: _Shape, right: _Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def _by_output(inputs: _Shape, *args: Any, out_shape: _Shape, **kwargs: Any) -> int:
+    """A linear map whose weight is packed: inputs (…, in), output (…, out)."""
+    return 2 * torch.Size(inputs).numel() * out_shape[-1]
+
+
+# Products in int8 and int4 count as those in floating point do: the same multiplications and additions.
 _FORMULAS = {
     getattr(torch.ops.aten, name): formula
     for name, formula in {
@@ -59,8 +69,24 @@ _FORMULAS = {
         "addmm_": _addmm_,
         "dot": _dot,
         "_grouped_mm": _grouped_mm,
+        "_int_mm": _int_mm,
+        "_weight_int8pack_mm": _by_output,
+        "_weight_int4pack_mm": _by_output,
+        "_weight_int4pack_mm_for_cpu": _by_output,
+        "_weight_int4pack_mm_with_scales_and_zeros": _by_output,
+        "_dyn_quant_matmul_4bit": _by_output,
     }.items()
-    if hasattr(torch.ops.aten, name)  # PyTorch 2.6 has no _grouped_mm
+    if hasattr(torch.ops.aten, name)  # PyTorch 2.6 has not all of them
+} | {
+    getattr(torch.ops.quantized, name): _by_output
+    for name in (
+        "linear",
+        "linear_relu",
+        "linear_dynamic",
+        "linear_dynamic_fp16",
+        "linear_relu_dynamic",
+        "linear_relu_dynamic_fp16",
+    )
 }
 
 
@@ -86,7 +112,8 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """Floating-point operations of `model(**inputs)`; a multiplication and an addition count as two.
 
     Matrix products, convolutions and attention are counted, as in torch's `FlopCounterMode`; element-wise operations,
-    normalisation, gathering and softmax are not, as is the custom. Attention counts the full square of scores, with or
+    normalisation, gathering and softmax are not, as is the custom. Products in int8 and int4, of torch's own
+    quantisation and torchao's, count as those in floating point. Attention counts the full square of scores, with or
     without a mask. The model runs twice, the first time uncounted, so that what it builds once (rotary tables, masks,
     lazy layers) is not taken for a part of every call. Gradients are off, so a training step is not what is counted.
 
@@ -95,7 +122,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
         inputs: keyword arguments of its forward.
 
     Raises:
-        ValueError: the model uses a matrix product that has no formula, e.g. an int8 kernel; it would count as free.
+        ValueError: the model uses a matrix product that has no formula; it would count as free.
     """
     model(**inputs)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
@@ -104,6 +131,6 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     if uncounted.names:
         raise ValueError(
             f"No FLOP formula is known for {', '.join(sorted(uncounted.names))}, so {type(model).__name__} would seem "
-            "cheaper than it is. Count the unquantised, uncompiled model."
+            "cheaper than it is. Count the uncompiled model, in floating point or int8."
         )
     return counter.get_total_flops()

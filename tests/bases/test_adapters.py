@@ -42,6 +42,7 @@ CONFIGS = {
     "sparse_lora keeping the weight": SparseLoraConfig(r=4, recompute=False),
     "lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     "variator": VariatorConfig(compression_ratio=2, bottleneck_dim=4),
+    "variator-neurons": VariatorConfig(compression_ratio=2, correction_dim=4),
 }
 
 

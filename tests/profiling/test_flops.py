@@ -153,9 +153,39 @@ def test_no_gradient_is_recorded_and_the_mode_stays():
 
 
 def test_a_product_without_a_formula_is_refused():
-    inputs = {"input": ones(32, 16, dtype=torch.int8), "mat2": ones(16, 8, dtype=torch.int8)}
-    with pytest.raises(ValueError, match="No FLOP formula is known for aten._int_mm, so Call would seem cheaper"):
-        count_flops(Call(torch._int_mm), inputs)
+    inputs = {"input": ones(3, 5), "vec1": ones(3), "vec2": ones(5)}
+    with pytest.raises(ValueError, match="No FLOP formula is known for aten.addr, so Call would seem cheaper"):
+        count_flops(Call(torch.addr), inputs)
+
+
+PACKED = {
+    "_int_mm": (ones(32, 16, dtype=torch.int8), ones(16, 8, dtype=torch.int8)),
+    "_weight_int8pack_mm": (
+        ones(32, 16, dtype=torch.bfloat16),
+        ones(8, 16, dtype=torch.int8),
+        ones(8, dtype=torch.bfloat16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_products_in_int8_are_counted(name):
+    inputs = {f"input_{place}": value for place, value in enumerate(PACKED[name])}
+    product = Call(lambda **inputs: getattr(torch.ops.aten, name)(*inputs.values()))
+    assert count_flops(product, inputs) == 2 * 32 * 16 * 8
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+def test_a_quantised_model_has_the_flops_of_the_one_in_floating_point(dtype):
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, vocab_size=31
+    )
+    inputs = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
+    plugin = get_peft_model(BertModel(config), VariatorConfig(correction_dim=8))
+    for model in (BertModel(config).eval(), plugin.eval()):
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=dtype)
+        assert count_flops(quantized, inputs) == count_flops(model, inputs)
 
 
 def test_counting_works_inside_inference_mode():

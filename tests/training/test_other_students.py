@@ -86,3 +86,24 @@ def test_an_adapter_that_transformers_added(trainer, tmp_path: Path) -> None:
     loaded.load_adapter(tmp_path / "checkpoint-4")
     for name, value in loaded.named_parameters():
         assert value.equal(dict(base.named_parameters())[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_quantised_student_learns_from_the_same_without_plugin(arguments, name: str) -> None:
+    """Every part of the plugin, that of the first layer included, though torch's int8 layers give no gradients."""
+    base = torch.ao.quantization.quantize_dynamic(build_base(name), {nn.Linear}, dtype=torch.qint8)
+    config = VariatorConfig(init_weights=False, correction_dim=8, compensation_rank=2)
+    student = get_peft_model(base, config)
+    before = {key: value.clone() for key, value in student.named_parameters() if "variator_" in key}
+    trainer = DistillationTrainer(
+        student,
+        arguments(max_steps=20, per_device_train_batch_size=16, learning_rate=1e-2, logging_steps=1),
+        train_dataset=make_examples(name),
+        data_collator=collate_batch,
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    after = dict(student.named_parameters())
+    assert all((after[key] - value).abs().max() > 1e-4 for key, value in before.items())

@@ -5,9 +5,18 @@ from .config import VariatorConfig
 from .layer import VariatorLayer
 from .model import VariatorModel
 from .neuron_selection import calibrate
+from .quantization import quantize_plugin
 from .ratios import set_compression_ratio, using_ratio
 
 
-__all__ = ["VariatorConfig", "VariatorLayer", "VariatorModel", "calibrate", "set_compression_ratio", "using_ratio"]
+__all__ = [
+    "VariatorConfig",
+    "VariatorLayer",
+    "VariatorModel",
+    "calibrate",
+    "quantize_plugin",
+    "set_compression_ratio",
+    "using_ratio",
+]
 
 register_method("variator", VariatorConfig, VariatorModel)

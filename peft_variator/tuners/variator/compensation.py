@@ -17,7 +17,8 @@ from ...compat import is_plain_linear
 from .architectures import Placement
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
-from .network import features_of, is_map
+from .linear_maps import FloatLinear, apply_linear
+from .network import bias_of, features_of, is_map, weight_of
 
 
 __all__ = ["CompensatedLinear", "compensate"]
@@ -39,6 +40,23 @@ class CompensatedLinear(PluginModule):
         self.network_name = network_name
         for part in self.adapter_layer_names:
             setattr(self, part, nn.ModuleDict())
+        self.quantized: dict[str, nn.Module] = {}
+        """W + B·A as a quantised map, by plugin, which runs while nothing trains; no part that is saved."""
+
+    def adapters(self) -> set[str]:
+        """The plugins that have an update here."""
+        return set(getattr(self, self.adapter_layer_names[0]))
+
+    def summed(self, adapter_name: str) -> nn.Linear:
+        """W + B·A of a plugin as a map in floating point."""
+        down, up = (getattr(self, part)[adapter_name].weight for part in self.adapter_layer_names)
+        weight, bias = weight_of(self.base_layer), bias_of(self.base_layer)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device=up.device)
+        with torch.no_grad():
+            linear.weight.copy_(torch.addmm(weight.to(up), up, down))
+            if bias is not None:
+                linear.bias.copy_(bias)
+        return linear
 
     def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
         """Add the update of a plugin, or make it anew.
@@ -49,14 +67,20 @@ class CompensatedLinear(PluginModule):
         """
         rank = config.compensation_rank
         assert rank is not None  # `compensate` asks
-        down = nn.Linear(self.in_features, rank, bias=False)
-        up = nn.Linear(rank, self.out_features, bias=False)
+        down = FloatLinear(self.in_features, rank, bias=False)
+        up = FloatLinear(rank, self.out_features, bias=False)
         if config.init_weights:
             nn.init.zeros_(up.weight)
         for part, module in zip(self.adapter_layer_names, (down, up), strict=True):
             getattr(self, part)[adapter_name] = module
+        self.quantized.pop(adapter_name, None)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a plugin's update; see `BaseTunerLayer.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self.quantized.pop(adapter_name, None)
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The map, and the update of the plugin that merges in the call under way, if there is one.
@@ -67,11 +91,24 @@ class CompensatedLinear(PluginModule):
         update = self.current_update()
         if update is None:
             return self.base_layer(inputs, *args, **kwargs)
+        quantized = self._quantized_sum(update[1])
+        if quantized is not None:
+            return apply_linear(quantized, inputs)
         (down, up), base = update, self.base_layer
         if is_plain_linear(base) and self._pays_to_sum(inputs, base.weight, down, up):
             return linear(inputs, torch.addmm(base.weight, up, down), base.bias)
         output = self.base_layer(inputs, *args, **kwargs)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
+
+    def _quantized_sum(self, up: Tensor) -> nn.Module | None:
+        """The quantised W + B·A of the plugin whose B is `up`, where there is one; what trains it forgets it."""
+        for name, quantized in self.quantized.items():
+            if getattr(self, self.adapter_layer_names[1])[name].weight is up:
+                if not (torch.is_grad_enabled() and up.requires_grad):
+                    return quantized
+                del self.quantized[name]  # it will be out of date
+                break
+        return None
 
     def current_update(self) -> tuple[Tensor, Tensor] | None:
         """A and B of the plugin that merges in the call under way; `None`: there is none, or it has no update."""

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from .linear_maps import UpdatedRows, apply_linear, is_quantized_map
 from .merging import Groups, PackedGroups
 from .network import Network
-from .neurons import NeuronIndex, UpdatedRows, create_copies
+from .neurons import NeuronIndex, create_copies
 
 
 if TYPE_CHECKING:  # which asks here what may be chosen
@@ -90,11 +91,17 @@ class BottleneckDecompression(Decompression):
 
     def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
         outputs, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
-        per_row = _linear(modules["variator_down_output"], outputs)
-        per_token = _linear(modules["variator_down_input"], tokens)
+        per_row = apply_linear(modules["variator_down_output"], outputs)
+        per_token = apply_linear(modules["variator_down_input"], tokens)
         # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
         inner = torch.where(groups.is_merged, per_token + groups.spread(per_row), 0).tanh()
         up = modules["variator_up"]
+        if is_quantized_map(up):
+            # Its bias, if it has one, is inside, and counts for the tokens that are merged.
+            def correct(inner: Tensor) -> Tensor:
+                return torch.where(groups.is_merged, apply_linear(up, inner), 0)
+
+            return groups.expand(outputs.to(inner.dtype), inner, correct).view(hidden_states.shape)
         assert isinstance(up, nn.Linear)  # what `create` made
         expanded = groups.expand(outputs.to(inner.dtype), inner, up.weight.to(inner.dtype))
         if up.bias is not None:
@@ -128,26 +135,37 @@ class NeuronsDecompression(Decompression):
     def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, modules: Modules) -> Tensor:
         tokens = hidden_states.flatten(0, -2)
         out, neurons = modules["variator_neuron_out"], modules["variator_neurons"]
-        assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
         assert isinstance(neurons, NeuronIndex)
         # Masked: a token by itself, and padding, have no correction.
         inner = torch.where(groups.is_merged, _neuron_outputs(modules, tokens), 0)
-        weight, rest = out.weight.to(inner.dtype), output.flatten(0, -2).to(inner.dtype)
+        rest = output.flatten(0, -2).to(inner.dtype)
+        up: Tensor | Callable[[Tensor], Tensor]
+        if is_quantized_map(out) or (isinstance(out, UpdatedRows) and out.quantized_map() is not None):
+            up = partial(apply_linear, out)
+        else:
+            assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
+            up = out.weight.to(inner.dtype)
         if not neurons.is_sliced:
             # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
-            rest = self._without_neurons(rest, rows.to(tokens.dtype), weight, groups, modules)
-        return groups.expand(rest, inner, weight).view(hidden_states.shape)
+            rest = self._without_neurons(rest, rows.to(tokens.dtype), up, groups, modules)
+        return groups.expand(rest, inner, up).view(hidden_states.shape)
 
     @staticmethod
-    def _without_neurons(output: Tensor, rows: Tensor, weight: Tensor, groups: Groups, modules: Modules) -> Tensor:
+    def _without_neurons(
+        output: Tensor,
+        rows: Tensor,
+        up: Tensor | Callable[[Tensor], Tensor],
+        groups: Groups,
+        modules: Modules,
+    ) -> Tensor:
         """The output of rows without what the copies give for them where tokens share them; `(num_rows, d)`."""
         if isinstance(groups, PackedGroups) and groups.can_split:  # the rows of groups are the first ones
             merged, _ = groups.split(rows)
             first = merged.shape[1]
             of_rows = _neuron_outputs(modules, merged.flatten(0, -2))
-            return torch.cat([torch.addmm(output[:first], of_rows, weight.t(), alpha=-1), output[first:]])
+            return torch.cat([_less(output[:first], of_rows, up), output[first:]])
         of_rows = torch.where(groups.rows_that_merge(), _neuron_outputs(modules, rows.flatten(0, -2)), 0)
-        return torch.addmm(output, of_rows, weight.t(), alpha=-1)
+        return _less(output, of_rows, up)
 
 
 DECOMPRESSIONS: dict[str, Decompression] = {
@@ -158,13 +176,11 @@ DECOMPRESSIONS: dict[str, Decompression] = {
 
 def _neuron_outputs(modules: Modules, inputs: Tensor) -> Tensor:
     """a_j(x) of the copies, shape `(…, r)`."""
-    activated = modules["variator_neurons"](_linear(modules["variator_neuron_into"], inputs))
+    activated = modules["variator_neurons"](apply_linear(modules["variator_neuron_into"], inputs))
     gate = modules.get("variator_neuron_gate")
-    return activated if gate is None else activated * _linear(gate, inputs)
+    return activated if gate is None else activated * apply_linear(gate, inputs)
 
 
-def _linear(module: nn.Module, inputs: Tensor) -> Tensor:
-    """A linear map in the dtype of its input: the small plugin follows the activations."""
-    assert isinstance(module, nn.Linear | UpdatedRows)  # what plugins are made of
-    bias = None if module.bias is None else module.bias.to(inputs.dtype)
-    return linear(inputs, module.weight.to(inputs.dtype), bias)
+def _less(output: Tensor, inner: Tensor, up: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+    """`output − inner @ up.T`."""
+    return torch.addmm(output, inner, up.t(), alpha=-1) if isinstance(up, Tensor) else output - up(inner)

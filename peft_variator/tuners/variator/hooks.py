@@ -37,6 +37,7 @@ from .forward_context import (
     selection_of,
 )
 from .layer import PluginModule, VariatorLayer
+from .straight_through import pass_gradients, unwrap_gradients
 from .token_groups import MergeRule, StackGroups
 
 
@@ -108,6 +109,7 @@ def forward_of(module: nn.Module) -> WrappedForward | None:
 
 def unwrap_forwards(model: nn.Module) -> None:
     """Give all modules of a model their own `forward` back."""
+    unwrap_gradients(model)
     for module in model.modules():
         forward = forward_of(module)
         if forward is not None:
@@ -158,10 +160,15 @@ class StackForward(WrappedForward):
             ):  # of transformers' stacks and blocks that can be checkpointed
                 self._blocks.append(module)
 
+    @property
+    def _outermost(self) -> nn.Module:
+        return self.surroundings[0].module if self.surroundings else self.module
+
     def release_if_unused(self) -> None:
         """Give the stack and what is around it their own forwards back, when no plugin is left."""
         if not any(layer.rules for layer in self._layers):
             self.unwrap()
+            unwrap_gradients(self._outermost)
             for forward in self.surroundings:
                 if not forward.is_used():
                     forward.unwrap()
@@ -180,6 +187,8 @@ class StackForward(WrappedForward):
         calls = (*open_calls(), call)
         if torch.is_grad_enabled():
             self._keep_calls_for_checkpoints()
+            if call.groups.choices and not torch.compiler.is_compiling():
+                pass_gradients(self._outermost)
             output = run_inside(calls, self._forward, *args, **kwargs)
             if call.groups.choices:
                 tie(output, calls)

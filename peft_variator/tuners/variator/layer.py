@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import VariatorConfig
 from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression, NeuronsDecompression
 from .forward_context import PluginRatios, runs_single_blocks
+from .linear_maps import FloatLinear
 from .merging import Groups, SharedGroups
 from .network import Network, find_network
 from .neurons import NeuronIndex, read_rows
@@ -499,7 +500,7 @@ class VariatorLayer(PluginModule):
         shape = self.stack_shape(hidden_states, groups)
         tokens = hidden_states.reshape(*shape, hidden_states.shape[-1])
         scorer = getattr(self, "variator_scorer")[plugin]  # noqa: B009  # mypy takes an attribute for a tensor
-        assert isinstance(scorer, nn.Linear)  # what a `Scoring` creates
+        assert isinstance(scorer, FloatLinear)  # what a `Scoring` creates
         rows = groups.merge(tokens, self.scoring(plugin).score(scorer, tokens))
         if groups.merges:
             return rows

@@ -125,19 +125,20 @@ class Groups:
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
         return rows.index_select(0, self.row_of)
 
-    def expand(self, rows: Tensor, inner: Tensor, up: Tensor) -> Tensor:
+    def expand(self, rows: Tensor, inner: Tensor, up: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
         """Give each token the vector of its row plus its own correction, `inner @ up.T`.
 
         Args:
             rows: shape `(num_rows, dim)`.
             inner: hidden layer of the correction, 0 at padding; shape `(batch * length, width)`.
-            up: shape `(dim, width)`.
+            up: shape `(dim, width)`, or what computes the correction, where that is not a product with a plain tensor.
 
         Returns:
             Shape `(batch * length, dim)`, zero at padding.
         """
         # Into the spread rows: a second tensor of this size would cost more than the product.
-        return self.spread(rows).addmm_(inner, up.t())
+        spread = self.spread(rows)
+        return spread.addmm_(inner, up.t()) if isinstance(up, Tensor) else spread.add_(up(inner))
 
 
 # Every sequence alike: strided views
@@ -256,8 +257,8 @@ class SharedGroups(Groups):
             merged = torch.addcmul(merged, member, weight)
         return merged.flatten(1, -2)
 
-    def expand(self, rows: Tensor, inner: Tensor, up: Tensor) -> Tensor:
-        tokens = torch.nn.functional.linear(inner, up)
+    def expand(self, rows: Tensor, inner: Tensor, up: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+        tokens = torch.nn.functional.linear(inner, up) if isinstance(up, Tensor) else up(inner)
         per_sequence = sum(block.groups for block in self.blocks)
         by_sequence = rows.view(rows.shape[0] // per_sequence, per_sequence, -1)
         target, first = tokens.view(by_sequence.shape[0], -1, tokens.shape[-1]), 0

@@ -15,7 +15,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...adapter_state import TidyTuner, check_adapter_state
+from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state
+from ...compat import keep_quantized_modules
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .architectures import Placement, check_not_refused, default_targets, place
 from .compensation import compensate
@@ -24,6 +25,7 @@ from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
 from .layer import FeedForwardEnd, PluginModule, VariatorLayer, plugin_layers
 from .outliers import OutlierProbe
+from .quantization import float_state, quantized_parts
 from .ratios import compression_ratio_of, set_compression_ratio, using_ratio
 
 
@@ -111,6 +113,13 @@ class VariatorModel(TidyTuner):
             AdapterStateError: it is not what the plugin consists of; see [`check_adapter_state`].
         """
         with cls.loading(model, adapter_name, config):
+            parts = quantized_parts(model, adapter_name)
+            if parts:
+                raise AdapterStateError(
+                    f"The plugin {adapter_name!r} is quantised in this model ({parts[0]} and others), so no weights "
+                    "can be loaded into it. Delete it (`model.delete_adapter`) and load it again, then quantise it."
+                )
+            keep_quantized_modules(model)
             check_adapter_state(model, adapter_name, state_dict, config.source)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -254,9 +263,22 @@ class VariatorModel(TidyTuner):
                     tensor.data = tensor.data.float()
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: VariatorConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
         """The plugin's tensors alone, where PEFT takes those of the layers of any method that bear the same name."""
-        found = super()._get_adapter_state_dict(*args, **kwargs)
+        found = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=float_state(model, adapter_name, state_dict),
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
         return {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}"}
 
     @contextmanager

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ...compat import is_quantized_tensor
 
 
-__all__ = ["Network", "features_of", "find_network", "is_map"]
+__all__ = ["Network", "bias_of", "features_of", "find_network", "is_map", "weight_of"]
 
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu_impl", "intermediate_act_fn")
 
@@ -107,7 +107,7 @@ class Network:
 
     def out_columns(self, index: Tensor) -> Tensor:
         """v of some neurons, shape `(d, r)`."""
-        weight = _weight(self.out)
+        weight = weight_of(self.out)
         return weight.index_select(1, index.to(weight.device))
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
@@ -152,21 +152,27 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # `is_map` looked
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """The weight of a linear map as plain numbers, shape `(out_features, in_features)`."""
+def weight_of(module: nn.Module, dequantize: bool = True) -> Tensor:
+    """The weight of a linear map as plain numbers, shape `(out_features, in_features)`.
+
+    Args:
+        module: the map, or PEFT's wrapper of one.
+        dequantize: whether a quantised weight of torch's is turned into plain numbers.
+    """
     inner = _inner(module)
     weight: Any = inner.weight() if callable(inner.weight) else inner.weight  # torch's quantised layers have a method
     if hasattr(weight, "unpack"):  # of a packed base
         weight = weight.unpack()
     elif hasattr(weight, "quant_state"):  # of bitsandbytes
         weight = dequantize_module_weight(inner)
-    elif weight.is_quantized or is_quantized_tensor(weight):
+    elif dequantize and (weight.is_quantized or is_quantized_tensor(weight)):
         weight = weight.dequantize()
     assert isinstance(weight, Tensor)  # `is_readable` says so
     return weight.detach().t() if isinstance(inner, Conv1D) else weight.detach()
 
 
-def _bias(module: nn.Module) -> Tensor | None:
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a linear map, shape `(out_features,)`; `None`: it has none."""
     inner = _inner(module)
     bias = inner.bias() if callable(inner.bias) else inner.bias
     return bias.detach() if isinstance(bias, Tensor) else None
@@ -178,7 +184,7 @@ def _inner(module: nn.Module) -> Any:
 
 
 def _rows(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias = _weight(module), _bias(module)
+    weight, bias = weight_of(module), bias_of(module)
     rows = weight.index_select(0, index.to(weight.device))
     if bias is None:
         return rows, rows.new_zeros(rows.shape[0])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .linear_maps import UpdatedRows
 from .network import Network
 
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # which asks the decompressions what may be chosen
 
 __all__ = [
     "NeuronIndex",
-    "UpdatedRows",
     "copy_neurons",
     "create_copies",
     "has_left_its_start",
@@ -71,31 +71,6 @@ class NeuronIndex(nn.Module):
             return False
         self.read_for = self.index  # moved to another device, say
         return True
-
-
-class UpdatedRows(nn.Module):
-    """The base model's weights of some neurons with an update, W_S + B·A, which alone is trained and saved.
-
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        rank: r of B `(out_features, r)` and A `(r, in_features)`.
-        bias: whether there is a bias, which is trained whole.
-    """
-
-    rows: Tensor
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.register_buffer("rows", torch.zeros(out_features, in_features), persistent=False)
-        self.A = nn.Parameter(nn.Linear(in_features, rank).weight.detach())
-        self.B = nn.Parameter(nn.Linear(rank, out_features).weight.detach())
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-
-    @property
-    def weight(self) -> Tensor:
-        """W_S + B·A, shape `(out_features, in_features)`."""
-        return torch.addmm(self.rows.to(self.B.dtype), self.B, self.A)
 
 
 def create_copies(dim: int, config: VariatorConfig, network: Network, name: str) -> dict[str, nn.Module]:
@@ -156,7 +131,7 @@ def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
         for part, (weight, bias) in _weights_of(network, index).items():
             module = modules[part]
             if isinstance(module, UpdatedRows):
-                module.rows = weight.to(module.B.device).clone()
+                module.rows, module.quantized = weight.to(module.B.device).clone(), ()
                 module.B.zero_()
             else:
                 module.get_parameter("weight").copy_(weight)
@@ -190,7 +165,7 @@ def read_rows(modules: Modules, network: Network) -> None:
     for part, (weight, _) in _weights_of(network, neurons.index).items():
         module = modules[part]
         if isinstance(module, UpdatedRows):
-            module.rows = weight.to(module.B.device).clone()
+            module.rows, module.quantized = weight.to(module.B.device).clone(), ()
     neurons.read_for = neurons.index
 
 

@@ -12,7 +12,7 @@ from .forward_context import Selection, selected
 from .layer import VariatorLayer, plugin_layers
 
 
-__all__ = ["compression_ratio_of", "set_compression_ratio", "using_ratio"]
+__all__ = ["compression_ratio_of", "layers_of", "set_compression_ratio", "using_ratio"]
 
 
 def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
@@ -71,7 +71,7 @@ def compression_ratio_of(model: nn.Module, adapter_name: str | None = None) -> i
     Raises:
         ValueError: the model has no such plugin.
     """
-    layer, name = _layers_of(model, adapter_name)[0]
+    layer, name = layers_of(model, adapter_name)[0]
     return layer.ratios.chosen.get(name, layer.configs[name].compression_ratio)
 
 
@@ -79,7 +79,7 @@ def _chosen(model: nn.Module, k: int, adapter_name: str | None) -> list[tuple[Va
     """The layers of a plugin, each with the plugin's name, if all of them can take the ratio."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"compression_ratio={k!r} has to be an integer of at least 1.")
-    chosen = _layers_of(model, adapter_name)
+    chosen = layers_of(model, adapter_name)
     for layer, name in chosen:
         layer.rule_at(name, k)
     for layer, name in chosen[:1]:
@@ -87,7 +87,17 @@ def _chosen(model: nn.Module, k: int, adapter_name: str | None) -> list[tuple[Va
     return chosen
 
 
-def _layers_of(model: nn.Module, adapter_name: str | None) -> list[tuple[VariatorLayer, str]]:
+def layers_of(model: nn.Module, adapter_name: str | None) -> list[tuple[VariatorLayer, str]]:
+    """The layers of a plugin, each with the plugin's name.
+
+    Args:
+        model: a model with a Variator plugin.
+        adapter_name: which plugin; `None`: the active one.
+
+    Raises:
+        TypeError: it is no model.
+        ValueError: it has no such plugin.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"A {type(model).__name__} has no Variator plugin whose ratio could be chosen: name the model that it was "

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
+from .linear_maps import FloatLinear
 from .merging import MemberScores, Part
 
 
@@ -21,14 +22,14 @@ __all__ = ["SCORINGS", "ConcatScoring", "Scoring", "TokenScoring"]
 class Scoring:
     """Gives every member of a group a score; their softmax inside the group weights the mean.
 
-    Its weights are one `nn.Linear` a plugin, `variator_scorer`.
+    Its weights are one [`FloatLinear`] a plugin, `variator_scorer`.
     """
 
     name: ClassVar[str]
     serves_any_ratio: ClassVar[bool]
     """Whether the weights serve every compression ratio, or only the one that they were made for."""
 
-    def create(self, dim: int, ratio: int) -> nn.Linear:
+    def create(self, dim: int, ratio: int) -> FloatLinear:
         """The weights of a plugin.
 
         Args:
@@ -37,7 +38,7 @@ class Scoring:
         """
         raise NotImplementedError
 
-    def score(self, scorer: nn.Linear, tokens: Tensor) -> MemberScores:
+    def score(self, scorer: FloatLinear, tokens: Tensor) -> MemberScores:
         """A function that gives the scores of the members of a part's groups.
 
         Args:
@@ -53,10 +54,10 @@ class TokenScoring(Scoring):
     name = "token"
     serves_any_ratio = True
 
-    def create(self, dim: int, ratio: int) -> nn.Linear:
-        return nn.Linear(dim, 1, bias=False)
+    def create(self, dim: int, ratio: int) -> FloatLinear:
+        return FloatLinear(dim, 1, bias=False)
 
-    def score(self, scorer: nn.Linear, tokens: Tensor) -> MemberScores:
+    def score(self, scorer: FloatLinear, tokens: Tensor) -> MemberScores:
         scores = _in_range(tokens, scorer.weight)
         return lambda part: part.scores(scores)
 
@@ -70,10 +71,10 @@ class ConcatScoring(Scoring):
     name = "concat"
     serves_any_ratio = False
 
-    def create(self, dim: int, ratio: int) -> nn.Linear:
-        return nn.Linear(ratio * dim, ratio)
+    def create(self, dim: int, ratio: int) -> FloatLinear:
+        return FloatLinear(ratio * dim, ratio)
 
-    def score(self, scorer: nn.Linear, tokens: Tensor) -> MemberScores:
+    def score(self, scorer: FloatLinear, tokens: Tensor) -> MemberScores:
         # One map for each place in a group, contiguous: what a product gives must not hang on where its weights lie.
         maps = scorer.weight.unflatten(1, (-1, tokens.shape[-1])).transpose(0, 1).contiguous()
 

@@ -1,0 +1,107 @@
+"""The linear maps that plugins are made of, and how they run when they are quantised with their base."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.quantized import Linear as TorchQuantizedLinear
+from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
+from torch.nn.functional import linear
+
+from ...compat import is_quantized_tensor
+
+
+__all__ = ["FloatLinear", "UpdatedRows", "apply_linear", "is_quantized_map", "is_torch_quantized"]
+
+
+class FloatLinear(nn.Module):
+    """`nn.Linear` in all but its class, which quantisers look for: small maps that stay in floating point.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether there is a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        like = nn.Linear(in_features, out_features, bias)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The map of `inputs`, shape `(…, in_features)`."""
+        return linear(inputs, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """As of `nn.Linear`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class UpdatedRows(nn.Module):
+    """The base model's weights of some neurons with an update, W_S + B·A, which alone is trained and saved.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        rank: r of B `(out_features, r)` and A `(r, in_features)`.
+        bias: whether there is a bias, which is trained whole.
+    """
+
+    rows: Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(out_features, in_features), persistent=False)
+        self.A = nn.Parameter(nn.Linear(in_features, rank).weight.detach())
+        self.B = nn.Parameter(nn.Linear(rank, out_features).weight.detach())
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.quantized: tuple[nn.Module, ...] = ()
+        """The sum as a quantised map, which runs while nothing trains; in a tuple, as it is no part that is saved."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W_S + B·A, shape `(out_features, in_features)`."""
+        return torch.addmm(self.rows.to(self.B.dtype), self.B, self.A)
+
+    def quantized_map(self) -> nn.Module | None:
+        """The quantised map, where there is one that is up to date; what trains forgets it."""
+        if self.quantized and torch.is_grad_enabled() and self.B.requires_grad:
+            self.quantized = ()
+        return self.quantized[0] if self.quantized else None
+
+
+def is_torch_quantized(module: object) -> TypeGuard[TorchQuantizedLinear]:
+    """Whether a module is a Linear of torch's own quantisation."""
+    return isinstance(module, TorchQuantizedLinear)
+
+
+def is_quantized_map(module: Any) -> bool:
+    """Whether a linear map is quantised, by torch, torchao or bitsandbytes."""
+    if is_torch_quantized(module):
+        return True
+    if isinstance(module, FloatLinear | UpdatedRows):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight) is nn.Parameter:
+        return False
+    return is_quantized_tensor(weight) or hasattr(weight, "quant_state")
+
+
+def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
+    """A linear map in the dtype of its input: the small plugin follows the activations."""
+    if isinstance(module, UpdatedRows):
+        module = module.quantized_map() or module
+    if isinstance(module, DynamicLinear):
+        output = module(inputs.float())  # it takes nothing else
+        assert isinstance(output, Tensor)  # what it gives
+        return output.to(inputs.dtype)
+    if is_quantized_map(module):
+        output = module(inputs)
+        assert isinstance(output, Tensor)  # what it gives
+        return output
+    assert isinstance(module, nn.Linear | FloatLinear | UpdatedRows)  # what plugins are made of
+    bias = None if module.bias is None else module.bias.to(inputs.dtype)
+    return linear(inputs, module.weight.to(inputs.dtype), bias)

@@ -1,0 +1,179 @@
+"""Plugins on quantised bases: what of a plugin is quantised, and how it is saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
+from torch.ao.quantization.qconfig import (
+    QConfig,
+    default_dynamic_qconfig,
+    float16_dynamic_qconfig,
+    per_channel_dynamic_qconfig,
+)
+
+from .compensation import CompensatedLinear
+from .layer import VariatorLayer
+from .linear_maps import UpdatedRows, is_quantized_map, is_torch_quantized
+from .network import bias_of, weight_of
+from .ratios import layers_of
+
+
+__all__ = ["float_state", "quantize_plugin", "quantized_parts"]
+
+Quantize = Callable[[nn.Module], object]
+
+
+def quantize_plugin(model: nn.Module, adapter_name: str | None = None, quantize: Quantize | None = None) -> None:
+    """Quantise a plugin's correction as its base is quantised, in place; call it last, when both are there.
+
+    Quantised are the maps of the decompression, with `correction_rank` the sums of rows and update, and the maps with
+    a low-rank update (`compensation_rank`), for which W + B·A is kept beside W. In floating point stay the scores and
+    the updates themselves. What is quantised already, by a quantiser that ran over the whole model, stays as it is.
+    Updates can be trained on, which drops their sums; other quantised maps can't. A plugin that is saved afterwards
+    has the rounded weights in floating point, and loads onto any base.
+
+    Args:
+        model: a quantised model with a plugin.
+        adapter_name: which plugin; `None`: the active one.
+        quantize: quantises all `nn.Linear` in the module that it is given, in place, such as
+            `lambda module: torchao.quantization.quantize_(module, config)`; `None`: as the base's own networks,
+            int8 or float16 of torch's `quantize_dynamic`, or torchao's int8.
+
+    Raises:
+        ValueError: the model has no such plugin, or its base is not quantised, or in a way that needs `quantize`.
+    """
+    chosen = layers_of(model, adapter_name)
+    ways = {layer: quantize or _way_of(layer) for layer, _ in chosen}
+    for layer, name in chosen:
+        _quantize_layer(layer, name, ways[layer])
+    names = {name for _, name in chosen}
+    for module in model.modules():
+        # Not where another method's adapter is on the map: that is no part of the sum.
+        if isinstance(module, CompensatedLinear) and is_quantized_map(module.base_layer):
+            way = quantize or _like(module.base_layer)
+            for name in names & module.adapters() if way is not None else ():
+                module.quantized[name] = _quantized(module.summed(name), cast(Quantize, way))
+
+
+def quantized_parts(model: nn.Module, adapter_name: str) -> list[str]:
+    """Full names of a plugin's maps that are quantised, so that no floating-point weights can be loaded into them."""
+    return [name for name, _ in _parts(model, adapter_name)]
+
+
+def float_state(model: nn.Module, adapter_name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's state dict with a plugin's quantised maps as `weight` and `bias` in floating point.
+
+    Args:
+        model: the model.
+        adapter_name: the plugin.
+        state: its state dict.
+    """
+    found = dict(state)
+    for name, module in _parts(model, adapter_name):
+        for key in [key for key in found if key.startswith(f"{name}.")]:
+            del found[key]
+        found[f"{name}.weight"] = weight_of(module).float()
+        bias = bias_of(module)
+        if bias is not None:
+            found[f"{name}.bias"] = bias.float()
+    return found
+
+
+def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, VariatorLayer) and adapter_name in layer.rules:
+            for part, module in layer.modules_of(adapter_name).items():
+                if is_quantized_map(module):
+                    yield f"{name}.{part}.{adapter_name}" if name else f"{part}.{adapter_name}", module
+
+
+def _quantize_layer(layer: VariatorLayer, adapter_name: str, way: Quantize) -> None:
+    layer.read_base(adapter_name)
+    for part, module in layer.modules_of(adapter_name).items():
+        if isinstance(module, UpdatedRows):
+            module.quantized = (_quantized(_as_linear(module.weight, module.bias), way),)
+        elif isinstance(module, nn.Linear) and not is_quantized_map(module):
+            getattr(layer, part)[adapter_name] = _quantized(module, way)
+
+
+def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear
+
+
+def _quantized(linear: nn.Linear, way: Quantize) -> nn.Module:
+    """A map as `way` quantises it: in a container, since some put another module in its place."""
+    holder = nn.Sequential(linear.requires_grad_(False).eval())
+    way(holder)
+    return holder[0]
+
+
+def _way_of(layer: VariatorLayer) -> Quantize:
+    network = layer.network()
+    maps = () if network is None else (network.into, network.out)
+    quantized = [module for module in map(_unwrapped, maps) if is_quantized_map(module)]
+    if not quantized:
+        raise ValueError(
+            f"The base network of {layer.name!r} is not quantised, or its inside is not known, so there is nothing to "
+            "quantise the plugin like. Quantise the base first, or name `quantize=`, a function that quantises the "
+            "nn.Linear layers of a module. The plugin of a packed 2:4 base stays dense."
+        )
+    way = _like(quantized[0])
+    if way is None:
+        raise ValueError(
+            f"{layer.name!r} is quantised with {type(quantized[0].weight).__name__} weights; a plugin is quantised "
+            "alike by itself for torch's quantize_dynamic and torchao's int8 only. Name `quantize=`, a function that "
+            "quantises the nn.Linear layers of a module, or leave the plugin in floating point, where it works too."
+        )
+    return way
+
+
+def _unwrapped(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _like(module: Any) -> Quantize | None:
+    """What quantises other maps as this one is; `None`: there is nothing that would."""
+    if is_torch_quantized(module):
+        return _quantize_like(module) if isinstance(module, DynamicLinear) else None
+    weight = module.weight
+    if not hasattr(weight, "act_quant_kwargs") or getattr(weight, "qdata", weight).dtype != torch.int8:
+        return None  # torchao's Int8Tensor has both
+
+    def quantize(holder: nn.Module) -> None:
+        from torchao.quantization import (  # type: ignore[import-not-found]  # an extra
+            Int8DynamicActivationInt8WeightConfig,
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
+
+        dynamic = weight.act_quant_kwargs is not None
+        quantize_(holder, Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig())
+
+    return quantize
+
+
+def _quantize_like(module: DynamicLinear) -> Quantize:
+    weight = weight_of(module, dequantize=False)
+    config: QConfig = float16_dynamic_qconfig
+    if weight.is_quantized:
+        per_tensor = weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+        config = default_dynamic_qconfig if per_tensor else per_channel_dynamic_qconfig
+
+    def quantize(holder: nn.Module) -> None:
+        for name, linear in list(holder.named_children()):
+            vars(linear)["qconfig"] = config
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*reduce_range.*")  # the observer's default
+                setattr(holder, name, DynamicLinear.from_float(linear))
+
+    return quantize

@@ -1,0 +1,257 @@
+"""Plugins over quantised bases: in both orders, in every form, saved, loaded, trained, and with other libraries."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
+
+from peft_variator import VariatorConfig, quantize_plugin
+
+from .cases import BERT, LLAMA, Case, by_name, outputs_of
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "neurons": {"correction_dim": 16},
+    "rank": {"correction_dim": 32, "correction_rank": 4},
+    "compensated": {"correction_dim": 16, "compensation_rank": 3},
+    "bottleneck": {"decompression": "bottleneck", "correction_dim": 16, "output_bias": True},
+}
+
+
+def quantized(model: nn.Module, dtype: torch.dtype = torch.qint8) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and about ranges
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=dtype)
+
+
+def with_plugin(case: Case, form: str = "neurons") -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **FORMS[form])).eval()
+
+
+@torch.no_grad()
+def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return next(iter(outputs_of(model, inputs).values()))
+
+
+def inputs_of(case: Case) -> dict[str, Tensor]:
+    inputs = case.inputs(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 8:] = 0
+    return inputs | {"attention_mask": mask}
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A copy in which every quantised map is a plain Linear with the rounded weights."""
+    plain = copy.deepcopy(model)
+    for module in list(plain.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, DynamicLinear):
+                linear = nn.Linear(child.in_features, child.out_features, child.bias() is not None)
+                with torch.no_grad():
+                    linear.weight.copy_(child.weight().dequantize())
+                    if child.bias() is not None:
+                        linear.bias.copy_(child.bias())
+                setattr(module, name, linear)
+    return plain
+
+
+def assert_close(
+    found: nn.Module, reference: nn.Module, base: nn.Module, inputs: dict[str, Tensor], share: float = 0.25
+) -> None:
+    """Off by what rounding costs, which is little beside what a plugin changes."""
+    outputs, expected, without = (first(model, inputs) for model in (found, reference, base))
+    real = inputs["attention_mask"].bool()
+    assert (outputs - expected)[real].norm() < share * (expected - without)[real].norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", [BERT, LLAMA], ids=by_name)
+def test_every_order_gives_what_the_rounded_weights_give(case: Case, form: str, tmp_path: Path) -> None:
+    inputs, plugin = inputs_of(case), with_plugin(case, form)
+    plugin.save_pretrained(tmp_path)
+    base_first = PeftModel.from_pretrained(quantized(case.build()), str(tmp_path)).eval()
+    assert_close(base_first, dequantized(base_first), case.build(), inputs, share=0.15)
+    alone = first(base_first, inputs)
+    quantize_plugin(base_first)
+    everything = quantized(plugin)
+    quantize_plugin(everything)
+    twice = quantized(PeftModel.from_pretrained(quantized(case.build()), str(tmp_path)).eval())
+    for model in (base_first, everything, twice):
+        assert_close(model, plugin, case.build(), inputs)
+    # The correction is quantised with the base: the answers have changed.
+    assert not torch.equal(first(base_first, inputs), alone)
+    base_first.set_compression_ratio(1)
+    assert torch.equal(first(base_first, inputs), first(quantized(case.build()), inputs))
+
+
+def test_the_correction_is_quantised_and_the_scores_are_not() -> None:
+    model = quantized(with_plugin(BERT, "compensated"))
+    kinds = {name.split(".")[-2]: type(module) for name, module in model.named_modules() if name.endswith(".default")}
+    assert kinds["variator_neuron_into"] is kinds["variator_neuron_out"] is DynamicLinear
+    for part in ("variator_scorer", "variator_compensation_A", "variator_compensation_B"):
+        assert kinds[part] is not DynamicLinear
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantised_plugin_is_saved_with_its_rounded_weights(form: str, tmp_path: Path) -> None:
+    model, inputs = quantized(with_plugin(BERT, form)), inputs_of(BERT)
+    quantize_plugin(model)
+    model.save_pretrained(str(tmp_path))
+    onto_float = PeftModel.from_pretrained(BERT.build(), str(tmp_path)).eval()
+    assert_close(model, onto_float, BERT.build(), inputs)
+    again = PeftModel.from_pretrained(quantized(BERT.build()), str(tmp_path)).eval()
+    quantize_plugin(again)
+    assert_close(again, model, BERT.build(), inputs)
+
+
+def test_half_precision_of_torch_too(tmp_path: Path) -> None:
+    plugin, inputs = with_plugin(BERT), inputs_of(BERT)
+    plugin.save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(quantized(BERT.build(), torch.float16), str(tmp_path)).eval()
+    quantize_plugin(model)
+    torch.testing.assert_close(first(model, inputs), first(plugin, inputs), rtol=0, atol=1e-2)
+
+
+def test_a_second_plugin_and_transformers_own_loader(tmp_path: Path) -> None:
+    plugin, inputs = with_plugin(BERT), inputs_of(BERT)
+    plugin.save_pretrained(str(tmp_path))
+    model = quantized(BERT.build())
+    model.load_adapter(str(tmp_path))
+    expected = first(model.eval(), inputs)
+    other = quantized(with_plugin(BERT))
+    other.load_adapter(str(tmp_path), "second")
+    other.set_adapter("second")
+    torch.testing.assert_close(first(other.eval(), inputs), expected)
+
+
+def test_nothing_is_left_after_unload(tmp_path: Path) -> None:
+    with_plugin(BERT).save_pretrained(str(tmp_path))
+    base = quantized(BERT.build())
+    before = {name: set(vars(module)) for name, module in base.named_modules()}
+    model = PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True)
+    model(**inputs_of(BERT))[0].sum().backward()
+    model.unload()
+    after = {name: set(vars(module)) for name, module in base.named_modules()}
+    assert {name: after[name] - before[name] for name in before} == {name: set() for name in before}
+
+
+def test_weights_cannot_be_loaded_into_a_quantised_plugin() -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    plugin = with_plugin(BERT)
+    state = get_peft_model_state_dict(plugin)
+    with pytest.raises(ValueError, match="quantised"):
+        set_peft_model_state_dict(quantized(plugin), state)
+
+
+def test_a_base_that_is_not_quantised_is_refused() -> None:
+    with pytest.raises(ValueError, match="not quantised"):
+        quantize_plugin(with_plugin(BERT))
+
+
+@pytest.mark.parametrize("form", ["neurons", "compensated"])
+def test_gradients_pass_the_quantised_base(form: str) -> None:
+    """Those of the plugin in the first layer, through all that follows, are those on the rounded base."""
+    base = quantized(BERT.build())
+    torch.manual_seed(1)
+    model = get_peft_model(base, VariatorConfig(init_weights=False, **FORMS[form])).eval()
+    plain = dequantized(model)
+    gradients = []
+    for each in (model, plain):
+        each(**inputs_of(BERT))[0].pow(2).sum().backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters() if "variator_" in name})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[1].items():
+        found = gradients[0][name]
+        assert found is not None, name
+        assert (found - expected).norm() < 0.3 * expected.norm() + 1e-6, name
+
+
+def test_what_trains_forgets_the_sums(tmp_path: Path) -> None:
+    with_plugin(BERT, "compensated").save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(quantized(BERT.build()), str(tmp_path)).eval()
+    quantize_plugin(model)
+    before = first(model, inputs_of(BERT))
+    updates = [p for name, p in model.named_parameters() if "compensation_B" in name]
+    for parameter in updates:
+        parameter.requires_grad_(True)
+    model(**inputs_of(BERT))[0].sum().backward()
+    with torch.no_grad():
+        for parameter in updates:
+            parameter.zero_()
+    assert (first(model, inputs_of(BERT)) - before).norm() > 0.05 * before.norm()
+
+
+TORCHAO_FORMS = ["neurons", "rank", "compensated", "bottleneck"]
+
+
+@pytest.mark.parametrize("form", TORCHAO_FORMS)
+@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Int8WeightOnlyConfig"])
+def test_torchao_int8(name: str, form: str, tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    plugin, inputs = with_plugin(BERT, form), inputs_of(BERT)
+    plugin.save_pretrained(str(tmp_path))
+    base = BERT.build()
+    torchao.quantize_(base, getattr(torchao, name)())
+    base_first = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    assert_close(base_first, plugin, BERT.build(), inputs)
+    alone = first(base_first, inputs)
+    quantize_plugin(base_first)
+    everything = copy.deepcopy(plugin)
+    torchao.quantize_(everything, getattr(torchao, name)())
+    quantize_plugin(everything)
+    for model in (base_first, everything):
+        assert_close(model, plugin, BERT.build(), inputs)
+    assert not torch.equal(first(base_first, inputs), alone)
+    base_first.save_pretrained(str(tmp_path))
+    assert_close(PeftModel.from_pretrained(BERT.build(), str(tmp_path)).eval(), plugin, BERT.build(), inputs)
+    base_first.set_compression_ratio(1)
+    assert torch.equal(first(base_first, inputs), first(base, inputs))
+    student = get_peft_model(base, VariatorConfig(init_weights=False, **FORMS[form])).eval()
+    student(**inputs)[0].pow(2).sum().backward()
+    gradients = {key: p.grad for key, p in student.named_parameters() if p.requires_grad}
+    assert all(gradient is not None and gradient.any() for gradient in gradients.values()), gradients.keys()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torchao's int4 kernels of this version need CUDA")
+def test_torchao_int4(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    case = replace(BERT, config={**BERT.config, "hidden_size": 128, "intermediate_size": 256})
+    inputs = {name: value.cuda() for name, value in inputs_of(case).items()}
+    plugin = with_plugin(case).to("cuda", torch.bfloat16)
+    plugin.save_pretrained(str(tmp_path))
+    base = case.build().to("cuda", torch.bfloat16)
+    torchao.quantize_(base, torchao.Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))
+    model = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert_close(model, plugin, case.build().to("cuda", torch.bfloat16), inputs)
+    with pytest.raises(ValueError, match="quantize="):
+        quantize_plugin(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes' 4-bit kernels need CUDA")
+def test_bitsandbytes_4bit(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    inputs = {name: value.cuda() for name, value in inputs_of(BERT).items()}
+    plugin = with_plugin(BERT).cuda()
+    plugin.save_pretrained(str(tmp_path))
+    base = BERT.build()
+    for module in list(base.encoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                linear = bitsandbytes.nn.Linear4bit(child.in_features, child.out_features, quant_type="nf4")
+                linear.load_state_dict(child.state_dict())
+                setattr(module, name, linear)
+    model = PeftModel.from_pretrained(base.cuda(), str(tmp_path)).eval()  # moving it quantises it
+    assert_close(model, plugin, BERT.build().cuda(), inputs, share=0.5)
+    with pytest.raises(ValueError, match="quantize="):
+        quantize_plugin(model)
