@@ -97,15 +97,17 @@ class Sparse24Config(QuantizationConfigMixin):
         checksums: bool = False,
     ) -> None:
         self.quant_method = METHOD  # transformers takes any string here
-        self.targets = None if targets is None else list(targets)
-        self.ignore = list(ignore)
+        self.targets = None if targets is None else _names("targets", targets)
+        self.ignore = _names("ignore", ignore)
         self.unpacked = unpacked
         self.format = format
         self.checksums = checksums
-        if unpacked not in get_args(Unpacked):
-            raise ValueError(f"unpacked={unpacked!r} is not one of {get_args(Unpacked)}.")
-        if format not in CODECS:
-            raise ValueError(f"format={format!r} can't be read. These can: {', '.join(CODECS)}.")
+        if not isinstance(checksums, bool):
+            raise ValueError(f"checksums={shorten(checksums)} is neither True nor False.")
+        if not isinstance(unpacked, str) or unpacked not in get_args(Unpacked):
+            raise ValueError(f"unpacked={shorten(unpacked)} is not one of {get_args(Unpacked)}.")
+        if not isinstance(format, str) or format not in CODECS:
+            raise ValueError(f"format={shorten(format)} can't be read. These can: {', '.join(CODECS)}.")
 
     def rules(self, pre_quantized: bool = True) -> Rules:
         """Which layers are, or become, packed.
@@ -134,7 +136,7 @@ class Sparse24Config(QuantizationConfigMixin):
         Raises:
             ValueError: it is not the entry of a packed 2:4 model.
         """
-        fields = dict(entry.get("sparsity_config", {}))
+        fields = _sparsity_of(entry)
         structure = fields.pop("sparsity_structure", "2:4")
         unknown = fields.keys() - {"targets", "ignore", "unpacked", "format", "checksums"}
         if unknown or structure != "2:4" or "sparsity_config" not in entry:
@@ -183,6 +185,24 @@ def read_quantization(entry: dict[str, Any]) -> Sparse24Config:
     return Sparse24Config.from_entry(entry) if ours else translate_compressed_tensors(entry)
 
 
+def _sparsity_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the `sparsity_config` of an entry of config.json; empty if there is none."""
+    fields = entry.get("sparsity_config") or {}
+    if not isinstance(fields, dict):
+        raise ValueError(f"sparsity_config={shorten(fields)} in config.json is no dict of fields.")
+    return dict(fields)
+
+
+def _names(field: str, values: Any) -> list[str]:
+    """Names and expressions of layers as a list."""
+    names = None if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{field}={shorten(values)} is no list of texts: names of layers, classes, or 're:' and an expression."
+        )
+    return names
+
+
 def translate_compressed_tensors(entry: dict[str, Any]) -> Sparse24Config:
     """What the `quantization_config` of a model written by compressed-tensors says about its sparsity.
 
@@ -196,7 +216,7 @@ def translate_compressed_tensors(entry: dict[str, Any]) -> Sparse24Config:
             f"The model is quantized with quant_method={method!r}, format={quantized_format!r}, which can't be read. "
             f"compressed-tensors can, with format {', '.join(_QUANTIZED_FORMATS)}."
         )
-    sparsity = entry.get("sparsity_config") or {}
+    sparsity = _sparsity_of(entry)
     # what is called unstructured may still be 2:4; then nothing has to be
     claimed = str(sparsity.get("sparsity_structure")).lower() == "2:4" and sparsity.get("targets")
     return Sparse24Config(

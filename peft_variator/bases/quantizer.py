@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 from ..compat import before_upload
 from ..files import new_folder
 from ..models import CheckpointError, blaming_config, read_model_config
-from .checkpoint import CHECKSUM_METADATA, Checkpoint, checksum
+from .checkpoint import CHECKSUM_METADATA, INDEX_NAME, WEIGHTS_NAME, Checkpoint, checksum, read_index
 from .config import (
     METHOD,
     Sparse24Config,
@@ -87,6 +87,8 @@ def load_base(
         published.unpacked = unpacked
         config.quantization_config = published.to_dict()
         vars(config).pop("compression_config", None)
+    if local and not Path(path, WEIGHTS_NAME).exists() and Path(path, INDEX_NAME).exists():
+        read_index(Path(path, INDEX_NAME))  # transformers would read it first
     with blaming_config(auto_class, config, path):
         return auto_class.from_pretrained(path, config=config, **kwargs)
 

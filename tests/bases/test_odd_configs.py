@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from peft_variator.bases import load_base, merge_checkpoint, pack_checkpoint, unpack_checkpoint
@@ -78,6 +79,54 @@ def test_fields_with_values_of_another_kind(dense_dir, packed_dir, tmp_path, fie
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     refused_by_all(dense_dir, packed_dir, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("targets", [-1]),
+        ("targets", "Linear"),
+        ("ignore", 1),
+        ("ignore", "lm_head"),
+        ("format", [1]),
+        ("unpacked", {"a": 1}),
+        ("checksums", "no"),
+    ],
+    ids=str,
+)
+def test_sparsity_fields_with_values_of_another_kind(packed_dir, tmp_path, field, value):
+    path = packed_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["sparsity_config"][field] = value
+    path.write_text(json.dumps(config))
+    for read in (
+        lambda: load_base(packed_dir),
+        lambda: unpack_checkpoint(packed_dir, tmp_path / "out"),
+        lambda: merge_checkpoint(packed_dir, ADAPTER, tmp_path / "out"),
+        lambda: AutoModelForCausalLM.from_pretrained(packed_dir),
+    ):
+        with pytest.raises(ValueError, match=field):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["x", 3, [1]], ids=str)
+def test_a_sparsity_config_that_is_no_dict(packed_dir, value):
+    path = packed_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["sparsity_config"] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sparsity_config"):
+        load_base(packed_dir)
+
+
+@pytest.mark.parametrize("weight_map", [0, None, {"lm_head.weight": 3}, {"lm_head.weight": [1]}], ids=str)
+def test_an_index_of_another_kind(dense_dir, packed_dir, weight_map):
+    for folder in (dense_dir, packed_dir):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=r"index\.json"):
+            load_base(folder)
 
 
 @pytest.mark.parametrize("name", ["Trainer", "LlamaConfig", "AutoModel", "PreTrainedModel", "logging"])
