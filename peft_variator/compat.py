@@ -36,6 +36,8 @@ torch:
   documentation of extending it sends users here.
 - `_load_from_state_dict` of a module: torch's quantised modules raise KeyError for a state dict that has nothing of
   theirs, as that of an adapter. To go when they pass over it, or PEFT over them.
+- `nn.TransformerEncoderLayer`'s fused operator, which is taken where no module inside has a hook: no private name,
+  but to be looked up all the same.
 - `_forward_hooks` and `_forward_pre_hooks` of a module: whether calling it does more than its class says.
 - `torch.Tensor._make_wrapper_subclass` and `torch.utils._pytree.tree_map_only`: a tensor that holds others and unpacks
   them when it is computed with, as torch's own documentation of subclasses writes it.
@@ -71,6 +73,7 @@ __all__ = [
     "include_all_linear_layers",
     "is_plain_linear",
     "is_quantized_tensor",
+    "keep_from_fused_operator",
     "keep_quantized_modules",
     "key_mapping_while_loading",
     "make_wrapper_subclass",
@@ -111,6 +114,18 @@ def key_mapping_while_loading() -> Mapping[str, str] | None:
             return frame.f_locals["key_mapping"] or {}
         frame = frame.f_back
     return None
+
+
+def keep_from_fused_operator(module: nn.Module) -> None:
+    """Have a `nn.TransformerEncoderLayer` around a module call it: its fused operator reads the weights of its maps.
+
+    torch takes that way only where nothing inside has a hook, so this one does nothing.
+    """
+    module.register_forward_pre_hook(_no_change)
+
+
+def _no_change(module: nn.Module, args: tuple[Any, ...]) -> None:
+    pass
 
 
 def mark_without_adapters(model: nn.Module) -> None:

@@ -304,3 +304,26 @@ def test_targets_inside_of_another_method_s_modules_are_refused(targets):
     model.add_adapter(SparseLoraConfig(target_modules=targets, r=2), "sparse")
     model.add_adapter(VariatorConfig(), "plugin")
     assert outputs(model, CASES["llama"]).isfinite().all()
+
+
+def over_torch() -> nn.Module:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).eval()
+    with torch.no_grad():
+        encoder.linear1.weight[:, ::2] = 0
+    return encoder
+
+
+def test_torch_s_fused_operator_does_not_pass_by_the_adapter():
+    base, states = over_torch(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = base(states)
+        model = get_peft_model(base, SparseLoraConfig(target_modules=["linear1"], init_lora_weights=False)).eval()
+        adapted = model(states)
+        assert not torch.allclose(adapted, expected, atol=1e-3)
+        torch.testing.assert_close(model.merge_and_unload()(states), adapted)
+
+
+def test_the_map_that_torch_s_attention_never_calls_is_refused():
+    with pytest.raises(ValueError, match="out_proj"):
+        get_peft_model(over_torch(), SparseLoraConfig(target_modules=["linear1", "out_proj"]))

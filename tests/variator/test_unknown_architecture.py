@@ -262,3 +262,42 @@ def test_a_module_that_is_told_positions_is_refused(target: str) -> None:
     model = with_plugin(base, target_modules=target)
     with pytest.raises(ValueError, match=r"takes a second tensor of shape .*, such as .*mask"):
         model(input_ids=torch.randint(FIRST_WORD, 99, (1, 14)))
+
+
+class OverTorch(nn.Module):
+    """torch's own encoder, whose fused operator reads the weights of its maps and calls none of them."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(50, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.encoder(self.embeddings(input_ids))
+
+
+OVER_TORCH = {"target_modules": ["linear1"], "end_module": "linear2", "stack_module": "", "init_weights": False}
+
+
+def test_torch_s_encoder_layers_run_the_plugin() -> None:
+    torch.manual_seed(0)
+    base = OverTorch().eval()
+    ids = torch.randint(0, 50, (6, 6))
+    with torch.no_grad():
+        expected = base(ids)
+    model = get_peft_model(base, VariatorConfig(**OVER_TORCH, decompression="bottleneck")).eval()
+    with torch.no_grad():
+        merged, alone = model(input_ids=ids), model(input_ids=ids[2:3])
+    assert not torch.allclose(merged, expected, atol=1e-2)
+    torch.testing.assert_close(merged[2:3], alone)
+    torch.testing.assert_close(model(input_ids=ids), merged)
+    model.set_compression_ratio(1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids), expected, rtol=0, atol=1e-5)
+        assert torch.equal(model.unload()(ids), expected)
+
+
+def test_torch_s_layers_with_the_length_first_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_first=False"):
+        get_peft_model(OverTorch(batch_first=False), VariatorConfig(**OVER_TORCH))

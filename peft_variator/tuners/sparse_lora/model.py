@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...adapter_state import TidyTuner, check_adapter_state
-from ...compat import include_all_linear_layers
+from ...compat import include_all_linear_layers, keep_from_fused_operator
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .base_weight import find_layout
 from .config import SparseLoraConfig
@@ -131,12 +131,19 @@ class SparseLoraModel(TidyTuner):
         if isinstance(target, SparseLoraLayer):
             target.update_layer(adapter_name, peft_config, rank, alpha)
             return
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{current_key!r} is the output map of torch's MultiheadAttention, which reads its weight and never "
+                f"calls it, so an adapter there would do nothing. Leave it out: exclude_modules=[{target_name!r}]."
+            )
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = SparseLoraConv2d if isinstance(base_layer, nn.Conv2d) else SparseLoraLinear
         new_module = layer_class(target, current_key)
         new_module.update_layer(adapter_name, peft_config, rank, alpha)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            keep_from_fused_operator(new_module)
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

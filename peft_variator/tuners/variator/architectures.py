@@ -29,6 +29,7 @@ __all__ = [
     "feed_forward_at",
     "find_feed_forwards",
     "hidden_size_of",
+    "layer_of_torch",
     "named_stack",
     "owner_of",
     "place",
@@ -459,6 +460,12 @@ class Placement:
     kind: StackKind
 
 
+def layer_of_torch(model: nn.Module, key: str) -> nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | None:
+    """The layer of torch's own transformer whose feed-forward network starts at `key`, if it is one."""
+    parent = model.get_submodule(key.rpartition(".")[0])
+    return parent if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else None
+
+
 def place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module) -> Placement:
     """Where the plugin of one feed-forward network goes; changes nothing.
 
@@ -476,6 +483,12 @@ def place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module)
     refusal = refusal_of(owner)
     if refusal is not None:
         raise ValueError(f"{refusal}. Take {key!r} out of target_modules.")
+    layer = layer_of_torch(model, key)
+    if layer is not None and not layer.self_attn.batch_first:
+        raise ValueError(
+            f"{key!r} lies in a {type(layer).__name__} with batch_first=False: {_SEQUENCE_FIRST}. Make it with "
+            "batch_first=True."
+        )
     feed_forward = feed_forward_at(owner, key, config)
     hidden_size = hidden_size_of(owner, target, key)
     if feed_forward.end is not None:

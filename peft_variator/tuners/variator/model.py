@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state
-from ...compat import keep_quantized_modules
+from ...compat import keep_from_fused_operator, keep_quantized_modules
 from ...offloading import refuse_disk_offload, refuse_rewriting
-from .architectures import Placement, check_not_refused, default_targets, place
+from .architectures import Placement, check_not_refused, default_targets, layer_of_torch, place
 from .compensation import compensate
 from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
@@ -97,8 +97,12 @@ class VariatorModel(TidyTuner):
             # PEFT leaves adapters that were there before as trainable as they were.
             for module in self.carried_modules:
                 module.requires_grad_(False)
-            for placement in self._placements.values():
+            for key, placement in self._placements.items():
                 _wrap_forwards(model, placement)
+                plugin = model.get_submodule(key)
+                is_new = isinstance(plugin, VariatorLayer) and list(plugin.rules) == [adapter_name]
+                if is_new and layer_of_torch(model, key) is not None:
+                    keep_from_fused_operator(plugin)
             _refresh_stacks(model)
             self._warn_about_patterns(config, list(self._placements))
             self._warn_about_decompression(config, adapter_name)
