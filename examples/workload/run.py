@@ -56,7 +56,6 @@ LOADS = (0.5, 0.9, 1.2, 1.5)
 LIVE_RUNS = (("slack-fit", 0.9), ("slack-fit", 1.2), ("k = 1", 1.2))
 RESERVE_MS = 2.0  # what slack-fit leaves for everything around the model
 OVERHEAD_MS = 1.0  # what everything around the model takes in the simulator, for each batch
-ORACLE_HORIZON = 64  # texts; more change nothing at the deadlines here, and take longer
 MOST_WAITING = 1000  # calls under way at once in a live run
 SMALLER_RATIO = 2  # how the smaller model is called in the table of the two models
 
@@ -123,7 +122,7 @@ def policies(table: LatencyTable, items: Sequence[QueueItem]) -> dict[str, Polic
     return {f"k = {k}": FixedRatio(k, best[k]) for k in table.ratios} | {
         "threshold": QueueThreshold(steps, batch),
         "slack-fit": SlackFit(table, max_batch=batch, reserve_ms=RESERVE_MS),
-        "oracle": Oracle(table, items, batch, ORACLE_HORIZON),
+        "oracle": Oracle(table, items, batch),
     }
 
 

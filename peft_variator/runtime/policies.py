@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise, takewhile
 from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
@@ -343,6 +343,7 @@ class Oracle(_Planner):
         self._arrivals = [item.arrival for item in future]
         if any(later < earlier for earlier, later in zip(self._arrivals, self._arrivals[1:], strict=False)):
             raise ValueError("future has to be sorted by arrival.")
+        self._in_order = all(before.deadline <= after.deadline for before, after in pairwise(future))
 
     def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
         if not queue:
@@ -353,29 +354,34 @@ class Oracle(_Planner):
         fastest = min(allowed, key=lambda k: seconds[k])
         least = self._late(now, queue, count, seconds[fastest], fastest)
         for k in allowed:
-            if k == fastest or self._late(now, queue, count, seconds[k], fastest) <= least:
+            if k == fastest or self._late(now, queue, count, seconds[k], fastest, least) <= least:
                 return k, count
         return fastest, count
 
-    def _late(self, now: float, queue: Sequence[Waiting], count: int, seconds: float, fastest: int) -> int:
-        """How many texts are late if this batch takes `seconds` and all later ones run at the fastest ratio."""
+    def _late(
+        self, now: float, queue: Sequence[Waiting], count: int, seconds: float, fastest: int, most: float = math.inf
+    ) -> int:
+        """How many texts are late if this batch takes `seconds` and all later ones run at the fastest ratio; beyond
+        `most` it stops counting."""
+        upcoming = bisect_right(self._arrivals, now)
         now += seconds
         late = sum(item.deadline < now for item in queue[:count])
-        waiting: list[Any] = list(queue[count : count + self.horizon])
-        upcoming = bisect_right(self._arrivals, now - seconds)
+        waiting: list[Any] = sorted(queue[count : count + self.horizon], key=_deadline)
         seen = 0
-        while seen < self.horizon:
+        while seen < self.horizon and late <= most:
             end = bisect_right(self._arrivals, now, lo=upcoming)
             if end > upcoming:
+                behind = not waiting or waiting[-1].deadline <= self.future[upcoming].deadline
                 waiting += self.future[upcoming:end]
-                waiting.sort(key=lambda item: item.deadline)
+                if not (behind and self._in_order):
+                    waiting[seen:] = sorted(waiting[seen:], key=_deadline)
                 upcoming = end
-            if not waiting:
+            batch = waiting[seen : seen + self.max_batch]
+            if not batch:
                 break
-            batch, waiting = waiting[: self.max_batch], waiting[self.max_batch :]
-            now += self.table.latency(fastest, len(batch), max(item.length for item in batch))
-            late += sum(item.deadline < now for item in batch)
             seen += len(batch)
+            now += self.table.latency(fastest, len(batch), max(map(_length, batch)))
+            late += sum(item.deadline < now for item in batch)
         return late
 
 
