@@ -190,8 +190,16 @@ class SparsityReport:
         for modality in dict.fromkeys(row.modality for row in rows):
             places = [index for index, row in enumerate(rows) if row.modality == modality]
             axes.bar(places, [100 * rows[index].sparsity for index in places], label=modality)
-        axes.set(ylim=(0, 100), ylabel="zeros (%)", xlabel=by, title=f"{self.sparsity:.1%} of the weights are zero")
-        axes.set_xticks(range(len(rows)), [row.name.rpartition(".")[2] for row in rows], rotation=90, fontsize=7)
-        axes.legend()
+        axes.set(ylim=(0, 100), ylabel="zeros (%)", title=f"{self.sparsity:.1%} of the weights are zero")
+        axes.set_xlabel({"module": "layer and module", "block": "layer", "modality": "modality"}[by])
+        axes.set_xticks(range(len(rows)), [_label(row.name) for row in rows], rotation=90, fontsize=7)
+        axes.legend(title="modality")
         with replacing(Path(path)) as temporary:
             figure.savefig(temporary, dpi=150)
+
+
+def _label(name: str) -> str:
+    """What stands below a bar: the number of the layer, and the last part of a module's name."""
+    *parents, last = name.split(".")
+    numbers = [part for part in parents if part.isdecimal()]
+    return " ".join([*numbers[-1:], last])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_the_json_holds_everything_and_reads_back(report, tmp_path):
 def test_the_plot_is_written(report, tmp_path, by):
     report.plot(tmp_path / "plot.png", by)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_have_the_numbers_of_their_layers(report, tmp_path, monkeypatch):
+    drawn = []
+    figure_class = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure_class, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("peft_variator.sparsity.sparsity_report.replacing", lambda path: nullcontext(path))
+    report.plot(tmp_path / "plot.png", "module")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_xticklabels()]
+    layers = [[part for part in row.name.split(".") if part.isdecimal()] for row in report.modules]
+    assert any(layers)
+    for label, row, numbers in zip(labels, report.modules, layers, strict=True):
+        assert label.split() == [*numbers[-1:], row.name.rpartition(".")[2]]
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(report, tmp_path, monkeypatch):
