@@ -98,6 +98,12 @@ class CompensatedLinear(PluginModule):
         if is_plain_linear(base) and self._pays_to_sum(inputs, base.weight, down, up):
             return linear(inputs, torch.addmm(base.weight, up, down), base.bias)
         output = self.base_layer(inputs, *args, **kwargs)
+        if inputs.dtype == output.dtype == down.dtype == up.dtype and not torch.is_autocast_enabled(
+            output.device.type
+        ):
+            # Of flat tensors: few operators, which is what a call on a short text consists of.
+            inner = torch.mm(inputs.flatten(0, -2), down.t())
+            return torch.addmm(output.flatten(0, -2), inner, up.t()).view(output.shape)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
 
     def _quantized_sum(self, up: Tensor) -> nn.Module | None:
@@ -120,7 +126,11 @@ class CompensatedLinear(PluginModule):
         return downs[choice[0]].weight, ups[choice[0]].weight
 
     def _pays_to_sum(self, *tensors: Tensor) -> bool:
-        """Whether W + B·A is less work than B·(A·x): where there are tokens enough and nothing trains."""
+        """Whether W + B·A is less work than B·(A·x): where there are tokens enough and nothing trains.
+
+        The sum is made anew in every call. Kept, it would be as large as W, and wrong after W was changed through
+        `.data`, as PEFT does it when it merges: that leaves no trace in the weight's version.
+        """
         inputs = tensors[0]
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs.device.type):
             return False

@@ -180,7 +180,8 @@ class Block(Part):
 
     def scores(self, scores: Tensor) -> Tensor:
         """The members' scores; see [`Part`]."""
-        return torch.cat(self.members(scores), dim=-1)
+        block = scores[:, self.start : self.start + self.length].view(scores.shape[0], *self.shape)
+        return block if len(self.shape) == 2 else block.transpose(2, 3).flatten(3)
 
     def add_(self, tokens: Tensor, rows: Tensor) -> None:
         """Add to every member of a group the group's row, in place.
