@@ -48,7 +48,7 @@ KINDS = {
 }
 
 
-def ship(name: str, run: Path, output: Path, results: Path = RESULTS) -> None:
+def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int | None = None) -> None:
     """Write the folder of a plugin: config, weights in float16, card.
 
     Args:
@@ -56,6 +56,10 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS) -> None:
         run: folder of the run that trained it.
         output: the folder; one that is there is replaced when all is written.
         results: folder of what was measured.
+        ratio: the compression ratio that it has when it is loaded, one that it was trained for; the run's if `None`.
+
+    Raises:
+        ValueError: it was not trained for that ratio.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -65,6 +69,10 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS) -> None:
         halves = {key: v.half() if v.is_floating_point() else v for key, v in tensors.items()}
         config = VariatorConfig.from_pretrained(str(run / "plugin"))
         config.base_model_name_or_path = WEIGHTS[name].hub_id
+        if ratio is not None:
+            if ratio not in (config.trained_ratios or []):
+                raise ValueError(f"ratio={ratio!r} is none of those it was trained for, {config.trained_ratios}.")
+            config.compression_ratio = ratio
         if WEIGHTS[name].kind == "audio":
             halves = _on_whole_recogniser(halves, config)
         save_file(halves, made / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -104,7 +112,7 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         "A Variator plugin (Xiao et al. 2023, arXiv 2310.15724): it merges neighbouring tokens around each "
         "feed-forward network, so that the model runs faster. "
         f"{parameters['plugin']:,} parameters, {share:.1f} % of the base's.",
-        _usage(name, base_id, class_name, max(ratios)),
+        _usage(name, base_id, class_name, config.compression_ratio),
         "## Measured",
         quality_table(name, ratios, results),
         speed_table(name, ratios, results),
@@ -141,9 +149,10 @@ def main() -> None:
     parser.add_argument("--model", choices=list(WEIGHTS), required=True)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run that trained it")
     parser.add_argument("--output", type=Path, help="folder to write; examples/plugins/MODEL if not given")
+    parser.add_argument("--ratio", type=int, help="compression ratio when it is loaded; the run's if not given")
     arguments = parser.parse_args()
     output = arguments.output or PLUGINS / arguments.model
-    ship(arguments.model, arguments.run, output)
+    ship(arguments.model, arguments.run, output, ratio=arguments.ratio)
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     print(f"Wrote {output} ({size:.1f} MB).")
 
