@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.ao.quantization.qconfig import (
     QConfig,
-    default_dynamic_qconfig,
     float16_dynamic_qconfig,
     per_channel_dynamic_qconfig,
 )
@@ -164,10 +163,8 @@ def _like(module: Any) -> Quantize | None:
 
 def _quantize_like(module: DynamicLinear) -> Quantize:
     weight = weight_of(module, dequantize=False)
-    config: QConfig = float16_dynamic_qconfig
-    if weight.is_quantized:
-        per_tensor = weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
-        config = default_dynamic_qconfig if per_tensor else per_channel_dynamic_qconfig
+    # A scale for each output whatever the base has: W + B·A is rounded a second time, and it costs nothing more.
+    config: QConfig = per_channel_dynamic_qconfig if weight.is_quantized else float16_dynamic_qconfig
 
     def quantize(holder: nn.Module) -> None:
         for name, linear in list(holder.named_children()):
