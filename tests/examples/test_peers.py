@@ -41,6 +41,7 @@ def test_token_merging_merges_real_tokens_alone(scripts, encoder):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypatch):
     run, weights, page = scripts("run"), scripts("weights"), scripts("page")
     plugin = get_peft_model(BertModel(encoder.config, add_pooling_layer=False), VariatorConfig(correction_dim=8))
