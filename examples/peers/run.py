@@ -128,8 +128,8 @@ def to_onnx(model: nn.Module, path: Path, int8: bool) -> OnnxModel:
     return OnnxModel(path)
 
 
-def with_plugin(base: nn.Module, folder: Path, ratio: int) -> PeftModel:
-    """A base, as it is or quantised, with a plugin that is quantised alike.
+def with_plugin(base: nn.Module, folder: Path, ratio: int, *, sum_updates: bool = True) -> PeftModel:
+    """A base, as it is or quantised, with a plugin that is quantised alike, its low-rank updates summed into W or not.
 
     Raises:
         NotThere: there is no such plugin.
@@ -138,7 +138,7 @@ def with_plugin(base: nn.Module, folder: Path, ratio: int) -> PeftModel:
         raise NotThere(f"no plugin in {folder}")
     model = PeftModel.from_pretrained(base, str(folder)).eval()
     if any(isinstance(module, torch.ao.nn.quantized.Linear) for module in base.modules()):
-        quantize_plugin(model)
+        quantize_plugin(model, sum_updates=sum_updates)
     model.set_compression_ratio(ratio)
     return model
 
@@ -163,6 +163,9 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
         found[f"plugin, k = {ratio}"] = partial(lambda k: with_plugin(share_weights(model), plugin, k), ratio)
     for ratio in RATIOS:
         found[f"int8 + plugin, k = {ratio}"] = partial(lambda k: with_plugin(quantize(model), plugin, k), ratio)
+        found[f"int8 + plugin, updates apart, k = {ratio}"] = partial(
+            lambda k: with_plugin(quantize(model), plugin, k, sum_updates=False), ratio
+        )
     for name, make in untrained(model).items():
         found[name] = partial(_trained, make, trained / f"{name}.safetensors")
     for share in SHARES:

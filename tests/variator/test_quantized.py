@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
 from peft_variator import VariatorConfig, quantize_plugin
+from peft_variator.tuners.variator.compensation import CompensatedLinear
 
 from .cases import BERT, LLAMA, Case, by_name, outputs_of
 
@@ -100,6 +101,20 @@ def test_the_correction_is_quantised_and_the_scores_are_not() -> None:
     assert kinds["variator_neuron_into"] is kinds["variator_neuron_out"] is DynamicLinear
     for part in ("variator_scorer", "variator_compensation_A", "variator_compensation_B"):
         assert kinds[part] is not DynamicLinear
+
+
+def test_low_rank_updates_may_stay_apart(tmp_path: Path) -> None:
+    """The base's own map then stays what it is, and W isn't rounded a second time."""
+    plugin, inputs = with_plugin(BERT, "compensated"), inputs_of(BERT)
+    plugin.save_pretrained(str(tmp_path))
+    apart, summed = (PeftModel.from_pretrained(quantized(BERT.build()), str(tmp_path)).eval() for _ in range(2))
+    quantize_plugin(apart, sum_updates=False)
+    quantize_plugin(summed)
+    maps = [module for module in apart.modules() if isinstance(module, CompensatedLinear)]
+    assert maps
+    assert not any(module.quantized for module in maps)
+    assert not torch.equal(first(apart, inputs), first(summed, inputs))
+    assert_close(apart, plugin, BERT.build(), inputs)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -28,7 +28,9 @@ __all__ = ["float_state", "quantize_plugin", "quantized_parts"]
 Quantize = Callable[[nn.Module], object]
 
 
-def quantize_plugin(model: nn.Module, adapter_name: str | None = None, quantize: Quantize | None = None) -> None:
+def quantize_plugin(
+    model: nn.Module, adapter_name: str | None = None, quantize: Quantize | None = None, *, sum_updates: bool = True
+) -> None:
     """Quantise a plugin's correction as its base is quantised, in place; call it last, when both are there.
 
     Quantised are the maps of the decompression, with `correction_rank` the sums of rows and update, and the maps with
@@ -43,6 +45,8 @@ def quantize_plugin(model: nn.Module, adapter_name: str | None = None, quantize:
         quantize: quantises all `nn.Linear` in the module that it is given, in place, such as
             `lambda module: torchao.quantization.quantize_(module, config)`; `None`: as the base's own networks,
             int8 or float16 of torch's `quantize_dynamic`, or torchao's int8.
+        sum_updates: whether W + B·A of a map with a low-rank update is quantised, too. `False`: the base's map and the
+            update stay two; slower, and W is rounded once instead of twice.
 
     Raises:
         ValueError: the model has no such plugin, or its base is not quantised, or in a way that needs `quantize`.
@@ -54,7 +58,7 @@ def quantize_plugin(model: nn.Module, adapter_name: str | None = None, quantize:
     names = {name for _, name in chosen}
     for module in model.modules():
         # Not where another method's adapter is on the map: that is no part of the sum.
-        if isinstance(module, CompensatedLinear) and is_quantized_map(module.base_layer):
+        if sum_updates and isinstance(module, CompensatedLinear) and is_quantized_map(module.base_layer):
             way = quantize or _like(module.base_layer)
             for name in names & module.adapters() if way is not None else ():
                 module.quantized[name] = _quantized(module.summed(name), cast(Quantize, way))
