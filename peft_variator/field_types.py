@@ -67,6 +67,8 @@ def _inherited(name: str, value: Any, hint: Any) -> Any:
         return value
     if name == "max_grad_norm" and value == math.inf:  # measured and never clipped
         return value
+    if name == "fsdp" and isinstance(value, (bool, list)):  # annotated as a string for the command line's sake
+        return value
     return _converted(name, value, hint)
 
 

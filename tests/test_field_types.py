@@ -143,3 +143,8 @@ def test_any_value_is_taken_or_refused_by_name(kind: type, data: st.DataObject) 
     except (ValueError, TypeError) as error:
         message = str(error)
     assert name in message
+
+
+@pytest.mark.parametrize("value", [None, False, ""])
+def test_fsdp_may_be_a_bool_though_it_is_annotated_as_a_string(tmp_path, value) -> None:
+    assert not DistillationConfig(output_dir=str(tmp_path), fsdp=value).fsdp
