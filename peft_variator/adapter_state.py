@@ -59,7 +59,10 @@ class SavedConfig(PeftConfig):
         """What PEFT's own fields hold, which it checks without naming them, or not at all."""
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
-            raise ValueError(f"task_type={self.task_type!r} is not one of {', '.join(map(repr, tasks))}, or None.")
+            raise ValueError(  # PEFT's words, and the field
+                f"Invalid task type: {self.task_type!r}. task_type has to be one of {', '.join(map(repr, tasks))}, "
+                "or None."
+            )
         for key, value in (self.auto_mapping or {}).items():
             if not isinstance(key, str) or not (value is None or isinstance(value, str)):
                 raise ValueError(

@@ -107,11 +107,15 @@ def quality_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
     """
     columns = _measured(name, ratios, results)
     rows = [
-        [figure.title, *(f"{parts[figure.part][figure.key]:.{figure.digits}f}" for parts in columns.values())]
+        [_title(figure), *(f"{parts[figure.part][figure.key]:.{figure.digits}f}" for parts in columns.values())]
         for figure in FIGURES[WEIGHTS[name].kind]
         if _comparable(figure, columns)
     ]
     return make_table(["", *columns], rows) if rows else ""
+
+
+def _title(figure: Figure) -> str:
+    return figure.title if figure.more_is_better else f"{figure.title} (less is better)"
 
 
 def _speeds(name: str, ratios: list[int], results: Path) -> dict[int, dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .engine import BatchRecord, Engine, EngineClosed, EngineMetrics, QueueFull
+    from .engine import BatchRecord, Engine, EngineClosed, EngineMetrics, Limits, QueueFull
     from .latency import LatencyCheck, LatencyTable, profile_latency, quality_from_card
     from .policies import POLICIES, FixedRatio, Oracle, Policy, QueueItem, QueueThreshold, SlackFit
     from .server import ServeSettings, make_engine
@@ -24,6 +24,7 @@ __all__ = [
     "FixedRatio",
     "LatencyCheck",
     "LatencyTable",
+    "Limits",
     "Oracle",
     "Policy",
     "Prefilled",
@@ -43,7 +44,7 @@ __all__ = [
 
 # Where each name is, imported on first use.
 _ROOMS = {
-    "engine": ("BatchRecord", "Engine", "EngineClosed", "EngineMetrics", "QueueFull"),
+    "engine": ("BatchRecord", "Engine", "EngineClosed", "EngineMetrics", "Limits", "QueueFull"),
     "latency": ("LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card"),
     "policies": ("POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit"),
     "server": ("ServeSettings", "make_engine"),

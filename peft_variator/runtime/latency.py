@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -32,6 +33,8 @@ __all__ = ["LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card
 
 FORMAT = 1
 MOST_KNOWN = 100_000  # interpolated points that a table remembers
+_RATIO = re.compile(r"k = \d+")  # the title of a column in a card
+LESS_IS_BETTER = "less is better"  # how a row of a card is marked whose figures are no quality
 MOST_CHECKS = 4  # cells whose centres are measured beside the grid, for each ratio
 
 
@@ -110,6 +113,27 @@ class LatencyTable:
                 raise ValueError(f"seconds[{k}] holds {wrong[0]}; times are positive numbers of seconds.")
         if self.quality is not None:
             object.__setattr__(self, "quality", _checked_quality(self.quality, self.ratios))
+
+    def restrict(self, ratios: Sequence[int]) -> LatencyTable:
+        """The table of 1 and these ratios alone, for policies that are not to choose another.
+
+        Args:
+            ratios: some of `ratios`.
+
+        Raises:
+            ValueError: one of them is not in the table.
+        """
+        kept = tuple(sorted({1, *ratios}))
+        missing = sorted({*kept} - {*self.ratios})
+        if missing:
+            raise ValueError(f"ratios={missing} are not in the table, which has {list(self.ratios)}.")
+        return replace(
+            self,
+            ratios=kept,
+            seconds={k: self.seconds[k] for k in kept},
+            quality=None if self.quality is None else {k: v for k, v in self.quality.items() if k in kept},
+            checks=tuple(check for check in self.checks if check.ratio in kept),
+        )
 
     def latency(self, ratio: int, batch: int, length: int) -> float:
         """Seconds of one forward.
@@ -407,7 +431,8 @@ def quality_from_card(adapter: str | Path, measure: str | None = None) -> dict[i
             (of predictions) or `STS-B`; `None`: `cosine`, else the first task of the card.
 
     Returns:
-        k -> value, or `None` if there is no card, or the card has no such measure.
+        k -> value, larger being better, or `None` if there is no card, or the card has no such measure. Rows that are
+        marked "less is better", such as errors, are passed over.
     """
     path = Path(adapter, "README.md")
     if not path.is_file():
@@ -434,13 +459,20 @@ def _after_training(rows: Sequence[Sequence[str]], measure: str) -> dict[int, fl
 
 
 def _on_tasks(rows: Sequence[Sequence[str]], measure: str) -> dict[int, float] | None:
-    head = next((index for index, row in enumerate(rows) if row[1:2] == ["base"]), None)
-    if head is None:
-        return None
-    ratios = [1 if name == "base" else int(name.removeprefix("k = ")) for name in rows[head][1:]]
-    for row in rows[head + 2 :]:  # past the line under the head
-        if len(row) != len(ratios) + 1:
-            return None
-        if row[0].startswith(measure):
-            return {k: float(value) for k, value in zip(ratios, row[1:], strict=True) if value}
+    heads = (index for index, row in enumerate(rows) if row[1:2] == ["base"] and all(map(_RATIO.fullmatch, row[2:])))
+    for head in heads:
+        ratios = [1, *(int(name.removeprefix("k = ")) for name in rows[head][2:])]
+        for row in rows[head + 2 :]:  # past the line under the head
+            if len(row) != len(ratios) + 1:
+                break
+            if row[0].startswith(measure) and LESS_IS_BETTER not in row[0]:
+                found = {k: value for k, value in zip(ratios, map(_number, row[1:]), strict=True) if value is not None}
+                return found or None
     return None
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None

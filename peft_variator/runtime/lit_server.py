@@ -269,6 +269,9 @@ class EngineLoop(LitLoop):
             self._refuse(lit_api, transport, request_id, 503, str(error))
         except (TypeError, ValueError) as error:
             self._refuse(lit_api, transport, request_id, 422, str(error))
+        except Exception as error:  # of one request; raised, it would end the process for all of them
+            logger.exception("A request could not be queued.")
+            self._refuse(lit_api, transport, request_id, 500, f"The request failed: {type(error).__name__}.")
         else:
             self._open[request_id] = (came + settings.timeout, future)
             future.add_done_callback(partial(self._answer, lit_api, transport, request_id))
@@ -294,10 +297,10 @@ class EngineLoop(LitLoop):
         lit_api.sender.submit(self._send, transport, request_id, error, LitAPIStatus.ERROR)
 
     def _send(self, transport: Any, request_id: tuple[int, Any], answer: Any, status: LitAPIStatus) -> None:
-        if status == LitAPIStatus.OK and request_id not in self._open:
-            return  # it was refused meanwhile, as too late
+        # Taken before it is sent, so that what was refused as too late isn't answered twice.
+        if status == LitAPIStatus.OK and self._open.pop(request_id, None) is None:
+            return
         self.put_response(transport, *request_id, answer, status, LoopResponseType.REGULAR)
-        self._open.pop(request_id, None)
 
 
 def make_server(settings: ServeSettings) -> litserve.LitServer:

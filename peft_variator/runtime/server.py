@@ -202,6 +202,8 @@ def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence
         missing = sorted({*(settings.ratios or ())} - {*table.ratios})
         if missing:
             raise ValueError(f"{path} has no ratios {missing}, only {list(table.ratios)}. Remove it to measure anew.")
+        if settings.ratios:  # what was measured besides is not to be chosen
+            table = table.restrict(settings.ratios)
         return table
     positions = count_positions(find_transformer(model).config)
     lengths = [length for length in LENGTHS if positions is None or length <= positions] or [positions or 1]
@@ -214,5 +216,6 @@ def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence
 
 
 def _trained_ratios(model: nn.Module) -> Sequence[int]:
-    configs = getattr(model, "peft_config", {}).values()
+    models = (model, find_transformer(model))  # transformers' own loader keeps plugins on the transformer
+    configs = [config for each in models for config in (getattr(each, "peft_config", None) or {}).values()]
     return next((each.trained_ratios for each in configs if getattr(each, "trained_ratios", None)), DEFAULT_RATIOS)

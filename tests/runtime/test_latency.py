@@ -157,6 +157,22 @@ def test_quality_is_read_off_a_card_with_tasks(tmp_path: Path) -> None:
     assert quality_from_card(tmp_path) == quality_from_card(tmp_path, "STS-B") == {1: 82.03, 4: 81.40, 8: 81.63}
     assert quality_from_card(tmp_path, "SST-2") == {1: 80.5, 8: 79.0}
     assert quality_from_card(tmp_path, "agreement") is None
+    page = (tmp_path / "README.md").read_text()
+    wrong = "| a | base | plugin |\n| --- | --- | --- |\n| 1 | x | y |\n\n"
+    (tmp_path / "README.md").write_text(wrong + page.replace("| STS-B test", "| errors (less is better)"))
+    assert quality_from_card(tmp_path) == {1: 80.5, 8: 79.0}
     shipped = quality_from_card(Path(__file__).parents[2] / "examples" / "plugins" / "all-MiniLM-L6-v2")
     assert shipped is not None
     assert {1, 8, 16} <= set(shipped)
+
+
+def test_a_table_is_restricted_to_some_ratios() -> None:
+    checks = tuple(LatencyCheck(k, 1, 12, 0.1, 0.1) for k in (1, 4))
+    table = LatencyTable((1, 2, 4), (1,), (8, 16), {k: ((1 / k, 2 / k),) for k in (1, 2, 4)}, {1: 1.0, 4: 0.9}, checks)
+    part = table.restrict([2])
+    assert part.ratios == (1, 2)
+    assert part.quality == {1: 1.0}
+    assert part.checks == checks[:1]
+    assert part.latency(2, 1, 8) == table.latency(2, 1, 8)
+    with pytest.raises(ValueError, match="8"):
+        table.restrict([8])

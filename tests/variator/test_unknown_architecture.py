@@ -267,14 +267,15 @@ def test_a_module_that_is_told_positions_is_refused(target: str) -> None:
 class OverTorch(nn.Module):
     """torch's own encoder, whose fused operator reads the weights of its maps and calls none of them."""
 
-    def __init__(self, batch_first: bool = True) -> None:
+    def __init__(self, batch_first: bool = True, enable_nested_tensor: bool = True) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(50, 16)
         layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=batch_first)
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=enable_nested_tensor)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(self.embeddings(input_ids))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        pads = None if attention_mask is None else attention_mask == 0
+        return self.encoder(self.embeddings(input_ids), src_key_padding_mask=pads)
 
 
 OVER_TORCH = {"target_modules": ["linear1"], "end_module": "linear2", "stack_module": "", "init_weights": False}
@@ -296,6 +297,20 @@ def test_torch_s_encoder_layers_run_the_plugin() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids), expected, rtol=0, atol=1e-5)
         assert torch.equal(model.unload()(ids), expected)
+
+
+def test_nested_tensors_are_refused_and_padded_ones_are_right() -> None:
+    """torch makes nested tensors of padded texts where nothing trains."""
+    ids, mask = torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    config = VariatorConfig(**OVER_TORCH, decompression="bottleneck")
+    model = get_peft_model(OverTorch().eval(), config).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="enable_nested_tensor=False"):
+        model(input_ids=ids, attention_mask=mask)
+    model = get_peft_model(OverTorch(enable_nested_tensor=False).eval(), config).eval()
+    with torch.no_grad():
+        padded, alone = model(input_ids=ids, attention_mask=mask), model(input_ids=ids[1:, :6])
+    torch.testing.assert_close(padded[1:, :6], alone)
 
 
 def test_torch_s_layers_with_the_length_first_are_refused() -> None:

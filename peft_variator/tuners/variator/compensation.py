@@ -42,6 +42,7 @@ class CompensatedLinear(PluginModule):
             setattr(self, part, nn.ModuleDict())
         self.quantized: dict[str, nn.Module] = {}
         """W + B·A as a quantised map, by plugin, which runs while nothing trains; no part that is saved."""
+        self.register_load_state_dict_post_hook(_forget_sums)
 
     def adapters(self) -> set[str]:
         """The plugins that have an update here."""
@@ -98,8 +99,10 @@ class CompensatedLinear(PluginModule):
         if is_plain_linear(base) and self._pays_to_sum(inputs, base.weight, down, up):
             return linear(inputs, torch.addmm(base.weight, up, down), base.bias)
         output = self.base_layer(inputs, *args, **kwargs)
-        if inputs.dtype == output.dtype == down.dtype == up.dtype and not torch.is_autocast_enabled(
-            output.device.type
+        if (
+            inputs.dim() > 1
+            and inputs.dtype == output.dtype == down.dtype == up.dtype
+            and not torch.is_autocast_enabled(output.device.type)
         ):
             # Of flat tensors: few operators, which is what a call on a short text consists of.
             inner = torch.mm(inputs.flatten(0, -2), down.t())
@@ -138,6 +141,12 @@ class CompensatedLinear(PluginModule):
         all_single = all(tensor.dtype == torch.float32 for tensor in tensors)
         few = self.in_features * self.out_features // (self.in_features + self.out_features)
         return all_single and inputs.numel() // self.in_features > few
+
+
+def _forget_sums(module: nn.Module, _: object) -> None:
+    """What is loaded is no longer what was summed and quantised."""
+    assert isinstance(module, CompensatedLinear)  # which registers this
+    module.quantized.clear()
 
 
 def compensate(model: nn.Module, placements: list[Placement], config: VariatorConfig, adapter_name: str) -> None:

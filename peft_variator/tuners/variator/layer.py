@@ -323,6 +323,11 @@ class VariatorLayer(PluginModule):
         choice = call.choices.get(self.name)
         if choice is None:
             return self.base_layer(hidden_states, *args, **kwargs)
+        if hidden_states.is_nested:
+            raise ValueError(
+                f"{self.name} got a nested tensor, whose tokens a plugin cannot group. torch's TransformerEncoder "
+                "makes one of padded texts; make it with enable_nested_tensor=False."
+            )
         if hidden_states.shape[-1] != self.in_features:
             raise ValueError(
                 f"{self.name} got vectors of {hidden_states.shape[-1]} entries, but its Variator plugin is made for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.ao.nn.quantized import Linear as TorchQuantizedLinear
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
@@ -82,8 +83,8 @@ def is_quantized_map(module: Any) -> bool:
     """Whether a linear map is quantised, by torch, torchao or bitsandbytes."""
     if is_torch_quantized(module):
         return True
-    if isinstance(module, FloatLinear | UpdatedRows):
-        return False
+    if isinstance(module, FloatLinear | UpdatedRows | BaseTunerLayer):
+        return False  # of an adapter around a map `weight` is the map's, which is not all that it computes
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or type(weight) is nn.Parameter:
         return False
@@ -101,7 +102,7 @@ def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
     if is_quantized_map(module):
         output = module(inputs)
         assert isinstance(output, Tensor)  # what it gives
-        return output
+        return output.to(inputs.dtype)
     assert isinstance(module, nn.Linear | FloatLinear | UpdatedRows)  # what plugins are made of
     bias = None if module.bias is None else module.bias.to(inputs.dtype)
     return linear(inputs, module.weight.to(inputs.dtype), bias)

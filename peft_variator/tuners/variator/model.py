@@ -123,8 +123,8 @@ class VariatorModel(TidyTuner):
                     f"The plugin {adapter_name!r} is quantised in this model ({parts[0]} and others), so no weights "
                     "can be loaded into it. Delete it (`model.delete_adapter`) and load it again, then quantise it."
                 )
-            keep_quantized_modules(model)
             check_adapter_state(model, adapter_name, state_dict, config.source)
+            keep_quantized_modules(model)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _place_all(self, model: nn.Module, config: VariatorConfig) -> dict[str, Placement]:

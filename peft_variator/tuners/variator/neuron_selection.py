@@ -185,8 +185,10 @@ def needs_calibration(model: nn.Module) -> bool:
             continue
         modules, network = layer.modules_of(plugin), layer.network()
         is_new = not layer.configs[plugin].was_saved and not modules["variator_neurons"].is_calibrated
-        if is_new and network is not None and network.is_readable and not has_left_its_start(modules, network):
-            return layer.rule_at(plugin, _widest_row(model) or layer.ratios.chosen.get(plugin)).ratio > 1
+        if not is_new or network is None or not network.is_readable or has_left_its_start(modules, network):
+            continue
+        if layer.rule_at(plugin, _widest_row(model) or layer.ratios.chosen.get(plugin)).ratio > 1:
+            return True
     return False
 
 

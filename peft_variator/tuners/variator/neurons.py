@@ -44,9 +44,10 @@ class NeuronIndex(nn.Module):
         self._activation = (activation,)  # in a tuple: the module is the network's
         self.is_calibrated = False
         self.is_sliced = is_sliced
-        self._rest: tuple[Tensor, int, Tensor] | None = None
+        self._rest: tuple[Tensor, Tensor] | None = None
         self.read_for: Tensor | None = None
         """The index that the base model's rows were read for, where `correction_rank` has the plugin read them."""
+        self.register_load_state_dict_post_hook(_forget)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The activation."""
@@ -54,9 +55,15 @@ class NeuronIndex(nn.Module):
 
     def rest(self, width: int) -> Tensor:
         """The numbers of all other neurons of a network of `width`, shape `(width − r,)`."""
-        if self._rest is None or self._rest[0] is not self.index or self._rest[1] != self.index._version:
-            self._rest = self.index, self.index._version, (~self.flags(width)).nonzero().flatten()
-        return self._rest[2]
+        if self._rest is None or self._rest[0] is not self.index:
+            # Kept for calls that train, too, so no tensor of inference mode.
+            with torch.inference_mode(False):
+                self._rest = self.index, (~self.flags(width)).nonzero().flatten()
+        return self._rest[1]
+
+    def forget(self) -> None:
+        """Drop what was found out about the neurons, since their numbers were written over."""
+        self._rest = None
 
     def flags(self, width: int) -> Tensor:
         """Which neurons of a network of `width` are copied, shape `(width,)`."""
@@ -117,6 +124,12 @@ def create_copies(dim: int, config: VariatorConfig, network: Network, name: str)
     return modules
 
 
+def _forget(module: nn.Module, _: object) -> None:
+    """Loading writes over the numbers in place."""
+    assert isinstance(module, NeuronIndex)  # which registers this
+    module.forget()
+
+
 def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
     """Set a plugin's copies to neurons of the base model.
 
@@ -128,6 +141,7 @@ def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
     neurons = _index_of(modules)
     with torch.no_grad():
         neurons.index.copy_(index)
+        neurons.forget()
         for part, (weight, bias) in _weights_of(network, index).items():
             module = modules[part]
             if isinstance(module, UpdatedRows):

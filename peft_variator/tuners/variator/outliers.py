@@ -144,11 +144,13 @@ class LeastSquares:
         self.sums += columns.t() @ columns
 
     def solve(self) -> Tensor | None:
-        """w, shape `(d,)`; `None` where the targets do not vary."""
+        """w, shape `(d,)`; `None` where inputs or targets do not vary."""
         count = self.sums[-1, -1]
         mean = self.sums[-1, :-1] / count
         covariance = self.sums[:-1, :-1] / count - torch.outer(mean, mean)
         inputs, targets = covariance[:-1, :-1], covariance[:-1, -1]
         ridge = RIDGE * inputs.diagonal().mean()
+        if not ridge > 0:
+            return None  # all tokens are alike
         weight = torch.linalg.solve(inputs + ridge * torch.eye(len(inputs)).to(inputs), targets)
         return weight if bool(weight.isfinite().all()) and bool(weight.any()) else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from operator import setitem
 from typing import Any, cast
 
 import torch
@@ -49,19 +51,23 @@ def quantize_plugin(
             update stay two; slower, and W is rounded once instead of twice.
 
     Raises:
-        ValueError: the model has no such plugin, or its base is not quantised, or in a way that needs `quantize`.
+        ValueError: the model has no such plugin, or its base is not quantised, or in a way that needs `quantize`, or
+            that function leaves a map as it is. Nothing has been changed.
     """
     chosen = layers_of(model, adapter_name)
     ways = {layer: quantize or _way_of(layer) for layer, _ in chosen}
-    for layer, name in chosen:
-        _quantize_layer(layer, name, ways[layer])
+    # All maps are made before the first one is put into the model.
+    changes = [change for layer, name in chosen for change in _quantize_layer(layer, name, ways[layer])]
     names = {name for _, name in chosen}
     for module in model.modules():
         # Not where another method's adapter is on the map: that is no part of the sum.
         if sum_updates and isinstance(module, CompensatedLinear) and is_quantized_map(module.base_layer):
             way = quantize or _like(module.base_layer)
             for name in names & module.adapters() if way is not None else ():
-                module.quantized[name] = _quantized(module.summed(name), cast(Quantize, way))
+                summed = _quantized(module.summed(name), cast(Quantize, way))
+                changes.append(partial(setitem, module.quantized, name, summed))
+    for change in changes:
+        change()
 
 
 def quantized_parts(model: nn.Module, adapter_name: str) -> list[str]:
@@ -96,13 +102,15 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module
                     yield f"{name}.{part}.{adapter_name}" if name else f"{part}.{adapter_name}", module
 
 
-def _quantize_layer(layer: VariatorLayer, adapter_name: str, way: Quantize) -> None:
+def _quantize_layer(layer: VariatorLayer, adapter_name: str, way: Quantize) -> Iterator[Callable[[], None]]:
+    """What puts the quantised maps of a layer's plugin in their places."""
     layer.read_base(adapter_name)
     for part, module in layer.modules_of(adapter_name).items():
         if isinstance(module, UpdatedRows):
-            module.quantized = (_quantized(_as_linear(module.weight, module.bias), way),)
+            yield partial(setattr, module, "quantized", (_quantized(_as_linear(module.weight, module.bias), way),))
         elif isinstance(module, nn.Linear) and not is_quantized_map(module):
-            getattr(layer, part)[adapter_name] = _quantized(module, way)
+            quantized = _quantized(_as_linear(module.weight, module.bias), way)
+            yield partial(setitem, getattr(layer, part), adapter_name, quantized)
 
 
 def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -117,6 +125,10 @@ def _quantized(linear: nn.Linear, way: Quantize) -> nn.Module:
     """A map as `way` quantises it: in a container, since some put another module in its place."""
     holder = nn.Sequential(linear.requires_grad_(False).eval())
     way(holder)
+    if not is_quantized_map(holder[0]):
+        raise ValueError(
+            f"quantize={way!r} has left a map of {linear} as it was; it has to quantise nn.Linear layers."
+        )
     return holder[0]
 
 
