@@ -264,8 +264,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    facts = {"command": shlex.join(["python", *sys.argv]), "environment": describe_environment(torch.device("cpu"))}
+    """Write a record with every command that added to it, and the machine of the last one."""
+    commands = record.pop("commands", [])
+    command = shlex.join(["python", *sys.argv])
+    facts = {"commands": [*(each for each in commands if each != command), command]}
+    record["environment"] = describe_environment(torch.device("cpu"))
     write_text(path, json.dumps(facts | record, indent=2) + "\n")
+    record |= facts
 
 
 def main() -> None:
