@@ -88,10 +88,28 @@ def bench(report: Record) -> str:
     return "\n\n".join(parts)
 
 
+def few_tokens(report: Record) -> str:
+    """A row a shape and dtype, a column a number of tokens: how many times as fast as dense, packed and unpacked."""
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for row in report["rows"]:
+        shape = "×".join(map(str, row["shape"]))
+        unpacked = row["dense"] / row["unpacked in each call"]
+        figures = f"{row['packed, times faster']:.2f} ({unpacked:.2f})"
+        rows.setdefault((shape, row["dtype"]), {})[row["tokens"]] = figures
+    tokens = list(next(iter(rows.values())))
+    table = make_table(
+        ["out × in", "dtype", *(f"{count} token{'s' * (count > 1)}" for count in tokens)],
+        [[*key, *(cells[count] for count in tokens)] for key, cells in rows.items()],
+        text_columns=2,
+    )
+    facts = f"`{report['command']}`, {report['instructions']}. {_machine(report['environment'])}"
+    return f"{table}\n\n{facts}"
+
+
 def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write the tables of what has been run."""
     text = page.read_text("utf-8")
-    for name, render in (("end-to-end", end_to_end), ("bench", bench)):
+    for name, render in (("end-to-end", end_to_end), ("bench", bench), ("few-tokens", few_tokens)):
         reports = [json.loads(file.read_text("utf-8")) for file in sorted(results.glob(f"{name}*.json"), reverse=True)]
         if reports:
             text = replace_between(text, name, "\n\n".join(render(report) for report in reports))
