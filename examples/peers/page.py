@@ -33,7 +33,7 @@ def write_page(results: Path, docs: Path) -> None:
             where, row = speed["environment"], speed["rows"][0]
             body.append(
                 f"Base: {row['seconds']:.3f} s for {row['batch']}×{row['length']}. {where['cpu']}, "
-                f"{where['threads']} thread(s), PyTorch {where['torch']}. Command: `{speed['command']}`."
+                f"{where['threads']} thread(s), PyTorch {where['torch']}. By `{'`, `'.join(speed['commands'])}`."
             )
             plot(quality, speed, docs / "images" / f"peers-{name}.svg", name)
             body.append(f"![Speed and quality of {name} and its peers](images/peers-{name}.svg)")
