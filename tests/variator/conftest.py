@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from .cases import Case
 
@@ -27,6 +28,11 @@ QUICK: dict[str, dict[str, Any]] = {
     "test_saved_and_loaded": {},
     "test_windows": {"ratio": 4, "scoring": "token"},
 }
+# Of tests with many parameters, those that are enough on an architecture other than BERT and Llama.
+THINNED: dict[str, dict[str, Any]] = {
+    "test_autocast_is_close_to_single_precision": {"dtype": torch.bfloat16, "uneven": True},
+    "test_half_precision_base": {"dtype": torch.bfloat16, "uneven": True, "autocast_adapter_dtype": True},
+}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,7 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         case = params.get("case")
-        if isinstance(case, Case) and not case.core:
-            wanted = QUICK.get(getattr(item, "originalname", ""))
-            if wanted is None or any(params.get(name) != value for name, value in wanted.items()):
-                item.add_marker(pytest.mark.slow)
+        if not isinstance(case, Case):
+            continue
+        test = getattr(item, "originalname", "")
+        wanted = None if case.name in ("bert", "llama") else THINNED.get(test, {})
+        if not case.core:
+            wanted = QUICK.get(test)
+        elif wanted is None:
+            continue
+        if wanted is None or any(params.get(name) != value for name, value in wanted.items()):
+            item.add_marker(pytest.mark.slow)
