@@ -44,10 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not isinstance(case, Case):
             continue
         test = getattr(item, "originalname", "")
-        wanted = None if case.name in ("bert", "llama") else THINNED.get(test, {})
         if not case.core:
             wanted = QUICK.get(test)
-        elif wanted is None:
-            continue
+        else:
+            wanted = {} if case.name in ("bert", "llama") else THINNED.get(test, {})
         if wanted is None or any(params.get(name) != value for name, value in wanted.items()):
             item.add_marker(pytest.mark.slow)

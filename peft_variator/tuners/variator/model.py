@@ -101,7 +101,7 @@ class VariatorModel(TidyTuner):
                 _wrap_forwards(model, placement)
                 plugin = model.get_submodule(key)
                 is_new = isinstance(plugin, VariatorLayer) and list(plugin.rules) == [adapter_name]
-                if is_new and layer_of_torch(model, key) is not None:
+                if is_new and isinstance(layer_of_torch(model, key), nn.TransformerEncoderLayer):
                     keep_from_fused_operator(plugin)
             _refresh_stacks(model)
             self._warn_about_patterns(config, list(self._placements))
