@@ -111,14 +111,12 @@ def measure(
     return results
 
 
-def _with_plugin(base: Any, kind: str, folder: Path, ratio: int | None) -> Any:
+def _with_plugin(base: Any, folder: Path, ratio: int | None) -> PeftModel:
     """A second model over the base's weights, with a plugin in it."""
-    model = share_weights(base)
-    # A recogniser's plugin was made for the encoder alone. PEFT puts it into the modules that the whole model has.
-    plugin = PeftModel.from_pretrained(model.get_encoder() if kind == "audio" else model, str(folder)).eval()
+    plugin = PeftModel.from_pretrained(share_weights(base), str(folder)).eval()
     if ratio is not None:
         plugin.set_compression_ratio(ratio)
-    return model if kind == "audio" else plugin
+    return plugin
 
 
 def main() -> None:
@@ -143,7 +141,7 @@ def main() -> None:
         base = load(arguments.model, arguments.cache)
         model: Any = base.model
         if arguments.plugin:
-            model = _with_plugin(base.model, WEIGHTS[arguments.model].kind, arguments.plugin, arguments.ratio)
+            model = _with_plugin(base.model, arguments.plugin, arguments.ratio)
         weights = WEIGHTS[arguments.model]
         facts = {
             "model": arguments.model,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from texts import SAMPLING_RATE, cifar10, digit_utterances, photographs, spoken_sentences, training_text
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -17,10 +18,11 @@ from vision_quality import PHOTOGRAPH_SIDE, pixels
 from weights import WEIGHTS, Loaded
 
 from peft_variator import VariatorConfig
+from peft_variator.files import replacing
 from peft_variator.training.data import cut_spans, split_spans, surroundings, tokenize
 
 
-__all__ = ["RECIPES", "Recipe", "make_dataset", "plugin_config", "trained_part"]
+__all__ = ["RECIPES", "Recipe", "make_dataset", "name_for_whole_model", "plugin_config", "trained_part"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,22 @@ def plugin_config(name: str, base: Loaded, **fields: Any) -> VariatorConfig:
 def trained_part(name: str, base: Loaded) -> PreTrainedModel:
     """What a plugin goes into: the encoder alone where a decoder only follows it, else the whole model."""
     return base.model.get_encoder() if WEIGHTS[name].kind == "audio" else base.model
+
+
+def name_for_whole_model(folder: Path) -> None:
+    """Rename what was saved of an audio encoder's plugin as in the model that has a decoder, too, where it is used.
+
+    Args:
+        folder: a saved plugin.
+    """
+    config = VariatorConfig.from_pretrained(str(folder))
+    config.auto_mapping = None  # of the encoder
+    config.save_pretrained(str(folder))
+    file = folder / "adapter_model.safetensors"
+    on_encoder, on_whole = "base_model.model.", "base_model.model.model.encoder."
+    tensors = {key.replace(on_encoder, on_whole, 1): value for key, value in load_file(file).items()}
+    with replacing(file) as temporary:
+        save_file(tensors, str(temporary), metadata={"format": "pt"})
 
 
 def make_dataset(name: str, base: Loaded, data: Path, count: int, seed: int) -> Sequence[Any] | Dataset[Any]:

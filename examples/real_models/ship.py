@@ -14,7 +14,6 @@ from typing import Any
 
 from frontier import RESULTS, quality_table, speed_table
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from weights import WEIGHTS
 
 from peft_variator import VariatorConfig
@@ -73,24 +72,12 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
             if ratio not in (config.trained_ratios or []):
                 raise ValueError(f"ratio={ratio!r} is none of those it was trained for, {config.trained_ratios}.")
             config.compression_ratio = ratio
-        if WEIGHTS[name].kind == "audio":
-            halves = _on_whole_recogniser(halves, config)
         save_file(halves, made / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(made))
         write_text(made / "README.md", card(name, json.loads((run / "run.json").read_text()), config, results))
         if output.exists():
             shutil.rmtree(output)
         made.rename(output)
-
-
-def _on_whole_recogniser(tensors: dict[str, Tensor], config: VariatorConfig) -> dict[str, Tensor]:
-    """The tensors of a plugin that was trained on an encoder alone, named as in the model that has a decoder, too."""
-    config.auto_mapping = None
-    # As on an encoder alone: what comes before its layers is in the names of the whole model.
-    config.target_modules = r"(?:.*\.)?(?:encoder\.|^)layers\.\d+\.fc1"
-    config.end_module = config.causal = None  # the architecture's own
-    on_encoder, on_whole = "base_model.model.", "base_model.model.model.encoder."
-    return {key.replace(on_encoder, on_whole, 1): value for key, value in tensors.items()}
 
 
 def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) -> str:

@@ -108,10 +108,11 @@ def main() -> None:
     with num_threads(arguments.threads):
         environment = describe_environment(device)
         base: Any = load(arguments.model, arguments.cache).model
-        base = base.get_encoder() if kind == "audio" else base
-        plugin = PeftModel.from_pretrained(share_weights(base), str(arguments.plugin)).eval()
+        plugin: Any = PeftModel.from_pretrained(share_weights(base), str(arguments.plugin)).eval()
         if arguments.ratio:
             plugin.set_compression_ratio(arguments.ratio)
+        if kind == "audio":
+            base, plugin = base.get_encoder(), plugin.get_base_model().get_encoder()
         models = {"base": base, "plugin": plugin}
         rows = speedups(models, kind, SHAPES[kind], rounds=arguments.rounds, device=device)
     record = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from recipes import RECIPES, Recipe, make_dataset, plugin_config, trained_part
+from recipes import RECIPES, Recipe, make_dataset, name_for_whole_model, plugin_config, trained_part
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -57,6 +57,8 @@ def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, see
     checkpoints = output / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     student.save_pretrained(str(output / "plugin"))
+    if WEIGHTS[name].kind == "audio":
+        name_for_whole_model(output / "plugin")
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     return {
         "parameters": {"base": base_parameters, "plugin": trained},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditionalGeneration
 
 from peft_variator import VariatorConfig
 
@@ -231,3 +231,21 @@ def test_the_page_of_results_is_made_of_json(scripts, tmp_path):
     assert text.endswith("After.\n")
     assert "old" not in text
     assert (tmp_path / "images" / f"frontier-{name}.png").stat().st_size > 1000
+
+
+def test_a_plugin_of_an_encoder_alone_is_saved_for_the_whole_model(scripts, tmp_path):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 20}
+    whole = WhisperForConditionalGeneration(
+        WhisperConfig(vocab_size=99, pad_token_id=0, num_mel_bins=4, **sizes, **heads)
+    ).eval()
+    config = VariatorConfig(compression_ratio=4, correction_dim=8, init_weights=False)
+    alone = get_peft_model(copy.deepcopy(whole.get_encoder()), config).eval()
+    alone.save_pretrained(tmp_path)
+    scripts("recipes").name_for_whole_model(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(whole), str(tmp_path)).eval()
+    sound = torch.randn(1, 4, 40)
+    with torch.no_grad():
+        found, base = loaded.get_base_model().get_encoder()(sound)[0], whole.get_encoder()(sound)[0]
+        torch.testing.assert_close(found, alone(sound)[0])
+    assert not torch.allclose(found, base)
