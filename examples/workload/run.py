@@ -2,6 +2,9 @@
 
 python examples/workload/run.py --data DATA --cache CACHE --output RESULTS.json --png PLOT.png
 
+Each table, live run and simulated case is kept in the results as soon as it is there, and not made again: what was
+interrupted goes on with the same command, and one with everything there only draws.
+
 DATA holds `azure_llm_trace/{conv,code}.csv`, CACHE the weights (see real_models/weights.py, which puts them there).
 The encoder is all-MiniLM-L6-v2 with the plugin in examples/plugins, its quality what real_models/measure.py found on
 STS-B test. The causal model is SmolLM2-135M, whose plugin is not trained: its latencies count, it has no quality, and
@@ -11,15 +14,19 @@ a smaller ratio counts as the better.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import cycle, islice, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,10 +60,11 @@ from peft_variator.training import load_plugin
 EXAMPLES = Path(__file__).resolve().parent.parent
 NAME, SMALLER, CAUSAL = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3", "SmolLM2-135M-Instruct"
 LOADS = (0.5, 0.9, 1.2, 1.5)
-LIVE_RUNS = (("slack-fit", 0.9), ("slack-fit", 1.2), ("k = 1", 1.2))
+LIVE_RUNS = (("k = 1", 0.5), ("slack-fit", 0.9), ("k = 1", 1.2), ("slack-fit", 1.2))
+SEEDS = (0, 1)  # of the arrivals of each live run
 RESERVE_MS = 2.0  # what slack-fit leaves for everything around the model
 OVERHEAD_MS = 1.0  # what everything around the model takes in the simulator, for each batch
-MOST_WAITING = 1000  # calls under way at once in a live run
+WARM_CALLS = 3  # the first of a process are slow
 SMALLER_RATIO = 2  # how the smaller model is called in the table of the two models
 
 
@@ -160,49 +168,45 @@ def simulated(
         result = simulate(policy, items, own, overhead_ms=OVERHEAD_MS)
         row: dict[str, Any] = {"arrivals": kind, "load": load, "policy": name, "attainment": result.attainment}
         row |= {"throughput": result.throughput, "switches_per_minute": result.switches_per_minute}
-        rows.append(row | asdict(result))
+        rows.append(json.loads(json.dumps(row | asdict(result))))  # as they are read again
     return rows
 
 
 def live(
-    subject: Subject, table: LatencyTable, lengths: Sequence[int], policy_name: str, *, load: float, seconds: float
-) -> dict[str, Any]:
-    """The engine and the simulator on the same arrivals.
+    subject: Subject,
+    table: LatencyTable,
+    lengths: Sequence[int],
+    policy_name: str,
+    *,
+    load: float,
+    seconds: float,
+    seed: int = 0,
+) -> tuple[dict[str, Any], list[BatchRecord]]:
+    """The engine and the simulator on the same arrivals, and the batches that ran.
 
-    What batches took beside the table, the simulator draws from the batches of this very run.
+    Texts come when they come, however many wait. What batches took beside the table, and the pauses between them, the
+    simulator draws from the batches of this very run.
     """
-    items = make_items("poisson", load * capacity(table, lengths), seconds, lengths, subject.slo_ms)
+    items = make_items("poisson", load * capacity(table, lengths), seconds, lengths, subject.slo_ms, seed=seed)
     policy = policies(table, items)[policy_name]
-    texts = {length: text_of(length, subject.tokenizer) for length in {item.length for item in items}}
     records: list[BatchRecord] = []
     engine = Engine(
         subject.model, subject.tokenizer, policy, slo_ms=subject.slo_ms, max_queue=10**6, on_batch=records.append
     )
-
-    def ask(text: str) -> tuple[int, int, bool]:
-        result = engine.prefill([text]) if subject.causal else engine.embed([text])
-        return result.lengths[0], result.ratios[0], result.late[0]  # and not the cache, which is large
-
-    with engine, ThreadPoolExecutor(MOST_WAITING) as pool:
-        for text in list(texts.values())[:3]:
-            ask(text)  # the first calls of a process are slow
-        warm = len(records)
-        started = time.monotonic()
-        calls = []
-        for item in items:
-            time.sleep(max(0.0, started + item.arrival - time.monotonic()))
-            calls.append(pool.submit(ask, texts[item.length]))
-        answers = [call.result() for call in calls]
-    records = records[warm:]
+    with engine:
+        answers, lag = asyncio.run(replay(engine, items, subject))
+    records = records[WARM_CALLS:]
     wrong = [(item.length, answer[0]) for item, answer in zip(items, answers, strict=True) if item.length != answer[0]]
     if wrong:
         raise ValueError(f"A text of {wrong[0][0]} tokens had {wrong[0][1]}: the tokenizer splits the word it is of.")
-    again = simulate(policy, items, table, latency=RecordedLatencies(table, records), overhead_ms=OVERHEAD_MS)
+    recorded = RecordedLatencies(table, records)
+    again = simulate(policy, items, table, latency=recorded)
     attainment = 1 - sum(late for *_, late in answers) / len(answers)
     ratios = [ratio for _, ratio, _ in answers]
-    return {
+    found = {
         "policy": policy_name,
         "load": load,
+        "seed": seed,
         "seconds": seconds,
         "texts": len(items),
         "attainment": attainment,
@@ -212,9 +216,39 @@ def live(
         "simulated_quality": again.quality,
         "texts_by_ratio": {k: ratios.count(k) for k in sorted(set(ratios))},
         "simulated_texts_by_ratio": again.texts_by_ratio,
+        "batches": len(records),
+        "simulated_batches": again.batches,
         "seconds_of_batches_to_table": sum(record.seconds for record in records)
         / sum(table.latency(record.ratio, record.size, record.length) for record in records),
+        "pause_ms": 1000 * statistics.fmean(recorded.pauses) if recorded.pauses else None,
+        "latest_arrival_ms": 1000 * lag,
     }
+    return json.loads(json.dumps(found)), records  # with keys as they are read again
+
+
+async def replay(
+    engine: Engine, items: Sequence[QueueItem], subject: Subject
+) -> tuple[list[tuple[int, int, bool]], float]:
+    """Ask for the texts of a trace as they come; before them `WARM_CALLS` times for one, each a batch of its own.
+
+    Returns:
+        Tokens, ratio and lateness of each text, and the most seconds that one was asked for too late.
+    """
+    texts = {length: text_of(length, subject.tokenizer) for length in {item.length for item in items}}
+    ask = engine.aprefill if subject.causal else engine.aembed
+
+    async def answer(length: int) -> tuple[int, int, bool]:
+        result = await ask([texts[length]])
+        return result.lengths[0], result.ratios[0], result.late[0]  # and not the cache, which is large
+
+    for item in islice(cycle(items), WARM_CALLS):
+        await answer(item.length)
+    started, lag, asked = time.monotonic(), 0.0, []
+    for item in items:
+        await asyncio.sleep(max(0.0, started + item.arrival - time.monotonic()))
+        lag = max(lag, time.monotonic() - started - item.arrival)
+        asked.append(asyncio.create_task(answer(item.length)))
+    return list(await asyncio.gather(*asked)), lag
 
 
 def text_of(length: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -225,11 +259,62 @@ def text_of(length: int, tokenizer: PreTrainedTokenizerBase) -> str:
 def measure(
     subject: Subject,
     traces: Mapping[str, Trace],
-    live_runs: Sequence[tuple[str, float]],
+    runs: Sequence[tuple[str, float]],
     live_seconds: float,
+    *,
+    results: dict[str, Any],
+    keep: Callable[[], object],
     rounds: int = 3,
-) -> dict[str, Any]:
-    """What takes a quiet machine: the latency tables of one model, and its live runs."""
+) -> None:
+    """What takes a quiet machine: the latency tables of one model, and its live runs.
+
+    The table is calibrated by a first live run, so that a load is a share of what the engine can do, and slack-fit
+    knows what its batches take; that of the smaller model as the base's.
+
+    Args:
+        subject: the model.
+        traces: recorded traces, of which the lengths are taken.
+        runs: policy and load of each live run.
+        live_seconds: how long texts come in each.
+        results: what was measured of it before; what is missing is put there.
+        keep: called after each measurement.
+        rounds: timed samples of each point of the table.
+    """
+    if "tables" not in results:
+        print(f"{subject.name}: measuring its latencies.", flush=True)
+        results |= _tables(subject, rounds) | {"live": []}
+        keep()
+    table = _table(results["tables"]["table"])
+    lengths = subject.drawn(traces["conv"])
+    if "calibration" not in results and runs:
+        print(f"{subject.name}: calibrating them.", flush=True)
+        seed = SEEDS[-1] + 1
+        pilot, records = live(subject, table, lengths, "slack-fit", load=0.9, seconds=live_seconds / 2, seed=seed)
+        calibrated = table.calibrated(records)
+        tables = {"table": calibrated}
+        if "two_models" in results["tables"]:
+            both = _table(results["tables"]["two_models"])
+            factor = calibrated.seconds[1][0][0] / table.seconds[1][0][0]
+            scaled = {k: tuple(tuple(factor * value for value in row) for row in both.seconds[k]) for k in both.ratios}
+            tables["two_models"] = replace(both, seconds=scaled)
+        results |= {
+            "calibration": pilot,
+            "tables": {name: json.loads(each.to_json()) for name, each in tables.items()},
+        }
+        table = calibrated
+        keep()
+    print(f"{subject.name}: the base answers {capacity(table, lengths):.1f} texts/s at most.", flush=True)
+    done = {(each["policy"], each["load"], each["seed"]) for each in results["live"]}
+    for policy, load, seed in ((*run, seed) for run in runs for seed in SEEDS):
+        if (policy, load, seed) not in done:
+            found, _ = live(subject, table, lengths, policy, load=load, seconds=live_seconds, seed=seed)
+            results["live"].append(found)
+            keep()
+            in_time = " and ".join(f"{found[name]:.1%}" for name in ("attainment", "simulated_attainment"))
+            print(f"{policy} at load {load}, live and simulated: {in_time} in time.", flush=True)
+
+
+def _tables(subject: Subject, rounds: int) -> dict[str, Any]:
     profile = partial(
         profile_latency, batch_sizes=subject.batch_sizes, lengths=subject.lengths, rounds=rounds, min_seconds=0.02
     )
@@ -240,45 +325,59 @@ def measure(
         seconds = {1: table.seconds[1], SMALLER_RATIO: profile(smaller, (1,)).seconds[1]}
         both = None if table.quality is None else {1: table.quality[1], SMALLER_RATIO: quality}
         tables["two_models"] = LatencyTable((1, SMALLER_RATIO), table.batch_sizes, table.lengths, seconds, both)
-    lengths = subject.drawn(traces["conv"])
-    print(f"{subject.name}: the base answers {capacity(table, lengths):.1f} texts/s at most.", flush=True)
-    runs = []
-    for policy, load in live_runs:
-        runs.append(live(subject, table, lengths, policy, load=load, seconds=live_seconds))
-        in_time = " and ".join(f"{runs[-1][name]:.1%}" for name in ("attainment", "simulated_attainment"))
-        print(f"{policy} at load {load}, live and simulated: {in_time} in time.", flush=True)
     return {
         "model": subject.name,
         "slo_ms": subject.slo_ms,
         "share": subject.share,
         "interpolation_error": table.error,
-        "live": runs,
         "tables": {name: json.loads(each.to_json()) for name, each in tables.items()},
     }
 
 
+def _table(content: Mapping[str, Any]) -> LatencyTable:
+    return LatencyTable.from_json(json.dumps(content))
+
+
 def simulate_all(
-    measured: Mapping[str, Any], traces: Mapping[str, Trace], seconds: float, jobs: int, loads: Sequence[float] = LOADS
-) -> dict[str, Any]:
-    """All kinds of arrivals, loads and policies, over what was measured."""
-    tables = {name: LatencyTable.from_json(json.dumps(each)) for name, each in measured["tables"].items()}
+    results: dict[str, Any],
+    traces: Mapping[str, Trace],
+    seconds: float,
+    jobs: int,
+    *,
+    keep: Callable[[], object],
+    loads: Sequence[float] = LOADS,
+) -> None:
+    """All kinds of arrivals, loads and policies, over what was measured of a model.
+
+    Args:
+        results: where the tables are; what was not simulated before is put there.
+        traces: recorded traces.
+        seconds: how long texts come.
+        jobs: processes.
+        keep: called after each kind of arrivals and load.
+        loads: shares of the base's capacity.
+    """
+    tables = {name: _table(each) for name, each in results["tables"].items()}
     longest = tables["table"].lengths[-1]
-    drawn = {kind: lengths_of(traces.get(kind, traces["conv"]), measured["share"], 8, longest) for kind in KINDS}
-    run = partial(_simulated, tables, drawn, traces, measured["slo_ms"], seconds)
-    cases = [(kind, load) for kind in KINDS for load in loads]
-    if jobs == 1:
-        parts = list(map(run, cases))
-    else:
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-            parts = list(pool.map(run, cases))
-    rows = [row for part in parts for row in part]
+    drawn = {kind: lengths_of(traces.get(kind, traces["conv"]), results["share"], 8, longest) for kind in KINDS}
+    if results.get("simulated_seconds") != seconds:
+        results |= {"simulated_seconds": seconds, "simulated": []}
+    rows = results["simulated"]
+    run = partial(_simulated, tables, drawn, traces, results["slo_ms"], seconds)
+    there = {(row["arrivals"], row["load"]) for row in rows}
+    missing = [case for case in product(KINDS, loads) if case not in there]
+    with ExitStack() as stack:
+        parts: Iterable[list[dict[str, Any]]] = map(run, missing)
+        if jobs > 1 and missing:
+            parts = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"))).map(run, missing)
+        for (kind, load), part in zip(missing, parts, strict=True):
+            rows += part
+            keep()
+            print(f"{results['model']}: {kind} at load {load} simulated.", flush=True)
     own = [row for row in rows if row["policy"] == "slack-fit"]
-    return {
-        "capacity_texts_per_second": {kind: capacity(tables["table"], lengths) for kind, lengths in drawn.items()},
-        "decision_us": {name: max(row["decision_us"][name] for row in own) for name in ("median", "p99")},
-        "simulated_seconds": seconds,
-        "simulated": rows,
-    }
+    results["capacity_texts_per_second"] = {kind: capacity(tables["table"], each) for kind, each in drawn.items()}
+    results["decision_us"] = {name: max(row["decision_us"][name] for row in own) for name in ("median", "p99")}
+    keep()
 
 
 def _simulated(
@@ -341,11 +440,26 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for row in rows:
         quality = "" if row["quality"] is None else f"{row['quality']:.2f}"
-        mean = sum(k * count for k, count in row["texts_by_ratio"].items()) / row["texts"]
+        mean = sum(int(k) * count for k, count in row["texts_by_ratio"].items()) / row["texts"]
         lines.append(
             f"| {row['arrivals']} | {row['load']} | {row['policy']} | {row['attainment']:.1%} | {quality} | "
             f"{'' if 'smaller' in row['policy'] else f'{mean:.1f}'} | "
             f"{row['latency_ms']['p99']:.0f} | {row['switches_per_minute']:.0f} |"
+        )
+    return lines
+
+
+def live_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Live runs beside their simulations, as Markdown."""
+    lines = [
+        "| policy | load | seed | texts | in time, live | simulated | quality, live | simulated |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in runs:
+        quality = ["" if run[name] is None else f"{run[name]:.2f}" for name in ("quality", "simulated_quality")]
+        lines.append(
+            f"| {run['policy']} | {run['load']} | {run['seed']} | {run['texts']} | {run['attainment']:.1%} | "
+            f"{run['simulated_attainment']:.1%} | {quality[0]} | {quality[1]} |"
         )
     return lines
 
@@ -383,43 +497,50 @@ def main() -> None:
     """Measure, run, simulate, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="needed unless --measured is given")
-    parser.add_argument("--measured", type=Path, help="results of before: only simulate, with their tables")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, help="of the weights; left out: nothing is measured, only simulated")
+    parser.add_argument("--output", type=Path, required=True, help="results; what they have is not made again")
     parser.add_argument("--png", type=Path)
     parser.add_argument("--model", choices=["encoder", "causal"], action="append", help="left out: both")
     parser.add_argument("--slo-ms", type=float, default=500.0, help="of the encoder; the causal model has six times")
     parser.add_argument("--seconds", type=float, default=3600.0, help="simulated seconds of each run; 0: none")
-    parser.add_argument("--live-seconds", type=float, default=30.0, help="of each live run; there are four")
+    parser.add_argument("--live-seconds", type=float, default=40.0, help="of each live run; there are ten")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--jobs", type=int, default=2, help="processes that simulate")
     arguments = parser.parse_args()
     traces = {kind: read_trace(arguments.data / "azure_llm_trace" / f"{kind}.csv") for kind in ("conv", "code")}
+    results: dict[str, Any] = {}
+    if arguments.output.exists():
+        results = json.loads(arguments.output.read_text(encoding="utf-8"))
     names = arguments.model or ["encoder", "causal"]
-    if arguments.measured:
-        results: dict[str, Any] = json.loads(arguments.measured.read_text(encoding="utf-8"))
-        names = [name for name in names if name in results]
-    else:
-        if arguments.cache is None:
-            parser.error("name the folder of the weights with --cache")
+
+    def keep() -> None:
+        write_text(arguments.output, json.dumps(results, indent=1) + "\n")
+
+    if arguments.cache is not None:
         sys.path.insert(0, str(EXAMPLES / "real_models"))
-        results = {"command": shlex.join(sys.argv), "overhead_ms": OVERHEAD_MS, "reserve_ms": RESERVE_MS}
+        results |= {"command": shlex.join(sys.argv), "overhead_ms": OVERHEAD_MS, "reserve_ms": RESERVE_MS}
         makers = {"encoder": (encoder, 1, LIVE_RUNS), "causal": (causal, 6, LIVE_RUNS[1:2])}
         with num_threads(arguments.threads):
             results["environment"] = describe_environment(torch.device("cpu"))
             for name in names:
                 make, factor, runs = makers[name]
                 subject = make(arguments.cache, factor * arguments.slo_ms)
-                results[name] = measure(subject, traces, runs, arguments.live_seconds)
-        write_text(arguments.output, json.dumps(results, indent=1) + "\n")
-    if not arguments.seconds:
-        return
-    results["simulating_command"] = shlex.join(sys.argv)
+                found = results.setdefault(name, {})
+                if found.get("slo_ms", subject.slo_ms) != subject.slo_ms:
+                    parser.error(f"{arguments.output} was measured with {found['slo_ms']} ms; name another --output.")
+                measure(subject, traces, runs, arguments.live_seconds, results=found, keep=keep)
+    elif not all("tables" in results.get(name, {}) for name in names):
+        parser.error(f"{arguments.output} has no latencies of {' and '.join(names)}: name --cache to measure them.")
+    if arguments.seconds:
+        results["simulating_command"] = shlex.join(sys.argv)
+        for name in names:
+            simulate_all(results[name], traces, arguments.seconds, arguments.jobs, keep=keep)
     for name in names:
-        results[name] |= simulate_all(results[name], traces, arguments.seconds, arguments.jobs)
-        print("\n".join(["", results[name]["model"], "", *table_lines(results[name]["simulated"])]), flush=True)
-    write_text(arguments.output, json.dumps(results, indent=1) + "\n")
-    if arguments.png and "encoder" in names:
+        own = results[name]
+        print("\n".join(["", own["model"], "", *live_lines(own["live"])]))
+        if "simulated" in own:
+            print("\n".join(["", *table_lines(own["simulated"])]))
+    if arguments.png and "simulated" in results.get("encoder", {}):
         plot(results["encoder"]["simulated"], arguments.png)
 
 

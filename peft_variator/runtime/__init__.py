@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .engine import BatchRecord, Engine, EngineClosed, EngineMetrics, Limits, QueueFull
+    from .engine import Engine
     from .latency import LatencyCheck, LatencyTable, profile_latency, quality_from_card
+    from .metrics import BatchRecord, EngineMetrics
     from .policies import POLICIES, FixedRatio, Oracle, Policy, QueueItem, QueueThreshold, SlackFit
+    from .requests import EngineClosed, Limits, QueueFull
     from .server import ServeSettings, make_engine
     from .simulator import RecordedLatencies, Simulation, simulate
     from .tasks import Classifications, Embeddings, Prefilled, Scores
@@ -44,9 +46,11 @@ __all__ = [
 
 # Where each name is, imported on first use.
 _ROOMS = {
-    "engine": ("BatchRecord", "Engine", "EngineClosed", "EngineMetrics", "Limits", "QueueFull"),
+    "engine": ("Engine",),
     "latency": ("LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card"),
+    "metrics": ("BatchRecord", "EngineMetrics"),
     "policies": ("POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit"),
+    "requests": ("EngineClosed", "Limits", "QueueFull"),
     "server": ("ServeSettings", "make_engine"),
     "simulator": ("RecordedLatencies", "Simulation", "simulate"),
     "tasks": ("Classifications", "Embeddings", "Prefilled", "Scores"),

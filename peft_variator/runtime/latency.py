@@ -8,11 +8,11 @@ import re
 import statistics
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..models import Task
 from ..profiling import Candidate, describe_environment, make_inputs, make_lengths, time_alternately
 from ..tuners.variator import using_ratio
 from ..tuners.variator.layer import plugin_layers
+from .metrics import BatchRecord
 
 
 __all__ = ["LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card"]
@@ -134,6 +135,31 @@ class LatencyTable:
             quality=None if self.quality is None else {k: v for k, v in self.quality.items() if k in kept},
             checks=tuple(check for check in self.checks if check.ratio in kept),
         )
+
+    def calibrated(self, records: Iterable[BatchRecord]) -> LatencyTable:
+        """The table as an engine has it: scaled, at each ratio, by how far off its batches were in the median.
+
+        A table holds the model's forward alone, at the speed of the machine when it was measured. An engine also pads
+        and pools, and shares the machine with whoever asks; a policy that plans with the table comes too late by that.
+
+        Args:
+            records: batches that an engine ran (`Engine(on_batch=…)`). A ratio that none of them ran at is scaled as
+                all of them.
+
+        Raises:
+            ValueError: no batch of the records went well, or one of them has a ratio that the table lacks.
+        """
+        factors: dict[int, list[float]] = {}
+        for each in records:
+            if not each.failed:
+                expected = self.latency(each.ratio, each.size, each.length)
+                factors.setdefault(each.ratio, []).append(each.seconds / expected)
+        if not factors:
+            raise ValueError("records has no batch that went well; record some with Engine(on_batch=…).")
+        of_all = statistics.median(chain.from_iterable(factors.values()))
+        by_ratio = {k: statistics.median(factors[k]) if k in factors else of_all for k in self.ratios}
+        seconds = {k: tuple(tuple(f * value for value in row) for row in self.seconds[k]) for k, f in by_ratio.items()}
+        return replace(self, seconds=seconds, checks=())
 
     def latency(self, ratio: int, batch: int, length: int) -> float:
         """Seconds of one forward.
@@ -391,11 +417,11 @@ def _measure(
     shapes = make_lengths(batch, length, "even", generator)
     inputs = make_inputs(inner.config, task, shapes, dtype=inner.dtype, generator=generator)
     inputs = {name: value.to(inner.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    chain = unwrap(model)
-    if isinstance(chain, nn.Sequential):  # what a SentenceTransformer is
+    inside = unwrap(model)
+    if isinstance(inside, nn.Sequential):  # what a SentenceTransformer is
 
         def run() -> object:
-            return chain(dict(inputs))  # its modules write into what they get
+            return inside(dict(inputs))  # its modules write into what they get
     else:
         run = partial(model, **inputs)
     plain = not has_plugin(model)

@@ -1,4 +1,4 @@
-"""Texts that wait, the most urgent first, those with the same limits side by side."""
+"""Texts that wait, the most urgent first, those with the same limits side by side, and the batch that leaves next."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-from .policies import Waiting
+from .policies import Policy, Waiting
 
 
-__all__ = ["DeadlineQueue"]
+__all__ = ["DeadlineQueue", "take_batch"]
 
 Item = TypeVar("Item", bound=Waiting)
 
@@ -72,3 +72,20 @@ class DeadlineQueue(Generic[Item]):
         if len(self._lanes) == 1:
             return next(iter(self._lanes))
         return min(self._lanes, key=lambda key: self._lanes[key][0].deadline)
+
+
+def take_batch(policy: Policy, queue: DeadlineQueue[Item], now: float, last: int) -> tuple[int, list[Item]]:
+    """Take out of a queue what a policy chooses to run next, with its ratio.
+
+    Raises:
+        ValueError: it chose no text, or a ratio that the first one does not allow.
+    """
+    view = queue.view()
+    first = view[0]
+    ratio, count = policy.choose(now, view, last)
+    if count < 1 or (first.max_ratio is not None and ratio > first.max_ratio):
+        raise ValueError(
+            f"The policy {type(policy).__name__} chose k = {ratio} for {count} texts; it has to choose at least one "
+            f"text, and a ratio that it allows (max_ratio={first.max_ratio})."
+        )
+    return ratio, queue.take(count)

@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from ..models import check_model_name, load_whole
 from ..profiling import count_positions
 from ..training import load_plugin
-from .engine import BatchRecord, Engine
+from .engine import Engine
 from .latency import LatencyTable, find_transformer, profile_latency, quality_from_card
+from .metrics import BatchRecord
 from .policies import FixedRatio, Policy, QueueThreshold, SlackFit
 from .pooling import check_pooling, read_recipe
 

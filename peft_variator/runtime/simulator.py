@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
-from .engine import BatchRecord
 from .latency import LatencyTable
+from .metrics import BatchRecord
 from .policies import Policy, Waiting
-from .queueing import DeadlineQueue
+from .queueing import DeadlineQueue, take_batch
 
 
 __all__ = ["RecordedLatencies", "Simulation", "simulate"]
+
+NEIGHBOURS = 20  # recorded batches among which one is drawn
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,13 @@ class Simulation:
 class RecordedLatencies:
     """Seconds of a batch as a live engine had them: the table's, times how far off one of its batches was.
 
+    The batch is drawn among those at the same ratio (at any, where none ran at it) that the table expects to take
+    about as long: what a table leaves out weighs more on a short batch than on a long one. To it comes what the engine
+    needed between two batches while texts were waiting, drawn likewise; so `simulate` needs no `overhead_ms`.
+
     Args:
         table: latencies.
-        records: batches that ran with the same model on the same machine.
+        records: batches that ran one after the other, with the same model on the same machine.
         seed: of the draw.
 
     Raises:
@@ -77,15 +84,37 @@ class RecordedLatencies:
 
     def __init__(self, table: LatencyTable, records: Iterable[BatchRecord], seed: int = 0) -> None:
         self.table = table
-        self.factors = [
-            each.seconds / table.latency(each.ratio, each.size, each.length) for each in records if not each.failed
-        ]
-        if not self.factors:
+        records = list(records)
+        # Expected seconds and factor of each batch, by its ratio.
+        self._batches: dict[int, list[tuple[float, float]]] = {}
+        for each in records:
+            if not each.failed:
+                expected = table.latency(each.ratio, each.size, each.length)
+                self._batches.setdefault(each.ratio, []).append((expected, each.seconds / expected))
+        if not self._batches:
             raise ValueError("records has no batch that went well; record some with Engine(on_batch=…).")
+        self._known: dict[tuple[int, int, int], list[float]] = {}
         self._random = random.Random(seed)
+        self.pauses = [
+            pause
+            for before, after in pairwise(records)
+            if 0 <= (pause := after.started - before.started - before.seconds) <= max(after.waited)
+        ]
+        """Seconds between batches where the next one was waited for."""
 
     def __call__(self, ratio: int, batch: int, length: int) -> float:
-        return self.table.latency(ratio, batch, length) * self._random.choice(self.factors)
+        expected = self.table.latency(ratio, batch, length)
+        if (ratio, batch, length) not in self._known:
+            self._known[ratio, batch, length] = self._factors(ratio, expected)
+        pause = self._random.choice(self.pauses) if self.pauses else 0.0
+        return expected * self._random.choice(self._known[ratio, batch, length]) + pause
+
+    def _factors(self, ratio: int, expected: float) -> list[float]:
+        """Those of the batches that were expected to take about as long, and of all that are equally near."""
+        batches = self._batches.get(ratio) or list(chain.from_iterable(self._batches.values()))
+        far = [(abs(math.log(seconds / expected)), factor) for seconds, factor in batches]
+        most = sorted(distance for distance, _ in far)[:NEIGHBOURS][-1]
+        return [factor for distance, factor in far if distance <= most]
 
 
 def simulate(
@@ -106,7 +135,7 @@ def simulate(
         overhead_ms: milliseconds that each batch takes besides.
 
     Raises:
-        ValueError: the items are not sorted by arrival.
+        ValueError: the items are not sorted by arrival, or the policy chose what it may not.
     """
     if any(later.arrival < earlier.arrival for earlier, later in pairwise(items)):
         raise ValueError("items has to be sorted by arrival.")
@@ -124,9 +153,8 @@ def simulate(
             queue.add(items[arrived])
             arrived += 1
         before = time.perf_counter()
-        ratio, count = policy.choose(now, queue.view(), last)
+        ratio, batch = take_batch(policy, queue, now, last)
         decisions.append(time.perf_counter() - before)
-        batch = queue.take(count)
         took = seconds_of(ratio, len(batch), max(item.length for item in batch)) + overhead_ms / 1000
         now, busy = now + took, busy + took
         late += sum(item.deadline < now for item in batch)

@@ -53,21 +53,35 @@ def test_a_tiny_model_runs_live_and_every_policy_is_simulated(scripts, tmp_path)
         {1: 80.0, 4: 77.0},
         (encoder().unload(), 78.0),
     )
-    measured = run.measure(subject, TRACES, [], live_seconds=0, rounds=2)
+    measured, kept = {}, []
+
+    def keep():
+        kept.append(run.json.dumps(measured))
+
+    run.measure(subject, TRACES, [], live_seconds=0, results=measured, keep=keep, rounds=2)
     assert set(measured["tables"]) == {"table", "two_models"}
     # Live at a rate that no machine fails at, whatever it has measured.
     table = made_table(lengths=(8, 48), batch_sizes=(1, 2), quality=QUALITY, scale=20.0)
-    live = run.live(subject, table, subject.drawn(TRACE), "slack-fit", load=0.5, seconds=0.5)
+    live, records = run.live(subject, table, subject.drawn(TRACE), "slack-fit", load=0.5, seconds=0.5)
     assert live["texts"] > 3
     assert live["attainment"] == live["simulated_attainment"] == 1.0
-    assert sum(live["texts_by_ratio"].values()) == live["texts"]
-    late = run.live(replace(subject, slo_ms=1e-3), table, subject.drawn(TRACE), "k = 1", load=0.5, seconds=0.1)
+    assert sum(live["texts_by_ratio"].values()) == live["texts"] == sum(record.size for record in records)
+    late, _ = run.live(replace(subject, slo_ms=1e-3), table, subject.drawn(TRACE), "k = 1", load=0.5, seconds=0.1)
     assert late["attainment"] == 0.0
 
+    # What was measured is not measured again.
+    measured["tables"]["table"] = run.json.loads(table.to_json())
+    for _ in range(2):
+        run.measure(subject, TRACES, [("k = 1", 0.2)], live_seconds=0.4, results=measured, keep=keep)
+    assert len(kept) == 2 + len(measured["live"]) == 2 + len(run.SEEDS)
+    assert len(run.live_lines(measured["live"])) == len(measured["live"]) + 2
+
     made = made_table(lengths=(8, 48), batch_sizes=(1, 2), quality=QUALITY, scale=10.0)
+    measured |= {"slo_ms": 200.0}
     measured["tables"]["table"] = run.json.loads(made.to_json())
-    results = run.simulate_all(measured | {"slo_ms": 200.0}, TRACES, 3.0, 1, loads=(0.5, 1.2))
-    rows = results["simulated"]
+    for loads in [(0.5,), (0.5, 1.2)]:
+        run.simulate_all(measured, TRACES, 3.0, 1, keep=keep, loads=loads)
+    rows = run.json.loads(kept[-1])["simulated"]
     assert len(rows) == 4 * 2 * 9
     for row in rows:
         assert sum(row["texts_by_ratio"].values()) == row["texts"]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_variator.runtime import LatencyCheck, LatencyTable, profile_latency, quality_from_card
+from peft_variator.runtime import BatchRecord, LatencyCheck, LatencyTable, profile_latency, quality_from_card
 
 from .models import causal, encoder, made_table
 
@@ -34,6 +34,18 @@ def test_beyond_the_grid_more_work_takes_no_less_time(k: int, batch: int, length
         assert seconds > 0
         assert table.latency(k, batch + 1, length) >= seconds
         assert table.latency(k, batch, length + 1) >= seconds
+
+
+def test_a_table_is_calibrated_by_what_an_engine_s_batches_took() -> None:
+    def batch(ratio: int, factor: float, failed: bool = False) -> BatchRecord:
+        return BatchRecord(ratio, 4, 32, (0.0,) * 4, factor * TABLE.latency(ratio, 4, 32), 0, failed)
+
+    failed = batch(1, 100.0, failed=True)
+    table = TABLE.calibrated([*(batch(1, each) for each in (1.1, 1.2, 9.0)), *[batch(4, 1.5)] * 4, failed])
+    for k, factor in {1: 1.2, 4: 1.5, 2: 1.5, 8: 1.5}.items():
+        assert table.latency(k, 10, 100) == pytest.approx(factor * TABLE.latency(k, 10, 100))
+    with pytest.raises(ValueError, match="on_batch"):
+        TABLE.calibrated([failed])
 
 
 def test_extrapolation_is_said_once() -> None:

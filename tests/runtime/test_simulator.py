@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from peft_variator.runtime import (
     BatchRecord,
+    Embeddings,
+    Engine,
     FixedRatio,
+    LatencyTable,
     Oracle,
+    Policy,
     QueueItem,
     QueueThreshold,
     RecordedLatencies,
     SlackFit,
     simulate,
 )
+from peft_variator.runtime.policies import Waiting
 
-from .models import made_table
+from .models import encoder, made_table, tokenizer
 
 
 QUALITY = {1: 1.0, 2: 0.97, 4: 0.94, 8: 0.9}
@@ -102,3 +110,82 @@ def test_recorded_latencies_are_those_of_the_batches() -> None:
     assert drawn == set(factors)
     with pytest.raises(ValueError, match="on_batch"):
         RecordedLatencies(TABLE, [failed])
+
+
+def test_recorded_latencies_are_drawn_among_batches_of_their_kind() -> None:
+    """What a table leaves out may weigh more on short batches, or at one ratio."""
+    records, now = [], 0.0
+    for _ in range(100):
+        for ratio, size, factor, pause in [(1, 1, 2.0, 0.002), (1, 64, 1.1, 0.004), (8, 64, 1.5, 3.0)]:
+            waited = (0.004,) * size  # 3 s: nobody waited
+            seconds = factor * TABLE.latency(ratio, size, 16)
+            records.append(BatchRecord(ratio, size, 16, waited, seconds, 0, False, now + pause))
+            now += pause + seconds
+    recorded = RecordedLatencies(TABLE, records)
+    for ratio, size, factor in [(1, 1, 2.0), (1, 64, 1.1), (8, 64, 1.5), (8, 1, 1.5)]:
+        beyond = {round(recorded(ratio, size, 16) - factor * TABLE.latency(ratio, size, 16), 9) for _ in range(50)}
+        assert beyond == {0.002, 0.004}
+
+
+class InStep(Policy):
+    """An engine on a clock of its own: its model takes what the table says, while the texts of a trace come."""
+
+    def __init__(self, policy: Policy, items: list[QueueItem], table: LatencyTable) -> None:
+        self.policy, self.ratios, self.items, self.table = policy, policy.ratios, items, table
+        self.now, self.came, self.ratio = 0.0, 0, 1
+        self.records: list[BatchRecord] = []
+        self.calls: dict[int, Future[Embeddings]] = {}
+        model = encoder()
+        model.register_forward_pre_hook(self.compute, with_kwargs=True)
+        self.engine = Engine(model, tokenizer(), self, on_batch=self.records.append, clock=lambda: self.now)
+
+    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
+        self.ratio, count = self.policy.choose(now, queue, last)
+        return self.ratio, count
+
+    def compute(self, module: Any, args: Any, kwargs: Any) -> None:
+        ended = self.now + self.table.latency(self.ratio, *kwargs["input_ids"].shape)
+        while self.came < len(self.items) and self.items[self.came].arrival <= ended:
+            self.ask()
+        self.now = ended
+
+    def ask(self) -> None:
+        index, self.came = self.came, self.came + 1
+        item = self.items[index]
+        self.now = item.arrival
+        self.calls[index] = self.engine.submit(
+            [" ".join("a" * (item.length - 2))],
+            slo_ms=1000 * (item.deadline - item.arrival),
+            min_quality=item.min_quality,
+            max_ratio=item.max_ratio,
+        )
+
+    def play(self) -> None:
+        with self.engine:
+            for index in range(len(self.items)):
+                if index == self.came:  # nobody waits
+                    self.ask()
+                self.calls[index].result(60)
+
+
+@pytest.mark.parametrize(
+    "policy", [FixedRatio(2, 8), QueueThreshold({2: 4, 8: 12}, 16), SlackFit(TABLE, max_batch=16)]
+)
+def test_an_engine_does_what_is_simulated(policy: Policy) -> None:
+    """The same batches at the same ratios, and so the same answers late, where a batch takes what the table says."""
+    drawn = random.Random(0)
+    items = [
+        replace(item, min_quality=drawn.choice([None, None, 0.95]), max_ratio=drawn.choice([None, None, None, 4]))
+        for item in load(1.1, 0.5)
+    ]
+    live = InStep(policy, items, TABLE)
+    live.play()
+    result, metrics = simulate(policy, items, TABLE), live.engine.metrics
+    assert 0 < result.late < result.texts == metrics.answered
+    assert len(result.texts_by_ratio) >= 2
+    assert (metrics.late, metrics.batches, metrics.switches) == (result.late, result.batches, result.switches)
+    assert metrics.texts_by_ratio == result.texts_by_ratio
+    assert metrics.latency_ms == pytest.approx(result.latency_ms)
+    assert metrics.busy_seconds == pytest.approx(result.busy_seconds)
+    again = simulate(policy, items, TABLE, latency=RecordedLatencies(TABLE, live.records))
+    assert (again.late, again.batches) == (result.late, result.batches)

@@ -1,0 +1,145 @@
+"""Calls to an engine: what they may ask for, the texts of each that wait, and how its answers come together."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from .tasks import Encoded, Task
+
+
+__all__ = [
+    "EngineClosed",
+    "Limits",
+    "QueueFull",
+    "QueuedText",
+    "Request",
+    "check_limits",
+    "checked_query",
+    "checked_slo",
+    "checked_texts",
+]
+
+
+class EngineClosed(RuntimeError):
+    """The engine was asked after it had been closed."""
+
+
+class QueueFull(RuntimeError):
+    """A call has more texts than the queue has room for; none of them was taken."""
+
+
+class Limits(TypedDict, total=False):
+    """What one call asks of its answer; each may be left out."""
+
+    slo_ms: float | None
+    """Milliseconds until the answer is due; `None`: the engine's."""
+    min_quality: float | None
+    """Least quality of the ratio that is used, on the scale of the policy's latency table; where nobody measured it,
+    and with policies that know none, the base answers, k = 1."""
+    max_ratio: int | None
+    """Largest ratio that may be used."""
+
+
+@dataclass(slots=True, eq=False)
+class QueuedText:
+    """One text that waits: what a policy reads of it, and whose it is."""
+
+    arrival: float
+    length: int
+    deadline: float
+    min_quality: float | None
+    max_ratio: int | None
+    encoded: Encoded
+    request: Request
+    index: int
+
+
+class Request:
+    """One call: its texts may run in several batches."""
+
+    def __init__(self, task: Task, count: int) -> None:
+        self.task = task
+        self.future: Future[Any] = Future()
+        self.answers: list[Any] = [None] * count
+        self.ratios, self.lengths, self.late = [1] * count, [0] * count, [False] * count
+        self.missing = count
+
+    def put(self, index: int, answer: Any, ratio: int, length: int, late: bool) -> None:
+        """Take in one answer."""
+        self.answers[index], self.ratios[index], self.lengths[index], self.late[index] = answer, ratio, length, late
+        self.missing -= 1
+
+    def finish(self) -> None:
+        """Hand over what was asked for."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            about = {"ratios": self.ratios, "lengths": self.lengths, "late": self.late}
+            self.future.set_result(self.task.assemble(self.answers, **about))
+        except Exception as error:
+            self.future.set_exception(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Hand over an error instead."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+def checked_texts(texts: Any, name: str) -> list[str]:
+    """Texts as a list.
+
+    Raises:
+        TypeError: they are no list of texts.
+        ValueError: one of them is no valid Unicode.
+    """
+    if not isinstance(texts, (list, tuple)):
+        raise TypeError(f"{name} is a {type(texts).__name__}; give a list of texts, also for a single one.")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{index}] is a {type(text).__name__}; give a list of texts.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}[{index}] is no valid Unicode: {error.reason}.") from error
+    return list(texts)
+
+
+def checked_query(query: Any) -> str:
+    """One text. What is raised is as in `checked_texts`."""
+    return checked_texts([query], "query")[0]
+
+
+def checked_slo(slo_ms: Any) -> float:
+    """Milliseconds to a deadline.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not above 0.
+    """
+    if isinstance(slo_ms, bool) or not isinstance(slo_ms, (int, float)):
+        raise TypeError(f"slo_ms={slo_ms!r} has to be a number of milliseconds.")
+    if not slo_ms > 0:
+        raise ValueError(f"slo_ms={slo_ms} has to be above 0; infinity means that there is no deadline.")
+    return float(slo_ms)
+
+
+def check_limits(min_quality: Any, max_ratio: Any) -> None:
+    """Check what a call asks of the ratio.
+
+    Raises:
+        TypeError: a limit is not of its type.
+        ValueError: it is out of range.
+    """
+    if min_quality is not None:
+        if isinstance(min_quality, bool) or not isinstance(min_quality, (int, float)):
+            raise TypeError(f"min_quality={min_quality!r} has to be a number or None.")
+        if math.isnan(min_quality):
+            raise ValueError("min_quality is not a number; give the least quality, or None.")
+    if max_ratio is not None:
+        if isinstance(max_ratio, bool) or not isinstance(max_ratio, int):
+            raise TypeError(f"max_ratio={max_ratio!r} has to be an integer or None.")
+        if max_ratio < 1:
+            raise ValueError(f"max_ratio={max_ratio} has to be at least 1, the base itself.")
