@@ -600,6 +600,7 @@ def serve_command(
     table: Annotated[
         Path | None, typer.Option(help="Latency table (JSON); measured and written if there is none.")
     ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most texts in a batch.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Most texts that wait; beyond it, status 429.")] = 1024,
     max_texts: Annotated[int, typer.Option(min=1, help="Most texts in a request.")] = 256,
     max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; the rest is cut off.")] = None,
@@ -637,6 +638,7 @@ def serve_command(
             policy=policy,
             ratios=None if ratio is None else tuple(parse_ratios(ratio)),
             table=None if table is None else str(table),
+            batch_size=batch_size,
             max_queue=max_queue,
             max_texts=max_texts,
             max_length=max_length,

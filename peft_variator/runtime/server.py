@@ -25,7 +25,7 @@ from ..training import load_plugin
 from .engine import Engine
 from .latency import LatencyTable, find_transformer, profile_latency, quality_from_card
 from .metrics import BatchRecord
-from .policies import FixedRatio, Policy, QueueThreshold, SlackFit
+from .policies import MAX_BATCH, FixedRatio, Policy, QueueThreshold, SlackFit
 from .pooling import check_pooling, read_recipe
 
 
@@ -49,6 +49,7 @@ class ServeSettings:
         policy: `slack-fit`, `threshold` or `fixed`.
         ratios: compression ratios to choose from; `None`: those that the plugin was trained for.
         table: file of the latency table, measured and written there if it does not exist; `None`: measured anew.
+        batch_size: most texts in a batch.
         max_queue: most texts that may wait; beyond it requests get status 429.
         max_texts: most texts in a request.
         max_length: most tokens of a text; `None`: as many as the model takes.
@@ -72,6 +73,7 @@ class ServeSettings:
     policy: str = SlackFit.name
     ratios: tuple[int, ...] | None = None
     table: str | None = None
+    batch_size: int = MAX_BATCH
     max_queue: int = 1024
     max_texts: int = 256
     max_length: int | None = None
@@ -185,14 +187,16 @@ def _load(settings: ServeSettings) -> tuple[nn.Module, PreTrainedTokenizerBase |
 
 def _make_policy(settings: ServeSettings, model: nn.Module) -> Policy:
     if settings.adapter is None:
-        return FixedRatio(1)
+        return FixedRatio(1, settings.batch_size)
     if settings.policy == FixedRatio.name:
         (k,) = settings.ratios or ()
-        return FixedRatio(k)
+        return FixedRatio(k, settings.batch_size)
     ratios = settings.ratios or _trained_ratios(model)
     if settings.policy == QueueThreshold.name:
-        return QueueThreshold({k: 8 << index for index, k in enumerate(sorted({*ratios} - {1}))})
-    return SlackFit(_read_or_measure(settings, model, ratios), reserve_ms=RESERVE_MS)
+        steps = {k: 8 << index for index, k in enumerate(sorted({*ratios} - {1}))}
+        return QueueThreshold(steps, settings.batch_size)
+    table = _read_or_measure(settings, model, ratios)
+    return SlackFit(table, max_batch=settings.batch_size, reserve_ms=RESERVE_MS)
 
 
 def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence[int]) -> LatencyTable:
@@ -210,7 +214,8 @@ def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence
     lengths = [length for length in LENGTHS if positions is None or length <= positions] or [positions or 1]
     known = (quality_from_card(settings.adapter) if settings.adapter else None) or {}
     quality = {k: value for k, value in known.items() if k in (1, *ratios)} or None
-    table = profile_latency(model, ratios, BATCH_SIZES, lengths, quality=quality, rounds=3, min_seconds=0.02)
+    sizes = [*(size for size in BATCH_SIZES if size < settings.batch_size), settings.batch_size]
+    table = profile_latency(model, ratios, sizes, lengths, quality=quality, rounds=3, min_seconds=0.02)
     if path is not None:
         table.save(path)
     return table

@@ -365,17 +365,34 @@ def test_what_cannot_be_served_is_told_at_once(words: list[str], named: str, fol
     assert named in done.stderr
 
 
+@pytest.mark.parametrize("policy", ["slack-fit", "threshold", "fixed", None])
+def test_batches_are_no_larger_than_asked_for(folder: Path, policy: str | None) -> None:
+    from peft_variator.runtime.server import ServeSettings, make_engine
+
+    settings = ServeSettings(str(folder / "base"), batch_size=3, slo_ms=60_000)
+    if policy is not None:
+        ratios = (2,) if policy == "fixed" else (1, 2, 8)
+        plugin = {"adapter": str(folder / "adapter"), "table": str(folder / "table.json")}
+        settings = replace(settings, **plugin, policy=policy, ratios=ratios)
+    records: list[Any] = []
+    with make_engine(settings, records.append) as engine:
+        engine.embed(["a b c"] * 7)
+    assert [record.size for record in records] == [3, 3, 1]
+
+
 @pytest.mark.slow
 def test_a_table_is_measured_once_and_kept(folder: Path, tmp_path: Path) -> None:
     from peft_variator.runtime.server import ServeSettings, make_engine
 
     path = tmp_path / "table.json"
-    settings = ServeSettings(str(folder / "base"), str(folder / "adapter"), table=str(path), ratios=(4,))
+    paths = str(folder / "base"), str(folder / "adapter")
+    settings = ServeSettings(*paths, table=str(path), ratios=(4,), batch_size=2)
     measured = [make_engine(settings), make_engine(replace(settings, ratios=None))]
     for engine in measured:
         engine.close()
     assert LatencyTable.load(path) == measured[0].policy.table == measured[1].policy.table
     assert measured[0].policy.ratios == (1, 4)
+    assert measured[0].policy.table.batch_sizes == (1, 2)
     with pytest.raises(ValueError, match=r"no ratios \[8\]"):
         make_engine(replace(settings, ratios=(8,)))
 
