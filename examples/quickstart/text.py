@@ -1,10 +1,12 @@
-"""Real English text that comes with every Python: the documentation that `help("TOPIC")` shows."""
+"""Real English text that comes with every Python, the documentation that `help("TOPIC")` shows; and STS-B."""
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from pydoc_data.topics import topics
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_variator.training.data import cut_spans, surroundings, tokenize
 
 
-__all__ = ["Corpus", "load_corpus", "make_examples"]
+__all__ = ["Corpus", "ScoredPair", "load_corpus", "make_examples", "read_stsb"]
 
 # A paragraph with fewer words is a heading, a signature or a line of code.
 MIN_WORDS = 8
@@ -48,6 +50,40 @@ def _paragraphs(names: list[str]) -> list[str]:
     """What stands between blank lines, with single spaces, if it is long enough to be prose."""
     parts = [part.split() for name in names for part in re.split(r"\n\s*\n", topics[name])]
     return list(dict.fromkeys(" ".join(words) for words in parts if len(words) >= MIN_WORDS))
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """Two texts, and how alike people found them.
+
+    Args:
+        left: one of them.
+        right: the other.
+        score: 0, unrelated, to 5, equal.
+    """
+
+    left: str
+    right: str
+    score: float
+
+
+def read_stsb(path: Path) -> list[ScoredPair]:
+    """The pairs of STS-B (Cer et al. 2017): tab-separated, the score in the fifth column, then the texts.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: a line of it has no score and two texts there.
+    """
+    pairs = []
+    with path.open(encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+            try:
+                pairs.append(ScoredPair(row[5], row[6], float(row[4])))
+            except (IndexError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: no score and two texts in columns 5 to 7.") from error
+    if len(pairs) < 2:
+        raise ValueError(f"{path} has {len(pairs)} pairs; a correlation needs 2 at least.")
+    return pairs
 
 
 def make_examples(
