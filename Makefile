@@ -11,6 +11,7 @@ help: ## Show the targets
 
 # torch is installed first and by itself: a resolver that meets it as a dependency may take the CUDA build.
 $(BIN)/python:
+	@echo "Making an environment in $(VENV), with torch and what it needs. This takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH)
 

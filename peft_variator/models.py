@@ -162,7 +162,7 @@ def load_config(model: str) -> PreTrainedConfig:
 
     Raises:
         CheckpointError: it is no configuration of a model that transformers knows.
-        OSError: there is no such file, folder or model; the message names shapes that are spelt alike.
+        OSError: there is no such file, folder or model; the message names shapes that are spelt alike, or all of them.
     """
     if model in SHAPES:
         return AutoConfig.for_model(SHAPES[model].model_type, **SHAPES[model].fields)
@@ -170,9 +170,11 @@ def load_config(model: str) -> PreTrainedConfig:
         return read_model_config(model)
     except OSError as error:
         close = [name for name in SHAPES if name.startswith(model.lower())] or get_close_matches(model.lower(), SHAPES)
-        if not close:
-            raise
-        raise OSError(f"{error} Did you mean {' or '.join(map(repr, close))}?") from error
+        if close:
+            hint = f"Did you mean {' or '.join(map(repr, close))}?"
+        else:
+            hint = f"{model!r} is no folder here, and none of the known shapes: {', '.join(SHAPES)}."
+        raise OSError(f"{error} {hint}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -95,10 +95,11 @@ class Reporter:
 
     def show_figures(self, title: str, rows: Sequence[Sequence[str]], lines: Iterable[str]) -> None:
         """Print a table of figures, whose first row is its head, and plain lines below it."""
+        from rich import box
         from rich.table import Table
 
         head, *body = rows
-        table = Table(title=title)
+        table = Table(title=title, box=box.SIMPLE_HEAD)
         for index, name in enumerate(head):
             table.add_column(name, justify="right" if index else "left")
         for row in body:

@@ -48,6 +48,8 @@ __all__ = [
 Batch = dict[str, Any]
 Examples = list[dict[str, list[int]]] | Subset[dict[str, Tensor]]
 
+# Of so many examples one may be held out.
+SHARE_HELD_OUT = 10
 MIN_TOKENS = 2  # a prompt and a continuation
 # Batches that are timed at most; quality is measured on all.
 TIMED_BATCHES = 8
@@ -102,8 +104,8 @@ def load_data(
         column: column of the text in tables and data sets.
         split: split of the data set.
         max_length: most tokens in an example.
-        wanted: number of examples that are enough; no more text or images are read than they need, of every file
-            as much.
+        wanted: number of examples to train on that are enough; no more text or images are read than they and the
+            held-out ones need, of every file as much.
         held_out: number of examples to hold out, at most a tenth of all.
         seed: seed of the split, and of where text is cut.
 
@@ -112,6 +114,8 @@ def load_data(
         ValueError: there is too little data to hold anything out.
     """
     names = ", ".join(data)
+    # However few are trained on, as many are held out as were asked for: so many are read that those are a tenth.
+    wanted = max(wanted + held_out, held_out * SHARE_HELD_OUT)
     if task == "vision":
         images = ImageFolder(data, AutoImageProcessor.from_pretrained(model))
         drawn, unreadable = images.draw(wanted, seed)
@@ -166,7 +170,7 @@ def _shares(sizes: list[int], count: int) -> list[int]:
 def _count_held_out(total: int, wanted: int, data: str) -> int:
     if total < 2:
         raise ValueError(f"{data} gives {total} examples; at least 2 are needed, one of them to measure on. Add data.")
-    return min(wanted, max(1, total // 10))
+    return min(wanted, max(1, total // SHARE_HELD_OUT))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -212,8 +215,7 @@ def _write(
     ]
     inputs = list(examples[0])
     wrapped = TensorOutputs(model, inputs, outputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, on names that it chose itself
+    with _quiet_exporter():
         program = torch.onnx.export(
             wrapped,
             tuple(examples[0].values()),
@@ -223,7 +225,8 @@ def _write(
             dynamo=True,
             verbose=False,
         )
-    assert program is not None  # with dynamo=True there is always one
+        assert program is not None  # with dynamo=True there is always one
+        proto = program.model_proto
     told = {
         "compression_ratio": str(ratio),
         "adapter": adapter,
@@ -231,7 +234,6 @@ def _write(
         "max_kept_tokens": str(config.max_kept_tokens),
         "version": __version__,
     }
-    proto = program.model_proto
     onnx.helper.set_model_props(proto, {f"peft_variator.{name}": value for name, value in told.items()})
     with replacing(output) as temporary:
         onnx.save_model(proto, str(temporary))
@@ -239,6 +241,22 @@ def _write(
         if processor is not None:
             _save_beside(processor, output)
     return ExportReport(str(output), base, adapter, ratio, inputs, outputs, difference, output.stat().st_size)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Where the exporter keeps to itself what concerns names that it chose, and packages that it does without."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _check_file(path: Path, model: TensorOutputs, examples: list[dict[str, Tensor]]) -> float:

@@ -65,7 +65,9 @@ app = typer.Typer(
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to make for the result.")]
 Ratio = Annotated[
     list[str] | None,
-    typer.Option(help="Compression ratio k (4), repeated or with commas: one plugin serves all of them."),
+    typer.Option(
+        metavar="K,K", help="Compression ratio k (4), repeated or with commas: one plugin serves all of them."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch; in training, on each process.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
@@ -78,8 +80,9 @@ TaskOption = Annotated[Task | None, typer.Option(help="How the model is used; le
 Data = Annotated[
     list[str],
     typer.Option(
+        metavar="FILE|DIR|HUB",
         help="Text file, table (.csv, .tsv, .parquet, .json, .jsonl), data set on the Hub; for vision models a folder "
-        "of images. Repeatable."
+        "of images. Repeatable.",
     ),
 ]
 Rate = Annotated[float, typer.Option(help="Peak learning rate; it warms up and follows a cosine to 0.")]
@@ -163,8 +166,9 @@ def bench_command(
     model: Annotated[
         str | None,
         typer.Argument(
+            metavar="MODEL",
             help="Hub name, folder, path of a config.json, or name of a known shape. With --adapter: the base, if it "
-            "is not the one that the adapter names."
+            "is not the one that the adapter names.",
         ),
     ] = None,
     adapter: Annotated[
@@ -173,7 +177,8 @@ def bench_command(
     ratio: Annotated[
         list[str] | None,
         typer.Option(
-            help="Compression ratios k, repeated or with commas; left out: 2,4,8, or those of the saved plugin."
+            metavar="K,K",
+            help="Compression ratios k, repeated or with commas; left out: 2,4,8, or those of the saved plugin.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences or images in a batch.")] = 8,
@@ -241,7 +246,9 @@ def bench_command(
     "convert-checkpoint", cls=Command, context_settings=CONTEXT, short_help="Convert a plugin of the paper's authors."
 )
 def convert_checkpoint_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Plugin file as released for T5, saved by torch.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Plugin file as released for T5, saved by torch.")
+    ],
     output: Output,
     base: Annotated[str | None, typer.Option(help="Hub name or folder of its T5, for the adapter to name.")] = None,
     residual_scale: Annotated[
@@ -282,18 +289,21 @@ def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
 
 @app.command("evaluate", cls=Command, context_settings=CONTEXT, short_help="Say whether a plugin pays on your data.")
 def evaluate_command(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub name of a Variator plugin.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a Variator plugin.")],
     data: Annotated[
         list[str],
         typer.Option(
+            metavar="FILE|DIR|HUB",
             help="Your texts: a text file with one on each line, .jsonl, data set on the Hub; for vision models a "
-            "folder of images. Repeatable."
+            "folder of images. Repeatable.",
         ),
     ],
     base: Annotated[str | None, typer.Option(help="Base model; left out: the one that the plugin names.")] = None,
     ratio: Annotated[
         list[str] | None,
-        typer.Option(help="Compression ratios k, repeated or with commas; left out: those it was trained for."),
+        typer.Option(
+            metavar="K,K", help="Compression ratios k, repeated or with commas; left out: those it was trained for."
+        ),
     ] = None,
     min_cosine: Annotated[
         float | None, typer.Option(help="Ask for the largest k whose mean cosine to the base is at least this.")
@@ -357,7 +367,7 @@ def evaluate_command(
 
 @app.command("export", cls=Command, context_settings=CONTEXT, short_help="Write a model with its plugin as ONNX.")
 def export_command(
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub name of a Variator plugin.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a Variator plugin.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .onnx.")],
     ratio: Annotated[int | None, typer.Option(help="Compression ratio k; left out: the plugin's own.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model; left out: the one that the plugin names.")] = None,
@@ -396,7 +406,9 @@ def info_command(
 
 @app.command("inspect", cls=Command, context_settings=CONTEXT, short_help="Count the zeros of a checkpoint on disk.")
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="Folder with safetensors files, sharded or not, or one such file.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Folder with safetensors files, sharded or not, or one such file.")
+    ],
     by: Annotated[
         Literal["module", "block", "modality"], typer.Option(help="One row of the table for each.")
     ] = "block",
@@ -419,8 +431,10 @@ def inspect_command(
 
 @app.command("merge", cls=Command, context_settings=CONTEXT, short_help="Merge a SparseLoRA adapter into its base.")
 def merge_command(
-    base: Annotated[Path, typer.Argument(help="Folder of the base, dense or packed.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of a SparseLoRA adapter, as save_pretrained wrote it.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base, dense or packed.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Folder of a SparseLoRA adapter, as save_pretrained wrote it.")
+    ],
     output: Output,
     packed: Annotated[
         bool | None, typer.Option("--packed/--dense", help="Form of the result. Left out: that of the base.")
@@ -444,13 +458,20 @@ def merge_command(
 
 @app.command("pack", cls=Command, context_settings=CONTEXT, short_help="Store a 2:4 model in about half the bytes.")
 def pack_command(
-    source: Annotated[Path, typer.Argument(help="Folder of a 2:4 model, with config.json and safetensors files.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of a 2:4 model, with config.json and safetensors files.")
+    ],
     output: Output,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Layer that has to be 2:4: a name, a class, or re:EXPRESSION. Left out: all that are."),
+        typer.Option(
+            metavar="LAYER",
+            help="Layer that has to be 2:4: a name, a class, or re:EXPRESSION. Left out: all that are.",
+        ),
     ] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Layer to leave dense, given likewise.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="Layer to leave dense, given likewise.")
+    ] = None,
     license: License = None,
     push_to_hub: PushToHub = None,
     json: Json = None,
@@ -472,17 +493,21 @@ def pack_command(
 @app.command("prune", cls=Command, context_settings=CONTEXT, short_help="Make a dense model sparse.")
 @_with_options(_method_options(), after="method")
 def prune_command(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of the dense model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the dense model.")],
     output: Output,
     method: Method = "wanda",
     sparsity: Annotated[float | None, typer.Option(help="Fraction of weights removed, in [0, 1).")] = None,
     pattern: Annotated[str | None, typer.Option(help="n:m pattern, n weights kept of every m: 2:4, 4:8.")] = None,
     modality_sparsity: Annotated[
         list[str] | None,
-        typer.Option(help="How much of one modality, e.g. vision=0.4 or language=2:4; repeat for more of them."),
+        typer.Option(
+            metavar="NAME=AMOUNT",
+            help="How much of one modality, e.g. vision=0.4 or language=2:4; repeat for more of them.",
+        ),
     ] = None,
     modality: Annotated[
-        list[str] | None, typer.Option(help="Prune only this modality with --sparsity or --pattern; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Prune only this modality with --sparsity or --pattern; may be repeated."),
     ] = None,
     allocation: Annotated[
         Literal["uniform", "ecoflap"], typer.Option(help="ecoflap: less where the loss depends on the block more.")
@@ -490,8 +515,12 @@ def prune_command(
     score_order: Annotated[
         Literal["zeroth", "first"], typer.Option(help="ecoflap: from loss differences or from gradients.")
     ] = "zeroth",
-    target_module: Annotated[list[str] | None, typer.Option(help="Module to prune, by the end of its name.")] = None,
-    exclude_module: Annotated[list[str] | None, typer.Option(help="Module to leave dense, likewise.")] = None,
+    target_module: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Module to prune, by the end of its name.")
+    ] = None,
+    exclude_module: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Module to leave dense, likewise.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help='Calibration: plain text, or .jsonl with {"text": ..., "image": path} a line.')
     ] = None,
@@ -543,7 +572,9 @@ def prune_command(
 @app.command("restore", cls=Command, context_settings=CONTEXT, short_help="Win back the quality of a pruned model.")
 @_with_options(_run_options(), after="lr")
 def restore_command(
-    model: Annotated[str, typer.Argument(help="Pruned model; or the dense one of an --adapter that stores masks.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Pruned model; or the dense one of an --adapter that stores masks.")
+    ],
     data: Data,
     output: Output,
     teacher: Annotated[
@@ -587,7 +618,7 @@ def restore_command(
     "serve", cls=Command, context_settings=CONTEXT, short_help="Serve embeddings at the ratio that load allows."
 )
 def serve_command(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of the text encoder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the text encoder.")],
     adapter: Annotated[str | None, typer.Option(help="Its Variator plugin; left out: the base alone.")] = None,
     slo_ms: Annotated[float, typer.Option(help="Milliseconds in which a request is to be answered.")] = 50.0,
     policy: Annotated[
@@ -595,7 +626,9 @@ def serve_command(
     ] = "slack-fit",
     ratio: Annotated[
         list[str] | None,
-        typer.Option(help="Ratios k to choose from, repeated or with commas; left out: those it was trained for."),
+        typer.Option(
+            metavar="K,K", help="Ratios k to choose from, repeated or with commas; left out: those it was trained for."
+        ),
     ] = None,
     table: Annotated[
         Path | None, typer.Option(help="Latency table (JSON); measured and written if there is none.")
@@ -657,7 +690,7 @@ def serve_command(
 @app.command("train", cls=Command, context_settings=CONTEXT, short_help="Train a compression plugin for a model.")
 @_with_options(_run_options(), after="flops_saved")
 def train_command(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of the base model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the base model.")],
     data: Data,
     output: Output,
     ratio: Ratio = None,
@@ -689,7 +722,10 @@ def train_command(
     ] = None,
     flops_saved: Annotated[
         list[str] | None,
-        typer.Option(help="Share of the FLOPs to save as in 0.45, for each --ratio: ratios and widths by layer."),
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the FLOPs to save as in 0.45, for each --ratio: ratios and widths by layer.",
+        ),
     ] = None,
     json: Json = None,
     quiet: Quiet = False,
@@ -729,7 +765,9 @@ def train_command(
 
 @app.command("unpack", cls=Command, context_settings=CONTEXT, short_help="Make a packed model dense.")
 def unpack_command(
-    source: Annotated[Path, typer.Argument(help="Folder of a model packed by this package or published packed.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of a model packed by this package or published packed.")
+    ],
     output: Output,
     json: Json = None,
     quiet: Quiet = False,

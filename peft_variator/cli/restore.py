@@ -225,7 +225,7 @@ def restore(job: RestoreJob, reporter: Reporter) -> None:
     if is_first:
         reporter.write_json(json.dumps(asdict(facts), indent=2))
         _show(job, facts, reporter)
-        warn_about_little_data(facts.held_out, reporter)
+        warn_about_little_data(job, facts.held_out, reporter)
         job.publishing.push(job.output, reporter)
 
 

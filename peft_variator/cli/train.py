@@ -215,7 +215,7 @@ def train(job: TrainJob, reporter: Reporter) -> None:
         _show(job, facts, reporter)
         if facts.verdict is not None:
             reporter.warn(facts.verdict)
-        warn_about_little_data(facts.held_out, reporter)
+        warn_about_little_data(job, facts.held_out, reporter)
         job.publishing.push(job.output, reporter)
 
 
@@ -226,10 +226,10 @@ def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
         f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size:.2f} MB), its model card README.md, "
         "and training.json with the losses.",
         *next_commands(
-            ["bench", facts.base, "--ratio", _listed(facts)],
+            ["bench", "--adapter", job.output],
             ["train", facts.base, "--adapter", job.output, *data, "--output", f"{job.output}-on-task"],
         ),
-        "The first measures how fast it is; the second trains it further, best on the texts of a task in place of "
+        "The first measures how fast it is; the second trains it further, best on data of a task in place of "
         f"{facts.data}. How to load it: {job.output / 'README.md'}.",
         *_in_sentence_transformers(job),
     ]
@@ -241,7 +241,3 @@ def _in_sentence_transformers(job: TrainJob) -> list[str]:
         return []
     load = f"model = SentenceTransformer({str(job.output)!r})"
     return ["In Python:", *("  " + line for line in ("import peft_variator", IMPORT, load))]
-
-
-def _listed(facts: PluginFacts) -> str:
-    return ",".join(str(each.ratio) for each in facts.ratios)

@@ -291,7 +291,7 @@ def load_run_data(settings: RunSettings, task: Task, reporter: Reporter) -> Trai
         column=settings.text_column,
         split=settings.split,
         max_length=settings.max_length,
-        wanted=settings.steps * batch + settings.held_out,
+        wanted=settings.steps * batch,
         held_out=settings.held_out,
         seed=settings.seed,
     )
@@ -332,12 +332,17 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
         )
 
 
-def warn_about_little_data(held_out: int, reporter: Reporter) -> None:
-    """Tell where quality was measured on too few examples to be trusted."""
-    if held_out < ENOUGH_HELD_OUT:
+def warn_about_little_data(settings: RunSettings, held_out: int, reporter: Reporter) -> None:
+    """Tell where quality was measured on fewer examples than were asked for, or on too few to be trusted."""
+    if held_out < settings.held_out:
         reporter.warn(
-            f"Quality was measured on {held_out} held-out examples only: another draw would give other figures. Hold "
-            "out more with --held-out, and give enough --data; at most a tenth of what is read is held out."
+            f"Quality was measured on {held_out} held-out examples, not on the {settings.held_out} of --held-out: at "
+            "most a tenth of what --data gives is held out. Add data."
+        )
+    elif held_out < ENOUGH_HELD_OUT:
+        reporter.warn(
+            f"Quality was measured on {held_out} held-out examples only: another draw would give other figures. "
+            f"Raise --held-out to {ENOUGH_HELD_OUT} or more."
         )
 
 

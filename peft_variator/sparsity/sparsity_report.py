@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -131,9 +132,10 @@ class SparsityReport:
 
     def table(self, by: str = "block") -> Table:
         """A printable table with one row per "module", "block" or "modality", and the total."""
-        table = Table(title=f"Sparsity by {by}")
+        table = Table(title=f"Sparsity by {by}", box=box.SIMPLE_HEAD)
         table.add_column(by)
-        for column in ("modality", "weights", "zeros", "sparsity", "pattern"):
+        named = () if by == "modality" else ("modality",)
+        for column in (*named, "weights", "zeros", "sparsity", "pattern"):
             table.add_column(column, justify="left" if column in ("modality", "pattern") else "right")
         for row in [*self.grouped(by), self.total]:
             if row.name == "total":
@@ -141,7 +143,7 @@ class SparsityReport:
             met = {None: "", True: " met", False: " NOT met"}[row.pattern_met]
             table.add_row(
                 row.name,
-                row.modality,
+                *(row.modality for _ in named),
                 f"{row.weights:,}",
                 f"{row.zeros:,}",
                 f"{row.sparsity:.2%}",

@@ -145,7 +145,7 @@ def test_losses_are_those_of_all_tokens(folders: Path, text: Path, tmp_path: Pat
     from peft_variator.cli.examples import load_data
 
     data = load_data(
-        str(folders / "causal"), "causal", [str(text)], column="text", split="train", max_length=32, wanted=37,
+        str(folders / "causal"), "causal", [str(text)], column="text", split="train", max_length=32, wanted=32,
         held_out=5, seed=0,
     )  # fmt: skip
     rows = [row["input_ids"] for row in data.held_out]

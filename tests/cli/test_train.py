@@ -410,3 +410,5 @@ def test_one_step_trains_and_several_files_are_read(tmp_path: Path) -> None:
     (row,) = record["facts"]["ratios"]
     assert row["before"] != row["after"]
     assert record["facts"]["data"] == f"{data[0]}, {data[1]}"
+    # As many as were asked for, although a step takes only four.
+    assert record["facts"]["held_out"] == 5
