@@ -132,7 +132,7 @@ def test_load_back_finds_a_plugin_that_was_changed(smoke, scripts, tmp_path, cap
     save_file({name: tensor + (0.01 if tensor.is_floating_point() else 0) for name, tensor in tensors.items()}, path)
     with pytest.raises(typer.Exit):
         scripts("load_back").main(copy)
-    assert "At k = 4 the loaded plugin's embeddings differ by up to" in capsys.readouterr().err
+    assert "the loaded plugin's embeddings differ by up to" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_replaced_and_a_folder_of_the_user_is_not(smoke, scripts, tmp_path):
