@@ -397,7 +397,7 @@ class Engine:
             record = BatchRecord(ratio, len(texts), longest, waited, ended - started, number, failed, started)
             try:
                 self._on_batch(record)
-            except Exception:
+            except BaseException:  # even one that ends a thread: this one is everybody's
                 logger.exception("on_batch failed; the answers of the batch are not affected.")
 
     def _deliver(

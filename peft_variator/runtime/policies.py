@@ -194,7 +194,7 @@ class _Planner(Policy):
         self._preferred = tuple(sorted(self.ratios, key=lambda k: (-rank[k], k)))
 
     def _allowed(self, item: Waiting) -> tuple[int, ...]:
-        """The ratios that a text allows, best first; the best one that there is if it asks for more."""
+        """The ratios that a text allows, best first; the base alone, if it allows none."""
         least, largest = item.min_quality, item.max_ratio
         if least is None and largest is None:
             return self._preferred
@@ -203,7 +203,7 @@ class _Planner(Policy):
             for k in self._preferred
             if (largest is None or k <= largest) and (least is None or self.quality.get(k, -math.inf) >= least)
         )
-        return allowed or ((1,) if 1 in self.ratios else self._preferred[:1])
+        return allowed or (1,)
 
     def _front(self, queue: Sequence[Waiting]) -> tuple[tuple[int, ...], list[int], list[float]]:
         """What the first text allows, and of the texts from it on that allow the same: the longest and the most urgent
@@ -259,6 +259,8 @@ class SlackFit(_Planner):
         latency = self.table.latency
         allowed, lengths, deadlines = self._front(queue)
         count = len(lengths)
+        if allowed[0] not in self.ratios:
+            return 1, count  # the table of what the base takes is not there
         if len(allowed) == 1:
             fastest = allowed[0]
         else:
@@ -280,7 +282,7 @@ class SlackFit(_Planner):
             if seconds * (1 + behind / count) > last_slack:
                 continue
             if seconds <= slack:
-                coming = min(int(rate * seconds), self.max_batch)
+                coming = int(min(rate * seconds, self.max_batch))
                 if not coming or seconds + latency(fastest, coming, lengths[-1]) <= allowance:
                     return k, count
                 continue
@@ -350,6 +352,8 @@ class Oracle(_Planner):
             return 1, 0
         allowed, lengths, _ = self._front(queue)
         count = len(lengths)
+        if allowed[0] not in self.ratios:
+            return 1, count
         seconds = {k: self.table.latency(k, count, lengths[-1]) for k in allowed}
         fastest = min(allowed, key=lambda k: seconds[k])
         least = self._late(now, queue, count, seconds[fastest], fastest)

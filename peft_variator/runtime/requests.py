@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -21,6 +23,9 @@ __all__ = [
     "checked_slo",
     "checked_texts",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 class EngineClosed(RuntimeError):
@@ -78,14 +83,23 @@ class Request:
             return
         try:
             about = {"ratios": self.ratios, "lengths": self.lengths, "late": self.late}
-            self.future.set_result(self.task.assemble(self.answers, **about))
+            answer = self.task.assemble(self.answers, **about)
         except Exception as error:
-            self.future.set_exception(error)
+            _hand_over(self.future.set_exception, error)
+        else:
+            _hand_over(self.future.set_result, answer)
 
     def fail(self, error: BaseException) -> None:
         """Hand over an error instead."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+            _hand_over(self.future.set_exception, error)
+
+
+def _hand_over(put: Callable[[Any], None], outcome: Any) -> None:
+    try:
+        put(outcome)
+    except BaseException:  # of somebody's callback, in the thread that everybody waits for
+        logger.exception("What was to be called with an answer failed; other answers are not affected.")
 
 
 def checked_texts(texts: Any, name: str) -> list[str]:
@@ -121,9 +135,17 @@ def checked_slo(slo_ms: Any) -> float:
     """
     if isinstance(slo_ms, bool) or not isinstance(slo_ms, (int, float)):
         raise TypeError(f"slo_ms={slo_ms!r} has to be a number of milliseconds.")
-    if not slo_ms > 0:
+    milliseconds = _checked_float("slo_ms", slo_ms)
+    if not milliseconds > 0:
         raise ValueError(f"slo_ms={slo_ms} has to be above 0; infinity means that there is no deadline.")
-    return float(slo_ms)
+    return milliseconds
+
+
+def _checked_float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is an integer that is larger than every float; give a smaller number.") from error
 
 
 def check_limits(min_quality: Any, max_ratio: Any) -> None:
@@ -136,7 +158,7 @@ def check_limits(min_quality: Any, max_ratio: Any) -> None:
     if min_quality is not None:
         if isinstance(min_quality, bool) or not isinstance(min_quality, (int, float)):
             raise TypeError(f"min_quality={min_quality!r} has to be a number or None.")
-        if math.isnan(min_quality):
+        if math.isnan(_checked_float("min_quality", min_quality)):
             raise ValueError("min_quality is not a number; give the least quality, or None.")
     if max_ratio is not None:
         if isinstance(max_ratio, bool) or not isinstance(max_ratio, int):

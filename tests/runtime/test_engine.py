@@ -128,6 +128,8 @@ def test_what_is_no_list_of_texts_is_refused(engine: Engine, texts: Any) -> None
         {"slo_ms": float("nan")},
         {"slo_ms": "50"},
         {"slo_ms": True},
+        {"slo_ms": 10**400},
+        {"min_quality": 10**400},
         {"min_quality": "high"},
         {"min_quality": float("nan")},
         {"max_ratio": 0},
@@ -395,6 +397,19 @@ def test_batches_are_recorded_and_the_recorder_may_fail(model: Any) -> None:
         (4, 1, 3, 0, False),
     ]
     assert all(each.seconds > 0 and len(each.waited) == each.size for each in records)
+
+
+def test_whoever_is_called_with_an_answer_harms_nobody(model: Any) -> None:
+    def leave(*_: Any) -> None:
+        raise SystemExit
+
+    with Engine(model, TOKENIZER, on_batch=leave) as engine, Held(model) as held:
+        calls = [engine.submit(["a"])]
+        assert held.started.wait(30)
+        calls[0].add_done_callback(leave)
+        calls += [engine.submit(["b"]) for _ in range(2)]
+        held.gate.set()
+        assert [call.result(30).ratios for call in calls] == [[4]] * 3
 
 
 # sentence-transformers

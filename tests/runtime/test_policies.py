@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -116,6 +117,15 @@ def test_slack_fit_heeds_the_largest_ratio_of_a_text() -> None:
     assert (k, batch <= 3) == (8, True)
 
 
+@pytest.mark.parametrize("make", [SlackFit, Oracle])
+def test_a_text_that_allows_no_ratio_of_the_table_runs_on_the_base(make: Any) -> None:
+    """Also where nobody has measured the base."""
+    policy = make(made_table(ratios=(2, 4), quality={2: 0.9, 4: 0.8}))
+    for limits in ({"max_ratio": 1}, {"min_quality": 0.95}):
+        assert policy.choose(0.0, [*burst(3, 1.0, **limits), *burst(2, 1.0)], 4) == (1, 3)
+    assert policy.choose(0.0, burst(2, 1e4, max_ratio=3), 4) == (2, 2)
+
+
 def test_idle_is_the_base() -> None:
     for last in (1, 2, 8):
         assert SlackFit(TABLE).choose(5.0, [], last) == (1, 0)
@@ -162,6 +172,8 @@ def test_texts_that_keep_coming_are_left_some_time() -> None:
     assert SlackFit(TABLE).choose(0.0, burst(16, slack), 1)[0] == 1
     streaming = [QueueItem(-0.0001 * (15 - i), 32, slack / 1000 + 0.0001 * i) for i in range(16)]
     assert SlackFit(TABLE).choose(0.0, streaming, 1)[0] > 1
+    at_once = [QueueItem(arrival, 16, math.inf) for arrival in (0.0, 5e-324)]  # a rate beyond every number
+    assert SlackFit(TABLE).choose(0.0, at_once, 1) == (1, 2)
 
 
 @pytest.mark.parametrize("policy", [SlackFit, Oracle])
