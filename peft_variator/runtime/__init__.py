@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .latency import LatencyCheck, LatencyTable, profile_latency, quality_from_card
+    from .latency import LatencyCheck, LatencyTable
     from .metrics import BatchRecord, EngineMetrics
     from .policies import POLICIES, FixedRatio, Oracle, Policy, QueueItem, QueueThreshold, SlackFit
+    from .profile import profile_latency, quality_from_card
     from .requests import EngineClosed, Limits, QueueFull
     from .server import ServeSettings, make_engine
     from .simulator import RecordedLatencies, Simulation, simulate
@@ -47,9 +48,10 @@ __all__ = [
 # Where each name is, imported on first use.
 _ROOMS = {
     "engine": ("Engine",),
-    "latency": ("LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card"),
+    "latency": ("LatencyCheck", "LatencyTable"),
     "metrics": ("BatchRecord", "EngineMetrics"),
     "policies": ("POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit"),
+    "profile": ("profile_latency", "quality_from_card"),
     "requests": ("EngineClosed", "Limits", "QueueFull"),
     "server": ("ServeSettings", "make_engine"),
     "simulator": ("RecordedLatencies", "Simulation", "simulate"),

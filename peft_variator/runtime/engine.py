@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tuners.variator import using_ratio
 from ..tuners.variator.ratios import compression_ratio_of
-from .latency import has_plugin, unwrap
 from .metrics import BatchRecord, Counts, EngineMetrics
 from .policies import FixedRatio, Policy
 from .pooling import check_pooling
@@ -48,6 +47,7 @@ from .tasks import (
     Served,
     Task,
 )
+from .text_model import has_plugin, unwrap
 
 
 __all__ = ["Engine"]

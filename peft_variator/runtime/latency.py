@@ -1,42 +1,26 @@
-"""How long a forward takes at each compression ratio, batch size and length: measured, kept as JSON, interpolated."""
+"""How long a forward takes at each compression ratio, batch size and length: kept as JSON, interpolated."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import ModelCard
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedModel
-
 from ..files import write_text
-from ..models import Task
-from ..profiling import Candidate, describe_environment, make_inputs, make_lengths, time_alternately
-from ..tuners.variator import using_ratio
-from ..tuners.variator.layer import plugin_layers
 from .metrics import BatchRecord
 
 
-__all__ = ["LatencyCheck", "LatencyTable", "profile_latency", "quality_from_card"]
+__all__ = ["LatencyCheck", "LatencyTable", "checked_axis", "checked_quality"]
 
 FORMAT = 1
 MOST_KNOWN = 100_000  # interpolated points that a table remembers
-_RATIO = re.compile(r"k = \d+")  # the title of a column in a card
-LESS_IS_BETTER = "less is better"  # how a row of a card is marked whose figures are no quality
-MOST_CHECKS = 4  # cells whose centres are measured beside the grid, for each ratio
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,7 @@ class LatencyTable:
 
     def __post_init__(self) -> None:
         for name in ("ratios", "batch_sizes", "lengths"):
-            object.__setattr__(self, name, _checked_axis(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_axis(name, getattr(self, name)))
         rows = {int(k): tuple(tuple(map(float, row)) for row in rows) for k, rows in self.seconds.items()}
         object.__setattr__(self, "seconds", rows)
         for k in self.ratios:
@@ -113,7 +97,7 @@ class LatencyTable:
             if wrong:
                 raise ValueError(f"seconds[{k}] holds {wrong[0]}; times are positive numbers of seconds.")
         if self.quality is not None:
-            object.__setattr__(self, "quality", _checked_quality(self.quality, self.ratios))
+            object.__setattr__(self, "quality", checked_quality(self.quality, self.ratios))
 
     def restrict(self, ratios: Sequence[int]) -> LatencyTable:
         """The table of 1 and these ratios alone, for policies that are not to choose another.
@@ -266,14 +250,24 @@ class LatencyTable:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _checked_axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
+def checked_axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """An axis of a table.
+
+    Raises:
+        ValueError: it is empty, or no ascending positive integers.
+    """
     whole = all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
     if not values or not whole or any(low >= high for low, high in pairwise(values)):
         raise ValueError(f"{name} is {list(values)}; it needs integers of at least 1, ascending, each of them once.")
     return tuple(values)
 
 
-def _checked_quality(quality: Mapping[int, float], ratios: Sequence[int]) -> dict[int, float]:
+def checked_quality(quality: Mapping[int, float], ratios: Sequence[int]) -> dict[int, float]:
+    """Quality of some ratios.
+
+    Raises:
+        ValueError: a ratio is not among these, or its quality is no finite number.
+    """
     unknown = sorted(set(quality) - set(ratios))
     if unknown:
         raise ValueError(f"quality has the ratios {unknown}; the table has {list(ratios)}.")
@@ -294,211 +288,3 @@ def _along(values: Sequence[float], axis: Sequence[int], place: int) -> float:
     low, high = values[cell], values[cell + 1]
     found = low + (place - axis[cell]) / (axis[cell + 1] - axis[cell]) * (high - low)
     return max(found, high) if place > axis[-1] else found
-
-
-def profile_latency(
-    model: nn.Module,
-    ratios: Sequence[int],
-    batch_sizes: Sequence[int],
-    lengths: Sequence[int],
-    *,
-    quality: Mapping[int, float] | None = None,
-    rounds: int = 5,
-    min_seconds: float = 0.05,
-    seed: int = 0,
-    on_step: Callable[[], object] = lambda: None,
-) -> LatencyTable:
-    """Measure how long one forward takes here and now, at every ratio, batch size and length.
-
-    The ratios of a batch run in turn, so that a machine that changes its speed does so for all of them. Then the
-    centres of some cells of the grid are measured, to report how far off interpolation is. k = 1 is measured too if it
-    is not named: it is what an idle server uses.
-
-    Args:
-        model: a model with a Variator plugin, a `SentenceTransformer` that has one, or, for the ratio 1 alone, a model
-            without. Encoders run whole, causal models a prefill that asks for the last position. Put into evaluation
-            mode.
-        ratios: compression ratios k.
-        batch_sizes: texts in a batch.
-        lengths: tokens of each text.
-        quality: k -> quality of the answers, from an evaluation or [`quality_from_card`].
-        rounds: timed samples of each point, at least 2; the table keeps their median.
-        min_seconds: seconds that a sample takes at least; short calls are repeated.
-        seed: of the inputs.
-        on_step: called after each timed sample.
-
-    Raises:
-        ValueError: a value is no positive integer, a length is beyond the model's positions, the plugin refuses a
-            ratio, or the model takes no text.
-    """
-    ratios = _checked_axis("ratios", sorted({1, *ratios}))
-    batch_sizes = _checked_axis("batch_sizes", sorted(set(batch_sizes)))
-    lengths = _checked_axis("lengths", sorted(set(lengths)))
-    if quality is not None:
-        quality = _checked_quality(quality, ratios)
-    inner = find_transformer(model)
-    model.eval()
-    measure = partial(_measure, model, inner, ratios, rounds=rounds, min_seconds=min_seconds, seed=seed, step=on_step)
-    medians = {(batch, length): measure(batch, length) for batch, length in product(batch_sizes, lengths)}
-    seconds = {
-        k: tuple(tuple(medians[batch, length][k] for length in lengths) for batch in batch_sizes) for k in ratios
-    }
-    table = LatencyTable(ratios, batch_sizes, lengths, seconds)
-    checks = []
-    for batch, length in _centres(batch_sizes, lengths):
-        for k, measured in measure(batch, length).items():
-            checks.append(LatencyCheck(k, batch, length, measured, table.latency(k, batch, length)))
-    return LatencyTable(
-        ratios,
-        batch_sizes,
-        lengths,
-        seconds,
-        quality,
-        tuple(checks),
-        inner.config.name_or_path or type(inner).__name__,
-        describe_environment(inner.device),
-    )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """What a PeftModel was put around, with the plugin in it; any other model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def find_transformer(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers inside of a PeftModel or a SentenceTransformer.
-
-    Raises:
-        ValueError: there is none, or it takes no text.
-    """
-    found = next((module for module in unwrap(model).modules() if isinstance(module, PreTrainedModel)), None)
-    if found is None:
-        raise ValueError(f"{type(model).__name__} has no model of transformers in it. Give one that does.")
-    if found.main_input_name != "input_ids":
-        raise ValueError(f"{type(found).__name__} takes {found.main_input_name}; only models of text are served.")
-    if is_one_of(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, found):
-        raise ValueError(
-            f"{type(found).__name__} is an encoder-decoder. Serve its encoder alone, e.g. a T5EncoderModel."
-        )
-    return found
-
-
-def is_one_of(mapping: Mapping[Any, Any], model: PreTrainedModel) -> bool:
-    """Whether a model has the head that an automatic class of transformers, whose mapping this is, would give it."""
-    return type(model.config) in mapping and isinstance(model, mapping[type(model.config)])
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether a model predicts next tokens, so that it is asked for a prefill."""
-    return is_one_of(MODEL_FOR_CAUSAL_LM_MAPPING, model)
-
-
-def has_plugin(model: nn.Module) -> bool:
-    """Whether there is a Variator plugin whose ratio can be chosen."""
-    return next(iter(plugin_layers(model)), None) is not None
-
-
-@torch.no_grad()
-def _measure(
-    model: nn.Module,
-    inner: PreTrainedModel,
-    ratios: Sequence[int],
-    batch: int,
-    length: int,
-    *,
-    rounds: int,
-    min_seconds: float,
-    seed: int,
-    step: Callable[[], object],
-) -> dict[int, float]:
-    """Median seconds of each ratio on a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    task: Task = "causal" if is_causal(inner) else "encoder"
-    shapes = make_lengths(batch, length, "even", generator)
-    inputs = make_inputs(inner.config, task, shapes, dtype=inner.dtype, generator=generator)
-    inputs = {name: value.to(inner.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    inside = unwrap(model)
-    if isinstance(inside, nn.Sequential):  # what a SentenceTransformer is
-
-        def run() -> object:
-            return inside(dict(inputs))  # its modules write into what they get
-    else:
-        run = partial(model, **inputs)
-    plain = not has_plugin(model)
-    candidates = [
-        Candidate(str(k), run, nullcontext if plain and k == 1 else partial(using_ratio, model, k)) for k in ratios
-    ]
-    samples = time_alternately(candidates, rounds, device=inner.device, min_seconds=min_seconds, on_sample=step)
-    return {int(name): statistics.median(seconds) for name, seconds in samples.items()}
-
-
-def _centres(batch_sizes: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Points off the grid: centres of some cells, spread over it; halfway along the axis that has more than one."""
-    cells = list(product(_middles(batch_sizes), _middles(lengths)))
-    points = [point for point in cells if point[0] not in batch_sizes or point[1] not in lengths]
-    if len(points) <= MOST_CHECKS:
-        return points
-    return [points[round(index * (len(points) - 1) / (MOST_CHECKS - 1))] for index in range(MOST_CHECKS)]
-
-
-def _middles(axis: Sequence[int]) -> list[int]:
-    return [(low + high) // 2 for low, high in pairwise(axis)] or list(axis)
-
-
-def quality_from_card(adapter: str | Path, measure: str | None = None) -> dict[int, float] | None:
-    """Quality for each k as the card of a trained plugin tells it.
-
-    A card that training has written has a row for each k, with values before and after: the latter count, and the
-    base, k = 1, has 1. Cards of plugins that were measured on tasks have a column for each k, and one for the base.
-
-    Args:
-        adapter: folder of the adapter.
-        measure: what is measured, or how its name begins, e.g. `cosine` (of hidden states to the base's), `agreement`
-            (of predictions) or `STS-B`; `None`: `cosine`, else the first task of the card.
-
-    Returns:
-        k -> value, larger being better, or `None` if there is no card, or the card has no such measure. Rows that are
-        marked "less is better", such as errors, are passed over.
-    """
-    path = Path(adapter, "README.md")
-    if not path.is_file():
-        return None
-    rows = [
-        [cell.strip() for cell in line.strip().strip("|").split("|")]
-        for line in ModelCard.load(path).text.splitlines()
-        if line.lstrip().startswith("|")
-    ]
-    return _after_training(rows, measure or "cosine") or _on_tasks(rows, measure or "")
-
-
-def _after_training(rows: Sequence[Sequence[str]], measure: str) -> dict[int, float] | None:
-    head = next((row for row in rows if row[0] == "k"), None)
-    column = next((index for index, name in enumerate(head or []) if name.startswith(f"{measure},")), None)
-    if column is None:
-        return None
-    found = {
-        int(row[0]): float(row[column].rpartition("→")[2])
-        for row in rows
-        if row[0].isdecimal() and len(row) > column and "→" in row[column]
-    }
-    return {1: 1.0, **found} if found else None
-
-
-def _on_tasks(rows: Sequence[Sequence[str]], measure: str) -> dict[int, float] | None:
-    heads = (index for index, row in enumerate(rows) if row[1:2] == ["base"] and all(map(_RATIO.fullmatch, row[2:])))
-    for head in heads:
-        ratios = [1, *(int(name.removeprefix("k = ")) for name in rows[head][2:])]
-        for row in rows[head + 2 :]:  # past the line under the head
-            if len(row) != len(ratios) + 1:
-                break
-            if row[0].startswith(measure) and LESS_IS_BETTER not in row[0]:
-                found = {k: value for k, value in zip(ratios, map(_number, row[1:]), strict=True) if value is not None}
-                return found or None
-    return None
-
-
-def _number(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return None

@@ -23,10 +23,12 @@ from ..models import check_model_name, load_whole
 from ..profiling import count_positions
 from ..training import load_plugin
 from .engine import Engine
-from .latency import LatencyTable, find_transformer, profile_latency, quality_from_card
+from .latency import LatencyTable
 from .metrics import BatchRecord
 from .policies import MAX_BATCH, FixedRatio, Policy, QueueThreshold, SlackFit
 from .pooling import check_pooling, read_recipe
+from .profile import profile_latency, quality_from_card
+from .text_model import find_transformer
 
 
 __all__ = ["ServeSettings", "make_engine", "serve"]

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from ..profiling import count_positions
-from .latency import find_transformer, is_causal, is_one_of, unwrap
 from .pooling import pool, read_recipe
+from .text_model import find_transformer, is_causal, is_one_of, unwrap
 
 
 __all__ = [
