@@ -10,7 +10,7 @@ from peft_variator.files import replacing, write_text
 from peft_variator.markdown import make_table, replace_between
 
 
-__all__ = ["advice", "table", "write_page"]
+__all__ = ["advice", "table", "trained_alike", "write_page"]
 
 NOT_YET = "not measured yet"
 
@@ -37,6 +37,8 @@ def write_page(results: Path, docs: Path) -> None:
             )
             plot(quality, speed, docs / "images" / f"peers-{name}.svg", name)
             body.append(f"![Speed and quality of {name} and its peers](images/peers-{name}.svg)")
+        if alike := trained_alike(quality, speed, sorted(results.glob(f"trained-{name}-*.json"))):
+            body.append(alike)
         body.append(
             "### Which should I use?\n\n" + "\n".join(f"{n}. {s}" for n, s in enumerate(advice(quality, speed), 1))
         )
@@ -56,6 +58,45 @@ def table(quality: dict[str, Any], speed: dict[str, Any]) -> str:
         times = [_times(row, name) for row in speed.get("rows", [])]
         rows.append([f"{name} ({missing})" if missing else name, *cells, *times])
     return make_table(head, rows)
+
+
+def trained_alike(quality: dict[str, Any], speed: dict[str, Any], files: list[Path]) -> str:
+    """What each contender that was trained makes of the same steps, and which loses least; "" if none was trained."""
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not records:
+        return ""
+    base, rows, losses = scores(quality, "base")[0], [], {}
+    for record in records:
+        name = record["contender"]
+        found = scores(quality, name)[0]
+        if found is not None and base is not None:
+            losses[name] = (found - base, record["flops_share"])
+        rows.append(
+            [
+                name,
+                f"{record['flops_share']:.1%}",
+                f"{record['trained_parameters'] / 1e6:.1f} M",
+                f"{record['learning_rate']:g}",
+                f"{record['steps']}",
+                f"{losses[name][0]:+.2f}" if name in losses else NOT_YET,
+                f"{times:.2f}" if (times := _median(speed, name)) is not None else NOT_YET,
+            ]
+        )
+    head = ["", "FLOPs of the base's", "trained", "peak learning rate", "steps", "STS-B, points", "times as fast"]
+    lines = [
+        "### Trained alike",
+        "The same text in the same order, batches of "
+        f"{', '.join(sorted({str(record['batch_size']) for record in records}))}, seed, schedule, loss and precision "
+        "(bfloat16); FLOPs of a text of 128 tokens. These are few steps. "
+        "Where all weights are trained the learning rate is lower, and what is trained is a model of its own, for one "
+        "speed; a plugin leaves the base as it is, and serves other ratios too.",
+        make_table(head, rows),
+    ]
+    if len(losses) > 1:
+        ranked = sorted(losses, key=lambda name: losses[name], reverse=True)
+        told = ", ".join(f"{name} {losses[name][0]:+.2f} at {losses[name][1]:.0%} of the FLOPs" for name in ranked)
+        lines.append(f"Least lost on STS-B after these steps, in order: {told}.")
+    return "\n\n".join(lines)
 
 
 def scores(quality: dict[str, Any], name: str) -> tuple[float | None, float | None]:

@@ -15,24 +15,24 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
 from transformers.utils import logging
 
-from peft_variator import quantize_plugin
+from peft_variator import VariatorConfig, calibrate, quantize_plugin
 from peft_variator.files import replacing, write_text
-from peft_variator.profiling import describe_environment, num_threads, share_weights
+from peft_variator.profiling import count_flops, describe_environment, num_threads, share_weights
 
 
 HERE = Path(__file__).resolve().parent
@@ -41,18 +41,23 @@ sys.path.append(str(HERE.parent / "real_models"))
 from measure import measure  # noqa: E402
 from peers import drop_layers, follow, narrow, quantize  # noqa: E402
 from recipes import RECIPES, make_dataset  # noqa: E402
-from speed import speedups  # noqa: E402
+from speed import make_inputs, speedups  # noqa: E402
 from token_merging import MergingBert  # noqa: E402
+from train import collator, training_arguments  # noqa: E402
+from train import train as train_plugin  # noqa: E402
 from weights import Loaded, load  # noqa: E402
 
 
-__all__ = ["NotThere", "contenders", "quality", "speed"]
+__all__ = ["NotThere", "as_cheap", "contenders", "quality", "speed", "train"]
 
 BASES = ("all-MiniLM-L6-v2", "all-mpnet-base-v2")
 SMALLER = {"all-MiniLM-L6-v2": "paraphrase-MiniLM-L3", "all-mpnet-base-v2": "all-MiniLM-L6-v2"}
 RATIOS = (4, 8, 16)
 SHARES = (0.05, 0.1, 0.2)
 SHAPES = ((32, 128), (8, 128))
+# The plugin of those that are trained alike, and the ratio at which it is compared: its form is the shipped one's.
+TRAINED_PLUGIN, RATIO = "trained alike: plugin", 16
+CALIBRATED = 64  # examples
 Build = Callable[[], Any]
 
 
@@ -168,6 +173,9 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
         )
     for name, make in untrained(model).items():
         found[name] = partial(_trained, make, trained / f"{name}.safetensors")
+    if model.config.model_type == "bert":
+        folder = trained / TRAINED_PLUGIN.split()[-1] / "plugin"
+        found[f"{TRAINED_PLUGIN}, k = {RATIO}"] = lambda: with_plugin(share_weights(model), folder, RATIO)
     for share in SHARES:
         found[f"token merging, {share:.0%} a layer"] = partial(_merging, model, share)
     found["ONNX Runtime"] = lambda: to_onnx(model, scratch / "model.onnx", int8=False)
@@ -177,13 +185,60 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
 
 
 def untrained(model: Any) -> dict[str, Build]:
-    """Contenders that are trained to follow the base, as they start."""
+    """Contenders whose weights are all trained to follow the base, as they start; the plugin's FLOPs come last."""
     if model.config.model_type != "bert":
         return {}
-    layers, width = model.config.num_hidden_layers, model.config.intermediate_size
+    layers, inner = model.config.num_hidden_layers, model.config.intermediate_size
     return {
         f"{kept} of {layers} layers": partial(drop_layers, model, kept) for kept in (layers * 2 // 3, layers // 2)
-    } | {f"networks of {width // 3}": partial(narrow, model, width // 3)}
+    } | {f"networks of {width}": partial(narrow, model, width) for width in (inner // 3, as_cheap(model))}
+
+
+def plugin_fields(model: Any) -> dict[str, Any]:
+    """The form of a plugin that is shipped for `model`: a third of the neurons, and LoRA of rank 16."""
+    width = model.config.intermediate_size // 3
+    return {
+        "decompression": "neurons",
+        "correction_dim": width,
+        "compensation_rank": 16,
+        "compression_ratio": RATIO,
+    }
+
+
+def flops(model: nn.Module) -> int:
+    """Of a text of 128 tokens."""
+    return count_flops(model, make_inputs("text", model, 1, 128))
+
+
+def as_cheap(model: Any) -> int:
+    """The inner width at which narrowed networks take the FLOPs that a plugin leaves at k = 16."""
+    config, inner = VariatorConfig(**plugin_fields(model)), model.config.intermediate_size
+    whole = flops(model)
+    saved = whole - flops(get_peft_model(share_weights(model), config).eval())
+    return inner - round(saved * (inner - 1) / (whole - flops(narrow(model, 1))))
+
+
+@torch.no_grad()
+def narrow_by_data(model: Any, width: int, batches: Sequence[dict[str, Tensor]]) -> Any:
+    """Narrowed networks of the neurons that a plugin of that width copies; the others leave their mean activation."""
+    config = VariatorConfig(**plugin_fields(model) | {"correction_dim": width, "compensation_rank": None})
+    plugin: Any = get_peft_model(copy.deepcopy(model), config).eval()
+    calibrate(plugin, batches)
+    neurons = [buffer for name, buffer in plugin.named_buffers() if "variator_neurons" in name]
+    means = [torch.zeros(model.config.intermediate_size) for _ in model.encoder.layer]
+    real = torch.zeros(0, dtype=torch.bool)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+
+    def add(number: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        means[number] += output[real].sum(0) / tokens
+
+    hooks = [layer.intermediate.register_forward_hook(partial(add, n)) for n, layer in enumerate(model.encoder.layer)]
+    for batch in batches:
+        real = batch["attention_mask"].bool()
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return narrow(model, width, neurons, means)
 
 
 def _trained(make: Build, file: Path) -> Any:
@@ -240,22 +295,59 @@ def speed(made: Mapping[str, Build], output: Path, shapes: Any, rounds: int) -> 
     return record
 
 
-def train(base: Loaded, name: str, data: Path, output: Path, steps: int, learning_rate: float) -> None:
-    """Train the contenders that have to follow the base, on the text that plugins are trained on."""
-    recipe = RECIPES[name]
-    output.mkdir(parents=True, exist_ok=True)
-    for contender, make in untrained(base.model).items():
-        file = output / f"{contender}.safetensors"
-        if file.is_file():
-            continue
-        examples = make_dataset(name, base, data, steps * recipe.batch_size, seed=0)
-        batches = DataLoader(
-            examples, batch_size=recipe.batch_size, collate_fn=DataCollatorWithPadding(base.tokenizer)
-        )
-        student = make()
-        follow(student, base.model, batches, steps, learning_rate)
-        with replacing(file) as temporary:
+def train(
+    name: str, base: Loaded, contender: str, data: Path, output: Path, results: Path, steps: int, learning_rate: float
+) -> None:
+    """Train one contender to follow the base, and write one JSON; a run that was stopped goes on.
+
+    All see the same text in the same order, in the same batches, by the same loss and schedule, in bfloat16.
+
+    Args:
+        name: of the base.
+        base: the model.
+        contender: one of `untrained`, or `TRAINED_PLUGIN`.
+        data: the data folder.
+        output: folder of the weights.
+        results: folder of the JSON.
+        steps: optimizer steps.
+        learning_rate: the peak where all weights are trained; a plugin has its recipe's.
+    """
+    model: Any = base.model
+    short = contender.split(": ")[-1]
+    record_file = results / f"trained-{name}-{short.replace(' ', '-')}.json"
+    if record_file.is_file():
+        return
+    start, whole = time.perf_counter(), flops(model)
+    recipe = replace(RECIPES[name], steps=steps, bf16=True, ratios=RATIOS, plugin=plugin_fields(model))
+    if contender == TRAINED_PLUGIN:
+        found = train_plugin(name, replace(base, model=share_weights(model)), data, output / short, recipe, 0, "cpu")
+        trained, log = found["parameters"]["plugin"], found["log"]
+        left = flops(with_plugin(share_weights(model), output / short / "plugin", RATIO))
+    else:
+        recipe = replace(recipe, learning_rate=learning_rate, ratios=(), plugin={})
+        examples, collate = make_dataset(name, base, data, steps * recipe.batch_size, seed=0), collator("text", base)
+        student = untrained(model)[contender]()
+        if contender.startswith("networks"):
+            batches = [collate(examples[at : at + 8]) for at in range(0, CALIBRATED, 8)]  # type: ignore[index]
+            student = narrow_by_data(model, student.config.intermediate_size, batches)
+        arguments = training_arguments(recipe, output / short, 0, "cpu")
+        log = follow(student, model, arguments, examples, collate)  # type: ignore[arg-type]
+        trained, left = sum(parameter.numel() for parameter in student.parameters()), flops(student)
+        with replacing(output / f"{contender}.safetensors") as temporary:
             save_file(student.state_dict(), str(temporary))
+    record = {
+        "contender": f"{contender}, k = {RATIO}" if contender == TRAINED_PLUGIN else contender,
+        "steps": steps,
+        "batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "seed": 0,
+        "bf16": True,
+        "trained_parameters": trained,
+        "flops_share": left / whole,
+        "seconds": round(time.perf_counter() - start, 1),  # of the last start only
+        "log": log,
+    }
+    _write(record_file, record)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -285,7 +377,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="contenders whose name has this in it, besides the base")
     parser.add_argument("--part", action="append", help="parts of the quality: stsb, sst2; both if not given")
     parser.add_argument("--limit", type=int, help="rows of a part at most")
-    parser.add_argument("--steps", type=int, default=1200, help="steps of `train`")
+    parser.add_argument("--steps", type=int, default=300, help="steps of `train`")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
@@ -316,7 +408,11 @@ def main() -> None:
             if not arguments.only or each == "base" or any(part in each for part in arguments.only)
         }
         if arguments.stage == "train":
-            train(base, name, arguments.data, arguments.trained / name, arguments.steps, arguments.learning_rate)
+            output, rate = arguments.trained / name, arguments.learning_rate
+            output.mkdir(parents=True, exist_ok=True)
+            for each in [*untrained(base.model), TRAINED_PLUGIN]:
+                if not arguments.only or any(part in each for part in arguments.only):
+                    train(name, base, each, arguments.data, output, arguments.results, arguments.steps, rate)
         elif arguments.stage == "quality":
             output = arguments.results / f"quality-{name}.json"
             quality(base, wanted, arguments.data, output, arguments.part or ["stsb", "sst2"], arguments.limit)

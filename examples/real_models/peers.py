@@ -1,37 +1,23 @@
-"""What else makes a text encoder faster: int8, fewer layers, narrower networks, the smaller model of the same makers.
-
-python examples/real_models/peers.py --data DATA --cache CACHE --output JSON
-"""
+"""What else makes a text encoder faster: int8, fewer layers, narrower networks; `examples/peers` compares them."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import shlex
-import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import measure
-from recipes import RECIPES, make_dataset
-from speed import SHAPES, speedups
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import BertModel, DataCollatorWithPadding
-from transformers.utils import logging
-from weights import load
+from transformers import BertModel, Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
-from peft_variator.files import write_text
-from peft_variator.profiling import describe_environment, num_threads
+from peft_variator.training import DistillationConfig
+from peft_variator.training.losses import HiddenStateVariance, hidden_state_loss
 
 
-__all__ = ["drop_layers", "follow", "narrow", "quantize"]
-
-NAME, SMALLER = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3"
+__all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize"]
 
 
 def quantize(model: BertModel) -> nn.Module:
@@ -42,16 +28,20 @@ def quantize(model: BertModel) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 
-def drop_layers(model: BertModel, kept: int) -> BertModel:
-    """A copy with `kept` layers, evenly spaced, the first and the last among them.
+def kept_layers(layers: int, kept: int) -> list[int]:
+    """Which of `layers` layers are kept: evenly spaced, the first and the last among them.
 
     Raises:
         ValueError: `kept` is below 2 or more than there are.
     """
-    layers = model.encoder.layer
-    if not 2 <= kept <= len(layers):
-        raise ValueError(f"kept={kept} has to be between 2 and {len(layers)}, the layers that there are.")
-    places = [round(place * (len(layers) - 1) / (kept - 1)) for place in range(kept)]
+    if not 2 <= kept <= layers:
+        raise ValueError(f"kept={kept} has to be between 2 and {layers}, the layers that there are.")
+    return [round(place * (layers - 1) / (kept - 1)) for place in range(kept)]
+
+
+def drop_layers(model: BertModel, kept: int) -> BertModel:
+    """A copy with `kept` layers; see `kept_layers`."""
+    places = kept_layers(len(model.encoder.layer), kept)
     smaller = copy.deepcopy(model)
     smaller.encoder.layer = nn.ModuleList(smaller.encoder.layer[place] for place in places)
     smaller.config.num_hidden_layers = kept
@@ -59,8 +49,16 @@ def drop_layers(model: BertModel, kept: int) -> BertModel:
 
 
 @torch.no_grad()
-def narrow(model: BertModel, width: int) -> BertModel:
-    """A copy whose feed-forward networks keep the `width` hidden neurons j with the largest ‖w_j‖·‖v_j‖.
+def narrow(
+    model: BertModel, width: int, neurons: Sequence[Tensor] | None = None, means: Sequence[Tensor] | None = None
+) -> BertModel:
+    """A copy whose feed-forward networks keep `width` hidden neurons.
+
+    Args:
+        model: the base.
+        width: of a network.
+        neurons: indices of those kept, (width,) a layer; those with the largest ‖w_j‖·‖v_j‖ if `None`.
+        means: mean activations, (inner,) a layer: what the others give in the mean goes into the bias.
 
     Raises:
         ValueError: `width` is below 1 or more than the networks have.
@@ -69,9 +67,13 @@ def narrow(model: BertModel, width: int) -> BertModel:
     if not 1 <= width <= inner:
         raise ValueError(f"width={width} has to be between 1 and {inner}, the networks' own.")
     smaller = copy.deepcopy(model)
-    for layer in smaller.encoder.layer:
+    for number, layer in enumerate(smaller.encoder.layer):
         up, down = layer.intermediate.dense, layer.output.dense
-        chosen = (up.weight.norm(dim=1) * down.weight.norm(dim=0)).topk(width).indices.sort().values
+        norms = up.weight.norm(dim=1) * down.weight.norm(dim=0)
+        chosen = norms.topk(width).indices.sort().values if neurons is None else neurons[number]
+        if means is not None:
+            others = means[number].index_fill(0, chosen, 0.0)
+            down.bias = nn.Parameter(down.bias + down.weight @ others)
         up.weight, up.bias = nn.Parameter(up.weight[chosen]), nn.Parameter(up.bias[chosen])
         down.weight = nn.Parameter(down.weight[:, chosen].contiguous())
         up.out_features = down.in_features = width
@@ -79,76 +81,62 @@ def narrow(model: BertModel, width: int) -> BertModel:
     return smaller
 
 
+class _Follower(Trainer):
+    """Trains all weights of a model by the loss that plugins have: errors of hidden states ÷ their variances."""
+
+    def __init__(self, model: BertModel, arguments: DistillationConfig, teacher: BertModel, **fields: Any) -> None:
+        super().__init__(model, arguments, **fields)
+        self.teacher = teacher.eval()
+        self.places = kept_layers(teacher.config.num_hidden_layers, model.config.num_hidden_layers)
+        measured = HiddenStateVariance()
+        examples = fields["train_dataset"][: arguments.variance_samples]
+        for start in range(0, len(examples), 16):
+            batch = self.data_collator(examples[start : start + 16])
+            measured.update(self._expected(batch), batch["attention_mask"].bool())
+        self.variance = measured.result()
+
+    @torch.no_grad()
+    def _expected(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        states = self.teacher(**inputs, output_hidden_states=True).hidden_states
+        return [states[place + 1] for place in self.places]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        model.eval()  # the base has no dropout under a plugin either
+        with self.accelerator.autocast():
+            expected = self._expected(inputs)
+        outputs = model(**inputs, output_hidden_states=True)
+        mask = inputs["attention_mask"].bool()
+        loss = hidden_state_loss(outputs.hidden_states[1:], expected, mask, self.variance).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
 def follow(
-    student: nn.Module, teacher: nn.Module, batches: Iterable[dict[str, Tensor]], steps: int, learning_rate: float
-) -> list[float]:
-    """Train all weights of `student` to give the teacher's last hidden states; the loss of every step.
+    student: BertModel,
+    teacher: BertModel,
+    arguments: DistillationConfig,
+    examples: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+) -> list[dict[str, Any]]:
+    """Train all weights of `student`, as a plugin is trained; go on from the last checkpoint that there is.
 
-    The loss is the mean squared error over real tokens, divided by the batch's variance of what is to be given.
+    Order of the examples, schedule, precision and loss are a plugin's: every layer's hidden states follow those of the
+    teacher's layer that it came from.
+
+    Args:
+        student: a copy with fewer layers or narrower networks.
+        teacher: the base.
+        arguments: of the run.
+        examples: what is trained on.
+        collate: makes batches.
+
+    Returns:
+        The lines of the log that have a loss.
     """
-    optimizer = torch.optim.AdamW(student.parameters(), learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(2, steps))
-    losses = []
-    for _, batch in zip(range(steps), batches, strict=False):
-        real = batch["attention_mask"].bool()
-        with torch.no_grad():
-            expected = teacher(**batch).last_hidden_state[real]
-        found = student(**batch).last_hidden_state[real]
-        loss = (found - expected).pow(2).mean() / expected.var()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
-
-
-def main() -> None:
-    """Make the peers, measure quality and speed, and write one JSON, which grows peer by peer."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a data set")
-    parser.add_argument("--cache", type=Path, required=True, help="folder that weights.py filled")
-    parser.add_argument("--output", type=Path, required=True, help="JSON to write")
-    parser.add_argument("--steps", type=int, default=2500, help="steps of the peers that are trained")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--part", action="append", help="a part of the quality; all if not given")
-    parser.add_argument("--limit", type=int, help="rows of a part at most")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    logging.disable_progress_bar()
-    with num_threads(arguments.threads):
-        environment = describe_environment(torch.device("cpu"))
-        base, smaller = load(NAME, arguments.cache), load(SMALLER, arguments.cache)
-        teacher: Any = base.model
-        trained = {
-            "4 of 6 layers": drop_layers(teacher, 4),
-            "3 of 6 layers": drop_layers(teacher, 3),
-            "networks of 512": narrow(teacher, 512),
-        }
-        peers: dict[str, nn.Module] = {"int8": quantize(teacher), SMALLER: smaller.model, **trained}
-        record: dict[str, Any] = {
-            "model": NAME,
-            "command": shlex.join(["python", *sys.argv]),
-            "environment": environment,
-            "speed": speedups(
-                {"base": teacher, **peers}, "text", SHAPES["text"], rounds=arguments.rounds, device=torch.device("cpu")
-            ),
-            "quality": {},
-        }
-        recipe = RECIPES[NAME]
-        for name, peer in peers.items():
-            if name in trained:
-                examples = make_dataset(NAME, base, arguments.data, arguments.steps * recipe.batch_size, seed=0)
-                batches = DataLoader(
-                    examples, batch_size=recipe.batch_size, collate_fn=DataCollatorWithPadding(base.tokenizer)
-                )
-                follow(peer, teacher, batches, arguments.steps, arguments.learning_rate)
-            record["quality"][name] = measure(
-                peer.eval(), base, "text", arguments.data, limit=arguments.limit, parts=arguments.part
-            )
-            write_text(arguments.output, json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    student.requires_grad_(True)  # a plugin that shares the base's weights has frozen them
+    trainer = _Follower(student, arguments, teacher, train_dataset=examples, data_collator=collate)
+    folder = Path(str(arguments.output_dir))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    student.eval()
+    return [line for line in trainer.state.log_history if "loss" in line]

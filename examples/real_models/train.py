@@ -27,7 +27,7 @@ from peft_variator.profiling import describe_environment
 from peft_variator.training import DistillationConfig, DistillationTrainer
 
 
-__all__ = ["train"]
+__all__ = ["collator", "train", "training_arguments"]
 
 
 def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, see
     student = get_peft_model(trained_part(name, base), plugin_config(name, base, **recipe.plugin))
     trainer = DistillationTrainer(
         student,
-        _arguments(recipe, output, seed, device),
+        training_arguments(recipe, output, seed, device),
         train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed),
-        data_collator=_collator(WEIGHTS[name].kind, base),
+        data_collator=collator(WEIGHTS[name].kind, base),
     )
     checkpoints = output / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
@@ -66,10 +66,11 @@ def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, see
     }
 
 
-def _arguments(recipe: Recipe, output: Path, seed: int, device: str) -> DistillationConfig:
+def training_arguments(recipe: Recipe, output: Path, seed: int, device: str) -> DistillationConfig:
+    """Arguments of a run; see `train`."""
     return DistillationConfig(
         output_dir=str(output / "checkpoints"),
-        ratios=list(recipe.ratios),
+        ratios=list(recipe.ratios) or None,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
@@ -86,7 +87,8 @@ def _arguments(recipe: Recipe, output: Path, seed: int, device: str) -> Distilla
     )
 
 
-def _collator(kind: str, base: Loaded) -> Any:
+def collator(kind: str, base: Loaded) -> Any:
+    """What makes batches of examples for a kind of model."""
     if kind in ("vision", "audio"):
         return default_data_collator
     if base.tokenizer.pad_token is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, default_data_collator
 
 from peft_variator import VariatorConfig
 
@@ -62,7 +62,8 @@ def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypa
     for _ in range(2):
         quality = run.quality(weights.Loaded(encoder), made, tmp_path, results / "quality-x.json", ["stsb"], None)
     missing = {name for name, entry in quality["contenders"].items() if "missing" in entry}
-    assert missing == {"2 of 3 layers", "1 of 3 layers", "networks of 10"}
+    narrowed = f"networks of {run.as_cheap(encoder)}"
+    assert missing == {"2 of 3 layers", "1 of 3 layers", "networks of 10", narrowed, "trained alike: plugin, k = 16"}
     assert len(measured) == len(made) - len(missing)
     few = {name: made[name] for name in ("base", "int8", "int8 + plugin, k = 8", "2 of 3 layers")}
     speed = run.speed(few, results / "speed-x.json", [(1, 8)], rounds=2)
@@ -74,3 +75,52 @@ def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypa
     assert "| base | 79.00 | – | 1 |" in text
     assert (tmp_path / "images" / "peers-x.svg").stat().st_size > 1000
     assert len(page.advice(json.loads((results / "quality-x.json").read_text()), {})) == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_contenders_are_trained_alike(scripts, encoder, tmp_path, monkeypatch):
+    run, weights = scripts("run"), scripts("weights")
+    encoder.requires_grad_(False)  # as the plugins that share its weights leave it
+    rows = [{"input_ids": torch.randint(1000, 1200, (24,)), "attention_mask": torch.ones(24)} for _ in range(64)]
+    for module in ("run", "train"):
+        monkeypatch.setattr(scripts(module), "make_dataset", lambda *args, **kwargs: rows)
+        monkeypatch.setattr(scripts(module), "collator", lambda *args: default_data_collator)
+    monkeypatch.setattr(scripts("train"), "plugin_config", lambda name, base, **fields: VariatorConfig(**fields))
+    recipe = scripts("recipes").Recipe(steps=2, batch_size=2)
+    monkeypatch.setitem(run.RECIPES, "all-MiniLM-L6-v2", recipe)
+    width = run.as_cheap(encoder)
+    base, before = weights.Loaded(encoder), {name: value.clone() for name, value in encoder.state_dict().items()}
+    results = tmp_path / "results"
+    results.mkdir()
+    names = ["2 of 3 layers", f"networks of {width}", run.TRAINED_PLUGIN]
+    for _ in range(2):
+        for name in names:
+            run.train("all-MiniLM-L6-v2", base, name, tmp_path, tmp_path, results, 2, 2e-4)
+    records = {file.stem: json.loads(file.read_text()) for file in results.iterdir()}
+    assert len(records) == 3
+    shares = {record["contender"]: record["flops_share"] for record in records.values()}
+    assert shares[f"networks of {width}"] == pytest.approx(shares["trained alike: plugin, k = 16"], abs=0.02)
+    assert all(record["log"][-1]["learning_rate"] >= 0 for record in records.values())
+    assert all(encoder.state_dict()[name].equal(value) for name, value in before.items())
+    made = run.contenders(base, lambda: encoder, tmp_path, tmp_path, tmp_path)
+    ids = rows[0]["input_ids"][None]
+    expected = encoder(ids).last_hidden_state
+    for name in shares:
+        assert not made[name]().eval()(input_ids=ids).last_hidden_state.allclose(expected)
+    assert (encoder.config.num_hidden_layers, encoder.config.intermediate_size) == (3, 30)
+
+
+def test_the_page_ranks_what_was_trained_alike_whoever_wins(scripts, tmp_path):
+    page = scripts("page")
+    facts = {"steps": 3, "batch_size": 2, "learning_rate": 2e-4, "trained_parameters": 1_000_000, "flops_share": 0.5}
+    files = []
+    for name in ("plugin", "4 of 6 layers", "networks of 9"):
+        files.append(tmp_path / f"trained-x-{name}.json")
+        files[-1].write_text(json.dumps(facts | {"contender": name}))
+    parts = {"base": 82.0, "plugin": 80.0, "4 of 6 layers": 81.5}
+    quality = {"contenders": {name: {"parts": {"stsb": {"spearman": value}}} for name, value in parts.items()}}
+    text = page.trained_alike(quality, {}, files)
+    assert text.index("4 of 6 layers -0.50 at 50%") < text.index("plugin -2.00 at 50%")
+    assert "| networks of 9 | 50.0% | 1.0 M | 0.0002 | 3 | not measured yet | not measured yet |" in text
+    assert page.trained_alike(quality, {}, []) == ""

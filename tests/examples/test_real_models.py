@@ -9,9 +9,16 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    default_data_collator,
+)
 
 from peft_variator import VariatorConfig
+from peft_variator.training import DistillationConfig
 
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "real_models"
@@ -149,11 +156,27 @@ def test_peers_start_from_the_base(scripts, encoder):
             refused()
 
 
-def test_a_narrowed_network_learns_from_the_base(scripts, encoder):
+@pytest.mark.parametrize("smaller", ["narrow", "drop_layers"])
+def test_a_smaller_copy_learns_from_the_base(scripts, encoder, tmp_path, smaller):
     peers = scripts("peers")
-    batch = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
-    losses = peers.follow(peers.narrow(encoder, 8), encoder, [batch] * 40, 40, 1e-2)
-    assert losses[-1] < losses[0] / 2
+    student = peers.narrow(encoder, 8) if smaller == "narrow" else peers.drop_layers(encoder, 3)
+    row = {"input_ids": torch.arange(20), "attention_mask": torch.ones(20, dtype=torch.long)}
+    fields = {"per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
+    arguments = DistillationConfig(str(tmp_path), max_steps=30, learning_rate=1e-2, disable_tqdm=True, **fields)
+    log = peers.follow(student, encoder, arguments, [row] * 60, default_data_collator)
+    assert log[-1]["loss"] < log[0]["loss"] / 2
+
+
+@torch.no_grad()
+def test_neurons_that_are_cut_leave_their_mean(scripts, encoder):
+    peers = scripts("peers")
+    up, down = encoder.encoder.layer[0].intermediate, encoder.encoder.layer[0].output.dense
+    hidden_states = torch.randn(5, 16)
+    activations = up(hidden_states)
+    chosen = torch.arange(8)
+    cut = peers.narrow(encoder, 8, [chosen] * 4, [activations.mean(0)] * 4).encoder.layer[0]
+    found = cut.output.dense(cut.intermediate(hidden_states))
+    torch.testing.assert_close(found.mean(0), down(activations).mean(0))
 
 
 def test_speedups_are_over_the_first_model(scripts, encoder):
