@@ -20,6 +20,7 @@ from .metrics import BatchRecord
 __all__ = ["LatencyCheck", "LatencyTable", "checked_axis", "checked_quality"]
 
 FORMAT = 1
+FEWEST_RECORDS = 5  # batches at a ratio that tell how far off it is
 MOST_KNOWN = 100_000  # interpolated points that a table remembers
 
 
@@ -127,8 +128,8 @@ class LatencyTable:
         and pools, and shares the machine with whoever asks; a policy that plans with the table comes too late by that.
 
         Args:
-            records: batches that an engine ran (`Engine(on_batch=…)`). A ratio that none of them ran at is scaled as
-                all of them.
+            records: batches that an engine ran (`Engine(on_batch=…)`). A ratio that fewer than five of them ran at is
+                scaled as all of them.
 
         Raises:
             ValueError: no batch of the records went well, or one of them has a ratio that the table lacks.
@@ -141,7 +142,8 @@ class LatencyTable:
         if not factors:
             raise ValueError("records has no batch that went well; record some with Engine(on_batch=…).")
         of_all = statistics.median(chain.from_iterable(factors.values()))
-        by_ratio = {k: statistics.median(factors[k]) if k in factors else of_all for k in self.ratios}
+        enough = {k for k, found in factors.items() if len(found) >= FEWEST_RECORDS}
+        by_ratio = {k: statistics.median(factors[k]) if k in enough else of_all for k in self.ratios}
         seconds = {k: tuple(tuple(f * value for value in row) for row in self.seconds[k]) for k, f in by_ratio.items()}
         return replace(self, seconds=seconds, checks=())
 

@@ -72,7 +72,7 @@ def test_a_tiny_model_runs_live_and_every_policy_is_simulated(scripts, tmp_path)
     # What was measured is not measured again.
     measured["tables"]["table"] = run.json.loads(table.to_json())
     for _ in range(2):
-        run.measure(subject, TRACES, [("k = 1", 0.2)], live_seconds=0.4, results=measured, keep=keep)
+        run.measure(subject, TRACES, [("k = 1", 1.0)], live_seconds=0.4, results=measured, keep=keep)
     assert len(kept) == 2 + len(measured["live"]) == 2 + len(run.SEEDS)
     assert len(run.live_lines(measured["live"])) == len(measured["live"]) + 2
 

@@ -41,7 +41,8 @@ def test_a_table_is_calibrated_by_what_an_engine_s_batches_took() -> None:
         return BatchRecord(ratio, 4, 32, (0.0,) * 4, factor * TABLE.latency(ratio, 4, 32), 0, failed)
 
     failed = batch(1, 100.0, failed=True)
-    table = TABLE.calibrated([*(batch(1, each) for each in (1.1, 1.2, 9.0)), *[batch(4, 1.5)] * 4, failed])
+    many = [batch(1, each) for each in (1.0, 1.1, 1.2, 9.0, 9.0)]
+    table = TABLE.calibrated([*many, *[batch(4, 1.5)] * 9, batch(8, 0.1), failed])
     for k, factor in {1: 1.2, 4: 1.5, 2: 1.5, 8: 1.5}.items():
         assert table.latency(k, 10, 100) == pytest.approx(factor * TABLE.latency(k, 10, 100))
     with pytest.raises(ValueError, match="on_batch"):
