@@ -62,7 +62,7 @@ NAME, SMALLER, CAUSAL = "all-MiniLM-L6-v2", "paraphrase-MiniLM-L3", "SmolLM2-135
 LOADS = (0.5, 0.9, 1.2, 1.5)
 LIVE_RUNS = (("k = 1", 0.5), ("slack-fit", 0.9), ("k = 1", 1.2), ("slack-fit", 1.2))
 SEEDS = (0, 1)  # of the arrivals of each live run
-RESERVE_MS = 2.0  # what slack-fit leaves for everything around the model
+RESERVE = 0.2  # share of the time to answer that slack-fit leaves: for what is around the model, and for bursts
 OVERHEAD_MS = 1.0  # what everything around the model takes in the simulator, for each batch
 WARM_CALLS = 3  # the first of a process are slow
 SMALLER_RATIO = 2  # how the smaller model is called in the table of the two models
@@ -126,10 +126,11 @@ def policies(table: LatencyTable, items: Sequence[QueueItem]) -> dict[str, Polic
     lengths = [item.length for item in items]
     best = {k: best_batch(table, lengths, k) for k in table.ratios}
     batch = max(best.values())
+    reserve_ms = 1000 * RESERVE * (items[0].deadline - items[0].arrival)
     steps = {k: (2 << index) * batch for index, k in enumerate(k for k in table.ratios if k > 1)}
     return {f"k = {k}": FixedRatio(k, best[k]) for k in table.ratios} | {
         "threshold": QueueThreshold(steps, batch),
-        "slack-fit": SlackFit(table, max_batch=batch, reserve_ms=RESERVE_MS),
+        "slack-fit": SlackFit(table, max_batch=batch, reserve_ms=reserve_ms),
         "oracle": Oracle(table, items, batch),
     }
 
@@ -518,7 +519,7 @@ def main() -> None:
 
     if arguments.cache is not None:
         sys.path.insert(0, str(EXAMPLES / "real_models"))
-        results |= {"command": shlex.join(sys.argv), "overhead_ms": OVERHEAD_MS, "reserve_ms": RESERVE_MS}
+        results |= {"command": shlex.join(sys.argv), "overhead_ms": OVERHEAD_MS, "reserve": RESERVE}
         makers = {"encoder": (encoder, 1, LIVE_RUNS), "causal": (causal, 6, LIVE_RUNS[1:2])}
         with num_threads(arguments.threads):
             results["environment"] = describe_environment(torch.device("cpu"))
