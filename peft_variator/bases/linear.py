@@ -34,10 +34,10 @@ class Sparse24Linear(nn.Linear):
     ceil(in_features / 8)), `shape` int64 (2, 1), `bias` (out_features,); see `peft_variator.bases.packing`. They are
     parameters and not buffers, so that device maps and offloading take care of them.
 
-    The output equals that of the dense layer bit for bit, except on sparse tensor cores and, on CPUs, for up to 16
-    tokens that the product of the packed form takes (`peft_variator.bases.packed_product`), where it is within the
-    rounding of the dtype. Gradients reach the input and the bias; the weight is unpacked again in the backward and
-    nothing of its size is kept for it.
+    The output equals that of the dense layer bit for bit, except on sparse tensor cores and for up to 16 tokens that
+    the product of the packed form takes (`peft_variator.bases.packed_product`), where it is within the rounding of the
+    dtype. Gradients reach the input and the bias; the weight is unpacked again in the backward and nothing of its size
+    is kept for it.
 
     Args:
         in_features: inputs, a multiple of four.
@@ -223,8 +223,8 @@ def describe_path(layer: Sparse24Linear, dtype: torch.dtype | None = None, devic
     if layer.unpacked == "always" and not layer.offloaded:
         return f"a dense weight that is unpacked once and kept, because unpacked='always', and {choice.reason}"
     path = f"unpack into a buffer, because {choice.reason}"
-    on_cpu = (device or layer.compressed.device).type == "cpu"
-    few = describe_product(layer.out_features, layer.in_features, dtype or layer.compressed.dtype) if on_cpu else None
+    kind = (device or layer.compressed.device).type
+    few = describe_product(layer.out_features, layer.in_features, dtype or layer.compressed.dtype, kind)
     return path if few is None else f"{path}; {few}"
 
 

@@ -1,4 +1,5 @@
-"""The product of a packed 2:4 weight and a few tokens on a CPU, in C++ that is compiled at its first use.
+"""The product of a packed 2:4 weight and a few tokens: on a CPU in C++ that is compiled at its first use, on a GPU in
+Triton (`packed_triton`).
 
 One token needs every weight once: a product that reads the packed form as it lies moves 0.5625 of the bytes of a dense
 one in 16 bits. With more tokens unpacking pays. Which is faster on this machine is measured at the first call of each
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import are_operators_watched
+from ..triton_support import runs_triton, triton_state
 
 
 __all__ = [
@@ -141,16 +143,24 @@ def _compile(compiler: str, library: Path) -> Path:
     return library
 
 
-def describe_product(out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-    """What a layer on a CPU does for a few tokens and why, in one clause; `None` for a layer that is too small.
+def describe_product(out_features: int, in_features: int, dtype: torch.dtype, device_type: str = "cpu") -> str | None:
+    """What a layer does for a few tokens and why, in one clause; `None`: it is too small, or on another device.
 
     Args:
         out_features: rows of the weight.
         in_features: columns of the weight.
         dtype: dtype of the product.
+        device_type: where it is computed, as in `torch.device.type`.
     """
-    if out_features * in_features < MIN_WEIGHTS:
+    if out_features * in_features < MIN_WEIGHTS or device_type not in ("cpu", "cuda"):
         return None
+    if device_type == "cuda":
+        runs, reason = triton_state(device_type)
+        if not runs:
+            return f"also for few tokens, since the product of the packed form can't be used: {reason}"
+        return (
+            f"but up to {MAX_TOKENS} tokens take the product of the packed form ({reason}) where it is measured faster"
+        )
     if dtype not in _DTYPES:
         return f"also for few tokens, since the product of the packed form has no {str(dtype).removeprefix('torch.')}"
     product = load_product()
@@ -166,11 +176,11 @@ def multiply(
     """x·Wᵀ + b from the packed W, summed in float32.
 
     Args:
-        input: (..., in_features), bfloat16 or float32, on the CPU.
+        input: (..., in_features), bfloat16 or float32 on a CPU, float16 as well on a GPU.
         bias: (out_features,), of the same dtype.
         compressed: (out_features, in_features / 2), of the same dtype.
         bitmask: uint8 (out_features, ceil(in_features / 8)), two bits in each group of four.
-        level: index into `LEVELS`; by default the best of this processor.
+        level: index into `LEVELS`, on a CPU; by default the best of this processor.
 
     Returns:
         (..., out_features).
@@ -178,6 +188,8 @@ def multiply(
     Raises:
         RuntimeError: the product can't be used here, or the processor lacks the instruction set.
     """
+    if input.is_cuda:
+        return _multiply_by_triton(input, bias, compressed, bitmask)
     product = load_product()
     if product.function is None:
         raise RuntimeError(f"The product of the packed form can't be used: {product.reason}.")
@@ -205,6 +217,18 @@ def multiply(
     return output.view(*input.shape[:-1], rows)
 
 
+def _multiply_by_triton(input: Tensor, bias: Tensor | None, compressed: Tensor, bitmask: Tensor) -> Tensor:
+    runs, reason = triton_state("cuda")
+    if not runs:
+        raise RuntimeError(f"The product of the packed form can't be used: {reason}.")
+    from .packed_triton import multiply_triton
+
+    x = input.detach().reshape(-1, input.shape[-1]).contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    output = multiply_triton(x, bias, compressed.detach().contiguous(), bitmask.contiguous())
+    return output.view(*input.shape[:-1], compressed.shape[0])
+
+
 _FASTER: dict[tuple[Any, ...], bool] = {}
 _MEASURING = threading.Lock()
 
@@ -224,17 +248,23 @@ def is_faster(
     tokens = input.numel() // max(input.shape[-1], 1)
     if not 0 < tokens <= MAX_TOKENS or 2 * compressed.numel() < MIN_WEIGHTS or not _can_take(input, bias, compressed):
         return False
-    key = (*compressed.shape, input.dtype, tokens, torch.get_num_threads())
+    key = (*compressed.shape, input.dtype, tokens, input.device, torch.get_num_threads())
     if key not in _FASTER:
+        if input.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be waited for: a shape is measured when it is called before it is captured
         with _MEASURING:  # two that measure at once would measure each other
             if key not in _FASTER:
-                _FASTER[key] = _measure(lambda: multiply(input, bias, compressed, bitmask)) < _measure(dense)
+                _FASTER[key] = _measure(lambda: multiply(input, bias, compressed, bitmask), input.device) < _measure(
+                    dense, input.device
+                )
     return _FASTER[key]
 
 
 def _can_take(input: Tensor, bias: Tensor | None, compressed: Tensor) -> bool:
-    """Whether these are plain tensors in memory that the C++ reads, and nobody has to see the operators."""
+    """Whether these are plain tensors that the product of their device reads, and nobody has to see the operators."""
     tensors = [input, compressed] if bias is None else [input, compressed, bias]
+    if input.is_cuda:
+        return runs_triton(*tensors)
     return (
         input.dtype in _DTYPES
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
@@ -245,11 +275,20 @@ def _can_take(input: Tensor, bias: Tensor | None, compressed: Tensor) -> bool:
     )
 
 
-def _measure(run: Callable[[], Tensor]) -> float:
+def _measure(run: Callable[[], Tensor], device: torch.device) -> float:
     """The least of a few times, in seconds."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     times = []
+    if device.type == "cuda":
+        run()  # Triton compiles in the first call
     for _ in range(_SAMPLES):
+        wait()
         start = time.perf_counter()
         run()
+        wait()
         times.append(time.perf_counter() - start)
     return min(times)

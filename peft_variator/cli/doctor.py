@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from ..bases.kernels import Accelerator, choose_kernel
 from ..bases.packed_product import find_compiler, load_product
 from ..profiling import describe_environment
+from ..triton_support import triton_state
 from .console import Reporter
 
 
@@ -173,6 +174,10 @@ def _kernels() -> list[KernelState]:
         choice = choose_kernel(*LARGE, torch.bfloat16, Accelerator.of(torch.device(device)))
         runs = choice.kernel != "dense"
         kernels.append(KernelState(device, "packed 2:4 by sparse tensor cores", runs, choice.reason))
+        state = triton_state(torch.device(device).type)
+        kernels.append(KernelState(device, "merging and expanding of plugins, by Triton", *state))
+        if device != "cpu":
+            kernels.append(KernelState(device, name, *state))
     return [*kernels, *_compiled_graphs()]
 
 

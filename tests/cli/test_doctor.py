@@ -35,6 +35,10 @@ def test_what_is_here_is_told(tmp_path: Path) -> None:
     assert packed["runs"] == (load_product().function is not None)
     for words in ("Versions", "torch", "Devices", "Kernels", packed["reason"]):
         assert words in told
+    by_triton = [kernel for kernel in facts["kernels"] if "Triton" in kernel["name"]]
+    assert by_triton[0]["device"] == "cpu"
+    assert not by_triton[0]["runs"]
+    assert "not cpu" in by_triton[0]["reason"]
     path = tmp_path / "facts.json"
     done = CliRunner().invoke(app, ["doctor", "--json", str(path)])
     assert json.loads(path.read_text()).keys() == facts.keys()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .kernels import expand_rows, runs_fused
 from .linear_maps import UpdatedRows, apply_linear, is_quantized_map
 from .merging import Groups, PackedGroups
 from .network import Network
@@ -93,9 +94,14 @@ class BottleneckDecompression(Decompression):
         outputs, tokens = output.flatten(0, -2), hidden_states.flatten(0, -2)
         per_row = apply_linear(modules["variator_down_output"], outputs)
         per_token = apply_linear(modules["variator_down_input"], tokens)
+        up = modules["variator_up"]
+        if not is_quantized_map(up) and runs_fused(per_token, per_row):
+            assert isinstance(up, nn.Linear)  # what `create` made
+            bias = None if up.bias is None else up.bias.to(per_token.dtype)
+            weight, outputs = up.weight.to(per_token.dtype), outputs.to(per_token.dtype)
+            return expand_rows(outputs, per_token, per_row, weight, bias, groups, "tanh").view(hidden_states.shape)
         # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
         inner = torch.where(groups.is_merged, per_token + groups.spread(per_row), 0).tanh()
-        up = modules["variator_up"]
         if is_quantized_map(up):
             # Its bias, if it has one, is inside, and counts for the tokens that are merged.
             def correct(inner: Tensor) -> Tensor:
@@ -136,19 +142,31 @@ class NeuronsDecompression(Decompression):
         tokens = hidden_states.flatten(0, -2)
         out, neurons = modules["variator_neuron_out"], modules["variator_neurons"]
         assert isinstance(neurons, NeuronIndex)
-        # Masked: a token by itself, and padding, have no correction.
-        inner = torch.where(groups.is_merged, _neuron_outputs(modules, tokens), 0)
-        rest = output.flatten(0, -2).to(inner.dtype)
+        unmasked = _neuron_outputs(modules, tokens)
+        rest = output.flatten(0, -2).to(unmasked.dtype)
         up: Tensor | Callable[[Tensor], Tensor]
         if is_quantized_map(out) or (isinstance(out, UpdatedRows) and out.quantized_map() is not None):
             up = partial(apply_linear, out)
         else:
             assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
-            up = out.weight.to(inner.dtype)
+            up = out.weight.to(unmasked.dtype)
+            if runs_fused(unmasked, rest, up):
+                of_rows = None if neurons.is_sliced else self._neurons_of_rows(rows.to(tokens.dtype), groups, modules)
+                prologue = "plain" if of_rows is None else "difference"
+                return expand_rows(rest, unmasked, of_rows, up, None, groups, prologue).view(hidden_states.shape)
+        # Masked: a token by itself, and padding, have no correction.
+        inner = torch.where(groups.is_merged, unmasked, 0)
         if not neurons.is_sliced:
             # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
             rest = self._without_neurons(rest, rows.to(tokens.dtype), up, groups, modules)
         return groups.expand(rest, inner, up).view(hidden_states.shape)
+
+    @staticmethod
+    def _neurons_of_rows(rows: Tensor, groups: Groups, modules: Modules) -> Tensor:
+        """What the copies give for rows, or for the first ones alone where these are all that tokens share."""
+        if isinstance(groups, PackedGroups) and groups.can_split:
+            rows, _ = groups.split(rows)
+        return _neuron_outputs(modules, rows.flatten(0, -2))
 
     @staticmethod
     def _without_neurons(
@@ -159,13 +177,11 @@ class NeuronsDecompression(Decompression):
         modules: Modules,
     ) -> Tensor:
         """The output of rows without what the copies give for them where tokens share them; `(num_rows, d)`."""
+        of_rows = NeuronsDecompression._neurons_of_rows(rows, groups, modules)
         if isinstance(groups, PackedGroups) and groups.can_split:  # the rows of groups are the first ones
-            merged, _ = groups.split(rows)
-            first = merged.shape[1]
-            of_rows = _neuron_outputs(modules, merged.flatten(0, -2))
+            first = of_rows.shape[0]
             return torch.cat([_less(output[:first], of_rows, up), output[first:]])
-        of_rows = torch.where(groups.rows_that_merge(), _neuron_outputs(modules, rows.flatten(0, -2)), 0)
-        return _less(output, of_rows, up)
+        return _less(output, torch.where(groups.rows_that_merge(), of_rows, 0), up)
 
 
 DECOMPRESSIONS: dict[str, Decompression] = {

@@ -506,7 +506,7 @@ class VariatorLayer(PluginModule):
         tokens = hidden_states.reshape(*shape, hidden_states.shape[-1])
         scorer = getattr(self, "variator_scorer")[plugin]  # noqa: B009  # mypy takes an attribute for a tensor
         assert isinstance(scorer, FloatLinear)  # what a `Scoring` creates
-        rows = groups.merge(tokens, self.scoring(plugin).score(scorer, tokens))
+        rows = self.scoring(plugin).merge(scorer, tokens, groups)
         if groups.merges:
             return rows
         # Data parallelism waits for a gradient of every parameter, also from a batch with nothing to merge.

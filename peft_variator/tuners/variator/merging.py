@@ -67,6 +67,7 @@ class Groups:
     is_merged: Tensor
     all_real: bool
     _rows_that_merge: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _members_of_rows: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def merges(self) -> bool:
@@ -111,6 +112,19 @@ class Groups:
             none = torch.zeros(self.num_rows + 1, 1, dtype=torch.bool, device=self.row_of.device)
             self._rows_that_merge = none.index_copy(0, self.row_of, self.is_merged)[:-1]
         return self._rows_that_merge
+
+    def members_of_rows(self) -> Tensor:
+        """The token numbers of every row's members, found out once a call, for kernels.
+
+        Returns:
+            int32, shape `(num_rows, size)`; −1 where a row has fewer. An empty row may hold a token of another.
+        """
+        if self._members_of_rows is None:
+            self._members_of_rows = self._list_members().int()
+        return self._members_of_rows
+
+    def _list_members(self) -> Tensor:
+        raise NotImplementedError
 
     def spread(self, rows: Tensor) -> Tensor:
         """Give each token the vector of its row, and padding zeros.
@@ -258,6 +272,13 @@ class SharedGroups(Groups):
             merged = torch.addcmul(merged, member, weight)
         return merged.flatten(1, -2)
 
+    def _list_members(self) -> Tensor:
+        length, size = sum(block.length for block in self.blocks), max(block.size for block in self.blocks)
+        numbers = torch.arange(self.row_of.shape[0], device=self.row_of.device).view(-1, length, 1)
+        members = [block.scores(numbers).flatten(1, -2) for block in self.blocks]
+        padded = [torch.nn.functional.pad(each, (0, size - each.shape[-1]), value=-1) for each in members]
+        return torch.cat(padded, dim=1).flatten(0, 1)
+
     def expand(self, rows: Tensor, inner: Tensor, up: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
         tokens = torch.nn.functional.linear(inner, up) if isinstance(up, Tensor) else up(inner)
         per_sequence = sum(block.groups for block in self.blocks)
@@ -311,6 +332,10 @@ class PackedGroups(Groups, Part):
             return tokens.flatten(0, 1).index_select(0, self.singles).unsqueeze(0)
         weights = self._weights(member_scores(self), tokens.dtype)
         return _sum_bags(tokens.flatten(0, 1), self.member_of, weights, self.singles).unsqueeze(0)
+
+    def _list_members(self) -> Tensor:
+        singles = torch.nn.functional.pad(self.singles.unsqueeze(1), (0, self.member_of.shape[1] - 1), value=-1)
+        return torch.cat([self.member_of.masked_fill(~self.is_member, -1), singles])
 
     def _weights(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """The softmax inside each group, 0 at empty slots; shape `(groups, k)`."""

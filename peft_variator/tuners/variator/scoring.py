@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ...triton_support import runs_triton
+from .kernels import merge_rows
 from .linear_maps import FloatLinear
-from .merging import MemberScores, Part
+from .merging import Groups, MemberScores, Part
 
 
 __all__ = ["SCORINGS", "ConcatScoring", "Scoring", "TokenScoring"]
@@ -47,6 +49,10 @@ class Scoring:
         """
         raise NotImplementedError
 
+    def merge(self, scorer: FloatLinear, tokens: Tensor, groups: Groups) -> Tensor:
+        """The weighted mean of each group by these scores; see `Groups.merge`."""
+        return groups.merge(tokens, self.score(scorer, tokens))
+
 
 class TokenScoring(Scoring):
     """One score for each token, Linear(d → 1): the weights do not depend on k, so one plugin serves every k."""
@@ -60,6 +66,11 @@ class TokenScoring(Scoring):
     def score(self, scorer: FloatLinear, tokens: Tensor) -> MemberScores:
         scores = _in_range(tokens, scorer.weight)
         return lambda part: part.scores(scores)
+
+    def merge(self, scorer: FloatLinear, tokens: Tensor, groups: Groups) -> Tensor:
+        if groups.merges and runs_triton(tokens):
+            return merge_rows(tokens, scorer.weight, groups)
+        return super().merge(scorer, tokens, groups)
 
 
 class ConcatScoring(Scoring):
