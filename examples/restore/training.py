@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from peft_variator import SparseLoraConfig
 from peft_variator.sparsity import measure_sparsity
@@ -19,7 +21,7 @@ from peft_variator.training import DistillationConfig, DistillationTrainer
 
 __all__ = ["VARIANTS", "Variant", "adapt", "refill_zeros", "train"]
 
-RANK, ALPHA = 8, 16
+RANK = 8
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ VARIANTS = {
 }
 
 
-def adapt(pruned: PreTrainedModel, masked: bool) -> PeftModel:
-    """The pruned model with a fresh adapter on its pruned modules."""
+def adapt(pruned: PreTrainedModel, masked: bool, rank: int = RANK) -> PeftModel:
+    """The pruned model with a fresh adapter on its pruned modules, scaled by 2."""
     targets = [row.name for row in measure_sparsity(pruned).modules if row.sparsity > 0.01]
     config = SparseLoraConfig if masked else LoraConfig
-    return get_peft_model(pruned, config(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    return get_peft_model(pruned, config(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
 
 def train(
@@ -66,11 +68,12 @@ def train(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    checkpoints: Path | None = None,
 ) -> None:
-    """Train the adapter of `model` on `rows`."""
+    """Train the adapter of `model` on `rows`; go on from the last one in `checkpoints`, if that is given."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationConfig(
-            output_dir=scratch,
+            output_dir=str(checkpoints or scratch),
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
@@ -78,7 +81,9 @@ def train(
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
-            save_strategy="no",
+            save_strategy="steps" if checkpoints else "no",
+            save_steps=20,
+            save_total_limit=2,
             logging_steps=50,
             report_to="none",
             disable_tqdm=True,
@@ -88,7 +93,8 @@ def train(
         trainer = DistillationTrainer(
             model, arguments, teacher_model=teacher, train_dataset=rows, data_collator=collate
         )
-        trainer.train()
+        is_begun = checkpoints is not None and checkpoints.is_dir()
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if is_begun else None)
 
 
 @torch.no_grad()
