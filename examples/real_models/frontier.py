@@ -188,7 +188,7 @@ def _draw(name: str, ratios: list[int], results: Path, file: Path) -> bool:
     shape, environment = _shape(first["batch"], first["length"]), records[ratios[0]]["environment"]
     axes.set_xlabel(f"times as fast as the base at {shape}, {environment['threads']} CPU thread(s) (right is better)")
     axes.set_ylabel(f"{figure.title}\n({'up' if figure.more_is_better else 'down'} is better)")
-    axes.set_title(f"{name} with its plugin; bars: quartiles of the time")
+    axes.set_title(f"{name} with its plugin (one seed)\nbars: quartiles of the time", fontsize=11)
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
