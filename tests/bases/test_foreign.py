@@ -105,7 +105,7 @@ def test_unstructured_sparse_bitmask_becomes_dense(tmp_path):
     ("quantized", "format"), [(torch.float8_e4m3fn, "float-quantized"), (torch.int8, "int-quantized")]
 )
 @pytest.mark.parametrize("layout", ["sparse-24-bitmask", "sparse-bitmask", "dense"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_stacked_8_bit_layouts(tmp_path, strategy, quantized, format, layout, dtype):
     model = tiny_llama()
     stored, expected = {}, tiny_llama()

@@ -325,6 +325,7 @@ def test_registering_again_does_nothing():
     assert (AUTO_QUANTIZATION_CONFIG_MAPPING["sparse24"], AUTO_QUANTIZER_MAPPING["sparse24"]) == before
 
 
+@pytest.mark.slow  # test_main has a program that loads a packed base too
 def test_a_fresh_process_loads_it_after_importing_the_package_alone(packed_dir):
     script = (
         "import sys, torch, peft_variator; from transformers import AutoModelForCausalLM as A;"

@@ -53,9 +53,24 @@ def packed_layers(model: nn.Module) -> int:
     return sum(isinstance(module, Sparse24Linear) for module in model.modules())
 
 
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
-@pytest.mark.parametrize("form", [None, True, False], ids=["same", "packed", "dense"])
+FORMS = {"same": None, "packed": True, "dense": False}
+
+
 @pytest.mark.parametrize("base", ["dense", "packed"])
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        # Settings change what is added to a weight, and forms how it is written: all pairs are slow.
+        pytest.param(
+            form,
+            config,
+            id=f"{form_name}-{name}",
+            marks=[pytest.mark.slow] * (name != "plain" and form is not None),
+        )
+        for form_name, form in FORMS.items()
+        for name, config in SETTINGS.items()
+    ],
+)
 def test_as_in_memory(dense_source, packed_source, tmp_path, base, form, config):
     source = {"dense": dense_source, "packed": packed_source}[base]
     adapter = save_adapter(tiny_llama(), config, tmp_path / "adapter")
@@ -289,7 +304,11 @@ def published(layout: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], d
     return state, entry(kind)
 
 
-@pytest.mark.parametrize("form", [None, True, False], ids=["same", "packed", "dense"])
+@pytest.mark.parametrize(
+    "form",
+    [None, pytest.param(True, marks=pytest.mark.slow), False],  # the same form is the packed one
+    ids=["same", "packed", "dense"],
+)
 @pytest.mark.parametrize(
     "layout", ["sparse-24-bitmask", "sparse-24-bitmask old", "sparse-bitmask", "sparse-bitmask old", *EIGHT_BITS]
 )

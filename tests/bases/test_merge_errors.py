@@ -240,7 +240,12 @@ def run(*arguments: str):
 
 
 @pytest.mark.parametrize(
-    ("flag", "words"), [("--packed", "14 packed layers"), ("--dense", "is dense"), (None, "is dense")]
+    ("flag", "words"),
+    [
+        ("--packed", "14 packed layers"),
+        pytest.param("--dense", "is dense", marks=pytest.mark.slow),
+        (None, "is dense"),
+    ],
 )
 def test_the_command(dense_dir, adapter, tmp_path, flag, words):
     result = run(str(dense_dir), str(adapter), "--output", str(tmp_path / "merged"), *([flag] if flag else []))

@@ -27,6 +27,7 @@ class ContractCase:
         fields: fields of the method's configuration for this model.
         head: name of a module outside of the adapter's reach that can be trained beside it.
         autocasts: whether the base model runs under autocast at all.
+        slow: whether other cases stand for this one by default.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ContractCase:
     fields: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
     autocasts: bool = True
+    slow: bool = False
 
     @property
     def reads_text(self) -> bool:
@@ -72,7 +74,12 @@ class ContractBase:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         for name, accepts in FILTERS.items():
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, [case for case in self.cases if accepts(case)], ids=lambda case: case.name)
+                cases = [
+                    pytest.param(case, marks=[pytest.mark.slow] * case.slow, id=case.name)
+                    for case in self.cases
+                    if accepts(case)
+                ]
+                metafunc.parametrize(name, cases)
 
     def config(self, case: ContractCase, **fields: Any) -> PeftConfig:
         return self.config_class(task_type=case.task_type, **{**self.random_start, **case.fields, **fields})

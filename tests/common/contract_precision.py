@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from .contract_base import ContractBase, ContractCase, loss_of, outputs_of
 
 
-HALVES = [torch.float16, torch.bfloat16]
+HALVES = [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 
 
 class PrecisionContract(ContractBase):

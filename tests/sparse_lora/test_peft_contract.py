@@ -30,11 +30,16 @@ def deberta() -> PreTrainedModel:
 
 
 def contract_case(
-    name: str, task_type: str | None = None, head: str | None = None, pruned: bool = True, **fields: Any
+    name: str,
+    task_type: str | None = None,
+    head: str | None = None,
+    pruned: bool = True,
+    slow: bool = False,
+    **fields: Any,
 ) -> ContractCase:
     fields = CASES[name].targets | fields
     label = "-".join([name, *(str(value) for key, value in fields.items() if key != "target_modules")])
-    return ContractCase(label, lambda: build(name, pruned), CASES[name].inputs, task_type, fields, head)
+    return ContractCase(label, lambda: build(name, pruned), CASES[name].inputs, task_type, fields, head, slow=slow)
 
 
 class TestSparseLoraContract(PeftContract, MergingContract):
@@ -45,7 +50,7 @@ class TestSparseLoraContract(PeftContract, MergingContract):
         contract_case("bert", "SEQ_CLS", head="classifier"),
         contract_case("gpt2", "CAUSAL_LM", recompute=False),
         contract_case("llama", "CAUSAL_LM", head="lm_head"),
-        contract_case("vit", head="classifier"),
+        contract_case("vit", head="classifier", slow=True),
         contract_case("llama", "CAUSAL_LM", pruned=False, mask="stored"),
         ContractCase("deberta", deberta, CASES["bert"].inputs, "FEATURE_EXTRACTION", autocasts=False),
     ]

@@ -27,7 +27,7 @@ def weights(model):
 
 @pytest.mark.parametrize("amount", AMOUNTS, ids=lambda amount: str(next(iter(amount.values()))))
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_every_method_reaches_what_was_asked(name, method, amount):
     model, batches = make(name)
     config = PruningConfig(method=method, error_threshold=0.0, **amount)

@@ -1,4 +1,4 @@
-"""Which tests run by default: all of them on the usual architectures, a few on every other one."""
+"""Which tests run by default: all of them on a few architectures, a few on every other one; the rest is slow."""
 
 from __future__ import annotations
 
@@ -28,16 +28,47 @@ QUICK: dict[str, dict[str, Any]] = {
     "test_saved_and_loaded": {},
     "test_windows": {"ratio": 4, "scoring": "token"},
 }
-# Of tests with many parameters, those that are enough on an architecture other than BERT and Llama.
+# One architecture of each way to be called and laid out, for tests of what does not depend on a row of the table.
+STAND_INS = frozenset(
+    ("albert", "bart", "bert", "bert-sequence", "clip", "deberta-v2", "gemma2", "gpt2", "llama", "llava", "mixtral")
+    + ("modernbert", "t5", "vit", "wav2vec2", "whisper")
+)
+# Tests that take those alone.
+NARROW = frozenset(
+    {
+        "test_autocast_is_close_to_single_precision",
+        "test_embeddings_alone",
+        "test_forward_is_call",
+        "test_half_precision_base",
+        "test_no_argument_is_needed",
+        "test_one_text_with_padding",
+        "test_predictions_that_have_a_label_in_a_padded_batch",
+        "test_ratio_1_at_run_time_is_the_base_model",
+        "test_round_trip",
+        "test_same_gradients_as_without",
+        "test_transformers_load_adapter",
+        "test_two_forwards_before_one_backward",
+    }
+)
+# Of tests with many parameters, those that are enough on an architecture that is not in `EVERY_FORM`.
+EVERY_FORM = frozenset({"bert", "llama", "vit"})
 THINNED: dict[str, dict[str, Any]] = {
+    "test_alone_padded_or_in_a_batch": QUICK["test_alone_padded_or_in_a_batch"],
+    "test_at_the_whole_width_the_untrained_plugin_is_the_base": {"ratio": 4},
     "test_autocast_is_close_to_single_precision": {"dtype": torch.bfloat16, "uneven": True},
     "test_half_precision_base": {"dtype": torch.bfloat16, "uneven": True, "autocast_adapter_dtype": True},
+    "test_left_padding_and_cache_change_nothing": {"attention": "sdpa"},
+    "test_predictions_that_have_a_label": {"where": "conversation"},
+    "test_raster_order": {"ratio": 4},
+    "test_same_gradients_as_without": {"mode": {"use_reentrant": False}},
+    "test_two_forwards_before_one_backward": {"mode": {"use_reentrant": True}},
+    "test_windows": {"scoring": "token"},
 }
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the costly tests of architectures that are not `core` as slow."""
+    """Mark the costly tests of architectures that others stand for as slow."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         case = params.get("case")
@@ -46,7 +77,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         test = getattr(item, "originalname", "")
         if not case.core:
             wanted = QUICK.get(test)
+        elif test in NARROW and case.name not in STAND_INS:
+            wanted = None
         else:
-            wanted = {} if case.name in ("bert", "llama") else THINNED.get(test, {})
-        if wanted is None or any(params.get(name) != value for name, value in wanted.items()):
+            wanted = {} if case.name in EVERY_FORM else THINNED.get(test, {})
+        if wanted is None or any(params.get(name, value) != value for name, value in wanted.items()):
             item.add_marker(pytest.mark.slow)

@@ -183,7 +183,7 @@ def with_task(case: Case, path: Path, how: str, name: str) -> nn.Module:
 @pytest.mark.parametrize("how", ["loaded", "merged", "wrapped"])
 @pytest.mark.parametrize("name", ["default", "task"])
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("case", [BERT, LLAMA, T5], ids=by_name)
+@pytest.mark.parametrize("case", [BERT, LLAMA, pytest.param(T5, marks=pytest.mark.slow)], ids=by_name)
 def test_a_task_s_lora_stays_part_of_the_base(case: Case, inside: bool, name: str, how: str, tmp_path: Path) -> None:
     base = with_task(case, lora(case, tmp_path, inside), how, name)
     expected = first_output(base, case)

@@ -159,7 +159,7 @@ def test_one_graph_for_new_lengths_as_the_base(name: str) -> None:
     assert len(graphs) <= needed
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+@pytest.mark.parametrize("name", ["llama", *slow("bert", "vit")])
 def test_no_break_that_the_base_has_not(name: str) -> None:
     case = CASES[name]
     model, inputs = with_kept_ids(case), case.inputs(2, 12)
@@ -173,8 +173,8 @@ def test_no_break_that_the_base_has_not(name: str) -> None:
     assert found.graph_count <= expected.graph_count
 
 
-@pytest.mark.parametrize("name", ["vit", "clip-vision"])
-@pytest.mark.parametrize("ratio", [16, 5])
+@pytest.mark.parametrize("name", ["vit", *slow("clip-vision")])
+@pytest.mark.parametrize("ratio", [16, *slow(5)])
 def test_windows_that_the_edge_of_an_image_cuts_off(name: str, ratio: int) -> None:
     model, inputs = with_plugin(CASES[name], compression_ratio=ratio), CASES[name].inputs(2)
     compiled, _ = compiled_whole(model)

@@ -76,7 +76,7 @@ def test_a_peft_model_with_a_task_is_exported_as_it_is() -> None:
         torch.testing.assert_close(program(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("ratio", [4, 16])
+@pytest.mark.parametrize("ratio", [pytest.param(4, marks=pytest.mark.slow), 16])
 def test_images(ratio: int) -> None:
     model = with_plugin(VIT, compression_ratio=ratio)
     with torch.no_grad():
