@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -253,20 +254,64 @@ def test_torchao_int4(tmp_path: Path) -> None:
         quantize_plugin(model)
 
 
+def with_bitsandbytes(model: nn.Module, make: Callable[[nn.Linear], nn.Linear]) -> nn.Module:
+    for module in list(model.encoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                linear = make(child)
+                linear.load_state_dict(child.state_dict())
+                setattr(module, name, linear)
+    return model
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes' 4-bit kernels need CUDA")
 def test_bitsandbytes_4bit(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     inputs = {name: value.cuda() for name, value in inputs_of(BERT).items()}
     plugin = with_plugin(BERT).cuda()
     plugin.save_pretrained(str(tmp_path))
-    base = BERT.build()
-    for module in list(base.encoder.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                linear = bitsandbytes.nn.Linear4bit(child.in_features, child.out_features, quant_type="nf4")
-                linear.load_state_dict(child.state_dict())
-                setattr(module, name, linear)
+    base = with_bitsandbytes(
+        BERT.build(), lambda map: bitsandbytes.nn.Linear4bit(map.in_features, map.out_features, quant_type="nf4")
+    )
     model = PeftModel.from_pretrained(base.cuda(), str(tmp_path)).eval()  # moving it quantises it
     assert_close(model, plugin, BERT.build().cuda(), inputs, share=0.5)
     with pytest.raises(ValueError, match="quantize="):
         quantize_plugin(model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bitsandbytes_8bit(form: str, tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    plugin, inputs = with_plugin(BERT, form), inputs_of(BERT)
+    plugin.save_pretrained(str(tmp_path))
+    base = with_bitsandbytes(
+        BERT.build(),
+        lambda map: bitsandbytes.nn.Linear8bitLt(map.in_features, map.out_features, has_fp16_weights=False),
+    )
+    base.to("cpu")  # moving it quantises it
+    if form == "rank":  # nothing gives its rows back
+        with pytest.raises(ValueError, match="correction_rank=None"):
+            PeftModel.from_pretrained(base, str(tmp_path))
+        return
+    model = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert_close(model, plugin, BERT.build(), inputs)
+    with pytest.raises(ValueError, match="quantize="):
+        quantize_plugin(model)
+
+
+@pytest.mark.parametrize("form", ["rank", "compensated"])
+def test_quantised_sums_move_with_the_model(form: str, tmp_path: Path) -> None:
+    with_plugin(BERT, form).save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(quantized(BERT.build()), str(tmp_path)).eval()
+    made = []
+
+    def with_a_buffer(holder: nn.Module) -> None:
+        for name, module in quantized(holder).named_children():
+            holder.add_module(name, module)
+            module.register_buffer("moved", torch.zeros(1))
+            made.append(module)
+
+    quantize_plugin(model, quantize=with_a_buffer)
+    model.half()
+    assert made
+    assert all(module.moved.dtype == torch.float16 for module in made)

@@ -6,7 +6,7 @@ for every token, and on the maps of the feed-forward network for the merged rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,6 +108,11 @@ class CompensatedLinear(PluginModule):
             inner = torch.mm(inputs.flatten(0, -2), down.t())
             return torch.addmm(output.flatten(0, -2), inner, up.t()).view(output.shape)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for module in self.quantized.values():  # `to` and the like
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def _quantized_sum(self, up: Tensor) -> nn.Module | None:
         """The quantised W + B·A of the plugin whose B is `up`, where there is one; what trains it forgets it."""

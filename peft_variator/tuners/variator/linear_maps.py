@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -72,6 +73,11 @@ class UpdatedRows(nn.Module):
         if self.quantized and torch.is_grad_enabled() and self.B.requires_grad:
             self.quantized = ()
         return self.quantized[0] if self.quantized else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for module in self.quantized:  # `to` and the like
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def is_torch_quantized(module: object) -> TypeGuard[TorchQuantizedLinear]:
