@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 import zipfile
 from pathlib import Path
 
@@ -180,11 +181,16 @@ def test_neurons_that_are_cut_leave_their_mean(scripts, encoder):
 
 
 def test_speedups_are_over_the_first_model(scripts, encoder):
+    slow = copy.deepcopy(encoder)
+    # Long beside what a busy machine adds to a call.
+    slow.register_forward_pre_hook(lambda module, arguments: time.sleep(0.1))
     rows = scripts("speed").speedups(
-        {"base": encoder, "same": encoder}, "text", [(1, 8), (2, 4)], rounds=2, device=torch.device("cpu")
+        {"base": slow, "quick": encoder}, "text", [(1, 8), (2, 4)], rounds=2, device=torch.device("cpu")
     )
     assert [(row["batch"], row["length"]) for row in rows] == [(1, 8), (2, 4)]
-    assert all(0.2 < row["speedup"]["same"]["median"] < 5 for row in rows)
+    for row in rows:
+        found = row["speedup"]["quick"]
+        assert 1 < found["low"] <= found["median"] <= found["high"]
 
 
 def test_a_shipped_plugin_loads_onto_its_base(scripts, tmp_path):
