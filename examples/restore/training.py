@@ -52,7 +52,7 @@ VARIANTS = {
 
 def adapt(pruned: PreTrainedModel, masked: bool, rank: int = RANK) -> PeftModel:
     """The pruned model with a fresh adapter on its pruned modules, scaled by 2."""
-    targets = [row.name for row in measure_sparsity(pruned).modules if row.sparsity > 0.01]
+    targets = _pruned_modules(pruned)
     config = SparseLoraConfig if masked else LoraConfig
     return get_peft_model(pruned, config(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
@@ -101,7 +101,17 @@ def train(
 def refill_zeros(model: nn.Module, pruned: nn.Module) -> None:
     """Put the zeros of `pruned` back into `model`, a merged copy of it."""
     originals = dict(pruned.named_modules())
-    for row in measure_sparsity(pruned).modules:
-        if row.sparsity > 0.01:
-            weight = model.get_submodule(row.name).weight
-            weight.masked_fill_(originals[row.name].weight == 0, 0.0)
+    for name in _pruned_modules(pruned):
+        model.get_submodule(name).weight.masked_fill_(originals[name].weight == 0, 0.0)
+
+
+def _pruned_modules(model: nn.Module) -> list[str]:
+    """Names of the modules with zeros, but for an output map that is tied to the embeddings: it is never pruned, has
+    zeros only if rounding left some, and can't be merged into without changing the embeddings."""
+    modules = dict(model.named_modules())
+    embeddings = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
+    return [
+        row.name
+        for row in measure_sparsity(model).modules
+        if row.sparsity > 0.01 and id(modules[row.name].weight) not in embeddings
+    ]

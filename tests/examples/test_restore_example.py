@@ -63,3 +63,15 @@ def test_the_page_has_a_column_for_the_other_text(scripts):
     table = scripts("render").table(records, "loss", 2)
     assert "| SparseLoRA, merged | 2.50 | 75% | 3.50 | 50.0% | yes | 1 |" in table
     assert "won back | loss on TinyStories | zeros" in table
+
+
+def test_an_output_map_tied_to_the_embeddings_is_no_target(scripts):
+    """Rounding leaves zeros in it, and it can't be merged into."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes)).eval()
+    with torch.no_grad():
+        for map in (model.lm_head, model.model.layers[0].mlp.up_proj):
+            map.weight[:, ::2] = 0
+    adapted = scripts("training").adapt(model, masked=True, rank=4)
+    assert adapted.targeted_module_names == ["model.layers.0.mlp.up_proj"]
+    adapted.merge_and_unload()
