@@ -17,7 +17,7 @@ from peft_variator.bases.packing import PackedWeight, pack, unpack
 from peft_variator.triton_support import is_interpreted, triton_state
 from peft_variator.tuners.variator import decompression, scoring
 from peft_variator.tuners.variator.decompression import BottleneckDecompression, NeuronsDecompression
-from peft_variator.tuners.variator.kernels import expand_rows, merge_rows
+from peft_variator.tuners.variator.fused import expand_rows, merge_rows
 from peft_variator.tuners.variator.linear_maps import FloatLinear
 from peft_variator.tuners.variator.merging import Block, BoundedGroups, Groups, PackedGroups, SharedGroups
 from peft_variator.tuners.variator.neurons import NeuronIndex

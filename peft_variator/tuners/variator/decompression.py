@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .kernels import expand_rows, runs_fused
+from .fused import expand_rows, runs_fused
 from .linear_maps import UpdatedRows, apply_linear, is_quantized_map
 from .merging import Groups, PackedGroups
 from .network import Network

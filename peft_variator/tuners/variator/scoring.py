@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...triton_support import runs_triton
-from .kernels import merge_rows
+from .fused import merge_rows
 from .linear_maps import FloatLinear
 from .merging import Groups, MemberScores, Part
 

@@ -1,6 +1,6 @@
 """A plugin's kernels in Triton: score, softmax and merge in one; expand and correction in one.
 
-What they compute is said by the plain functions of `merging`, `scoring` and `decompression`; `kernels` calls them. A
+What they compute is said by the plain functions of `merging`, `scoring` and `decompression`; `fused` calls them. A
 program of the first kind has one row, of the second a tile of tokens. Sums and softmax are in float32. What is loaded
 becomes float32 at once, as Triton's interpreter computes with the bits of a bfloat16.
 """

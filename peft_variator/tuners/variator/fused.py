@@ -6,7 +6,9 @@ the kernels in compiled code.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +20,12 @@ from .merging import Groups
 
 __all__ = ["FUSED_WIDTH", "expand_rows", "merge_rows", "runs_fused"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 FUSED_WIDTH = 256
-"""The widest correction whose product is the kernel's own: a wider one is bound by arithmetic, and the library's."""
+"""The widest correction whose product is the kernel's own. A wider one should be bound by arithmetic, where the
+library's product is better: an estimate, which nobody has measured."""
 
 
 def runs_fused(inner: Tensor, *others: Tensor) -> bool:
@@ -74,7 +80,7 @@ def expand_rows(
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, members: Tensor, row_of: Tensor) -> Tensor:
-        rows, weights = (_merge_op if torch.compiler.is_compiling() else _merge)(tokens, weight, members)
+        rows, weights = _merge(tokens, weight, members)
         ctx.save_for_backward(tokens, weight, members, row_of, weights)
         return rows
 
@@ -82,8 +88,7 @@ class _Merge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight, members, row_of, weights = ctx.saved_tensors
-        gradient = _merge_gradient_op if torch.compiler.is_compiling() else _merge_gradient
-        of_tokens, of_scores = gradient(grad.contiguous(), tokens, weight, members, row_of, weights)
+        of_tokens, of_scores = _merge_gradient(grad.contiguous(), tokens, weight, members, row_of, weights)
         if not ctx.needs_input_grad[1]:
             return of_tokens, None, None, None
         # In single precision where half could overflow, as the score itself.
@@ -110,15 +115,13 @@ class _Expand(torch.autograd.Function):
         of_rows = None if of_rows is None else of_rows.contiguous()
         ctx.save_for_backward(inner, of_rows, up, row_of, is_merged, members)
         ctx.prologue = prologue
-        expand = _expand_op if torch.compiler.is_compiling() else _expand
-        return expand(rows.contiguous(), inner, of_rows, up, bias, row_of, is_merged, prologue)
+        return _expand(rows.contiguous(), inner, of_rows, up, bias, row_of, is_merged, prologue)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inner, of_rows, up, row_of, is_merged, members = ctx.saved_tensors
         grad = grad.contiguous()
-        sum_members = _sum_members_op if torch.compiler.is_compiling() else _sum_members
         own = torch.where(is_merged, grad, 0)  # what reached the tokens by their corrections
         grad_inner = grad_of_rows = grad_up = grad_bias = None
         needs = ctx.needs_input_grad
@@ -133,36 +136,75 @@ class _Expand(torch.autograd.Function):
             if ctx.prologue == "tanh":
                 grad_inner = torch.where(is_merged, grad_inner * (1 - hidden.square()), 0)
             if needs[2] and of_rows is not None:
-                grad_of_rows = sum_members(grad_inner, members, row_of)[: of_rows.shape[0]]
+                grad_of_rows = _sum_members(grad_inner, members, row_of)[: of_rows.shape[0]]
                 grad_of_rows = grad_of_rows.neg() if ctx.prologue == "difference" else grad_of_rows
         if needs[3]:
             grad_up = own.t().mm(torch.where(is_merged, hidden, 0))
         if needs[4]:
             grad_bias = own.sum(dim=0)
-        grad_rows = sum_members(grad, members, row_of) if needs[0] else None
+        grad_rows = _sum_members(grad, members, row_of) if needs[0] else None
         return grad_rows, grad_inner, grad_of_rows, grad_up, grad_bias, None, None, None, None
 
 
-def _kernels() -> Any:
-    from . import triton_kernels
+def _kernel(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a function that calls a kernel: in compiled code an opaque operator stands for it.
 
-    return triton_kernels
+    Args:
+        fake: gives what the function does, as to shapes and dtypes alone.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        operator = torch.library.custom_op(f"peft_variator::{function.__name__.strip('_')}", function, mutates_args=())
+        operator.register_fake(fake)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return (operator if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
+# Triton is imported with the kernels, when the first of them is called.
+
+
+@_kernel(
+    lambda tokens, weight, members: (
+        tokens.new_empty(members.shape[0], tokens.shape[1]),
+        tokens.new_empty(members.shape, dtype=torch.float32),
+    )
+)
 def _merge(tokens: Tensor, weight: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
-    return _kernels().merge(tokens, weight, members)
+    from .triton_kernels import merge
+
+    return merge(tokens, weight, members)
 
 
+@_kernel(
+    lambda grad, tokens, weight, members, row_of, weights: (
+        torch.empty_like(tokens),
+        tokens.new_empty(tokens.shape[0], dtype=torch.float32),
+    )
+)
 def _merge_gradient(
     grad: Tensor, tokens: Tensor, weight: Tensor, members: Tensor, row_of: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _kernels().merge_gradient(grad, tokens, weight, members, row_of, weights)
+    from .triton_kernels import merge_gradient
+
+    return merge_gradient(grad, tokens, weight, members, row_of, weights)
 
 
+@_kernel(lambda values, members, row_of: values.new_empty(members.shape[0], values.shape[1]))
 def _sum_members(values: Tensor, members: Tensor, row_of: Tensor) -> Tensor:
-    return _kernels().sum_members(values, members, row_of)
+    from .triton_kernels import sum_members
+
+    return sum_members(values, members, row_of)
 
 
+@_kernel(
+    lambda rows, inner, of_rows, up, bias, row_of, is_merged, prologue: inner.new_empty(inner.shape[0], up.shape[0])
+)
 def _expand(
     rows: Tensor,
     inner: Tensor,
@@ -173,30 +215,6 @@ def _expand(
     is_merged: Tensor,
     prologue: str,
 ) -> Tensor:
-    return _kernels().expand(rows, inner, of_rows, up, bias, row_of, is_merged, prologue)
+    from .triton_kernels import expand
 
-
-_merge_op = torch.library.custom_op("peft_variator::merge_rows", _merge, mutates_args=())
-_merge_gradient_op = torch.library.custom_op("peft_variator::merge_rows_gradient", _merge_gradient, mutates_args=())
-_sum_members_op = torch.library.custom_op("peft_variator::sum_members", _sum_members, mutates_args=())
-_expand_op = torch.library.custom_op("peft_variator::expand_rows", _expand, mutates_args=())
-
-
-@_merge_op.register_fake
-def _(tokens, weight, members):  # type: ignore[no-untyped-def]
-    return tokens.new_empty(members.shape[0], tokens.shape[1]), tokens.new_empty(members.shape, dtype=torch.float32)
-
-
-@_merge_gradient_op.register_fake
-def _(grad, tokens, weight, members, row_of, weights):  # type: ignore[no-untyped-def]
-    return torch.empty_like(tokens), tokens.new_empty(tokens.shape[0], dtype=torch.float32)
-
-
-@_sum_members_op.register_fake
-def _(values, members, row_of):  # type: ignore[no-untyped-def]
-    return values.new_empty(members.shape[0], values.shape[1])
-
-
-@_expand_op.register_fake
-def _(rows, inner, of_rows, up, bias, row_of, is_merged, prologue):  # type: ignore[no-untyped-def]
-    return inner.new_empty(inner.shape[0], up.shape[0])
+    return expand(rows, inner, of_rows, up, bias, row_of, is_merged, prologue)
