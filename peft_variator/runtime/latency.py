@@ -121,6 +121,27 @@ class LatencyTable:
             checks=tuple(check for check in self.checks if check.ratio in kept),
         )
 
+    def compare(self, records: Iterable[BatchRecord]) -> dict[int, list[tuple[float, float]]]:
+        """How far off the table is from batches that an engine ran.
+
+        Args:
+            records: batches; those that failed are passed over.
+
+        Returns:
+            k -> for each batch at it the seconds that the table gives, and how many times those it took.
+
+        Raises:
+            ValueError: no batch of the records went well, or one of them has a ratio that the table lacks.
+        """
+        found: dict[int, list[tuple[float, float]]] = {}
+        for each in records:
+            if not each.failed:
+                expected = self.latency(each.ratio, each.size, each.length)
+                found.setdefault(each.ratio, []).append((expected, each.seconds / expected))
+        if not found:
+            raise ValueError("records has no batch that went well; record some with Engine(on_batch=…).")
+        return found
+
     def calibrated(self, records: Iterable[BatchRecord]) -> LatencyTable:
         """The table as an engine has it: scaled, at each ratio, by how far off its batches were in the median.
 
@@ -134,13 +155,7 @@ class LatencyTable:
         Raises:
             ValueError: no batch of the records went well, or one of them has a ratio that the table lacks.
         """
-        factors: dict[int, list[float]] = {}
-        for each in records:
-            if not each.failed:
-                expected = self.latency(each.ratio, each.size, each.length)
-                factors.setdefault(each.ratio, []).append(each.seconds / expected)
-        if not factors:
-            raise ValueError("records has no batch that went well; record some with Engine(on_batch=…).")
+        factors = {k: [factor for _, factor in found] for k, found in self.compare(records).items()}
         of_all = statistics.median(chain.from_iterable(factors.values()))
         enough = {k for k, found in factors.items() if len(found) >= FEWEST_RECORDS}
         by_ratio = {k: statistics.median(factors[k]) if k in enough else of_all for k in self.ratios}

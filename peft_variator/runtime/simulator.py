@@ -85,14 +85,7 @@ class RecordedLatencies:
     def __init__(self, table: LatencyTable, records: Iterable[BatchRecord], seed: int = 0) -> None:
         self.table = table
         records = list(records)
-        # Expected seconds and factor of each batch, by its ratio.
-        self._batches: dict[int, list[tuple[float, float]]] = {}
-        for each in records:
-            if not each.failed:
-                expected = table.latency(each.ratio, each.size, each.length)
-                self._batches.setdefault(each.ratio, []).append((expected, each.seconds / expected))
-        if not self._batches:
-            raise ValueError("records has no batch that went well; record some with Engine(on_batch=…).")
+        self._batches = table.compare(records)
         self._known: dict[tuple[int, int, int], list[float]] = {}
         self._random = random.Random(seed)
         self.pauses = [
