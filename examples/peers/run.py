@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,6 +210,7 @@ def flops(model: nn.Module) -> int:
     return count_flops(model, make_inputs("text", model, 1, 128))
 
 
+@cache
 def as_cheap(model: Any) -> int:
     """The inner width at which narrowed networks take the FLOPs that a plugin leaves at k = 16."""
     config, inner = VariatorConfig(**plugin_fields(model)), model.config.intermediate_size

@@ -19,6 +19,7 @@ from training import RANK, VARIANTS, adapt, refill_zeros, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, default_data_collator, set_seed
 
 from peft_variator.bases import merge_checkpoint, pack_checkpoint
+from peft_variator.files import new_folder
 from peft_variator.sparsity import PruningConfig, measure_sparsity, prune
 
 
@@ -96,9 +97,8 @@ class LanguageModel:
         config = PruningConfig(method=method, pattern="2:4")
         prune(pruned, config, None if method == "magnitude" else batches, progress=False)
         if folder is not None:
-            parts = folder.with_suffix(".part")
-            pruned.save_pretrained(parts)
-            parts.rename(folder)
+            with new_folder(folder) as temporary:
+                pruned.save_pretrained(temporary)
         return pruned
 
     def run(self, method: str, variant: str, seed: int) -> dict[str, Any]:
@@ -117,9 +117,9 @@ class LanguageModel:
         else:
             model = self._train(pruned, variant, seed, run)
             parameters = model.get_nb_trainable_parameters()[0]
-        if run is not None and not (run / "adapter").is_dir():
-            model.save_pretrained(run / "adapter.part")
-            (run / "adapter.part").rename(run / "adapter")
+            if run is not None:
+                with new_folder(run / "adapter") as temporary:
+                    model.save_pretrained(temporary)
         merged = model.merge_and_unload(safe_merge=True)
         found = {"trained_parameters": parameters, "steps": self.steps, **self._measured(merged)}
         if how.masked and self.work is not None and run is not None:
