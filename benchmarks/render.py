@@ -27,6 +27,8 @@ __all__ = ["main", "pool", "render"]
 HERE = Path(__file__).resolve().parent
 COLUMNS = ["model", "input", "k", "FLOPs saved", "ideal", "measured", "measured / ideal"]
 PADDED_COLUMNS = ["ideal, pads computed", "measured / that"]
+# Options that were renamed since some of the results were measured.
+RENAMED = {"--ratios": "--ratio", "--batch": "--batch-size"}
 COST_COLUMNS = ["base, ms", "with plugin, ms", "peak memory", "with plugin", "added parameters"]
 
 
@@ -42,9 +44,13 @@ def render(reports: list[BenchmarkReport]) -> str:
         for padded in (False, True):
             if rows := [report for report in members if (report.base.flops_unpacked is not None) == padded]:
                 parts.append(_table(rows, padded))
-        parts.append("\n".join(["```sh", *(report.command for report in members), "```"]))
+        parts.append("\n".join(["```sh", *(_as_typed_today(report.command) for report in members), "```"]))
         sections.append("\n\n".join(parts))
     return "\n\n".join(sections)
+
+
+def _as_typed_today(command: str) -> str:
+    return " ".join(RENAMED.get(word, word) for word in command.split(" "))
 
 
 def pool(processes: Sequence[BenchmarkReport]) -> BenchmarkReport:
