@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, takewhile
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .latency import LatencyTable
 
@@ -179,6 +179,15 @@ def _checked_hysteresis(value: float, below: float) -> float:
     return float(value)
 
 
+class _Front(NamedTuple):
+    """What the first text of a queue allows, and of the texts from it on that allow the same: the longest and the most
+    urgent up to each."""
+
+    allowed: tuple[int, ...]
+    lengths: list[int]
+    deadlines: list[float]
+
+
 class _Planner(Policy):
     """What policies that know latencies share: the ratios by quality, and what the front of a queue asks for."""
 
@@ -193,6 +202,18 @@ class _Planner(Policy):
         self.quality = known
         self._preferred = tuple(sorted(self.ratios, key=lambda k: (-rank[k], k)))
 
+    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
+        if not queue:
+            return 1, 0
+        front = self._front(queue)
+        if front.allowed[0] not in self.ratios:
+            return 1, len(front.lengths)  # the base, of which the table does not tell what it takes
+        return self._plan(now, queue, last, front)
+
+    def _plan(self, now: float, queue: Sequence[Waiting], last: int, front: _Front) -> tuple[int, int]:
+        """What to run next, of a queue that is not empty."""
+        raise NotImplementedError
+
     def _allowed(self, item: Waiting) -> tuple[int, ...]:
         """The ratios that a text allows, best first; the base alone, if it allows none."""
         least, largest = item.min_quality, item.max_ratio
@@ -205,13 +226,13 @@ class _Planner(Policy):
         )
         return allowed or (1,)
 
-    def _front(self, queue: Sequence[Waiting]) -> tuple[tuple[int, ...], list[int], list[float]]:
-        """What the first text allows, and of the texts from it on that allow the same: the longest and the most urgent
-        up to each."""
+    def _front(self, queue: Sequence[Waiting]) -> _Front:
         allowed, front = self._allowed(queue[0]), queue[: self.max_batch]
         if len(set(map(_limits, front))) > 1:
             front = list(takewhile(lambda item: self._allowed(item) == allowed, front))
-        return allowed, list(accumulate(map(_length, front), max)), list(accumulate(map(_deadline, front), min))
+        return _Front(
+            allowed, list(accumulate(map(_length, front), max)), list(accumulate(map(_deadline, front), min))
+        )
 
 
 class SlackFit(_Planner):
@@ -251,16 +272,11 @@ class SlackFit(_Planner):
         self.reserve_ms = float(reserve_ms)
         self._rank = {k: index for index, k in enumerate(self._preferred)}
 
-    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
-        waiting = len(queue)
-        if not waiting:
-            return 1, 0
+    def _plan(self, now: float, queue: Sequence[Waiting], last: int, front: _Front) -> tuple[int, int]:
+        allowed, lengths, deadlines = front
         now += self.reserve_ms / 1000
         latency = self.table.latency
-        allowed, lengths, deadlines = self._front(queue)
-        count = len(lengths)
-        if allowed[0] not in self.ratios:
-            return 1, count  # the table of what the base takes is not there
+        waiting, count = len(queue), len(lengths)
         if len(allowed) == 1:
             fastest = allowed[0]
         else:
@@ -347,13 +363,9 @@ class Oracle(_Planner):
             raise ValueError("future has to be sorted by arrival.")
         self._in_order = all(before.deadline <= after.deadline for before, after in pairwise(future))
 
-    def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
-        if not queue:
-            return 1, 0
-        allowed, lengths, _ = self._front(queue)
+    def _plan(self, now: float, queue: Sequence[Waiting], last: int, front: _Front) -> tuple[int, int]:
+        allowed, lengths, _ = front
         count = len(lengths)
-        if allowed[0] not in self.ratios:
-            return 1, count
         seconds = {k: self.table.latency(k, count, lengths[-1]) for k in allowed}
         fastest = min(allowed, key=lambda k: seconds[k])
         least = self._late(now, queue, count, seconds[fastest], fastest)

@@ -6,7 +6,7 @@ for every token, and on the maps of the feed-forward network for the merged rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from ...compat import is_plain_linear
 from .architectures import Placement
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
-from .linear_maps import FloatLinear, apply_linear
+from .linear_maps import FloatLinear, SummedMap, apply_linear
 from .network import bias_of, features_of, is_map, weight_of
 
 
 __all__ = ["CompensatedLinear", "compensate"]
 
 
-class CompensatedLinear(PluginModule):
+class CompensatedLinear(SummedMap, PluginModule):
     """A linear map of a block whose feed-forward network has a plugin.
 
     Args:
@@ -40,8 +40,7 @@ class CompensatedLinear(PluginModule):
         self.network_name = network_name
         for part in self.adapter_layer_names:
             setattr(self, part, nn.ModuleDict())
-        self.quantized: dict[str, nn.Module] = {}
-        """W + B·A as a quantised map, by plugin, which runs while nothing trains; no part that is saved."""
+        self.quantized = {}  # by plugin
         self.register_load_state_dict_post_hook(_forget_sums)
 
     def adapters(self) -> set[str]:
@@ -92,10 +91,10 @@ class CompensatedLinear(PluginModule):
         update = self.current_update()
         if update is None:
             return self.base_layer(inputs, *args, **kwargs)
-        quantized = self._quantized_sum(update[1])
+        (name, down, up), base = update, self.base_layer
+        quantized = self.quantized_sum(name, up)
         if quantized is not None:
             return apply_linear(quantized, inputs)
-        (down, up), base = update, self.base_layer
         if is_plain_linear(base) and self._pays_to_sum(inputs, base.weight, down, up):
             return linear(inputs, torch.addmm(base.weight, up, down), base.bias)
         output = self.base_layer(inputs, *args, **kwargs)
@@ -109,29 +108,14 @@ class CompensatedLinear(PluginModule):
             return torch.addmm(output.flatten(0, -2), inner, up.t()).view(output.shape)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for module in self.quantized.values():  # `to` and the like
-            module._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-    def _quantized_sum(self, up: Tensor) -> nn.Module | None:
-        """The quantised W + B·A of the plugin whose B is `up`, where there is one; what trains it forgets it."""
-        for name, quantized in self.quantized.items():
-            if getattr(self, self.adapter_layer_names[1])[name].weight is up:
-                if not (torch.is_grad_enabled() and up.requires_grad):
-                    return quantized
-                del self.quantized[name]  # it will be out of date
-                break
-        return None
-
-    def current_update(self) -> tuple[Tensor, Tensor] | None:
-        """A and B of the plugin that merges in the call under way; `None`: there is none, or it has no update."""
+    def current_update(self) -> tuple[str, Tensor, Tensor] | None:
+        """Name, A and B of the plugin that merges in the call under way; `None`: none does, or it has no update."""
         call = None if self.stack is None else self.stack.current_groups()
         choice = None if call is None else call.choices.get(self.network_name)
         downs, ups = (getattr(self, part) for part in self.adapter_layer_names)
         if choice is None or choice[0] not in downs:
             return None
-        return downs[choice[0]].weight, ups[choice[0]].weight
+        return choice[0], downs[choice[0]].weight, ups[choice[0]].weight
 
     def _pays_to_sum(self, *tensors: Tensor) -> bool:
         """Whether W + B·A is less work than B·(A·x): where there are tokens enough and nothing trains.

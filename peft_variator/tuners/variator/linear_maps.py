@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from ...compat import is_quantized_tensor
 
 
-__all__ = ["FloatLinear", "UpdatedRows", "apply_linear", "is_quantized_map", "is_torch_quantized"]
+__all__ = ["FloatLinear", "SummedMap", "UpdatedRows", "apply_linear", "is_quantized_map", "is_torch_quantized"]
 
 
 class FloatLinear(nn.Module):
@@ -42,7 +42,31 @@ class FloatLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class UpdatedRows(nn.Module):
+class SummedMap(nn.Module):
+    """A map whose weight is the sum of the base's and an update, and that may hold the sum quantised, too.
+
+    Attributes:
+        quantized: the quantised sums by a name, which run while nothing trains; they follow the module to its device,
+            and are no part of it that is saved.
+    """
+
+    quantized: dict[str, nn.Module]
+
+    def quantized_sum(self, name: str, up: Tensor) -> nn.Module | None:
+        """The quantised sum where there is one that is up to date; what trains the update's B, `up`, forgets it."""
+        quantized = self.quantized.get(name)
+        if quantized is not None and torch.is_grad_enabled() and up.requires_grad:
+            del self.quantized[name]  # it will be out of date
+            return None
+        return quantized
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for module in self.quantized.values():  # `to` and the like
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+class UpdatedRows(SummedMap):
     """The base model's weights of some neurons with an update, W_S + B·A, which alone is trained and saved.
 
     Args:
@@ -60,8 +84,7 @@ class UpdatedRows(nn.Module):
         self.A = nn.Parameter(nn.Linear(in_features, rank).weight.detach())
         self.B = nn.Parameter(nn.Linear(rank, out_features).weight.detach())
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.quantized: tuple[nn.Module, ...] = ()
-        """The sum as a quantised map, which runs while nothing trains; in a tuple, as it is no part that is saved."""
+        self.quantized = {}
 
     @property
     def weight(self) -> Tensor:
@@ -69,15 +92,13 @@ class UpdatedRows(nn.Module):
         return torch.addmm(self.rows.to(self.B.dtype), self.B, self.A)
 
     def quantized_map(self) -> nn.Module | None:
-        """The quantised map, where there is one that is up to date; what trains forgets it."""
-        if self.quantized and torch.is_grad_enabled() and self.B.requires_grad:
-            self.quantized = ()
-        return self.quantized[0] if self.quantized else None
+        """The sum as a quantised map, where there is one that is up to date."""
+        return self.quantized_sum("rows", self.B)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for module in self.quantized:  # `to` and the like
-            module._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+    def set_rows(self, rows: Tensor) -> None:
+        """Take W_S anew; a sum with the old one is forgotten."""
+        self.rows = rows.to(self.B.device).clone()
+        self.quantized.clear()
 
 
 def is_torch_quantized(module: object) -> TypeGuard[TorchQuantizedLinear]:

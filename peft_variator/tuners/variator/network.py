@@ -197,7 +197,8 @@ def _parts(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | None]:
     if update is None:
         return module, None
     base: Any = module.base_layer
-    return base, update()
+    found = update()
+    return base, None if found is None else found[1:]
 
 
 def _is_plain(module: nn.Module) -> bool:

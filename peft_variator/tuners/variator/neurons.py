@@ -145,7 +145,7 @@ def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
         for part, (weight, bias) in _weights_of(network, index).items():
             module = modules[part]
             if isinstance(module, UpdatedRows):
-                module.rows, module.quantized = weight.to(module.B.device).clone(), ()
+                module.set_rows(weight)
                 module.B.zero_()
             else:
                 module.get_parameter("weight").copy_(weight)
@@ -179,7 +179,7 @@ def read_rows(modules: Modules, network: Network) -> None:
     for part, (weight, _) in _weights_of(network, neurons.index).items():
         module = modules[part]
         if isinstance(module, UpdatedRows):
-            module.rows, module.quantized = weight.to(module.B.device).clone(), ()
+            module.set_rows(weight)
     neurons.read_for = neurons.index
 
 

@@ -107,7 +107,7 @@ def _quantize_layer(layer: VariatorLayer, adapter_name: str, way: Quantize) -> I
     layer.read_base(adapter_name)
     for part, module in layer.modules_of(adapter_name).items():
         if isinstance(module, UpdatedRows):
-            yield partial(setattr, module, "quantized", (_quantized(_as_linear(module.weight, module.bias), way),))
+            yield partial(setitem, module.quantized, "rows", _quantized(_as_linear(module.weight, module.bias), way))
         elif isinstance(module, nn.Linear) and not is_quantized_map(module):
             quantized = _quantized(_as_linear(module.weight, module.bias), way)
             yield partial(setitem, getattr(layer, part), adapter_name, quantized)
