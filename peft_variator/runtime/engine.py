@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tuners.variator import using_ratio
 from ..tuners.variator.ratios import compression_ratio_of
+from .latency import is_whole
 from .metrics import BatchRecord, Counts, EngineMetrics
 from .policies import FixedRatio, Policy
 from .pooling import check_pooling
@@ -67,7 +69,7 @@ class Engine:
         vectors = engine.embed(["a text", "another"]).embeddings
     ```
 
-    Leaving the block, or `close()`, answers what waits and refuses what comes.
+    Leaving the block, or `close()`, answers what waits and refuses what comes; so does the end of the program.
 
     Args:
         model: a model with a Variator plugin, from PEFT or transformers' `load_adapter`, or a `SentenceTransformer`;
@@ -106,9 +108,13 @@ class Engine:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; give a PeftModel or a SentenceTransformer.")
         self.slo_ms = checked_slo(slo_ms)
-        if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
+        if not is_whole(max_queue) or max_queue < 1:
             raise ValueError(f"max_queue={max_queue!r} has to be an integer of at least 1.")
-        self.max_queue = max_queue
+        if on_batch is not None and not callable(on_batch):
+            raise TypeError(f"on_batch={on_batch!r} has to be a function of a BatchRecord, or None.")
+        if normalize not in (None, True, False):
+            raise TypeError(f"normalize={normalize!r} has to be True, False or None.")
+        self.max_queue = int(max_queue)
         self.model = model
         self._has_plugin = has_plugin(model)
         self.policy = policy or FixedRatio(compression_ratio_of(model) if self._has_plugin else 1)
@@ -123,10 +129,16 @@ class Engine:
         # Guards everything below; notified when there is something to do.
         self._wake = threading.Condition()
         self._closing = False
+        self._entering = 0  # calls that were taken and are being tokenized
         self._counts = Counts()
         self._last = 1
+        # Of event loops: their own executor may be busy with other things for as long as it likes. One thread is as
+        # fast as many, since a tokenizer has a lock.
+        self._encoding = ThreadPoolExecutor(1, "peft-variator-tokenizer")
         self._thread = threading.Thread(target=self._work, name="peft-variator-engine", daemon=True)
         self._thread.start()
+        # A thread that is inside of torch when the interpreter ends takes the process down with it.
+        atexit.register(self.close)
 
     # What it is made from
 
@@ -140,7 +152,7 @@ class Engine:
                 pass  # entering checks it, now and not in the middle of the first rush
 
     def _serve(self, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> Served | None:
-        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
+        if max_length is not None and not is_whole(max_length):
             raise TypeError(f"max_length={max_length!r} has to be an integer or None.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} has to be at least 1.")
@@ -279,6 +291,11 @@ class Engine:
         return cast("Future[Embeddings]", self._submit(Embed, texts, "texts", **limits))
 
     def _ask(self, *question: Any, **limits: Unpack[Limits]) -> Any:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "The engine was asked in its own thread, by on_batch or by what is called with an answer: it would "
+                "wait for itself. Use submit there."
+            )
         future = self._submit(*question, **limits)
         try:
             return future.result()
@@ -288,7 +305,14 @@ class Engine:
 
     async def _aask(self, *question: Any, **limits: Unpack[Limits]) -> Any:
         # Tokenizing takes its time, and may wait for another thread's: not in the event loop.
-        submitting = asyncio.get_running_loop().run_in_executor(None, partial(self._submit, *question, **limits))
+        arrival = self._enter()
+        try:
+            submitting = asyncio.get_running_loop().run_in_executor(
+                self._encoding, partial(self._enqueue, arrival, *question, **limits)
+            )
+        except BaseException:  # the interpreter ends
+            self._leave()
+            raise
         try:
             future = await asyncio.shield(submitting)
         except asyncio.CancelledError:
@@ -296,8 +320,28 @@ class Engine:
             raise
         return await asyncio.wrap_future(future)
 
-    def _submit(
+    def _submit(self, *question: Any, **limits: Unpack[Limits]) -> Future[Any]:
+        return self._enqueue(self._enter(), *question, **limits)
+
+    def _enter(self) -> float:
+        """Take a call, which closing waits for from here on, and give its arrival; `_enqueue` has to follow.
+
+        Raises:
+            EngineClosed: the engine is closed.
+        """
+        with self._wake:
+            self._check_open()
+            self._entering += 1
+        return self._clock()
+
+    def _leave(self) -> None:
+        with self._wake:
+            self._entering -= 1
+            self._wake.notify_all()
+
+    def _enqueue(
         self,
+        arrival: float,
         kind: type[Task],
         texts: Sequence[str],
         name: str,
@@ -307,38 +351,40 @@ class Engine:
         min_quality: float | None = None,
         max_ratio: int | None = None,
     ) -> Future[Any]:
-        """Check a call and put its texts into the queue, all or none."""
-        arrival = self._clock()
-        self._check_open()
-        texts = checked_texts(texts, name)
-        deadline = arrival + (self.slo_ms if slo_ms is None else checked_slo(slo_ms)) / 1000
-        check_limits(min_quality, max_ratio)
-        task = self._task(kind)
-        encoded = task.encode(texts, **(options or {})) if texts else []
-        request = Request(task, len(texts))
-        if not texts:
-            self._check_open()
-            request.finish()
-            return request.future
-        with self._wake:
-            self._check_open()
-            if len(self._queue) + len(texts) > self.max_queue:
-                self._counts.add(refused=1)
-                raise QueueFull(
-                    f"{len(texts)} texts do not fit into the queue: {len(self._queue)} wait, and max_queue is "
-                    f"{self.max_queue}. Ask again later, or with fewer."
-                )
-            self._counts.add(requests=1)
-            for index, each in enumerate(encoded):
-                length = len(each["input_ids"])
-                self._queue.add(QueuedText(arrival, length, deadline, min_quality, max_ratio, each, request, index))
-            self._wake.notify()
+        """Check a call that was taken and put its texts into the queue, all or none."""
+        try:
+            texts = checked_texts(texts, name)
+            deadline = arrival + (self.slo_ms if slo_ms is None else checked_slo(slo_ms)) / 1000
+            check_limits(min_quality, max_ratio)
+            task = self._task(kind)
+            encoded = task.encode(texts, **(options or {})) if texts else []
+            request = Request(task, len(texts))
+            if not texts:
+                request.finish()
+                return request.future
+            with self._wake:
+                if len(self._queue) + len(texts) > self.max_queue:
+                    self._counts.add(refused=1)
+                    raise QueueFull(
+                        f"{len(texts)} texts do not fit into the queue: {len(self._queue)} wait, and max_queue is "
+                        f"{self.max_queue}. Ask again later, or with fewer."
+                    )
+                self._counts.add(requests=1)
+                for index, each in enumerate(encoded):
+                    length = len(each["input_ids"])
+                    self._queue.add(
+                        QueuedText(arrival, length, deadline, min_quality, max_ratio, each, request, index)
+                    )
+        finally:
+            self._leave()
         request.future.add_done_callback(partial(self._forget, request))
         return request.future
 
     def _check_open(self) -> None:
         if self._closing:
             raise EngineClosed("The engine is closed. Make another one to ask.")
+        if not self._thread.is_alive():
+            raise EngineClosed("The engine's thread is not in this process, which was forked. Make one here to ask.")
 
     def _forget(self, request: Request, future: Future[Any]) -> None:
         """Take the texts of a call that was given up, or that failed, out of the queue."""
@@ -352,9 +398,10 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._wake:
-                while not len(self._queue) and not self._closing:
+                while not len(self._queue) and not (self._closing and not self._entering):
                     self._wake.wait()
                 if not len(self._queue):
+                    self._encoding.shutdown(wait=False)
                     return
                 texts, ratio, error = self._next_batch()
             if error is None:
@@ -439,6 +486,10 @@ class Engine:
 
     def close(self) -> None:
         """Answer what waits, and refuse what comes. Closing twice is closing once."""
+        atexit.unregister(self.close)
+        if not self._thread.is_alive():  # closed before, or in a process that was forked
+            self._closing = True
+            return
         with self._wake:
             self._closing = True
             self._wake.notify_all()

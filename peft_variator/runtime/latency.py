@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..files import write_text
 from .metrics import BatchRecord
 
 
-__all__ = ["LatencyCheck", "LatencyTable", "checked_axis", "checked_quality"]
+__all__ = ["LatencyCheck", "LatencyTable", "checked_axis", "checked_quality", "is_whole"]
 
 FORMAT = 1
 FEWEST_RECORDS = 5  # batches at a ratio that tell how far off it is
@@ -267,16 +268,21 @@ class LatencyTable:
             raise ValueError(f"{path}: {error}") from error
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, NumPy's among them; `True` and `False` are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def checked_axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """An axis of a table.
 
     Raises:
         ValueError: it is empty, or no ascending positive integers.
     """
-    whole = all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
-    if not values or not whole or any(low >= high for low, high in pairwise(values)):
+    whole = all(is_whole(value) and value >= 1 for value in values)
+    if not len(values) or not whole or any(low >= high for low, high in pairwise(values)):
         raise ValueError(f"{name} is {list(values)}; it needs integers of at least 1, ascending, each of them once.")
-    return tuple(values)
+    return tuple(map(int, values))
 
 
 def checked_quality(quality: Mapping[int, float], ratios: Sequence[int]) -> dict[int, float]:

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise, takewhile
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from .latency import LatencyTable
+from .latency import LatencyTable, is_whole
 
 
 __all__ = ["POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit", "Waiting"]
@@ -86,15 +86,15 @@ class Policy:
 
 
 def _checked_batch(max_batch: int) -> int:
-    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+    if not is_whole(max_batch) or max_batch < 1:
         raise ValueError(f"max_batch={max_batch!r} has to be an integer of at least 1.")
-    return max_batch
+    return int(max_batch)
 
 
 def _checked_ratio(k: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_whole(k) or k < 1:
         raise ValueError(f"compression ratio {k!r} has to be an integer of at least 1.")
-    return k
+    return int(k)
 
 
 def _effective(item: Waiting, k: int, ratios: Sequence[int]) -> int:
@@ -128,7 +128,7 @@ class FixedRatio(Policy):
 
     def __init__(self, k: int, max_batch: int = MAX_BATCH) -> None:
         self.k, self.max_batch = _checked_ratio(k), _checked_batch(max_batch)
-        self.ratios = tuple(sorted({1, k}))
+        self.ratios = tuple(sorted({1, self.k}))
 
     def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
         return _take(queue, self.k, self.ratios, self.max_batch)
@@ -155,9 +155,7 @@ class QueueThreshold(Policy):
         thresholds = {2: 8, 4: 16, 8: 32} if thresholds is None else dict(thresholds)
         ordered = sorted((_checked_ratio(k), count) for k, count in thresholds.items())
         counts = [count for _, count in ordered]
-        if any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts) or counts != (
-            sorted(set(counts))
-        ):
+        if any(not is_whole(count) or count < 1 for count in counts) or counts != (sorted(set(counts))):
             raise ValueError(
                 f"thresholds={thresholds}: they have to be integers of at least 1 that grow with the ratio."
             )

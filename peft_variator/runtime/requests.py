@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypedDict
 
+from .latency import is_whole
 from .tasks import Encoded, Task
 
 
@@ -133,7 +135,7 @@ def checked_slo(slo_ms: Any) -> float:
         TypeError: it is no number.
         ValueError: it is not above 0.
     """
-    if isinstance(slo_ms, bool) or not isinstance(slo_ms, (int, float)):
+    if isinstance(slo_ms, bool) or not isinstance(slo_ms, Real):
         raise TypeError(f"slo_ms={slo_ms!r} has to be a number of milliseconds.")
     milliseconds = _checked_float("slo_ms", slo_ms)
     if not milliseconds > 0:
@@ -141,7 +143,7 @@ def checked_slo(slo_ms: Any) -> float:
     return milliseconds
 
 
-def _checked_float(name: str, value: float) -> float:
+def _checked_float(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError as error:
@@ -156,12 +158,12 @@ def check_limits(min_quality: Any, max_ratio: Any) -> None:
         ValueError: it is out of range.
     """
     if min_quality is not None:
-        if isinstance(min_quality, bool) or not isinstance(min_quality, (int, float)):
+        if isinstance(min_quality, bool) or not isinstance(min_quality, Real):
             raise TypeError(f"min_quality={min_quality!r} has to be a number or None.")
         if math.isnan(_checked_float("min_quality", min_quality)):
             raise ValueError("min_quality is not a number; give the least quality, or None.")
     if max_ratio is not None:
-        if isinstance(max_ratio, bool) or not isinstance(max_ratio, int):
+        if not is_whole(max_ratio):
             raise TypeError(f"max_ratio={max_ratio!r} has to be an integer or None.")
         if max_ratio < 1:
             raise ValueError(f"max_ratio={max_ratio} has to be at least 1, the base itself.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -111,7 +114,14 @@ def test_nothing_asked_nothing_given(engine: Engine) -> None:
     assert asyncio.run(engine.aembed(())).embeddings.shape == (0, 32)
 
 
-@pytest.mark.parametrize("texts", ["a b", None, 3, [1], ["a", None], {"a": 1}, [["a"]], b"a", iter(["a"]), ["\ud800"]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        *("a b", None, 3, [1], ["a", None], {"a": 1}, [["a"]], b"a", [b"a"], iter(["a"]), ["\ud800"], range(2)),
+        np.array(["a", "b"]),
+    ],
+    ids=repr,
+)
 def test_what_is_no_list_of_texts_is_refused(engine: Engine, texts: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="texts"):
         engine.embed(texts)
@@ -151,6 +161,8 @@ def test_wrong_options_are_refused(engine: Engine, options: dict[str, Any]) -> N
         ({"pooling": "sum"}, "pooling"),
         ({"max_length": 0}, "max_length"),
         ({"policy": object()}, "policy"),
+        ({"on_batch": 3}, "on_batch"),
+        ({"normalize": "yes"}, "normalize"),
         ({"policy": FixedRatio}, "policy"),
         ({"tokenizer": None}, "tokenizer"),
     ],
@@ -313,6 +325,109 @@ def test_closing_answers_what_waits(model: Any) -> None:
         closing.result(30)
         assert engine.metrics.answered == 7
         assert all(call.result(30).ratios == [2] for call in (first, *rest))
+
+
+class SlowToStart:
+    """A tokenizer whose first call waits until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from peft_variator.runtime.tasks import Embed
+
+        self.gate, self.started, encode = threading.Event(), threading.Event(), Embed.encode
+
+        def wait(task: Embed, texts: list[str], **options: Any) -> Any:
+            self.started.set()
+            assert self.gate.wait(30)
+            return encode(task, texts, **options)
+
+        monkeypatch.setattr(Embed, "encode", wait)
+
+
+def test_closing_answers_what_was_asked_before(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also calls that are still being tokenized: those of threads, and those of an event loop."""
+    engine = Engine(model, TOKENIZER, policy=FixedRatio(2))
+    slow = SlowToStart(monkeypatch)
+
+    async def ask() -> list[Any]:
+        calls = [asyncio.create_task(engine.aembed(["a"])) for _ in range(3)]
+        await asyncio.sleep(0)
+        asked.set()
+        return await asyncio.gather(*calls)
+
+    asked = threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        loop, thread = pool.submit(lambda: asyncio.run(ask())), pool.submit(engine.embed, ["b"])
+        assert asked.wait(30)
+        assert slow.started.wait(30)
+        closing = pool.submit(engine.close)
+        while not engine.closed:
+            time.sleep(0.001)
+        with pytest.raises(EngineClosed):
+            engine.embed(["late"])
+        slow.gate.set()
+        assert [answer.ratios for answer in (*loop.result(30), thread.result(30))] == [[2]] * 4
+        closing.result(30)
+
+
+def test_time_counts_from_the_call(model: Any) -> None:
+    """An event loop's own executor may be busy with other things: no answer waits for them, and no clock stops."""
+    now = [0.0]
+
+    async def ask() -> Any:
+        loop = asyncio.get_running_loop()
+        gate = threading.Event()
+        busy = [loop.run_in_executor(None, gate.wait, 30) for _ in range(40)]
+        call = asyncio.create_task(engine.aembed(["a"]))
+        await asyncio.sleep(0)
+        now[0] = 5.0
+        held.gate.set()
+        found = await asyncio.wait_for(call, 20)
+        gate.set()
+        await asyncio.gather(*busy)
+        return found
+
+    options: dict[str, Any] = {"slo_ms": 1000, "clock": lambda: now[0]}
+    with Engine(model, TOKENIZER, **options) as engine, Held(model) as held:
+        assert asyncio.run(ask()).late == [True]
+        assert engine.embed(["a"]).late == [False]
+
+
+def test_the_engine_s_own_thread_cannot_wait_for_it(model: Any) -> None:
+    found: list[Any] = []
+
+    def ask(record: Any) -> None:
+        if not found:
+            found.append(engine.submit(["b"]))
+            with pytest.raises(RuntimeError, match="submit"):
+                engine.embed(["b"])
+
+    with Engine(model, TOKENIZER, on_batch=ask, policy=FixedRatio(2)) as engine:
+        engine.embed(["a"])
+        assert engine.embed(["a"]).ratios == [2]
+    assert found[0].result(30).ratios == [2]
+
+
+def test_numbers_of_numpy_will_do(model: Any) -> None:
+    policy = FixedRatio(np.int64(4))  # type: ignore[arg-type]
+    with Engine(model, TOKENIZER, policy, max_queue=np.int64(8)) as engine:
+        assert engine.embed(["a"], slo_ms=np.float32(50), max_ratio=np.int64(4)).ratios == [4]  # type: ignore[arg-type]
+        assert engine.embed(["a"], min_quality=np.float32(0.5)).ratios == [1]
+
+
+@pytest.mark.slow
+def test_a_program_may_end_without_closing() -> None:
+    """What waits is answered, in the midst of it nothing is torn down."""
+    program = """
+import threading
+from tests.runtime.models import encoder, tokenizer
+from peft_variator.runtime import Engine
+engine = Engine(encoder(), tokenizer())
+calls = [engine.submit(["a b c"] * 60) for _ in range(10)]
+calls[-1].add_done_callback(lambda call: print("last", len(call.result().ratios)))
+"""
+    folder = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["last", "60"])
 
 
 class Poison:
