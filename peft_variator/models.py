@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -46,6 +48,7 @@ __all__ = [
     "build_empty",
     "build_model",
     "check_model_name",
+    "check_reachable",
     "find_task",
     "has_decoder",
     "has_weights",
@@ -230,7 +233,7 @@ def read_model_config(model: str | os.PathLike[str], **hub: Any) -> PreTrainedCo
             type; the message names the file.
         OSError: there is no such file, folder or model.
     """
-    check_model_name(str(model))
+    check_reachable(str(model), **hub)
     source: Path | str = str(model)
     if not hub.get("subfolder") and (Path(model).is_dir() or Path(model).is_file()):
         source = Path(model) / CONFIG_NAME if Path(model).is_dir() else Path(model)
@@ -441,6 +444,36 @@ def check_model_name(name: str) -> None:
     is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/")
     if is_path and not Path(name).exists():
         raise FileNotFoundError(f"There is no folder {name!r}. Name a folder with a model, or a model on the Hub.")
+
+
+def check_reachable(name: str, file: str = CONFIG_NAME, **hub: Any) -> None:
+    """Raise unless a model or an adapter is a folder, is in the Hub's cache, or the Hub answers.
+
+    It is asked once: the libraries that load it would try for a minute or more before they say that it does not.
+
+    Args:
+        name: the folder, or the name on the Hub.
+        file: what it has to have; whether the Hub has it, is not looked at.
+        hub: as for `from_pretrained`: revision, token and so on.
+
+    Raises:
+        OSError: there is no such folder, nothing of that name is in the cache, and the Hub can't be reached.
+    """
+    check_model_name(name)
+    if Path(name).exists() or hub.get("local_files_only"):
+        return
+    path = "/".join(filter(None, (hub.get("subfolder"), file)))
+    revision, token = hub.get("revision"), hub.get("token")
+    try:
+        if not isinstance(try_to_load_from_cache(name, path, hub.get("cache_dir"), revision), str):
+            get_hf_file_metadata(hf_hub_url(name, path, revision=revision), token=token)
+    except (HfHubHTTPError, ValueError):
+        pass  # the Hub has answered, or no repository can have this name: who loads it says so
+    except Exception as error:  # offline, or not to be reached: the HTTP client has errors of its own
+        raise OSError(
+            f"{name!r} is no folder here and not in the Hub's cache, and the Hub can't be reached ({error}). Name a "
+            f"folder, or fetch it where there is a network: hf download {name}"
+        ) from error
 
 
 def load_whole(automatic: Any, name: str, *, pooler: bool = True, **kwargs: Any) -> PreTrainedModel:

@@ -12,8 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import file_exists, hf_hub_download, snapshot_download, try_to_load_from_cache
 
 
 __all__ = ["MODULES", "copy_files", "sentence_files"]
@@ -66,8 +65,10 @@ def _find_list(model: str) -> Path | None:
         path = Path(model, MODULES)
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(model, MODULES))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):  # there is none, as far as can be seen
+        known = isinstance(try_to_load_from_cache(model, MODULES), str)
+        # `file_exists` asks once, where a download that the Hub does not answer is tried for half a minute.
+        return Path(hf_hub_download(model, MODULES)) if known or file_exists(model, MODULES) else None
+    except Exception:  # there is none, as far as can be seen; offline the HTTP client has errors of its own
         return None
 
 

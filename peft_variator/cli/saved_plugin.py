@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import load_peft_weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from ..models import check_model_name, find_task, load_config
+from ..models import ADAPTER_CONFIG_NAME, check_reachable, find_task, load_config
 from ..tuners.variator import VariatorConfig
 
 
@@ -57,7 +57,7 @@ class SavedPlugin:
             OSError: there is no such base.
             ValueError: neither the base nor the plugin holds all weights.
         """
-        check_model_name(self.base)
+        check_reachable(self.base)
         loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
         in_adapter = {key.removeprefix("base_model.model.") for key in load_peft_weights(self.name, device="cpu")}
         missing = {key for key in info["missing_keys"] if key not in in_adapter}
@@ -91,15 +91,16 @@ def open_plugin(name: str, base: str | None = None) -> SavedPlugin:
         OSError: there is no such folder or repository.
         ValueError: it is no Variator plugin, or nothing names its base.
     """
-    check_model_name(name)
-    if Path(name).is_dir() and not Path(name, "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{name!r} has no adapter_config.json. Name the folder that a plugin was saved to.")
+    check_reachable(name, ADAPTER_CONFIG_NAME)
+    if Path(name).is_dir() and not Path(name, ADAPTER_CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{name!r} has no {ADAPTER_CONFIG_NAME}. Name the folder that a plugin was saved to.")
     try:
         config = PeftConfig.from_pretrained(name)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name!r}: its adapter_config.json is no JSON: {error}.") from error
     if not isinstance(config, VariatorConfig):
-        raise ValueError(f"{name!r} has the method {config.peft_type}, not a Variator plugin. Name a plugin.")
+        method = PeftType(config.peft_type).value
+        raise ValueError(f"{name!r} has the method {method}, not a Variator plugin. Name a plugin.")
     base = base or config.base_model_name_or_path
     if not base:
         raise ValueError(f"{name!r} does not name its base. Name the base as well.")

@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load
 from torch import nn
 
 from ..adapter_state import read_keys
+from ..models import check_reachable
 from ..snapshot import undone_on_error
 
 
@@ -38,6 +39,7 @@ def load_plugin(
         is_trainable: whether it is to be trained further, as in the second stage of a plugin.
 
     Raises:
+        OSError: it is no folder and not in the Hub's cache, and the Hub can't be reached.
         ValueError: the adapter's file can't be read; the model has no modules, or modules of more than one part, that
             the adapter fits; not every tensor of the adapter was loaded; or the model is offloaded to disk, where PEFT
             would overwrite its files. The model is left as it was.
@@ -48,6 +50,7 @@ def load_plugin(
             "files, which may be those of the model itself. Load the model without disk offload first."
         )
     path = os.fspath(path)
+    check_reachable(path, CONFIG_NAME)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, WEIGHTS_NAME)):
         read_keys(Path(path, SAFETENSORS_WEIGHTS_NAME))
     prefix = _prefix_of(path)
