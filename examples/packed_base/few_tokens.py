@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_variator.bases import Sparse24Linear
-from peft_variator.bases.packed_product import LEVELS, load_product, multiply
+from peft_variator.few_tokens.compiled import LEVELS, load_product
+from peft_variator.few_tokens.product import FewTokensWeight, multiply
 from peft_variator.files import write_text
 from peft_variator.profiling import Candidate, describe_environment, num_threads, time_alternately
 
@@ -39,7 +40,7 @@ def measure(rows: int, columns: int, dtype: torch.dtype, tokens: int, rounds: in
     x = torch.randn(tokens, columns, dtype=dtype)
     candidates = [
         Candidate("dense", partial(dense, x)),
-        Candidate("packed", partial(multiply, x, None, layer.compressed, layer.bitmask)),
+        Candidate("packed", partial(multiply, x, None, FewTokensWeight(layer.compressed, layer.bitmask))),
         Candidate("unpacked in each call", lambda: F.linear(x, layer.unpack())),
     ]
     with torch.inference_mode():

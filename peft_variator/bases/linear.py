@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from ..bitmask import mask_width, unpack_mask
 from ..compat import make_wrapper_subclass, tree_map_only
+from ..few_tokens.product import FewTokensWeight, describe_product, is_faster, multiply
 from ..offloading import DISK_OFFLOAD_MESSAGE, has_lost_its_hook
 from ..tuners.sparse_lora.base_weight import WeightLayout, register_layout
 from ..workspace import WORKSPACE
 from .kernels import Accelerator, KernelChoice, build_sparse_weight, choose_kernel
-from .packed_product import describe_product, is_faster, multiply
 from .packing import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack
 
 
@@ -35,7 +35,7 @@ class Sparse24Linear(nn.Linear):
     parameters and not buffers, so that device maps and offloading take care of them.
 
     The output equals that of the dense layer bit for bit, except on sparse tensor cores and for up to 16 tokens that
-    the product of the packed form takes (`peft_variator.bases.packed_product`), where it is within the rounding of the
+    the product of the packed form takes (`peft_variator.few_tokens`), where it is within the rounding of the
     dtype. Gradients reach the input and the bias; the weight is unpacked again in the backward and nothing of its size
     is kept for it.
 
@@ -338,8 +338,9 @@ def _forward(input: Tensor, bias: Tensor | None, compressed: Tensor, bitmask: Te
     def unpacked() -> Tensor:
         return F.linear(input, _unpacked(compressed, bitmask, 2 * compressed.shape[1], dtype), bias)
 
-    if dtype == compressed.dtype and is_faster(input, bias, compressed, bitmask, unpacked):
-        return multiply(input, bias, compressed, bitmask)
+    weight = FewTokensWeight(compressed, bitmask)
+    if dtype == compressed.dtype and is_faster(input, bias, weight, unpacked):
+        return multiply(input, bias, weight)
     return unpacked()
 
 
@@ -421,6 +422,7 @@ PACKED_LAYOUT = WeightLayout(
     flatten=lambda weight: weight,
     write=_write,
     rows=lambda tensors, rows: [tensor[rows] for tensor in tensors],
+    few_tokens=lambda tensors: FewTokensWeight(*tensors),
 )
 """The accessors of `Sparse24Linear`."""
 

@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from ..bases.kernels import Accelerator, choose_kernel
-from ..bases.packed_product import find_compiler, load_product
+from ..few_tokens.compiled import find_compiler, load_product
 from ..profiling import describe_environment
 from ..triton_support import triton_state
 from .console import Reporter

@@ -12,15 +12,9 @@ from torch.nn import functional as F
 
 from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.linear import describe_path
-from peft_variator.bases.packed_product import (
-    LEVELS,
-    MAX_TOKENS,
-    SWITCH,
-    is_faster,
-    load_product,
-    multiply,
-)
 from peft_variator.bases.packing import pack
+from peft_variator.few_tokens.compiled import LEVELS, SWITCH, load_product
+from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, is_faster, multiply
 from peft_variator.profiling import count_flops
 
 from .reference import prune_two_four, reference_unpack, same_bits, two_four_linear
@@ -64,7 +58,7 @@ def test_agrees_with_unpacking(level: int, dtype: torch.dtype) -> None:
             for bias in (True, False):
                 x, weight, offset = drawn(rows, columns, tokens, dtype, bias)
                 packed = pack(weight)
-                found = multiply(x, offset, packed.compressed, packed.bitmask, level)
+                found = multiply(x, offset, FewTokensWeight(packed.compressed, packed.bitmask), level)
                 unpacked = reference_unpack(packed.compressed, packed.bitmask, columns).double()
                 exact = F.linear(x.double(), unpacked, None if offset is None else offset.double())
                 sizes = F.linear(x.double().abs(), unpacked.abs(), None if offset is None else offset.double().abs())
@@ -81,7 +75,7 @@ def test_what_is_not_finite_comes_out_where_it_does_by_unpacking(level: int, dty
     x[0, 5], x[1, 66] = float("inf"), float("nan")
     weight[2, weight[2].nonzero()[0]] = float("-inf")
     packed = pack(weight)
-    found, expected = multiply(x, None, packed.compressed, packed.bitmask, level), F.linear(x, weight)
+    found, expected = multiply(x, None, FewTokensWeight(packed.compressed, packed.bitmask), level), F.linear(x, weight)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf())
 
@@ -92,7 +86,7 @@ def test_bfloat16_is_rounded_to_the_nearest(level: int) -> None:
     needs_product(level)
     x = torch.tensor([[1.0, 2**-8, 0.0, 0.0], [1.0, 3 * 2**-8, 0.0, 0.0]], dtype=torch.bfloat16)
     packed = pack(torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.bfloat16))
-    found = multiply(x, None, packed.compressed, packed.bitmask, level)
+    found = multiply(x, None, FewTokensWeight(packed.compressed, packed.bitmask), level)
     assert found.flatten().tolist() == [1.0, 1 + 2**-6]
 
 
@@ -135,7 +129,7 @@ def test_what_is_faster_is_measured_once_a_shape() -> None:
 
     def asked(tokens: int, seconds: float, parts: Sparse24Linear = layer) -> bool:
         x = torch.randn(tokens, 1024).bfloat16()
-        return is_faster(x, parts.bias, parts.compressed, parts.bitmask, taking(seconds))
+        return is_faster(x, parts.bias, FewTokensWeight(parts.compressed, parts.bitmask), taking(seconds))
 
     assert asked(13, 0.5)
     measured = len(calls)
@@ -162,14 +156,14 @@ def test_without_it_layers_unpack_and_say_why(
         assert same_bits(layer(x), layer.to_dense()(x))
     assert reason in describe_path(layer)
     with pytest.raises(RuntimeError, match=reason):
-        multiply(x, layer.bias, layer.compressed, layer.bitmask)
+        multiply(x, layer.bias, FewTokensWeight(layer.compressed, layer.bitmask))
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     needs_product()
     layer = large()
     with pytest.raises(RuntimeError, match=r"level is 9"):
-        multiply(torch.randn(1, 1024).bfloat16(), layer.bias, layer.compressed, layer.bitmask, 9)
+        multiply(torch.randn(1, 1024).bfloat16(), layer.bias, FewTokensWeight(layer.compressed, layer.bitmask), 9)
 
 
 def test_who_counts_operators_or_transforms_functions_misses_nothing() -> None:

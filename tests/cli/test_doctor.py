@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peft_variator.bases.packed_product import load_product
 from peft_variator.cli import doctor
 from peft_variator.cli.main import app
+from peft_variator.few_tokens.compiled import load_product
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from peft_variator.bases.packing import PackedWeight, pack, unpack
+from peft_variator.bitmask import pack_mask
 from peft_variator.triton_support import is_interpreted, triton_state
 from peft_variator.tuners.variator import decompression, scoring
 from peft_variator.tuners.variator.decompression import BottleneckDecompression, NeuronsDecompression
@@ -272,7 +273,7 @@ def test_what_runs_is_told() -> None:
     ],
 )
 def test_packed_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, biased: bool) -> None:
-    from peft_variator.bases.packed_triton import multiply_triton  # Triton is there, or nothing of this runs
+    from peft_variator.few_tokens.triton_kernel import multiply_triton  # Triton is there, or nothing of this runs
 
     dense = torch.randn(rows, columns // 4, 4)
     dense.scatter_(2, torch.rand_like(dense).topk(2).indices, 0)
@@ -281,3 +282,29 @@ def test_packed_product(rows: int, columns: int, tokens: int, dtype: torch.dtype
     found = multiply_triton(x, bias, packed.compressed, packed.bitmask)
     weight = unpack(packed.compressed, packed.bitmask, columns).double()
     agree([found], lambda wide: [linear(x.to(wide), weight, None if bias is None else bias.to(wide))], dtype)
+
+
+@pytest.mark.parametrize(
+    ("form", "tokens", "rank", "dtype"),
+    [
+        ("packed", 1, 5, torch.bfloat16),
+        ("dense", 3, 17, torch.float32),
+        *slow(("packed", 16, 8, torch.float16), ("dense", 1, 1, torch.bfloat16), ("masked", 2, 3, torch.float32)),
+        *slow(("packed and masked", 1, 2, torch.float32)),
+    ],
+)
+def test_masked_product(form: str, tokens: int, rank: int, dtype: torch.dtype) -> None:
+    from peft_variator.few_tokens.triton_kernel import multiply_triton  # as above
+
+    rows, columns = 37, 140
+    dense = torch.randn(rows, columns // 4, 4)
+    dense = dense.scatter_(2, torch.rand_like(dense).topk(2).indices, 0).flatten(1).to(dtype)
+    packed, kept = pack(dense), dense != 0
+    masked = (torch.rand(rows, columns) < 0.6) if "masked" in form else None
+    values, places = (packed.compressed, packed.bitmask) if "packed" in form else (dense, None)
+    bits = None if masked is None else pack_mask(masked)
+    a, b, x = torch.randn(rank, columns), torch.randn(rows, rank), torch.randn(tokens, columns).to(dtype)
+    parts = [None if part is None else part.to(DEVICE) for part in (x, None, values, places, a, b, bits)]
+    found = multiply_triton(*parts)
+    weight = torch.where(kept if masked is None else masked, dense.double() + b.double() @ a.double(), 0).to(DEVICE)
+    agree([found], lambda wide: [linear(parts[0].to(wide), weight)], dtype)

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ...few_tokens.product import FewTokensWeight
+
 
 __all__ = ["WeightLayout", "find_layout", "get_layout", "register_layout"]
 
@@ -33,6 +35,7 @@ class WeightLayout:
         write: puts a matrix (out_features, in_features) into the base layer. Zeros of the matrix must stay zeros.
         rows: these tensors and a slice of rows -> the tensors that the weight of these rows is made of, so that a
             large weight need not be handled at once; `None` where that can't be told.
+        few_tokens: these tensors -> the weight as the products of a few tokens read it; `None` where they can't.
     """
 
     name: str
@@ -43,6 +46,7 @@ class WeightLayout:
     flatten: Callable[[torch.Tensor], torch.Tensor]
     write: Callable[[nn.Module, torch.Tensor], None]
     rows: Callable[[list[torch.Tensor], slice], list[torch.Tensor]] | None = None
+    few_tokens: Callable[[list[torch.Tensor]], FewTokensWeight] | None = None
 
 
 _BY_CLASS: dict[type[nn.Module], WeightLayout] = {}
@@ -89,6 +93,7 @@ def _dense_layout(
     flatten: Callable[[torch.Tensor], torch.Tensor],
     unflatten: Callable[[torch.Tensor, torch.Size], torch.Tensor],
     rows: Callable[[torch.Tensor, slice], torch.Tensor] = lambda weight, rows: weight[rows],
+    few_tokens: Callable[[list[torch.Tensor]], FewTokensWeight] | None = None,
 ) -> WeightLayout:
     """Layout of a layer with one dense `weight`; `unflatten` gives a matrix the shape of that weight."""
 
@@ -107,10 +112,19 @@ def _dense_layout(
         flatten=flatten,
         write=write,
         rows=lambda tensors, block: [rows(tensors[0], block)],
+        few_tokens=few_tokens,
     )
 
 
-register_layout(nn.Linear, _dense_layout("linear", lambda weight: weight, lambda matrix, shape: matrix))
+register_layout(
+    nn.Linear,
+    _dense_layout(
+        "linear",
+        lambda weight: weight,
+        lambda matrix, shape: matrix,
+        few_tokens=lambda tensors: FewTokensWeight(tensors[0], None),
+    ),
+)
 register_layout(
     Conv1D,
     _dense_layout(

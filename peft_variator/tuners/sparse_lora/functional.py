@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...bitmask import unpack_mask
+from ...few_tokens.product import FewTokensWeight, is_faster, is_few, multiply
 from ...workspace import WORKSPACE
 from .base_weight import get_layout
 
@@ -95,6 +96,14 @@ class MaskedWeight(NamedTuple):
                 target.copy_(total)
         return out
 
+    def few_tokens(self) -> FewTokensWeight | None:
+        """What the product of a few tokens reads, from what A, B and W are now; `None` where it can't."""
+        read = get_layout(self.layout).few_tokens
+        if read is None:
+            return None
+        a, b = self.factors(torch.float32)
+        return read(self.base)._replace(a=a, b=b, kept=self.packed_mask)
+
     def mask_(self, matrix: Tensor) -> Tensor:
         """Multiply a matrix (out, in) by M, in place."""
         for rows, block in self.row_blocks():
@@ -116,8 +125,17 @@ def _forward(x: Tensor, weight: MaskedWeight, bias: Tensor | None, keep: bool) -
     """y (tokens, out) of x (tokens, in) and, where `keep` asks for it, the effective weight, else an empty tensor."""
     # all products run in one dtype, that of x, whatever autocast says
     with torch.autocast(x.device.type, enabled=False):
-        effective = weight.effective(x.new_empty(weight.shape()) if keep else WORKSPACE.take(weight.shape(), x))
-        return F.linear(x, effective, bias), effective if keep else x.new_empty(0)
+        if keep:
+            effective = weight.effective(x.new_empty(weight.shape()))
+            return F.linear(x, effective, bias), effective
+
+        def rebuilt() -> Tensor:
+            return F.linear(x, weight.effective(WORKSPACE.take(weight.shape(), x)), bias)
+
+        stored = weight.few_tokens() if is_few(x, weight.shape().numel()) else None
+        if stored is not None and is_faster(x, bias, stored, rebuilt):
+            return multiply(x, bias, stored), x.new_empty(0)
+        return rebuilt(), x.new_empty(0)
 
 
 def _backward(grad: Tensor, x: Tensor | None, weight: MaskedWeight, effective: Tensor, needs_x: bool) -> list[Tensor]:
