@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 
 if TYPE_CHECKING:
     from .bases import Sparse24Config, Sparse24Linear, load_base
@@ -48,8 +50,6 @@ __all__ = [
     "set_compression_ratio",
     "using_ratio",
 ]
-
-__version__ = "0.2.0"
 
 # Where each name is, imported on first use: a program that only runs a model needs neither trainer nor pruners.
 _ROOMS = {

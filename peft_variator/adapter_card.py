@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from .files import write_text
 from .markdown import replace_between
+from .version import __version__
 
 
 __all__ = [
@@ -271,6 +272,6 @@ def usage(
         "## Use\n\n```\npip install peft-variator\n```\n\n"
         "`import peft_variator` comes first: it makes the method known to PEFT, which fails without.\n\n"
         "```python\n" + "\n".join(code) + "\n```\n\n"
-        f"### Framework versions\n\n- PEFT {version('peft')}\n- peft-variator {version('peft-variator')}\n"
+        f"### Framework versions\n\n- PEFT {version('peft')}\n- peft-variator {__version__}\n"
         f"- transformers {version('transformers')}\n"
     )

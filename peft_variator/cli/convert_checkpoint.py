@@ -49,7 +49,11 @@ def convert(
         )
     name = "YOUR_T5" if report.base is None else report.base
     reporter.say(
-        "Next: import peft_variator, then",
-        f"  PeftModel.from_pretrained(T5ForConditionalGeneration.from_pretrained({name!r}), {report.output!r})",
+        "Next, in Python:",
+        "  import peft_variator",
+        "  from peft import PeftModel",
+        "  from transformers import T5ForConditionalGeneration",
+        f"  base = T5ForConditionalGeneration.from_pretrained({name!r})",
+        f"  model = PeftModel.from_pretrained(base, {report.output!r})",
     )
     publishing.push(output, reporter)

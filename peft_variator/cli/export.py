@@ -19,11 +19,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .. import __version__
 from ..files import check_new_file, replacing
 from ..models import find_task
 from ..training import load_plugin
 from ..tuners.variator import VariatorConfig
+from ..version import __version__
 from .console import Reporter
 from .saved_plugin import SavedPlugin, open_plugin
 

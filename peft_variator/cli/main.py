@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .. import __version__
 from ..sparsity.methods import METHODS, make_method, method_options
+from ..version import __version__
 from .console import Reporter, parse_ratios, parse_shares, reported
 
 

@@ -51,8 +51,13 @@ def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
     from ..runtime import server
 
     chosen = server.ServeSettings(device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **settings)
+    measuring = []
+    if chosen.adapter and chosen.policy == server.SlackFit.name and not (chosen.table and Path(chosen.table).exists()):
+        kept = f"kept in {chosen.table}" if chosen.table else "--table FILE keeps it for the next start"
+        measuring = [f"A latency table is measured first, which takes a minute or two; {kept}."]
     reporter.say(
         f"Loading {chosen.model}" + (f" with {chosen.adapter}" if chosen.adapter else "") + ".",
+        *measuring,
         f"Serving on http://{chosen.host}:{chosen.port}/v1 once it is loaded (/health tells); Ctrl-C ends.",
     )
     try:

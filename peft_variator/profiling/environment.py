@@ -14,10 +14,12 @@ from typing import Any
 import psutil
 import torch
 
+from ..version import __version__
+
 
 __all__ = ["describe_environment", "was_busy"]
 
-_PACKAGES = ("peft-variator", "peft", "torch", "transformers")
+_PACKAGES = ("peft", "torch", "transformers")
 _MOMENT = 0.3  # seconds
 _MOST_IN_USE = 0.15
 
@@ -46,7 +48,7 @@ def describe_environment(device: torch.device) -> dict[str, str | int | float]:
         facts["load_average"] = round(os.getloadavg()[0], 2)
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
-    return facts | {package: version(package) for package in _PACKAGES}
+    return facts | {"peft-variator": __version__} | {package: version(package) for package in _PACKAGES}
 
 
 def was_busy(environment: Mapping[str, Any]) -> bool:

@@ -212,8 +212,8 @@ def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence
         if settings.ratios:  # what was measured besides is not to be chosen
             table = table.restrict(settings.ratios)
         return table
-    positions = count_positions(find_transformer(model).config)
-    lengths = [length for length in LENGTHS if positions is None or length <= positions] or [positions or 1]
+    bounds = [bound for bound in (count_positions(find_transformer(model).config), settings.max_length) if bound]
+    lengths = sorted({min((length, *bounds)) for length in LENGTHS})
     known = (quality_from_card(settings.adapter) if settings.adapter else None) or {}
     quality = {k: value for k, value in known.items() if k in (1, *ratios)} or None
     sizes = [*(size for size in BATCH_SIZES if size < settings.batch_size), settings.batch_size]

@@ -139,7 +139,10 @@ def _renamed(name: str, mapping: dict[str, str]) -> str:
 
 
 def _check_loaded(model: PeftModel, adapter_name: str, saved: set[str], path: str) -> None:
-    loaded = set(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    # PEFT's "auto" asks the Hub for the base, to find out whether its embeddings were saved, too: the file tells.
+    loaded = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    if saved - loaded:
+        loaded = set(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True))
     if loaded != saved:
         raise ValueError(
             f"The adapter in {path} does not fit the model: it lacks {sorted(loaded - saved)[:3]} and has "

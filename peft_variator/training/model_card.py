@@ -10,11 +10,12 @@ from huggingface_hub import ModelCard
 
 from ..adapter_card import CardContent, make_card, measured, pipeline_tag
 from ..markdown import make_table
+from ..version import __version__
 
 
 __all__ = ["PluginFacts", "RatioFacts", "RestoredFacts", "plugin_card", "restored_card"]
 
-PACKAGES = ("peft-variator", "peft", "transformers", "torch")
+PACKAGES = ("peft", "transformers", "torch")
 
 PLUGIN_TAGS = ["peft-variator", "variator", "compression", "distillation"]
 
@@ -335,4 +336,5 @@ def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard
 
 def _versions() -> str:
     """What the adapter was made with."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    others = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return ", ".join((f"peft-variator {__version__}", *others))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,10 @@ def test_an_adapter_and_its_figures(tmp_path: Path) -> None:
     assert report["parameters"] == sum(tensor.numel() for tensor in adapter.values())
     assert (report["base"], report["residual_scale"]) == (str(FIXTURE / "base"), 1)
     assert str(output) in done.stdout
+    code = done.stdout.partition("Next, in Python:\n")[2]
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(code), names)
+    assert names["model"].compression_ratio == 4
 
 
 def test_what_is_wrong_is_a_line_with_the_key(tmp_path: Path) -> None:

@@ -386,13 +386,14 @@ def test_a_table_is_measured_once_and_kept(folder: Path, tmp_path: Path) -> None
 
     path = tmp_path / "table.json"
     paths = str(folder / "base"), str(folder / "adapter")
-    settings = ServeSettings(*paths, table=str(path), ratios=(4,), batch_size=2)
+    settings = ServeSettings(*paths, table=str(path), ratios=(4,), batch_size=2, max_length=20)
     measured = [make_engine(settings), make_engine(replace(settings, ratios=None))]
     for engine in measured:
         engine.close()
     assert LatencyTable.load(path) == measured[0].policy.table == measured[1].policy.table
     assert measured[0].policy.ratios == (1, 4)
     assert measured[0].policy.table.batch_sizes == (1, 2)
+    assert measured[0].policy.table.lengths == (16, 20)
     with pytest.raises(ValueError, match=r"no ratios \[8\]"):
         make_engine(replace(settings, ratios=(8,)))
 

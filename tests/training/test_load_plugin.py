@@ -129,3 +129,14 @@ def test_a_model_on_disk_is_refused(base_model, saved) -> None:
     base.hf_device_map = {"embeddings": "cpu", "encoder": "disk"}
     with pytest.raises(ValueError, match="partly offloaded to disk"):
         load_plugin(base, saved("bert"))
+
+
+@pytest.mark.parametrize("embeddings", [True, False], ids=["embeddings saved", "adapter alone"])
+@pytest.mark.filterwarnings("error:Could not find a config file")
+def test_the_hub_is_not_asked_for_the_base(base_model, plugin_model, tmp_path: Path, embeddings: bool) -> None:
+    model = plugin_model("bert", init_weights=False)
+    model.peft_config["default"].base_model_name_or_path = "nobody/has-this-model"
+    model.save_pretrained(tmp_path / "plugin", save_embedding_layers=embeddings)
+    keys = load_file(tmp_path / "plugin" / "adapter_model.safetensors")
+    assert any("word_embeddings" in key for key in keys) is embeddings
+    assert len(load_plugin(base_model("bert"), tmp_path / "plugin").peft_config) == 1
