@@ -125,9 +125,10 @@ class TidyTuner(BaseTuner):
         try:
             _check_adapter_name(adapter_name)
             with undone_on_error(self.model) as before:
-                key_mapping = key_mapping_while_loading()
+                config = self.peft_config[adapter_name]
+                key_mapping = key_mapping_while_loading() if config.was_saved else None
                 if key_mapping is not None:
-                    _check_file(self.model, self.peft_config[adapter_name], key_mapping)
+                    _check_file(self.model, config, key_mapping)
                 yield
         except BaseException:
             if not has_adapters:

@@ -9,7 +9,8 @@ peft:
 - `peft.tuners._buffer_dict.BufferDict`: buffers by adapter name, which `nn.Module` lacks.
 - `peft.tuners.tuners_utils._maybe_include_all_linear_layers`: PEFT's reading of "all-linear"; it returns a config.
 - The frames of `PeftModel.from_pretrained` and `load_adapter`, and `key_mapping` in them: they put an empty
-  adapter in before they read its file, and tell nobody that there is one. To go when PEFT reads the file first.
+  adapter in before they read its file, and tell nobody that there is one. Functions without that argument are an error.
+  To go when PEFT reads the file first.
 
 transformers:
 - `transformers.PreTrainedModel._hf_peft_config_loaded`: `add_adapter` sets it before it injects anything, and leaves
@@ -48,8 +49,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any, TypeGuard
 
+import peft
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners._buffer_dict import BufferDict
@@ -106,14 +109,33 @@ def key_mapping_while_loading() -> Mapping[str, str] | None:
 
     Returns:
         Regular expressions and what takes the place of what they match; `None`: it is not loading one.
+
+    Raises:
+        RuntimeError: this PEFT loads adapters in another way, so that nobody could tell.
     """
-    loading = {PeftModel.from_pretrained.__func__.__code__, PeftModel.load_adapter.__code__}  # type: ignore[attr-defined]
+    loading = {_code_of_loader(PeftModel.from_pretrained), _code_of_loader(PeftModel.load_adapter)}
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code in loading:
             return frame.f_locals["key_mapping"] or {}
         frame = frame.f_back
     return None
+
+
+def _code_of_loader(loader: Callable[..., Any]) -> CodeType:
+    """The code that PEFT loads adapters with, below what other programs may have put around it."""
+    inner = inspect.unwrap(loader)
+    code = getattr(getattr(inner, "__func__", inner), "__code__", None)
+    if (
+        not isinstance(code, CodeType)
+        or "key_mapping" not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    ):
+        raise RuntimeError(
+            f"peft {peft.__version__}: {getattr(loader, '__qualname__', loader)} is not the function of the versions "
+            "that peft_variator knows, as it has no argument key_mapping. Install one that peft_variator asks for "
+            "(`peft-variator doctor` names them), or take back what replaced it."
+        )
+    return code
 
 
 def keep_from_fused_operator(module: nn.Module) -> None:

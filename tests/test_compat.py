@@ -2,15 +2,17 @@
 
 import ast
 import configparser
+import functools
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from accelerate import cpu_offload
 from packaging.requirements import Requirement
-from peft import PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -125,3 +127,39 @@ def test_a_forward_that_a_reentrant_checkpoint_repeats(use_reentrant):
 def test_quantized_tensors_are_told_from_plain_ones():
     assert not compat.is_quantized_tensor(torch.ones(2))
     assert not compat.is_quantized_tensor(nn.Parameter(torch.ones(2)))
+
+
+def put_around(loader):
+    @functools.wraps(loader)
+    def wrapper(*args, **kwargs):
+        return loader(*args, **kwargs)
+
+    return wrapper
+
+
+def test_how_peft_renames_keys_is_told_while_it_loads(monkeypatch):
+    """Also below what other programs put around PEFT's functions."""
+    assert compat.key_mapping_while_loading() is None
+    told = []
+
+    def look(*args, **kwargs):
+        told.append(compat.key_mapping_while_loading())
+        raise InterruptedError
+
+    monkeypatch.setattr(PeftConfig, "_get_peft_type", look)
+    for wrap in (lambda loader: loader, put_around):
+        monkeypatch.setattr(PeftModel, "load_adapter", wrap(PeftModel.load_adapter))
+        with pytest.raises(InterruptedError):
+            PeftModel.load_adapter(SimpleNamespace(peft_config={}, _split_kwargs=lambda k: (k, k)), "x", "default")
+        with pytest.raises(InterruptedError):
+            PeftModel.load_adapter(
+                SimpleNamespace(peft_config={}, _split_kwargs=lambda k: (k, k)), "x", "default", key_mapping={"a": "b"}
+            )
+    assert told == [{}, {"a": "b"}] * 2
+
+
+@pytest.mark.parametrize("other", [lambda self, model_id, **kwargs: None, functools.partial(print)])
+def test_a_peft_that_loads_in_another_way_is_refused(monkeypatch, other):
+    monkeypatch.setattr(PeftModel, "load_adapter", other)
+    with pytest.raises(RuntimeError, match="key_mapping"):
+        compat.key_mapping_while_loading()
