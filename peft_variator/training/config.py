@@ -12,17 +12,19 @@ from ..field_types import check_field_types
 __all__ = ["DistillationConfig"]
 
 HIDDEN_LOSSES = ("last", "all")
+POOLINGS = ("mean", "first")
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
     """`TrainingArguments` with the weights of the losses that tie a student to its dense teacher.
 
-    The loss is `hidden_weight` · hidden-state loss + `logits_weight` · KL + `task_weight` · task loss. Every part is a
-    mean over real tokens (predictions, labels) of the whole accumulated batch on all processes, so it does not depend
-    on how that batch was cut up. Three defaults differ from `TrainingArguments`: `learning_rate` 2e-3,
-    `lr_scheduler_type` "cosine" and `warmup_steps` 0.1 (a tenth of the steps), which suit adapters that start from
-    zero; everything else keeps its meaning and its default.
+    The loss is `hidden_weight` · hidden-state loss + `logits_weight` · KL + `task_weight` · task loss
+    + `embedding_weight` · embedding loss. Every part is a mean over real tokens (predictions, labels,
+    examples) of the whole accumulated batch on all processes, so it does not depend on how that batch was cut up.
+    Three defaults differ from `TrainingArguments`: `learning_rate` 2e-3, `lr_scheduler_type` "cosine" and
+    `warmup_steps` 0.1 (a tenth of the steps), which suit adapters that start from zero; everything
+    else keeps its meaning and its default.
 
     Raises:
         ValueError: a weight is negative, all weights are zero, or another field has a value that is not allowed.
@@ -44,6 +46,17 @@ class DistillationConfig(TrainingArguments):
         default=0.0, metadata={"help": "Weight of KL(teacher ‖ student) over the logits of used predictions, in nats."}
     )
     task_weight: float = field(default=0.0, metadata={"help": "Weight of the model's own loss on the labels."})
+    embedding_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the embedding loss: 1 − cosine to the teacher's embedding of the whole input."},
+    )
+    embedding_pooling: str = field(
+        default="mean",
+        metadata={
+            "help": "What the embedding is made of: `mean` of the last hidden states over real tokens, or the `first` "
+            "real token, as where a class token stands for the input."
+        },
+    )
     hidden_loss: str = field(
         default="all",
         metadata={
@@ -84,6 +97,10 @@ class DistillationConfig(TrainingArguments):
         self._check_weights()
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ValueError(f"hidden_loss={self.hidden_loss!r} is not one of {', '.join(map(repr, HIDDEN_LOSSES))}.")
+        if self.embedding_pooling not in POOLINGS:
+            raise ValueError(
+                f"embedding_pooling={self.embedding_pooling!r} is not one of {', '.join(map(repr, POOLINGS))}."
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} has to be a number greater than 0.")
         if self.variance_samples < 1:
@@ -95,7 +112,7 @@ class DistillationConfig(TrainingArguments):
         return max(0, min(super().get_warmup_steps(num_training_steps), num_training_steps - 1))
 
     def _check_weights(self) -> None:
-        names = ("hidden_weight", "logits_weight", "task_weight")
+        names = ("hidden_weight", "logits_weight", "task_weight", "embedding_weight")
         for name in names:
             value = getattr(self, name)
             if not value >= 0:

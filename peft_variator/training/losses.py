@@ -27,6 +27,7 @@ from .loss_masks import (
 
 
 __all__ = [
+    "EmbeddingTerm",
     "HiddenStateVariance",
     "HiddenTerm",
     "LogitsTerm",
@@ -34,6 +35,7 @@ __all__ = [
     "TaskTerm",
     "Term",
     "build_terms",
+    "embedding_loss",
     "full_precision",
     "hidden_state_loss",
     "items_per_example",
@@ -137,6 +139,39 @@ def _squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Ten
     return _sum_per_example(difference.square().mean(-1), mask)
 
 
+def embedding_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, pooling: str = "mean") -> LossSums:
+    """1 − cosine of the embeddings of whole inputs, which is what similarity search sees.
+
+    Args:
+        student: last hidden states, shape `(batch, length, dim)`.
+        teacher: the same of the teacher; its gradients are not taken.
+        mask: real tokens, bool of shape `(batch, length)`; `None`: all of them.
+        pooling: `"mean"` over real tokens, as in Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084,
+            section 3), or the `"first"` real token.
+
+    Returns:
+        LossSums: the distance of each example, and 1, or 0 of an example without a real token.
+
+    Raises:
+        ValueError: the shapes do not agree.
+    """
+    _check_alike(student, teacher, mask, "hidden states")
+    if mask is None:
+        mask = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    found = mask.any(1)
+    if pooling == "first":
+        mask = mask & (mask.cumsum(1) == 1)
+    pooled = [_mean_of_real(states, mask) for states in (student, teacher.detach())]
+    distance = 1 - nn.functional.cosine_similarity(*pooled)
+    return LossSums(distance.masked_fill(~found, 0), found.long())
+
+
+def _mean_of_real(states: Tensor, mask: Tensor) -> Tensor:
+    # Filled rather than multiplied by 0: padding may hold NaN.
+    total = full_precision(states).masked_fill(~mask.unsqueeze(-1), 0).sum(1)
+    return total / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 def kl_loss(
     student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0, classes: Tensor | None = None
 ) -> LossSums:
@@ -222,7 +257,7 @@ class HiddenTerm:
         if outputs.get(self.key) is None:
             raise ValueError(
                 f"The model returned no {self.key}, only {', '.join(outputs)}, so hidden states cannot be compared. "
-                "Set hidden_weight=0, or train the part of the model that returns them."
+                "Set hidden_weight=0 and embedding_weight=0, or train the part of the model that returns them."
             )
         return list(outputs[self.key][self.start :])
 
@@ -231,6 +266,30 @@ class HiddenTerm:
         if self.variance is None:
             raise RuntimeError(f"The variance of {self.key} has not been measured: call measure_variances first.")
         return hidden_state_loss(self.states(student), self.states(teacher), self.mask(inputs), self.variance)
+
+
+class EmbeddingTerm:
+    """Distance of the embeddings of whole inputs.
+
+    Args:
+        weight: weight in the sum of losses.
+        key: name of the hidden states in the model's output.
+        mask: takes a batch, gives its real tokens in this stack.
+        pooling: see [`embedding_loss`].
+    """
+
+    def __init__(self, weight: float, key: str, mask: Callable[[Inputs], Tensor | None], pooling: str) -> None:
+        self.weight, self.pooling = weight, pooling
+        self.stack = HiddenTerm(weight, key, mask, last_only=True)
+
+    def items(self, inputs: Inputs) -> Tensor:
+        """1 for each example with a real token."""
+        return self.stack.items(inputs).clamp(max=1)
+
+    def loss(self, student: Mapping[str, Any], teacher: Mapping[str, Any], inputs: Inputs) -> LossSums:
+        """1 − cosine of the embeddings."""
+        states, targets = self.stack.states(student)[0], self.stack.states(teacher)[0]
+        return embedding_loss(states, targets, self.stack.mask(inputs), self.pooling)
 
 
 class LogitsTerm:
@@ -316,6 +375,10 @@ def build_terms(
         for key, mask in stacks_of(model).items():
             term = HiddenTerm(args.hidden_weight, key, mask, last_only=args.hidden_loss == "last")
             terms[key.removesuffix("_states")] = term
+    if args.embedding_weight:
+        # Of an encoder–decoder the encoder, whose tokens are the input's.
+        key, mask = next(iter(stacks_of(model).items()))
+        terms["embedding"] = EmbeddingTerm(args.embedding_weight, key, mask, args.embedding_pooling)
     prediction = prediction_of(model)
     if args.logits_weight:
         if prediction is None:

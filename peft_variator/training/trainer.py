@@ -23,7 +23,7 @@ from ..tuners.variator import VariatorLayer
 from ..tuners.variator.neuron_selection import calibrate, needs_calibration
 from .config import DistillationConfig
 from .loss_masks import CAUSAL, HIDDEN_KEYS, prediction_of
-from .losses import HiddenTerm, LossSums, TaskTerm, Term, build_terms, measure_variances
+from .losses import EmbeddingTerm, HiddenTerm, LossSums, TaskTerm, Term, build_terms, measure_variances
 from .teacher import InPlaceTeacher, SeparateTeacher, Teacher, TrainedAdapters
 
 
@@ -303,7 +303,7 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
 
     @property
     def _extra_arguments(self) -> dict[str, bool]:
-        needs_states = any(isinstance(term, HiddenTerm) for term in self.terms.values())
+        needs_states = any(isinstance(term, HiddenTerm | EmbeddingTerm) for term in self.terms.values())
         return {"output_hidden_states": True} if needs_states else {}
 
     def _teacher_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -29,6 +29,8 @@ def test_every_field_has_a_help() -> None:
     own = {field.name for field in fields(DistillationConfig)} - {field.name for field in fields(TrainingArguments)}
     assert own == {
         "base_dropout",
+        "embedding_pooling",
+        "embedding_weight",
         "hidden_loss",
         "hidden_weight",
         "logits_weight",
@@ -51,8 +53,10 @@ def test_fields_are_read_from_a_command_line(tmp_path: Path) -> None:
     [
         ({"hidden_weight": -1.0}, r"hidden_weight=-1.0 has to be a number, 0 or greater"),
         ({"logits_weight": -0.1}, r"logits_weight=-0.1 has to be a number, 0 or greater"),
-        ({"hidden_weight": 0.0}, r"hidden_weight, logits_weight, task_weight are all 0"),
+        ({"hidden_weight": 0.0}, r"hidden_weight, logits_weight, task_weight, embedding_weight are all 0"),
         ({"hidden_loss": "first"}, r"hidden_loss='first' is not one of 'last', 'all'"),
+        ({"embedding_weight": -2.0}, r"embedding_weight=-2.0 has to be a number, 0 or greater"),
+        ({"embedding_pooling": "cls"}, r"embedding_pooling='cls' is not one of 'mean', 'first'"),
         ({"task_weight": float("nan")}, r"task_weight=nan has to be a finite number"),
         ({"hidden_weight": "1"}, r"hidden_weight='1' has to be a number"),
         ({"temperature": 0.0}, r"temperature=0.0 has to be a number greater than 0"),

@@ -21,13 +21,13 @@ from peft_variator.tuners.variator import VariatorLayer
 
 ALL_LOSSES = {"hidden_weight": 1.0, "logits_weight": 0.5, "task_weight": 0.3}
 # What each kind of model can be trained for.
-WEIGHTS: dict[str, dict[str, float]] = {
-    "bert": {},
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "bert": {"embedding_weight": 0.7},
     "bert-classifier": ALL_LOSSES,
     "gpt2": ALL_LOSSES,
     "llama": ALL_LOSSES,
     "t5": ALL_LOSSES,
-    "vit": ALL_LOSSES,
+    "vit": ALL_LOSSES | {"embedding_weight": 0.7, "embedding_pooling": "first"},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_variator.training.losses import LossSums, hidden_state_loss, items_per_example, kl_loss
+from peft_variator.training.losses import LossSums, embedding_loss, hidden_state_loss, items_per_example, kl_loss
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -183,3 +183,22 @@ def test_errors_name_the_shapes() -> None:
         kl_loss(two, three, mask)
     with pytest.raises(ValueError, match=r"\(2, 1\): one class only.*Set logits_weight=0"):
         kl_loss(torch.zeros(2, 1), torch.zeros(2, 1), torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_loss_is_the_loop(dtype: torch.dtype, pooling: str) -> None:
+    student, teacher = (states(1, 4, 7, 5, dtype, seed)[0] for seed in (1, 2))
+    mask = random_mask(4, 7)
+    mask[2] = False
+    student[~mask] = torch.nan
+    sums = embedding_loss(student, teacher, mask, pooling)
+    for row in range(4):
+        real = mask[row].nonzero().flatten().tolist()[: 1 if pooling == "first" else None]
+        assert sums.items[row] == (1 if real else 0)
+        expected = 0.0
+        if real:
+            mine, target = (sum(values[row, at].double() for at in real) for values in (student, teacher))
+            expected = 1 - float(mine @ target / mine.norm() / target.norm())
+        assert float(sums.errors[row]) == pytest.approx(expected, abs=10 * TOLERANCE[dtype])
+    assert embedding_loss(student[:1, :3], teacher[:1, :3], None).items.tolist() == [1]
