@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=int, nargs="+", help="compression ratios; the recipe's if not given")
     parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
     parser.add_argument("--plugin", type=json.loads, default={}, help="fields of VariatorConfig, as JSON")
+    parser.add_argument("--losses", type=json.loads, default={}, help="fields of DistillationConfig, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -126,6 +127,7 @@ def main() -> None:
         learning_rate=arguments.learning_rate or recipe.learning_rate,
         ratios=tuple(arguments.ratios or recipe.ratios),
         bf16=recipe.bf16 or arguments.bf16,
+        losses=recipe.losses | arguments.losses,
         plugin=recipe.plugin | arguments.plugin,
     )
     environment = describe_environment(torch.device(arguments.device))
