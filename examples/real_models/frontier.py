@@ -18,7 +18,7 @@ from peft_variator.files import write_text
 from peft_variator.markdown import make_table, replace_between
 
 
-__all__ = ["quality_table", "speed_table", "trained_ratios", "write_page"]
+__all__ = ["model_of", "quality_table", "speed_table", "trained_ratios", "write_page"]
 
 RESULTS = Path(__file__).parent / "results"
 PLUGINS = Path(__file__).parents[1] / "plugins"
@@ -77,6 +77,31 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
 MAIN_SHAPE = {"all-mpnet-base-v2": (8, 128), "dinov2-vit-s14": (8, 0)}
 
 
+def model_of(plugin: str) -> str | None:
+    """The model that a plugin's folder is for: its name, or its name and what tells a further width from the first.
+
+    Args:
+        plugin: name of the folder, as `all-MiniLM-L6-v2` or `all-MiniLM-L6-v2-n256`.
+
+    Returns:
+        A key of `WEIGHTS`; `None` if it is for none of them.
+    """
+    models = [model for model in WEIGHTS if plugin == model or plugin.startswith(f"{model}-")]
+    return max(models, key=len, default=None)
+
+
+def figures_of(plugin: str) -> tuple[Figure, ...]:
+    """What is measured of a plugin's model.
+
+    Raises:
+        ValueError: the plugin is for none of the models.
+    """
+    model = model_of(plugin)
+    if model is None:
+        raise ValueError(f"{plugin!r} starts with the name of no model. Choose from {', '.join(WEIGHTS)}.")
+    return FIGURES[WEIGHTS[model].kind]
+
+
 def trained_ratios(folder: Path) -> list[int]:
     """The compression ratios that a saved plugin was trained for, smallest first."""
     config = VariatorConfig.from_pretrained(str(folder))
@@ -85,7 +110,7 @@ def trained_ratios(folder: Path) -> list[int]:
 
 def _measured(name: str, ratios: list[int], results: Path) -> dict[str, dict[str, Any]]:
     """Title of a column → the parts that were measured."""
-    files = {"base": results / f"base-{name}.json"}
+    files = {"base": results / f"base-{model_of(name)}.json"}
     files |= {f"k = {k}": results / f"plugin-{name}-k{k}.json" for k in ratios}
     return {title: json.loads(file.read_text())["parts"] for title, file in files.items() if file.is_file()}
 
@@ -101,14 +126,14 @@ def quality_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
     """What was measured of the base and of the plugin at each ratio; empty if nothing was.
 
     Args:
-        name: a key of `WEIGHTS`.
+        name: name of the plugin's folder; see [`model_of`].
         ratios: the plugin's.
         results: folder of what was measured.
     """
     columns = _measured(name, ratios, results)
     rows = [
         [_title(figure), *(f"{parts[figure.part][figure.key]:.{figure.digits}f}" for parts in columns.values())]
-        for figure in FIGURES[WEIGHTS[name].kind]
+        for figure in figures_of(name)
         if _comparable(figure, columns)
     ]
     return make_table(["", *columns], rows) if rows else ""
@@ -127,7 +152,7 @@ def speed_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
     """How many times as fast as the base a plugin is, with machine and spread; empty if it was not measured.
 
     Args:
-        name: a key of `WEIGHTS`.
+        name: name of the plugin's folder; see [`model_of`].
         ratios: the plugin's.
         results: folder of what was measured.
     """
@@ -154,41 +179,58 @@ def _shape(batch: int, length: int) -> str:
     return f"{batch}×{length}" if length else f"batch {batch}"
 
 
-def _draw(name: str, ratios: list[int], results: Path, file: Path) -> bool:
-    """Draw quality against speed; whether there was something to draw."""
+def _draw(plugins: dict[str, list[int]], results: Path, file: Path) -> bool:
+    """Draw quality against speed of all plugins of a model; whether there was something to draw.
+
+    Args:
+        plugins: name of a folder → the plugin's ratios; the first is the model's own.
+        results: folder of what was measured.
+        file: the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns, records = _measured(name, ratios, results), _speeds(name, ratios, results)
-    figure = next((each for each in FIGURES[WEIGHTS[name].kind] if _comparable(each, columns)), None)
-    ratios = [k for k in ratios if k in records and f"k = {k}" in columns]
-    if figure is None or not ratios:
+    name = next(iter(plugins))
+    columns = {plugin: _measured(plugin, ratios, results) for plugin, ratios in plugins.items()}
+    figure = next((each for each in figures_of(name) if _comparable(each, columns[name])), None)
+    if figure is None:
         return False
-    quality = {title: parts[figure.part][figure.key] for title, parts in columns.items()}
-    rows = {k: _main_row(name, records[k]["rows"]) for k in ratios}
-    speeds = {k: row["speedup"]["plugin"] for k, row in rows.items()}
+    drawn = {
+        plugin: _points(plugin, ratios, columns[plugin], figure, results)
+        for plugin, ratios in plugins.items()
+        if _comparable(figure, columns[plugin])
+    }
+    drawn = {plugin: points for plugin, points in drawn.items() if points}
+    if not drawn:
+        return False
     plot, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.axhline(quality["base"], color="0.7", linewidth=1, linestyle="--")
-    axes.plot([1], [quality["base"]], "o", color="black")
-    axes.annotate("base", (1, quality["base"]), xytext=(6, 6), textcoords="offset points")
-    medians = [speeds[k]["median"] for k in ratios]
-    below = [speeds[k]["median"] - speeds[k]["low"] for k in ratios]
-    above = [speeds[k]["high"] - speeds[k]["median"] for k in ratios]
-    heights = [quality[f"k = {k}"] for k in ratios]
-    axes.errorbar(medians, heights, xerr=[below, above], fmt="o-", capsize=3, color="tab:blue", label="plugin")
-    for k, x, y in zip(ratios, medians, heights, strict=True):
-        axes.annotate(f"k = {k}", (x, y), xytext=(6, -12), textcoords="offset points")
+    base = columns[name]["base"][figure.part][figure.key]
+    axes.axhline(base, color="0.7", linewidth=1, linestyle="--")
+    axes.plot([1], [base], "o", color="black")
+    axes.annotate("base", (1, base), xytext=(6, 6), textcoords="offset points")
+    for number, (plugin, points) in enumerate(drawn.items()):
+        medians = [point.speed["median"] for point in points]
+        below = [point.speed["median"] - point.speed["low"] for point in points]
+        above = [point.speed["high"] - point.speed["median"] for point in points]
+        heights = [point.quality for point in points]
+        color = f"C{number}"
+        axes.errorbar(medians, heights, xerr=[below, above], fmt="o-", capsize=3, color=color, label=plugin)
+        for point in points:
+            place = (point.speed["median"], point.quality)
+            axes.annotate(f"k = {point.ratio}", place, xytext=(6, -12), textcoords="offset points", color=color)
+    if len(drawn) > 1:
+        axes.legend()
     # A scale that makes a tenth of a point look like a fall says something that is not so.
     low, high = axes.get_ylim()
-    room = max(0.0, 0.04 * abs(quality["base"]) - (high - low)) / 2
+    room = max(0.0, 0.04 * abs(base) - (high - low)) / 2
     axes.set_ylim(low - room, high + room)
-    first = rows[ratios[0]]
-    shape, environment = _shape(first["batch"], first["length"]), records[ratios[0]]["environment"]
-    axes.set_xlabel(f"times as fast as the base at {shape}, {environment['threads']} CPU thread(s) (right is better)")
+    first = next(iter(drawn.values()))[0]
+    axes.set_xlabel(f"times as fast as the base at {first.shape}, {first.threads} CPU thread(s) (right is better)")
     axes.set_ylabel(f"{figure.title}\n({'up' if figure.more_is_better else 'down'} is better)")
-    axes.set_title(f"{name} with its plugin (one seed)\nbars: quartiles of the time", fontsize=11)
+    title = f"{name} with its plugin (one seed)" if len(drawn) == 1 else f"{name} with its plugins (one seed each)"
+    axes.set_title(f"{title}\nbars: quartiles of the time", fontsize=11)
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
@@ -198,8 +240,33 @@ def _draw(name: str, ratios: list[int], results: Path, file: Path) -> bool:
     return True
 
 
-def _main_row(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    shape = MAIN_SHAPE.get(name)
+@dataclass(frozen=True)
+class Point:
+    """A plugin at one ratio, as it is drawn: `speed` is how many times as fast as the base, by quantile."""
+
+    ratio: int
+    quality: float
+    speed: dict[str, float]
+    shape: str
+    threads: int
+
+
+def _points(
+    plugin: str, ratios: list[int], columns: dict[str, dict[str, Any]], figure: Figure, results: Path
+) -> list[Point]:
+    """What was measured in both ways."""
+    points = []
+    for k, record in _speeds(plugin, ratios, results).items():
+        if f"k = {k}" in columns:
+            row = _main_row(model_of(plugin), record["rows"])
+            quality = columns[f"k = {k}"][figure.part][figure.key]
+            shape, threads = _shape(row["batch"], row["length"]), record["environment"]["threads"]
+            points.append(Point(k, quality, row["speedup"]["plugin"], shape, threads))
+    return points
+
+
+def _main_row(model: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    shape = MAIN_SHAPE.get(model or "")
     return next((row for row in rows if (row["batch"], row["length"]) == shape), rows[0])
 
 
@@ -212,22 +279,23 @@ def write_page(page: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> 
         results: folder of what was measured.
 
     Returns:
-        Names of the models on the page.
+        Names of the plugins on the page.
     """
     parts, names = [], []
-    for folder in sorted(plugins.iterdir()):
-        name = folder.name
-        if name not in WEIGHTS or not (folder / "adapter_config.json").is_file():
-            continue
-        ratios = trained_ratios(folder)
-        run = json.loads((results / f"run-{name}.json").read_text())
-        share = 100 * run["parameters"]["plugin"] / run["parameters"]["base"]
-        lines = [f"### {name}", _conditions(run, share)]
-        if _draw(name, ratios, results, page.parent / "images" / f"frontier-{name}.png"):
-            lines.append(f"![Quality against speed of {name} with its plugin](images/frontier-{name}.png)")
-        lines += [quality_table(name, ratios, results), speed_table(name, ratios, results)]
-        parts.append("\n\n".join(line for line in lines if line))
-        names.append(name)
+    shipped = [folder for folder in sorted(plugins.iterdir()) if (folder / "adapter_config.json").is_file()]
+    for model in sorted(WEIGHTS):
+        ratios = {folder.name: trained_ratios(folder) for folder in shipped if model_of(folder.name) == model}
+        picture = page.parent / "images" / f"frontier-{model}.png"
+        pictured = bool(ratios) and _draw(ratios, results, picture)
+        for name in ratios:
+            run = json.loads((results / f"run-{name}.json").read_text())
+            share = 100 * run["parameters"]["plugin"] / run["parameters"]["base"]
+            lines = [f"### {name}", _conditions(run, share)]
+            if pictured and name == next(iter(ratios)):
+                lines.append(f"![Quality against speed of {model} with its plugins](images/{picture.name})")
+            lines += [quality_table(name, ratios[name], results), speed_table(name, ratios[name], results)]
+            parts.append("\n\n".join(line for line in lines if line))
+            names.append(name)
     write_text(page, replace_between(page.read_text(), "real-models", "\n\n".join(parts)))
     return names
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from frontier import RESULTS, quality_table, speed_table
+from frontier import RESULTS, model_of, quality_table, speed_table
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
 
@@ -53,13 +53,16 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
     Args:
         name: a key of `WEIGHTS`.
         run: folder of the run that trained it.
-        output: the folder; one that is there is replaced when all is written.
+        output: the folder, whose name starts with the model's and is that of its records in `results`; one that is
+            there is replaced when all is written.
         results: folder of what was measured.
         ratio: the compression ratio that it has when it is loaded, one that it was trained for; the run's if `None`.
 
     Raises:
-        ValueError: it was not trained for that ratio.
+        ValueError: it was not trained for that ratio, or the folder's name is another model's.
     """
+    if model_of(output.name) != name:
+        raise ValueError(f"The folder {output.name!r} has to be named {name!r}, or to start with '{name}-'.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         made = Path(folder) / output.name
@@ -74,7 +77,7 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
             config.compression_ratio = ratio
         save_file(halves, made / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(made))
-        write_text(made / "README.md", card(name, json.loads((run / "run.json").read_text()), config, results))
+        write_text(made / "README.md", card(output.name, json.loads((run / "run.json").read_text()), config, results))
         if output.exists():
             shutil.rmtree(output)
         made.rename(output)
@@ -84,18 +87,20 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
     """The card of a plugin.
 
     Args:
-        name: a key of `WEIGHTS`.
+        name: name of the plugin's folder.
         run: `run.json` of the run that trained it.
         config: its configuration.
         results: folder of what was measured.
     """
-    weights, parameters = WEIGHTS[name], run["parameters"]
+    model = model_of(name)
+    assert model is not None  # `ship` checks
+    weights, parameters = WEIGHTS[model], run["parameters"]
     base_id, ratios = str(config.base_model_name_or_path), config.trained_ratios or [config.compression_ratio]
     share = 100 * parameters["plugin"] / parameters["base"]
     recipe = run["recipe"]
     class_name, unit, trained_on = KINDS[weights.kind]
     lines = [
-        f"# Compression plugin for {name}",
+        f"# Compression plugin for {model}",
         "A Variator plugin (Xiao et al. 2023, arXiv 2310.15724): it merges neighbouring tokens around each "
         "feed-forward network, so that the model runs faster. "
         f"{parameters['plugin']:,} parameters, {share:.1f} % of the base's.",
@@ -113,7 +118,7 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         f"- Licence: {weights.licence}, that of the weights.",
     ]
     body = "\n\n".join(line for line in lines if line)
-    content = CardContent(body, base_id, PLUGIN_TAGS, license=weights.licence.lower(), name=f"plugin for {name}")
+    content = CardContent(body, base_id, PLUGIN_TAGS, license=weights.licence.lower(), name=f"plugin for {model}")
     return str(make_card(content))
 
 

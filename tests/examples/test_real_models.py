@@ -226,12 +226,18 @@ def test_what_is_shipped_is_whole(folder, scripts):
     tensors = load_file(folder / "adapter_model.safetensors")
     assert config["trained_ratios"]
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert scripts("weights").WEIGHTS[folder.name].sha256 in (folder / "README.md").read_text()
+    assert (
+        scripts("weights").WEIGHTS[scripts("frontier").model_of(folder.name)].sha256
+        in (folder / "README.md").read_text()
+    )
 
 
 def test_what_is_shipped_is_small():
     files = [file for folder in SHIPPED for file in folder.iterdir()]
     assert sum(file.stat().st_size for file in files) < 24e6
+
+
+SECOND_WIDTH = (("run", "", ""), ("plugin", "-k16", "-k4"), ("speed", "-k16", "-k4"))
 
 
 def test_the_page_of_results_is_made_of_json(scripts, tmp_path):
@@ -247,14 +253,19 @@ def test_the_page_of_results_is_made_of_json(scripts, tmp_path):
         parts = {"stsb": {"spearman": spearman, "limit": None}, "sst2": {"accuracy": 90.0, "limit": limit}}
         files[file] = {"parts": parts}
     files[f"speed-{name}-k4"] = {"environment": environment, "rows": [row]}
+    narrow = f"{name}-n256"
+    VariatorConfig(trained_ratios=[16]).save_pretrained(plugins / narrow)
+    files |= {f"{part}-{narrow}{k}": files[f"{part}-{name}{old}"] for part, k, old in SECOND_WIDTH}
     for file, content in files.items():
         (results / f"{file}.json").write_text(json.dumps(content))
     page = tmp_path / "results.md"
     page.write_text("Before.\n<!-- real-models -->\nold\n<!-- /real-models -->\nAfter.\n")
-    assert scripts("frontier").write_page(page, plugins, results) == [name]
+    assert scripts("frontier").write_page(page, plugins, results) == [name, narrow]
     text = page.read_text()
     assert "| STS-B test, Spearman × 100 | 82.00 | 81.00 |" in text
     assert "SST-2" not in text
+    assert "|  | base | k = 16 |" in text.partition(f"### {narrow}")[2]
+    assert text.count("frontier-") == 1
     assert "| 32×128 | 1.50 [1.40–1.60] |" in text
     assert text.startswith("Before.")
     assert text.endswith("After.\n")
