@@ -9,7 +9,7 @@ peft:
 - `peft.tuners._buffer_dict.BufferDict`: buffers by adapter name, which `nn.Module` lacks.
 - `peft.tuners.tuners_utils._maybe_include_all_linear_layers`: PEFT's reading of "all-linear"; it returns a config.
 - The frames of `PeftModel.from_pretrained` and `load_adapter`, and `key_mapping` in them: they put an empty
-  adapter in before they read its file, and tell nobody that there is one. Functions without that argument are an error.
+  adapter in before they read its file, and tell nobody that there is one. Others are an error.
   To go when PEFT reads the file first.
 
 transformers:

@@ -161,8 +161,8 @@ def embedding_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, poolin
     found = mask.any(1)
     if pooling == "first":
         mask = mask & (mask.cumsum(1) == 1)
-    pooled = [_mean_of_real(states, mask) for states in (student, teacher.detach())]
-    distance = 1 - nn.functional.cosine_similarity(*pooled)
+    mine, target = _mean_of_real(student, mask), _mean_of_real(teacher.detach(), mask)
+    distance = 1 - nn.functional.cosine_similarity(mine, target)
     return LossSums(distance.masked_fill(~found, 0), found.long())
 
 
