@@ -29,8 +29,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.models.auto import modeling_auto
 
@@ -49,11 +51,14 @@ __all__ = [
     "build_model",
     "check_model_name",
     "check_reachable",
+    "check_vocabulary",
+    "check_vocabulary",
     "find_task",
     "has_decoder",
     "has_weights",
     "head_of",
     "load_config",
+    "load_tokenizer",
     "load_whole",
     "model_class",
     "read_config",
@@ -65,6 +70,8 @@ __all__ = [
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+# Made without files, one of T5 has a word: the mark of a space.
+FEWEST_WORDS = 2
 
 Task = Literal["encoder", "causal", "seq2seq", "vision"]
 Head = Literal["seq2seq", "causal", "masked", "token-classification", "classification", "question-answering"]
@@ -474,6 +481,44 @@ def check_reachable(name: str, file: str = CONFIG_NAME, **hub: Any) -> None:
             f"{name!r} is no folder here and not in the Hub's cache, and the Hub can't be reached ({error}). Name a "
             f"folder, or fetch it where there is a network: hf download {name}"
         ) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Args:
+        name: folder, or name on the Hub.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    # which files are missing, transformers says in many ways, of converters that it lacks, too
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name!r} has no tokenizer that can be read: {shorten(error)}") from error
+    check_vocabulary(tokenizer, name)
+    return tokenizer
+
+
+def check_vocabulary(processor: Any, name: str) -> None:
+    """Raise where transformers has made a tokenizer without the model's files: all words are unknown to it.
+
+    Args:
+        processor: a tokenizer, or a processor that may have one.
+        name: the model that it is of.
+
+    Raises:
+        ValueError: the tokenizer has special tokens and no others.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < FEWEST_WORDS:
+        raise ValueError(
+            f"{name!r} has no tokenizer: without its files transformers makes a {type(tokenizer).__name__} to which "
+            "every word is unknown. Save the model's tokenizer beside it: tokenizer.save_pretrained(folder)."
+        )
 
 
 def load_whole(automatic: Any, name: str, *, pooler: bool = True, **kwargs: Any) -> PreTrainedModel:

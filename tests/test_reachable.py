@@ -39,7 +39,6 @@ def unreachable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     "words",
     [
         ["train", NAME, "--data", "{data}", "--output", "{output}"],
-        ["train", "{base}", "--adapter", NAME, "--data", "{data}", "--output", "{output}"],
         ["restore", NAME, "--data", "{data}", "--output", "{output}"],
         ["prune", NAME, "--method", "magnitude", "--sparsity", "0.5", "--output", "{output}"],
         ["bench", NAME],
@@ -52,11 +51,9 @@ def unreachable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 )
 @pytest.mark.usefixtures("unreachable")
 def test_every_command_says_so_at_once(words: list[str], tmp_path: Path) -> None:
-    data, base = tmp_path / "data.txt", tmp_path / "base"
+    data = tmp_path / "data.txt"
     data.write_text("a b c\n")
-    base.mkdir()
-    (base / "model.safetensors").touch()
-    places = {"data": data, "base": base, "output": tmp_path / "output"}
+    places = {"data": data, "output": tmp_path / "output"}
     done = CliRunner().invoke(app, [word.format(**places) for word in words])
     assert done.exit_code == 1
     assert NAME in done.output

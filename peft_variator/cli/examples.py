@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Subset
 from transformers import (
     AutoImageProcessor,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -20,7 +19,7 @@ from transformers import (
     default_data_collator,
 )
 
-from ..models import Task
+from ..models import Task, load_tokenizer
 from ..profiling import count_positions
 from ..training.data import (
     ImageFolder,
@@ -150,7 +149,7 @@ def load_data(
 
 
 def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
     return tokenizer

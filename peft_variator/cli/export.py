@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..files import check_new_file, replacing
-from ..models import find_task
+from ..models import find_task, load_tokenizer
 from ..training import load_plugin
 from ..tuners.variator import VariatorConfig
 from ..version import __version__
@@ -153,9 +153,10 @@ def _load_base(saved: SavedPlugin) -> tuple[PreTrainedModel, bool]:
 
 def _load_processor(name: str, model: PreTrainedModel) -> Any:
     """The base's tokenizer or image processor, or `None` if it has none."""
-    automatic = AutoImageProcessor if model.main_input_name == "pixel_values" else AutoTokenizer
     try:
-        return automatic.from_pretrained(name)
+        if model.main_input_name == "pixel_values":
+            return AutoImageProcessor.from_pretrained(name)
+        return load_tokenizer(name)
     except (OSError, ValueError):
         return None
 

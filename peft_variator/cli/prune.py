@@ -14,7 +14,7 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..bases.config import pop_quantization, read_quantization
 from ..files import check_new_folder, new_folder
-from ..models import find_task, load_whole, model_class, read_model_config
+from ..models import check_vocabulary, find_task, load_whole, model_class, read_model_config
 from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, prune
@@ -155,7 +155,9 @@ def _check_dense(model: str, config: PreTrainedConfig) -> None:
 def _load_processor(model: str, needed: bool) -> Any | None:
     """The model's tokenizer or processor, None where it has none and none is needed."""
     try:
-        return AutoProcessor.from_pretrained(model)
+        processor = AutoProcessor.from_pretrained(model)
+        check_vocabulary(processor, model)
+        return processor
     except (OSError, ValueError) as error:
         if needed:
             raise ValueError(f"{model!r} has no tokenizer or processor to read --data with: {error}") from error

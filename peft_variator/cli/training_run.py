@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import check_new_file, check_new_folder, new_folder, write_text
-from ..models import ADAPTER_CONFIG_NAME, Task, check_model_name, check_reachable
+from ..models import Task, check_model_name, check_reachable
 from ..profiling import build_model, count_positions, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig
@@ -98,8 +98,6 @@ class RunSettings:
                 "restore. Name a model on the Hub or a folder with one."
             )
         check_reachable(self.model)
-        if self.adapter is not None:
-            check_reachable(self.adapter, ADAPTER_CONFIG_NAME)
         check_new_folder(self.output)
         if self.checkpoints is not None and self.output.resolve() in (
             self.checkpoints.resolve(),

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
-from ..models import check_model_name, load_whole
+from ..models import check_model_name, load_tokenizer, load_whole
 from ..profiling import count_positions
 from ..training import load_plugin
 from .engine import Engine
@@ -184,7 +184,7 @@ def _load(settings: ServeSettings) -> tuple[nn.Module, PreTrainedTokenizerBase |
     config = AutoConfig.from_pretrained(settings.model)
     base = load_whole(AutoModel, settings.model, pooler=False, config=config, dtype=dtype).to(settings.device)
     model = base if settings.adapter is None else load_plugin(base, settings.adapter, is_trainable=False)
-    return model, AutoTokenizer.from_pretrained(settings.model)
+    return model, load_tokenizer(settings.model)
 
 
 def _make_policy(settings: ServeSettings, model: nn.Module) -> Policy:

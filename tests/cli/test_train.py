@@ -325,6 +325,17 @@ def test_a_pooler_may_be_missing(tmp_path: Path) -> None:
     assert status == 0, err
 
 
+def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes one without files, to which every word is unknown, or fails in another library's name."""
+    data = save_data(tmp_path / "data.txt", "encoder")
+    for base in (BertModel(BertConfig(**TEXT)), LlamaForCausalLM(LlamaConfig(**TEXT))):
+        folder = tmp_path / base.config.model_type
+        base.save_pretrained(folder)
+        status, _, err = invoke(folder, "--data", data, "-o", tmp_path / "out", *QUICK)
+        assert status == 1
+        assert f"'{folder}' has no tokenizer" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
