@@ -86,15 +86,57 @@ def test_an_encoder_that_keeps_texts_apart_by_its_mask_and_their_lengths() -> No
         torch.testing.assert_close(own, last_hidden(model, input_ids=text), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seqlens"])
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seqlens", "seq_idx"])
 def test_lengths_alone_end_groups_in_an_encoder(name: str) -> None:
     """The base attends across the texts here, as it does without FlashAttention; groups end all the same."""
     model, texts = with_plugin(BERT), texts_of(BERT, (6, 6))
     layer, rows = next(module for module in model.modules() if isinstance(module, VariatorLayer)), []
     layer.base_layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
     model(input_ids=torch.cat(texts, 1))
-    model(input_ids=torch.cat(texts, 1), **{name: cumulative(texts)})
+    told = torch.tensor([[0] * 6 + [1] * 6]) if name == "seq_idx" else cumulative(texts)
+    model(input_ids=torch.cat(texts, 1), **{name: told})
     assert rows == [1 + 3 + 1, 2 * (1 + 1 + 1)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"compensation_rank": 2}], ids=str)
+def test_positions_that_jump_ahead_are_borders(fields: dict[str, int]) -> None:
+    """As in transformers' causal models; a text of one token has the plugin's updates, too."""
+    model, texts = with_plugin(LLAMA, **fields), texts_of(LLAMA)
+    lengths = [text.shape[1] for text in texts]
+    ends = list(accumulate(length + 2 for length in lengths))
+    positions = torch.cat([torch.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)])
+    flat = last_hidden(model, input_ids=torch.cat(texts, 1), use_cache=False, position_ids=positions.unsqueeze(0))
+    for text, own in zip(texts, flat.split(lengths, dim=1), strict=True):
+        torch.testing.assert_close(own, last_hidden(model, input_ids=text, use_cache=False), rtol=0, atol=1e-5)
+
+
+def test_padding_between_texts_hides_no_border() -> None:
+    model, texts = with_plugin(BERT, keep_first_tokens=0, keep_last_tokens=0), texts_of(BERT, (5, 6))
+    ids = torch.cat([texts[0], torch.zeros(1, 3, dtype=torch.long), texts[1]], 1)
+    text_of = torch.tensor([1] * 5 + [0] * 3 + [2] * 6)
+    shown = (text_of.unsqueeze(0) == text_of.unsqueeze(1)) & (text_of != 0)
+    hidden = torch.zeros(1, 1, 14, 14).masked_fill(~shown, LOWEST)
+    positions = torch.tensor([[*range(5), 0, 0, 0, *range(6)]])
+    found = last_hidden(model, input_ids=ids, position_ids=positions, attention_mask=hidden)
+    torch.testing.assert_close(found[:, :5], last_hidden(model, input_ids=texts[0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[:, 8:], last_hidden(model, input_ids=texts[1]), rtol=0, atol=1e-5)
+
+
+MALFORMED = {
+    "starts with 3": torch.tensor([3, 12]),
+    "goes down from 8 to 5": torch.tensor([0, 8, 5, 12]),
+    "ends with 13": torch.tensor([0, 13]),
+    "torch.float32": torch.tensor([0.0, 12.0]),
+    r"shape \(1, 2\)": torch.tensor([[0, 12]]),
+    "list": [0, 12],
+}
+
+
+@pytest.mark.parametrize("problem", MALFORMED)
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seqlens"])
+def test_lengths_that_count_no_tokens_are_refused(name: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} .*{problem}"):
+        with_plugin(BERT)(input_ids=BERT.inputs(1, 12)["input_ids"], **{name: MALFORMED[problem]})
 
 
 def test_positions_that_go_on_behind_a_cache_are_no_border() -> None:

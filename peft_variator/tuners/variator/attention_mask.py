@@ -6,16 +6,19 @@ Nothing here looks at a tensor's values on the host, so that a call on a GPU is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 __all__ = [
     "CUMULATIVE_LENGTHS",
+    "SEQUENCE_NUMBERS",
     "TokenOrder",
+    "check_borders",
     "count_before",
     "real_tokens",
     "shifted",
@@ -30,6 +33,7 @@ __all__ = [
 BLOCKED = -9000.0
 # Who hands several texts over as one row tells where they start, as transformers and the kernels behind it call it.
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seqlens")
+SEQUENCE_NUMBERS = "seq_idx"
 
 
 def single_mask(mask: Any) -> Tensor | None:
@@ -76,41 +80,124 @@ def real_tokens(mask: Tensor | None, shape: tuple[int, int], past_length: int | 
     return (own[:, 0] if own.shape[1] == 1 else own.diagonal(dim1=1, dim2=2)).expand(shape)
 
 
+def check_borders(arguments: Mapping[str, Any], shape: tuple[int, int], read_values: bool = True) -> None:
+    """Raise if what tells the borders of a flattened batch can't be of this call.
+
+    Args:
+        arguments: of the call.
+        shape: `(batch, length)`.
+        read_values: whether values may be looked at on the host.
+
+    Raises:
+        ValueError: `cu_seq_lens_q` or `cu_seqlens` do not count tokens up from 0, or `seq_idx` is not one number a
+            token.
+    """
+    tokens = shape[0] * shape[1]
+    for name in (*CUMULATIVE_LENGTHS, SEQUENCE_NUMBERS):
+        told = arguments.get(name)
+        if told is None:
+            continue
+        if not isinstance(told, Tensor) or told.is_floating_point() or told.is_complex() or told.dtype == torch.bool:
+            kind = f"a tensor of {told.dtype}" if isinstance(told, Tensor) else f"a {type(told).__name__}"
+            raise ValueError(f"{name} is {kind}; where texts start is told by a tensor of int32 or int64.")
+        if name == SEQUENCE_NUMBERS:
+            if tuple(told.shape) not in (shape, (1, shape[1]), (shape[1],)):
+                raise ValueError(
+                    f"seq_idx has the shape {tuple(told.shape)}, but the call has {shape[0]} sequences of {shape[1]} "
+                    f"tokens. Pass the number of each token's text, of shape {shape}."
+                )
+            continue
+        problem = None
+        if told.dim() != 1 or told.numel() == 0:
+            problem = f"has the shape {tuple(told.shape)}"
+        elif read_values:
+            ends = told.tolist()
+            decreasing = [(one, other) for one, other in pairwise(ends) if other < one]
+            if ends[0] != 0:
+                problem = f"starts with {ends[0]}"
+            elif decreasing:
+                problem = f"goes down from {decreasing[0][0]} to {decreasing[0][1]}"
+            elif ends[-1] > tokens:
+                problem = f"ends with {ends[-1]}, beyond the {tokens} tokens of the call"
+        if problem is not None:
+            raise ValueError(
+                f"{name} {problem}. Pass the cumulative lengths of the texts as a 1-D tensor that starts with 0, "
+                f"never goes down and ends with {tokens}, the number of tokens."
+            )
+
+
 def text_starts(
     arguments: Mapping[str, Any],
     mask: Tensor | None,
     real: Tensor | None,
     shape: tuple[int, int],
     past_length: int | Tensor,
+    gaps: bool = False,
 ) -> Tensor | None:
     """Where the next one of several texts in a row starts, shape `(batch, length)`; `None` if nothing tells of any.
 
+    Each real token is held against the real one before it, since there may be padding between two texts.
+
     Args:
-        arguments: of the call. `cu_seq_lens_q` tells the borders of a row that holds several texts, and so do
-            `position_ids` of shape `(batch, length)` that do not go on.
+        arguments: of the call. `cu_seq_lens_q` or `cu_seqlens` tell the borders of a batch that was flattened, and so
+            do `seq_idx`, and `position_ids` of shape `(batch, length)` that do not go on.
         mask: the attention mask. A 4-D one starts a text where a token does not attend to the one before it.
         real: which tokens are no padding.
         shape: `(batch, length)`.
         past_length: number of cached tokens.
+        gaps: whether positions that go on by more than 1 start a text too, as in transformers' causal models.
     """
-    both_real = None if real is None else real & real.roll(1, 1)
-    found: Tensor | None = None
+    attends = None
     if mask is not None and mask.dim() == 4 and mask.shape[2] == shape[1]:
-        attends = _attends(mask, shape[1], past_length).diagonal(offset=-1, dim1=1, dim2=2)
-        found = pad(~attends, (1, 0)).expand(shape)
-    else:
-        positions = arguments.get("position_ids")
-        if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == shape[1]:
-            if positions.shape[0] in (1, shape[0]):
-                restarts = positions <= shifted(positions, 0)
-                found = (restarts & (torch.arange(shape[1], device=positions.device) > 0)).expand(shape)
-    for name in CUMULATIVE_LENGTHS:
-        lengths = arguments.get(name)
-        if isinstance(lengths, Tensor) and lengths.dim() == 1 and shape[0] == 1:
-            borders = torch.zeros(shape[1] + 1, dtype=torch.bool, device=lengths.device)
-            borders = borders.scatter(0, lengths.long(), True)[: shape[1]].unsqueeze(0)
-            found = borders if found is None else found | borders
-    return found if found is None or both_real is None else found & both_real
+        attends = _attends(mask, shape[1], past_length).expand(shape[0], -1, -1)
+    positions = None if attends is not None else _of_tokens(arguments.get("position_ids"), shape)
+    of_texts = [_of_tokens(arguments.get(SEQUENCE_NUMBERS), shape)]
+    of_texts += [_numbers_of_texts(arguments.get(name), shape) for name in CUMULATIVE_LENGTHS]
+    numbers = [each for each in of_texts if each is not None]
+    given = [each for each in (attends, positions, *numbers) if each is not None]
+    if not given:
+        return None
+    before, has_before = _real_before(real, shape, given[0].device)
+    told: list[Tensor] = []
+    if attends is not None:
+        told.append(~attends.gather(2, before.unsqueeze(2)).squeeze(2))
+    if positions is not None:
+        step = positions - positions.gather(1, before)
+        told.append(step != 1 if gaps else step <= 0)
+    for number in numbers:
+        told.append(number != number.gather(1, before.to(number.device)))
+    return reduce(torch.logical_or, [each.to(before.device) for each in told]) & has_before
+
+
+def _numbers_of_texts(lengths: Any, shape: tuple[int, int]) -> Tensor | None:
+    """The number of each token's text, shape `(batch, length)`, by the cumulative lengths of all texts of a batch."""
+    if not isinstance(lengths, Tensor) or lengths.dim() != 1:
+        return None
+    tokens = shape[0] * shape[1]
+    borders = torch.zeros(tokens + 1, dtype=torch.long, device=lengths.device).scatter(0, lengths.long(), 1)
+    return borders[:tokens].cumsum(0).view(shape)
+
+
+def _of_tokens(values: Any, shape: tuple[int, int]) -> Tensor | None:
+    """Values of which each token has one, shape `(batch, length)`; `None` if they are of another shape."""
+    if not isinstance(values, Tensor) or tuple(values.shape) not in (shape, (1, shape[1]), (shape[1],)):
+        return None
+    return values.expand(shape)
+
+
+def _real_before(real: Tensor | None, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The place of the real token before each one (0 where there is none), and which real tokens have one.
+
+    Both of shape `(batch, length)`.
+    """
+    places = torch.arange(shape[1], device=device).expand(shape)
+    if real is None:
+        return (places - 1).clamp(min=0), places > 0
+    present = real.long()
+    number = present.cumsum(1)
+    place_of = number.new_zeros(shape[0], shape[1] + 1).scatter_add(1, number * present, places * present)
+    before = number - present
+    return place_of.gather(1, before), real & (before > 0)
 
 
 def token_ranks(

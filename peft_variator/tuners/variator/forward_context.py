@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...compat import backward_id
-from .attention_mask import CUMULATIVE_LENGTHS, TokenOrder
+from .attention_mask import CUMULATIVE_LENGTHS, SEQUENCE_NUMBERS, TokenOrder
 
 
 __all__ = [
@@ -60,6 +60,7 @@ OF_STACKS = (
     "pixel_attention_mask",
     "pixel_values",
     "position_ids",
+    SEQUENCE_NUMBERS,
     "write_index",  # of continuous batching: where in its paged cache the tokens go
 )
 

@@ -204,7 +204,8 @@ class StackForward(WrappedForward):
         """Find out about the call's tokens."""
         own = call.arguments
         tokens = own.get("input_ids", own.get("inputs_embeds"))
-        if self.kind == "causal" and tokens is not None and tokens.shape[1] == 1:
+        is_single = self.kind == "causal" and tokens is not None and tokens.shape[1] == 1
+        if is_single and _has_cached(own):
             return StackGroups(CallFacts(self.kind), {})  # decoding one token at a time: there is nothing to merge
         choices = self.choices(call.chosen)
         if not choices:
@@ -223,7 +224,7 @@ class StackForward(WrappedForward):
             facts = gather_facts(self.module, self.kind, own, self.names)
         groups = StackGroups(facts, choices)
         groups.prepare()
-        if self.kind == "causal" and not torch.compiler.is_compiling():
+        if self.kind == "causal" and not is_single and not torch.compiler.is_compiling():
             self._warn_about_losses(groups)
         return groups
 
@@ -356,6 +357,13 @@ def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any], names: 
         pooled_pad_id=_pooled_pad_id(surrounding) if kind == "causal" else None,
         past_length=0 if past is None else past.get_seq_length(),
     )
+
+
+def _has_cached(own: dict[str, Any]) -> bool:
+    """Whether tokens came before those of a call: a text of one token is no step of decoding."""
+    past = own.get("past_key_values")
+    length = 0 if past is None else past.get_seq_length()
+    return isinstance(length, Tensor) or length > 0  # a static cache's length is not looked at on the host
 
 
 def of_frames(own: dict[str, Any], entries_a_frame: int) -> dict[str, Any]:

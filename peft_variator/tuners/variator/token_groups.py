@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .attention_mask import (
+    CUMULATIVE_LENGTHS,
     TokenOrder,
+    check_borders,
     count_before,
     real_tokens,
     shifted,
@@ -98,12 +100,15 @@ class StackGroups:
         """Make the groups of all modules, if the arguments suffice, so that no layer has to.
 
         Raises:
-            ValueError: a mask cannot be read, or text cannot be told from images.
+            ValueError: a mask or a border cannot be read, or text cannot be told from images.
         """
         if self.facts.tokens is not None:
+            device = self.facts.tokens.device
+            shape = self._shape_of(None)
+            check_borders(self.facts.arguments, shape, read_values=not _shapes_must_not_depend_on_values(device))
             for _, rule in self.choices.values():
                 if rule.outliers is None:  # they are told by hidden states
-                    self._on(self.facts.tokens.device, rule, None, self._shape_of(None))
+                    self._on(device, rule, None, shape)
 
     def merges_nothing(self) -> bool:
         """Whether no module found tokens to merge, as far as groups are made."""
@@ -246,7 +251,7 @@ def group_text(
         ValueError: a mask cannot be read, or text cannot be told from images.
     """
     if _shapes_must_not_depend_on_values(device):
-        return bound(merge_flags(facts, rule, shape, device, outlier_scores), rule, _number_of_texts(facts, shape))
+        return bound(merge_flags(facts, rule, shape, device, outlier_scores), rule, _number_of_texts(facts))
     if outlier_scores is None and not _depends_on_values(facts, rule):
         device = torch.device("cpu")
     return arrange(merge_flags(facts, rule, shape, device, outlier_scores), rule.ratio)
@@ -282,7 +287,9 @@ def merge_flags(
     """What decides the groups of a text; see [`group_text`] for the arguments. Looks at no value on the host."""
     mask = single_mask(facts.arguments.get("attention_mask"))
     real = real_tokens(mask, shape, facts.past_length)
-    starts = text_starts(facts.arguments, mask, real, shape, facts.past_length)
+    # transformers' causal models take positions that jump for another text where no mask and no cache is given.
+    jumps = facts.kind == "causal" and mask is None and isinstance(facts.past_length, int) and facts.past_length == 0
+    starts = text_starts(facts.arguments, mask, real, shape, facts.past_length, gaps=jumps)
     order = TokenOrder(real, starts, token_ranks(mask, real, shape, facts.past_length, device))
     may_merge = (order.from_start >= rule.keep_first) & ~order.last(rule.keep_last)
     ids = facts.token_ids(shape)
@@ -443,10 +450,10 @@ def group_frames(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], devi
 # Text in compiled code
 
 
-def _number_of_texts(facts: CallFacts, shape: tuple[int, int]) -> int:
+def _number_of_texts(facts: CallFacts) -> int:
     """How many texts a row holds at most, as far as shapes tell."""
-    lengths = [facts.arguments[name] for name in ("cu_seq_lens_q", "cu_seqlens") if name in facts.arguments]
-    return lengths[0].shape[0] - 1 if lengths and shape[0] == 1 else 1
+    lengths = [facts.arguments[name] for name in CUMULATIVE_LENGTHS if name in facts.arguments]
+    return max(lengths[0].shape[0] - 1, 1) if lengths else 1
 
 
 def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
