@@ -394,7 +394,7 @@ def share_weights(model: nn.Module) -> nn.Module:
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The transformers class that wrote a checkpoint, by its config's `architectures`; None if there is none."""
     for name in config.architectures or ():
-        found = getattr(transformers, name) if name in dir(transformers) else None
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
         # transformers has other classes, too, and model classes that are only inherited from
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             if getattr(found, "forward", None) is not nn.Module.forward:

@@ -74,8 +74,9 @@ class SavedPlugin:
         if self.config.task_type in CLASSES:
             return getattr(transformers, CLASSES[self.config.task_type])
         name = (self.config.auto_mapping or {}).get("base_model_class")
-        if name in dir(transformers):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if found is not None:
+            return found
         task = find_task(self.base, load_config(self.base))
         return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}.get(task, AutoModel)
 
