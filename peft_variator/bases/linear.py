@@ -14,8 +14,7 @@ from ..bitmask import mask_width, unpack_mask
 from ..compat import make_wrapper_subclass, tree_map_only
 from ..few_tokens.product import FewTokensWeight, describe_product, is_faster, multiply
 from ..offloading import DISK_OFFLOAD_MESSAGE, has_lost_its_hook
-from ..tuners.sparse_lora.base_weight import WeightLayout, register_layout
-from ..workspace import WORKSPACE
+from ..tuners.sparse_lora.base_weight import WORKSPACE, WeightLayout, register_layout
 from .kernels import Accelerator, KernelChoice, build_sparse_weight, choose_kernel
 from .packing import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack
 

@@ -422,7 +422,7 @@ def inspect_command(
 ) -> None:
     """Count the zeros of a checkpoint's linear layers. The model is read slice by slice and never loaded."""
     with reported():
-        from .inspect import inspect
+        from .prune import inspect
 
         met = inspect(path, by, pattern, fail, Reporter(json, png, quiet))
         if not met:

@@ -1,4 +1,4 @@
-"""`peft-variator prune`: a dense model in, a sparse model out."""
+"""`peft-variator prune`: a dense model in, a sparse model out; and `inspect`: how sparse a checkpoint is."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..files import check_new_folder, new_folder
 from ..models import check_vocabulary, find_task, load_whole, model_class, read_model_config
 from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
-from ..sparsity import PruningConfig, SparsityReport, prune
+from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune
 from ..sparsity.calibration import read_batches
 from .console import Reporter, next_commands
 from .publishing import Publishing
 
 
-__all__ = ["REPORT_NAME", "PruneSettings", "parse_amounts", "prune_model"]
+__all__ = ["REPORT_NAME", "PruneSettings", "inspect", "parse_amounts", "prune_model"]
 
 REPORT_NAME = "sparsity_report.json"
 
@@ -183,3 +183,50 @@ def _show(
         f"Saved to {settings.output}, with the report as {REPORT_NAME}.",
         *next_commands(*commands),
     )
+
+
+def inspect(path: Path, by: str, pattern: str | None, fail: bool, reporter: Reporter) -> bool:
+    """Count the zeros of a checkpoint and tell; see [`inspect_checkpoint`].
+
+    Args:
+        path: the checkpoint.
+        by: one row of the table for each of these.
+        pattern: n:m pattern to check for.
+        fail: whether a module that misses the pattern is a failure.
+        reporter: where to tell.
+
+    Returns:
+        Whether the checkpoint is what was asked for.
+
+    Raises:
+        ValueError: `fail` without a pattern, or no checkpoint that can be read.
+    """
+    reporter.check()
+    if fail and pattern is None:
+        raise ValueError(
+            "--fail says whether every module meets a pattern: name the pattern with --pattern, e.g. 2:4."
+        )
+    report = inspect_checkpoint(path, pattern)
+    _show_sparsity(report, by, reporter)
+    reporter.write_json(report.to_json())
+    if reporter.png is not None:
+        report.plot(reporter.png, by)
+        reporter.say(f"Wrote {reporter.png}.")
+    missed = [module.name for module in report.modules if module.pattern_met is False]
+    if fail and missed:
+        shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
+        reporter.warn(f"{len(missed)} of {len(report.modules)} modules miss the pattern {pattern}: {shown}.")
+    return not (fail and missed)
+
+
+def _show_sparsity(report: SparsityReport, by: str, reporter: Reporter) -> None:
+    reporter.show_table(report.table(by))
+    if report.source["structure"] == "tensor names":
+        reporter.warn(
+            f"{report.source['reason']}, so every matrix called weight counts, embeddings too, and blocks are guessed "
+            "from names."
+        )
+    if report.total.negative_zeros:
+        reporter.warn(
+            f"{report.total.negative_zeros:,} zeros are stored as -0.0, which some 2:4 kernels read as values."
+        )

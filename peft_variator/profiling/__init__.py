@@ -3,12 +3,20 @@
 from ..models import SHAPES, build_model, find_task, has_weights, load_config, share_weights
 from .allocation import allocate
 from .benchmark import BenchmarkSettings, compare, count_steps, find_device, run_benchmark
-from .environment import describe_environment, was_busy
 from .flops import count_flops
 from .inputs import count_positions, make_inputs, make_lengths
 from .memory import peak_memory
 from .report import BenchmarkReport, Measurement, check_plotting, make_table, save_plot
-from .timing import Candidate, Spread, make_training_step, num_threads, speedup, time_alternately
+from .timing import (
+    Candidate,
+    Spread,
+    describe_environment,
+    make_training_step,
+    num_threads,
+    speedup,
+    time_alternately,
+    was_busy,
+)
 
 
 __all__ = [

@@ -16,12 +16,11 @@ from transformers import PreTrainedConfig
 from ..bases import Sparse24Linear, describe_paths
 from ..models import Task, build_model, find_task, has_weights, load_config, share_weights
 from ..tuners.variator import VariatorConfig
-from .environment import describe_environment
 from .flops import count_flops
 from .inputs import Lengths, make_inputs, make_lengths, without_padding
 from .memory import peak_memory
 from .report import BenchmarkReport, Measurement
-from .timing import Candidate, num_threads, time_alternately
+from .timing import Candidate, describe_environment, num_threads, time_alternately
 
 
 __all__ = ["BenchmarkSettings", "compare", "count_steps", "find_device", "run_benchmark"]

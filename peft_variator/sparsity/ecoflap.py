@@ -14,9 +14,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from .config import PruningConfig
-from .modules import PrunableModule
+from .modules import PrunableModule, apply_matrix, read_matrix
 from .sequential import Batch, run_model
-from .weights import apply_matrix, read_matrix
 
 
 __all__ = ["block_scores", "first_order_scores", "spread_budgets", "water_fill", "zeroth_order_scores"]

@@ -16,12 +16,11 @@ from .calibration import check_batches
 from .config import PruningConfig
 from .ecoflap import block_scores, spread_budgets, water_fill
 from .methods import PruningMethod
-from .modules import PrunableModule, find_prunable, find_targets
+from .modules import PrunableModule, apply_matrix, find_prunable, find_targets, read_matrix, replace_matrix
 from .patterns import Pattern, apply_mask
 from .sequential import Batch, walk_blocks
 from .sparsity_report import ModuleSparsity, SparsityReport, count_module
 from .statistics import Statistics
-from .weights import apply_matrix, read_matrix, replace_matrix
 
 
 __all__ = ["measure_sparsity", "prune"]

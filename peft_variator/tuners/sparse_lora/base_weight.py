@@ -3,11 +3,14 @@
 Everything in `sparse_lora` sees a weight as a matrix of shape (out_features, in_features). A `WeightLayout` says how
 to get that matrix, and the mask M of the weights that pruning kept, from the tensors that a base layer really holds.
 Its functions take tensors and not the module, so that a backward can rebuild the weight from what autograd saved.
+A whole weight that is needed for one product alone is made in the `WORKSPACE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ...few_tokens.product import FewTokensWeight
 
 
-__all__ = ["WeightLayout", "find_layout", "get_layout", "register_layout"]
+__all__ = ["WORKSPACE", "WeightLayout", "Workspace", "find_layout", "get_layout", "register_layout"]
 
 
 @dataclass(frozen=True)
@@ -134,3 +137,28 @@ register_layout(
 register_layout(
     nn.Conv2d, _dense_layout("conv2d", lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
 )
+
+
+class Workspace(threading.local):
+    """One buffer a thread, as large as the largest tensor that was taken so far.
+
+    On CPUs a fresh tensor of this size costs page faults each time. GPUs have a caching allocator, which also knows
+    about streams.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of this shape and the dtype and device of `like`, valid until the next call."""
+        if like.device.type != "cpu" or torch.compiler.is_compiling():
+            return like.new_empty(shape)
+        size = math.prod(shape) * like.element_size()
+        if self._bytes.numel() < size:
+            with torch.inference_mode(False):  # the buffer outlives the inference mode it may be made in
+                self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(like.dtype).view(shape)
+
+
+WORKSPACE = Workspace()
+"""The one that all layers share."""

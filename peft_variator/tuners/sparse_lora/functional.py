@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from ...bitmask import unpack_mask
 from ...few_tokens.product import FewTokensWeight, is_faster, is_few, multiply
-from ...workspace import WORKSPACE
-from .base_weight import get_layout
+from .base_weight import WORKSPACE, get_layout
 
 
 __all__ = ["MaskedWeight", "effective_weight", "masked_linear", "merge_update", "sum_updates"]

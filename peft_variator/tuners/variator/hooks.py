@@ -37,7 +37,7 @@ from .forward_context import (
     selection_of,
 )
 from .layer import PluginModule, VariatorLayer
-from .straight_through import pass_gradients, unwrap_gradients
+from .linear_maps import pass_gradients, unwrap_gradients
 from .token_groups import MergeRule, StackGroups
 
 
