@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Set TORCH= to take another build: for the quickstart and the tests the one for CPUs is enough.
 TORCH ?= torch==2.13.0
+# Two processes run the tests, each with one thread: more of them get into each other's way.
+test test-all lowest newest: export OMP_NUM_THREADS ?= 1
+# What is compiled once need not be compiled by every process that a test starts.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart test test-all notebooks gpu lint lowest newest dist docs clean
 help: ## Show the targets

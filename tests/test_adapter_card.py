@@ -9,24 +9,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.adapter_card import CardContent, make_card, measured, set_license, write_card
+from tests.tiny_models import tiny_model
 
 
-def bert() -> BertModel:
-    config = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=20
-    )
-    return BertModel(config)
+def bert() -> PreTrainedModel:
+    return tiny_model("bert", num_hidden_layers=1)
 
 
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=20
-    )
-    return LlamaForCausalLM(config)
+def llama() -> PreTrainedModel:
+    return tiny_model("llama", num_hidden_layers=1)
 
 
 CONFIGS: dict[str, Any] = {

@@ -17,13 +17,13 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import get_peft_model
-from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 import peft_variator
 from peft_variator import PruningConfig, VariatorConfig, prune
 from peft_variator.sparsity.methods import METHODS
 from peft_variator.tuners.variator import scoring
+from tests.tiny_models import tiny_model
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,8 +96,7 @@ def test_the_scoring_that_contributing_adds(monkeypatch: pytest.MonkeyPatch) -> 
     exec(block, names)
     monkeypatch.setitem(scoring.SCORINGS, "norm", names["NormScoring"]())
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    base = BertModel(BertConfig(vocab_size=20, **sizes)).eval()
+    base = tiny_model("bert", num_hidden_layers=1).eval()
     inputs = torch.randint(0, 20, (2, 11))
     with torch.no_grad():
         expected = base(inputs).last_hidden_state

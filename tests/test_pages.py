@@ -13,27 +13,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
 
 from peft_variator import PruningConfig, SparseLoraConfig, VariatorConfig, prune
 from peft_variator.bases import pack_checkpoint
+from tests.tiny_models import tiny_model
 from tests.word_tokenizer import BERT_SPECIAL, BERT_TOKENS, numbered_words, word_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 64,
-}
+SIZES = {"intermediate_size": 64, "vocab_size": 64}
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 TEXTS = [" ".join(f"w{(7 * line + word) % 50}" for word in range(9 + line)) for line in range(12)]
 
@@ -56,7 +45,7 @@ def given(page: str) -> dict[str, Any]:
     names["inputs"] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     names["batches"] = names["dataloader"] = [names["inputs"]]
     if page in ("docs/pruning.md", "docs/sparse_lora.md"):
-        names["model"] = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+        names["model"] = tiny_model("llama", **SIZES).eval()
         names["pruned_model"] = LlamaForCausalLM.from_pretrained("BASE_DIR")
     if page == "docs/training.md":
         names["path"] = names["fine_tuned_path"] = ENCODER
@@ -80,7 +69,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         torch.manual_seed(0)
-        BertModel(BertConfig(**SIZES)).save_pretrained("plain")
+        tiny_model("bert", **SIZES).save_pretrained("plain")
         save_tokenizer("plain")
         transformer = modules.Transformer("plain")
         pooling = modules.Pooling(transformer.get_embedding_dimension())
@@ -91,10 +80,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         get_peft_model(BertModel.from_pretrained(ENCODER), LoraConfig(target_modules=["query"])).save_pretrained(
             "me/my-task-lora"
         )
-        classifier = BertForSequenceClassification(BertConfig(**SIZES, num_labels=1))
+        classifier = tiny_model("bert-sequence", **SIZES, num_labels=1)
         classifier.save_pretrained("cross-encoder/ms-marco-MiniLM-L6-v2")
         save_tokenizer("cross-encoder/ms-marco-MiniLM-L6-v2")
-        base = LlamaForCausalLM(LlamaConfig(**SIZES))
+        base = tiny_model("llama", **SIZES)
         prune(base, PruningConfig(method="magnitude", pattern="2:4"), progress=False)
         base.save_pretrained("BASE_DIR")
         pack_checkpoint("BASE_DIR", "PACKED_DIR")

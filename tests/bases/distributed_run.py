@@ -1,4 +1,4 @@
-"""What two processes do that train above a packed base, through DDP and FSDP2; `torch.multiprocessing` calls `work`.
+"""What two processes do that train above a packed base, through DDP and FSDP2: `work`.
 
 Every process sees its half of each batch; `train_alone` sees all of it, in a plain loop.
 """

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedModel, T5ForConditionalGeneration
+
+from tests.tiny_models import built_once, tiny_model
 
 from .reference import prune_two_four
 
@@ -39,33 +34,25 @@ def make_two_four(model: PreTrainedModel, leave: tuple[str, ...] = ("lm_head",))
     return model.eval()
 
 
-def tiny_llama(tie: bool = False, width: int = 32, **kwargs) -> LlamaForCausalLM:
+@built_once
+def tiny_llama(tie: bool = False, width: int = 32, **fields: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=width,
-        intermediate_size=44,  # rows of down_proj that do not end on a byte
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tie,
-        **kwargs,
-    )
-    return make_two_four(LlamaForCausalLM(config))
+    sizes = {"vocab_size": 64, "hidden_size": width, "head_dim": width // 4}
+    # rows of down_proj that do not end on a byte
+    sizes |= {"intermediate_size": 44, "tie_word_embeddings": tie, "pad_token_id": None}
+    return make_two_four(tiny_model("llama", **sizes | fields))
 
 
+@built_once
 def tiny_bert() -> BertForSequenceClassification:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3
-    )
-    return make_two_four(BertForSequenceClassification(config), leave=("classifier",))
+    return make_two_four(tiny_model("bert-sequence", vocab_size=64, num_labels=3), leave=("classifier",))
 
 
+@built_once
 def tiny_t5() -> T5ForConditionalGeneration:
     torch.manual_seed(0)
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    return make_two_four(T5ForConditionalGeneration(config))
+    return make_two_four(tiny_model("t5", vocab_size=64))
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:

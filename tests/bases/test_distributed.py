@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.processes import run_processes
+
 from .distributed_run import CONFIGS, batches, build, train_alone, work
 
 
 @pytest.fixture(scope="module")
 def results(packed_source, tmp_path_factory):
     output = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, args=(str(packed_source), str(output)), nprocs=2)
+    run_processes(work, str(packed_source), str(output))
     return torch.load(output / "results.pt", weights_only=True)
 
 

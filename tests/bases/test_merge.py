@@ -14,7 +14,6 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
-    GPT2Config,
     GPT2LMHeadModel,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -25,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_variator import SparseLoraConfig, load_base
 from peft_variator.bases import CheckpointError, Sparse24Linear, merge_checkpoint, pack_checkpoint
 from peft_variator.sparsity import PruningConfig, prune
+from tests.tiny_models import tiny_model
 
 from .adapters import dense_state, merged_in_memory, save_adapter
 from .models import contents, logits, make_two_four, tiny_bert, tiny_llama, tiny_t5
@@ -207,7 +207,7 @@ def test_a_base_that_was_saved_with_a_head_which_the_adapter_knows_nothing_of(tm
 
 def tiny_gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+    model = tiny_model("gpt2")
     for seed, module in enumerate(model.modules()):
         if isinstance(module, Conv1D):
             module.weight.data = prune_two_four(module.weight.data.t().contiguous(), seed).t().contiguous()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 from safetensors import SafetensorError
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaForCausalLM, set_seed
 from typer.testing import CliRunner
 
 import peft_variator
@@ -22,6 +22,7 @@ from peft_variator.cli.main import app
 from peft_variator.sparsity.config import SCORE_ORDERS
 from peft_variator.sparsity.methods import METHODS
 from peft_variator.tuners.variator.decompression import DECOMPRESSIONS
+from tests.tiny_models import tiny_model
 
 
 COMMANDS = [
@@ -147,10 +148,7 @@ PROGRAMS = {
 )
 def test_a_program_that_imports_the_package_can_load_everything(imports: str, tmp_path: Path) -> None:
     set_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20
-    )
-    base = LlamaForCausalLM(config)
+    base = tiny_model("llama", num_hidden_layers=1)
     peft_variator.prune(base, peft_variator.PruningConfig(method="magnitude", pattern="2:4"), progress=False)
     base.save_pretrained(tmp_path / "base")
     from peft import get_peft_model
@@ -230,9 +228,7 @@ runpy.run_module("peft_variator", run_name="__main__")
 
 
 def test_json_goes_to_standard_output_and_text_leaves_it(tmp_path: Path) -> None:
-    LlamaForCausalLM(
-        LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
-    ).save_pretrained(tmp_path / "base")
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
     done = CliRunner().invoke(app, ["inspect", str(tmp_path / "base"), "--json", "-"])
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["total"]["zeros"] == 0

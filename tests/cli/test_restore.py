@@ -14,25 +14,18 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import LlamaForCausalLM, PreTrainedModel, set_seed
 from typer.testing import CliRunner
 
 from peft_variator import SparseLoraConfig, attach_masks
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, inspect_checkpoint, prune
+from tests.tiny_models import tiny_model
 from tests.word_tokenizer import numbered_words, word_tokenizer
 
 
 TEXT = {
     "hidden_size": 16,
-    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "vocab_size": 40,
@@ -40,8 +33,8 @@ TEXT = {
     "initializer_range": 0.4,
 }
 MODELS: dict[str, Any] = {
-    "encoder": lambda: BertModel(BertConfig(**TEXT)),
-    "causal": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=1)),
+    "encoder": lambda: tiny_model("bert", **TEXT),
+    "causal": lambda: tiny_model("llama", **TEXT, num_key_value_heads=1),
 }
 QUICK = ["--steps", "8", "--batch-size", "4", "--max-length", "32", "--held-out", "5", "--lr", "0.02"]
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import set_seed
 from typer.testing import CliRunner
 
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, prune
+from tests.tiny_models import tiny_model
 from tests.word_tokenizer import numbered_words, word_tokenizer
 
 
@@ -26,17 +27,7 @@ QUICK = ["--steps", "4", "--held-out", "2", "--max-length", "16", "--lr", "0.001
 
 def save_model(folder: Path, pruned: bool) -> Path:
     set_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=40,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny_model("llama", num_hidden_layers=1, vocab_size=40, initializer_range=0.4)
     if pruned:
         prune(model, PruningConfig(method="magnitude", pattern="2:4"), progress=False)
     model.save_pretrained(folder)

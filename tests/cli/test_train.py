@@ -13,35 +13,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-    set_seed,
-)
+from transformers import PreTrainedModel, ViTImageProcessor, set_seed
 from typer.testing import CliRunner
 
 from peft_variator.cli.examples import load_data
 from peft_variator.cli.main import app
+from tests.tiny_models import tiny_model
 from tests.word_tokenizer import BERT_SPECIAL, numbered_words, word_tokenizer
 
 
-WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+WIDTHS = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 512}
 TEXT = {**WIDTHS, "vocab_size": 40, "max_position_embeddings": 64, "initializer_range": 0.4}
 MODELS: dict[str, Any] = {
-    "encoder": lambda: BertModel(BertConfig(**TEXT)),
-    "causal": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=1)),
-    "seq2seq": lambda: T5ForConditionalGeneration(
-        T5Config(d_model=16, d_kv=8, d_ff=512, num_layers=2, num_heads=2, vocab_size=40, decoder_start_token_id=0)
-    ),
-    "vision": lambda: ViTModel(ViTConfig(**WIDTHS, image_size=16, patch_size=4, initializer_range=0.4)),
+    "encoder": lambda: tiny_model("bert", **TEXT),
+    "causal": lambda: tiny_model("llama", **TEXT, num_key_value_heads=1),
+    "seq2seq": lambda: tiny_model("t5", d_model=16, d_ff=512, num_heads=2, vocab_size=40),
+    "vision": lambda: tiny_model("vit", **WIDTHS, image_size=16, initializer_range=0.4),
 }
 SMALL = ["--bottleneck-dim", "4"]
 QUICK = ["--steps", "6", "--batch-size", "4", "--max-length", "32", "--held-out", "5"]
@@ -183,8 +170,14 @@ NEWEST, BEFORE = "checkpoint-6", "checkpoint-5"
 DAMAGES = ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"]
 
 
-@pytest.mark.parametrize("how", ["missing", "cut off"])
-@pytest.mark.parametrize("file", DAMAGES)
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        pytest.param(file, how, marks=[pytest.mark.slow] * ((number % 2 == 0) != (how == "missing")))
+        for number, file in enumerate(DAMAGES)
+        for how in ("missing", "cut off")
+    ],
+)
 def test_a_broken_checkpoint_is_passed_over(stopped: Path, tmp_path: Path, file: str, how: str) -> None:
     kept = tmp_path / "checkpoints"
     shutil.copytree(stopped / "checkpoints", kept)
@@ -328,7 +321,7 @@ def test_a_pooler_may_be_missing(tmp_path: Path) -> None:
 def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
     """transformers makes one without files, to which every word is unknown, or fails in another library's name."""
     data = save_data(tmp_path / "data.txt", "encoder")
-    for base in (BertModel(BertConfig(**TEXT)), LlamaForCausalLM(LlamaConfig(**TEXT))):
+    for base in (tiny_model("bert", **TEXT), tiny_model("llama", **TEXT)):
         folder = tmp_path / base.config.model_type
         base.save_pretrained(folder)
         status, _, err = invoke(folder, "--data", data, "-o", tmp_path / "out", *QUICK)

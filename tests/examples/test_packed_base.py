@@ -64,8 +64,13 @@ def test_figures_are_divided_by_those_of_the_same_round(scripts):
     assert found["quartiles"]["median"] == 4.5
 
 
-def test_a_row_that_fails_says_why(scripts, tmp_path):
+@pytest.mark.parametrize("script", ["raises", pytest.param("itself", marks=pytest.mark.slow)])
+def test_a_row_that_fails_says_why(scripts, tmp_path, script, monkeypatch):
+    """The script takes seconds to import what it needs before it finds that there is no model."""
     bench = scripts("bench")
+    if script == "raises":
+        (tmp_path / "bench_row.py").write_text("raise OSError('no model')")
+        monkeypatch.setattr(bench, "HERE", tmp_path)
     settings = bench.Settings(16, 4, 2, 2, 0.0, 1, True)
     with pytest.raises(RuntimeError, match=r"bench_row\.py [\s\S]* failed: [\s\S]*OSError"):
         bench.measure_row(tmp_path / "nowhere", bench.ROWS["dense bfloat16"], settings)

@@ -7,30 +7,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from peft_variator import VariatorConfig
 from peft_variator.runtime import LatencyTable
+from tests.tiny_models import tiny_model
 from tests.word_tokenizer import BERT_SPECIAL, BERT_TOKENS, word_tokenizer
 
 
 WORDS = [*BERT_SPECIAL, *string.ascii_lowercase]
-TEXT = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+TEXT = {"vocab_size": len(WORDS), "max_position_embeddings": 64}
 SENTENCES = ["a b c d e f g h i j k l", "m n o p q", "r s t u v w x y z a b c d e f", "a"]
 
 
@@ -47,17 +33,17 @@ def plugin(base: Any, ratio: int = 4) -> PeftModel:
 
 def encoder() -> PeftModel:
     torch.manual_seed(0)
-    return plugin(BertModel(BertConfig(**TEXT)))
+    return plugin(tiny_model("bert", **TEXT))
 
 
 def classifier(labels: int = 3) -> PeftModel:
     torch.manual_seed(0)
-    return plugin(BertForSequenceClassification(BertConfig(**TEXT, num_labels=labels)))
+    return plugin(tiny_model("bert-sequence", **TEXT, num_labels=labels))
 
 
 def causal() -> PeftModel:
     torch.manual_seed(0)
-    return plugin(LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=2, head_dim=8)))
+    return plugin(tiny_model("llama", **TEXT))
 
 
 def made_table(

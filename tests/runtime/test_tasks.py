@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from peft_variator import using_ratio
 from peft_variator.runtime import Engine, FixedRatio, QueueItem
 from peft_variator.runtime.queueing import DeadlineQueue
+from tests.tiny_models import tiny_model
 
 from .models import SENTENCES, TEXT, causal, classifier, encoder, tokenizer
 
@@ -135,10 +136,7 @@ def test_prompts_are_not_cut_and_nothing_is_none() -> None:
 
 
 def test_caches_of_other_kinds_are_refused() -> None:
-    config = AutoConfig.for_model(
-        "mistral", **TEXT, num_key_value_heads=2, head_dim=8, sliding_window=4, bos_token_id=1, eos_token_id=2
-    )
-    with Engine(AutoModelForCausalLM.from_config(config), PLAIN) as engine:
+    with Engine(tiny_model("mistral", **TEXT, sliding_window=4), PLAIN) as engine:
         with pytest.raises(ValueError, match="caches of other kinds"):
             engine.prefill(["a"])
 

@@ -9,22 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from tests.tiny_models import built_once, tiny_model
 
 
 WEIGHTED = (nn.Linear, Conv1D, nn.Conv2d)
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 @dataclass(frozen=True)
@@ -45,16 +37,11 @@ def _pixels() -> dict[str, torch.Tensor]:
 
 
 CASES = {
-    "bert": Case(lambda: BertForSequenceClassification(BertConfig(vocab_size=40, **SMALL)), _tokens()),
-    "gpt2": Case(
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)), _tokens()
-    ),
-    "llama": Case(
-        lambda: LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, **SMALL)),
-        _tokens(),
-    ),
+    "bert": Case(lambda: tiny_model("bert-sequence", vocab_size=40, **SMALL), _tokens()),
+    "gpt2": Case(lambda: tiny_model("gpt2", vocab_size=40, n_embd=16, n_head=2, n_inner=64), _tokens()),
+    "llama": Case(lambda: tiny_model("llama", vocab_size=40, num_key_value_heads=1, **SMALL), _tokens()),
     "vit": Case(
-        lambda: ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SMALL)),
+        lambda: tiny_model("vit-classes", image_size=8, **SMALL),
         _pixels(),
         {"target_modules": ["projection", "q_proj", "v_proj", "fc1", "fc2", "query", "dense"]},
     ),
@@ -82,6 +69,7 @@ def prune_two_four_(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+@built_once
 def build(name: str, pruned: bool = True) -> PreTrainedModel:
     """A fresh model of a case in eval mode, the same weights every time."""
     torch.manual_seed(0)

@@ -3,10 +3,10 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLinear, attach_masks
+from tests.tiny_models import tiny_model
 
 from .cases import CASES, SMALL, outputs, prune_, random_masks, randomize_
 from .test_layer import make_base, make_layer
@@ -85,7 +85,7 @@ def test_gradient_checkpointing_inside_a_compiled_graph() -> None:
 
 def test_a_whole_model_in_one_graph() -> None:
     torch.manual_seed(0)
-    base = prune_(LlamaForCausalLM(LlamaConfig(vocab_size=40, **{**SMALL, "num_hidden_layers": 1})))
+    base = prune_(tiny_model("llama", vocab_size=40, num_hidden_layers=1, **SMALL))
     model = randomize_(get_peft_model(base, SparseLoraConfig()))
 
     def gradients(forward) -> dict[str, torch.Tensor]:

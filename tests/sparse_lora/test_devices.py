@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import attach_masks
+from tests.processes import run_processes
 
 from .cases import CASES, build, outputs, random_masks, randomize_
 from .test_stored import target_names
@@ -42,7 +42,7 @@ def _one_process(rank: int, directory: str) -> None:
 
 
 def test_two_processes_give_the_gradients_of_the_whole_batch(tmp_path) -> None:
-    mp.spawn(_one_process, args=(str(tmp_path),), nprocs=2)
+    run_processes(_one_process, str(tmp_path))
     for mask in ("weight", "stored"):
         expected = gradients(make(mask), BERT.inputs["input_ids"])
         for rank in range(2):

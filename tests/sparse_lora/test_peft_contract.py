@@ -11,6 +11,7 @@ from transformers import DebertaConfig, DebertaModel, PreTrainedModel
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLayer, attach_masks
 from tests.common.peft_contract import ContractCase, MergingContract, PeftContract, one_process_group
+from tests.tiny_models import built_once
 
 from .cases import CASES, build, prune_, random_masks
 
@@ -18,6 +19,7 @@ from .cases import CASES, build, prune_, random_masks
 __all__ = ["TestSparseLoraContract", "one_process_group"]
 
 
+@built_once
 def deberta() -> PreTrainedModel:
     """A model that changes the result of a linear layer in place."""
     torch.manual_seed(0)

@@ -5,10 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_variator import SparseLoraConfig
 from peft_variator.tuners.sparse_lora import SparseLoraLayer, SparseLoraLinear
+from tests.tiny_models import tiny_model
 
 from .cases import CASES, build, outputs, randomize_
 
@@ -74,8 +74,7 @@ def test_nothing_is_merged_if_the_last_layer_cannot_be(call: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*tied", "ignore:Nothing is masked")
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 def test_a_weight_that_another_module_has_too_is_not_merged(call: str) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=40, tie_word_embeddings=True, **sizes))
+    base = tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=True)
     embeddings = base.model.embed_tokens.weight.detach().clone()
     model = randomize_(get_peft_model(base, SparseLoraConfig(target_modules=["q_proj", "lm_head"])))
     with pytest.raises(ValueError, match=r"'lm_head' shares its weight .*embed_tokens"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,6 @@ from training_cases import build_base, build_plugin, collate_batch, make_example
 from transformers import PreTrainedModel
 
 from peft_variator.training import DistillationConfig
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_collection() -> None:
-    """Let `gc.collect`, which every `Trainer.train` calls, pass over what the imports have made."""
-    gc.freeze()
 
 
 @pytest.fixture

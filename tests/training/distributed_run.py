@@ -176,5 +176,13 @@ def main(output: Path, batch_size: int, how: str | None = None) -> None:
         torch.distributed.destroy_process_group()
 
 
+def work(rank: int, output: str, port: int) -> None:
+    """The runs in one of two processes that no launcher has started, told what a launcher tells."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in told.items()}
+    torch.set_num_threads(1)
+    main(Path(output), 2)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,4 +1,4 @@
-"""Two processes started by `accelerate launch` do what one does, their weights sharded by FSDP2 or not."""
+"""Two processes do what one does, started by `accelerate launch` or not, their weights sharded by FSDP2 or not."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_run import MODELS, base_of, train
+from distributed_run import MODELS, base_of, train, work
 from peft import PeftModel
+
+from tests.processes import run_processes
 
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
@@ -33,7 +37,7 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, *options]
     return subprocess.run(
         [*command, "--main_process_port", str(free_port()), str(SCRIPT), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -41,10 +45,16 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_on_two_processes(folder: Path, *words: str) -> dict[str, Any]:
+def run_launched(folder: Path, *words: str) -> dict[str, Any]:
     """Run the script and read what it has written."""
     done = launch(str(folder), "2", *words)
     assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "results.pt")
+
+
+def run_forked(folder: Path) -> dict[str, Any]:
+    """The same in processes that a launcher has not started."""
+    run_processes(work, str(folder), free_port())
     return torch.load(folder / "results.pt")
 
 
@@ -87,9 +97,10 @@ def check_saved(folder: Path, name: str, result: dict[str, Any]) -> None:
         torch.testing.assert_close(found[key].detach(), result["weights"][key], rtol=0, atol=0)
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [run_forked, pytest.param(run_launched, marks=pytest.mark.slow)])
+def test_two_processes_do_what_one_does(run: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
     """Batches of 8: 8 at once, or 2 processes that accumulate 2 × 2. Then the second half again from a checkpoint."""
-    results = run_on_two_processes(tmp_path)
+    results = run(tmp_path)
     for name in MODELS:
         one, two = train(tmp_path / "one" / name, name, 8), results[name]
         check_same(one, two)
@@ -107,7 +118,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state_dict_type", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_sharded_weights_do_what_whole_ones_do(tmp_path: Path, state_dict_type: str) -> None:
     """The same by FSDP2, whose checkpoints are whole or in shards; the adapters saved beside are always whole."""
-    results = run_on_two_processes(tmp_path, state_dict_type)
+    results = run_launched(tmp_path, state_dict_type)
     for name in MODELS:
         two = results[name]
         check_same(train(tmp_path / "one" / name, name, 8), two)

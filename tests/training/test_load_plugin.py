@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPVisionModel
+from training_cases import WIDTHS
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from peft_variator import VariatorConfig
 from peft_variator.training import load_plugin
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture
@@ -96,9 +98,7 @@ def test_a_plugin_of_another_architecture_is_refused(base_model, saved) -> None:
 
 
 def test_a_plugin_of_fewer_layers_is_refused(saved) -> None:
-    deeper = BertModel(
-        BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
-    )
+    deeper = tiny_model("bert", **WIDTHS, num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"lacks .*encoder.layer.2"):
         load_plugin(deeper, saved("bert"))
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BertConfig, BertModel
+from transformers import PreTrainedModel
 
 from peft_variator import DistillationConfig, DistillationTrainer, VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
+from tests.tiny_models import tiny_model
 
 
-def base() -> BertModel:
+def base() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return BertModel(BertConfig(vocab_size=60, **sizes))
+    return tiny_model("bert", hidden_size=16, num_attention_heads=2, intermediate_size=32)
 
 
 def data() -> list[dict[str, list[int]]]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BartConfig, BartModel, BertConfig, BertForSequenceClassification, PreTrainedModel
+from training_cases import TEXT
+from transformers import BartConfig, BartModel, PreTrainedModel
 
 from peft_variator import VariatorConfig
 from peft_variator.training.teacher import InPlaceTeacher, SeparateTeacher, TrainedAdapters
+from tests.tiny_models import tiny_model
 
 
 LORA = {"r": 2, "target_modules": ["query", "value"], "init_lora_weights": False}
@@ -178,17 +180,7 @@ def test_a_separate_teacher_shares_nothing_that_is_trained(plugin_model) -> None
 
 def with_dropout(rate: float) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        initializer_range=0.4,
-        hidden_dropout_prob=rate,
-        attention_probs_dropout_prob=rate,
-    )
-    return BertForSequenceClassification(config)
+    return tiny_model("bert-sequence", **TEXT, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)
 
 
 def noise(model: nn.Module, batch: dict[str, Tensor]) -> float:

@@ -1,7 +1,4 @@
-"""Tiny models with random weights and random examples for them, for tests in this process and in others.
-
-The weights are large, so that a plugin's error is not tiny.
-"""
+"""Tiny models with random weights and random examples for them, for tests in this process and in others."""
 
 from __future__ import annotations
 
@@ -11,79 +8,32 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import built_once, tiny_model
 
 
 VOCABULARY = 60
 
-BERT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-}
-LLAMA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-}
-GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.4}
-T5 = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "initializer_factor": 1.0,
-    "decoder_start_token_id": 0,
-}
-VIT = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "initializer_range": 0.4,
-    "num_labels": 3,
-}
+# Weights so large that a plugin's error is not tiny, and the dropout that models have by default.
+WIDTHS = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.4}
+TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 64} | WIDTHS
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_head": 2, "n_inner": 64, "initializer_range": 0.4}
+T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_ff": 32, "num_heads": 2, "dropout_rate": 0.1}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "bert": lambda: BertModel(BertConfig(**BERT)),
-    "bert-classifier": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**VIT)),
+    "bert": lambda: tiny_model("bert", **TEXT, **DROPOUT),
+    "bert-classifier": lambda: tiny_model("bert-sequence", **TEXT, **DROPOUT, num_labels=3),
+    "gpt2": lambda: tiny_model("gpt2", **GPT2),
+    "llama": lambda: tiny_model("llama", **TEXT),
+    "t5": lambda: tiny_model("t5", **T5),
+    "vit": lambda: tiny_model("vit-classes", **WIDTHS, image_size=16, num_labels=3),
 }
 
 
+@built_once
 def build_base(name: str) -> PreTrainedModel:
     """The base model of a name, always the same one."""
     set_seed(0)

@@ -11,8 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_variator.tuners.variator.layer import FeedForwardEnd, VariatorLayer
-
-from .cases import Case
+from tests.tiny_models import Case
 
 
 FeedForward = Callable[[Tensor], Tensor]

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_variator import VariatorConfig, load_plugin
-
-from .cases import BERT, TASK_HEADS, outputs_of
+from tests.tiny_models import BERT, TASK_HEADS, outputs_of
 
 
 File = dict[str, Tensor]

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, set_compression_ratio
 from peft_variator.tuners.variator import VariatorLayer
 from peft_variator.tuners.variator.forward_context import open_calls, single_blocks
+from tests.processes import run_processes
+from tests.tiny_models import ALL, BERT, LLAMA, SEQ2SEQ, TASK_HEADS, Case, by_name, outputs_of
 
-from .cases import ALL, BERT, LLAMA, SEQ2SEQ, TASK_HEADS, Case, by_name, outputs_of
 from .reference import watch
 
 
@@ -402,12 +402,11 @@ def _train_in_parallel(rank: int, port: int, path: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_train_in_parallel, (port, str(tmp_path)), nprocs=2)
+    run_processes(_train_in_parallel, port, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first.keys() == second.keys()
     assert any(gradient.any() for gradient in first.values())

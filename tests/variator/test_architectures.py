@@ -22,8 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator.architectures import FEED_FORWARDS, REFUSED
-
-from .cases import BART, BERT, TEXT, VISION
+from tests.tiny_models import BART, BERT, TEXT, VISION
 
 
 STAGES = {"image_size": 32, "depths": [1, 1], "num_heads": [2, 2], "hidden_sizes": [8, 16]}

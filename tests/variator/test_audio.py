@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
+from tests.tiny_models import AUDIO, FIRST_WORD, Case, by_name
 
-from .cases import AUDIO, FIRST_WORD, Case, by_name
 from .reference import feed_forward_of, plugin_output, text_groups, watch
 
 

@@ -10,8 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
-
-from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
 
 
 HALF = [torch.bfloat16, torch.float16]

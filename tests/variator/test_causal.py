@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import CAUSAL, DECODER, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name
 
-from .cases import CAUSAL, DECODER, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name
 from .reference import watch
 
 

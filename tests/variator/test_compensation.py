@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
 
-from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
 from .reference import assert_the_plugin_alone_learns
 
 

@@ -6,6 +6,7 @@ import contextvars
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_variator import VariatorConfig, using_ratio
-
-from .cases import ALL, Case, by_name, outputs_of
+from tests.tiny_models import BY_NAME, Case, by_name, outputs_of
 
 
 def slow(*values: Any) -> list[Any]:
@@ -24,8 +24,13 @@ def slow(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-CASES = {case.name: case for case in ALL}
-BERT, LLAMA, VIT = CASES["bert"], CASES["llama"], CASES["vit"]
+def shallow(case: Case) -> Case:
+    """With one block: two take twice as long to compile."""
+    return replace(case, config=case.config | {"num_hidden_layers": 1})
+
+
+BERT, LLAMA, VIT = (shallow(BY_NAME[name]) for name in ("bert", "llama", "vit"))
+CASES = BY_NAME | {case.name: case for case in (BERT, LLAMA, VIT)}
 WHOLE = ["bert", "vit", *slow("mpnet", "modernbert", "albert", "t5-encoder", "clip-vision", "llama", "gpt2")]
 KEPT = [20, 21]
 
@@ -74,7 +79,7 @@ def test_switching_ratio_and_disabling_after_compilation() -> None:
 
 def test_graphs_are_not_broken_in_the_layers() -> None:
     """One graph for the stack, whatever the text: layers look their groups up and do not make them."""
-    model, graphs = with_plugin(BERT), []
+    model, graphs = with_plugin(BY_NAME["bert"]), []
 
     def count(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
@@ -369,14 +374,15 @@ def waits_of(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Counter[str]:
 
 
 def calls_to_count() -> dict[str, tuple[Case, dict[str, Tensor]]]:
-    prompt = padded(LLAMA.inputs(2, 16), [16, 11], left=True)
+    bert, llama, vit = (BY_NAME[name] for name in ("bert", "llama", "vit"))
+    prompt = padded(llama.inputs(2, 16), [16, 11], left=True)
     labels = prompt["input_ids"].clone()
     labels[:, :12] = -100
     return {
-        "padding": (BERT, padded(BERT.inputs(2, 12), [12, 7])),
-        "prompt": (LLAMA, prompt),
-        "labels": (LLAMA, prompt | {"labels": labels}),
-        "images": (VIT, VIT.inputs(2)),
+        "padding": (bert, padded(bert.inputs(2, 12), [12, 7])),
+        "prompt": (llama, prompt),
+        "labels": (llama, prompt | {"labels": labels}),
+        "images": (vit, vit.inputs(2)),
     }
 
 

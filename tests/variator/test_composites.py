@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 from transformers import AutoModelForImageTextToText
 
 from peft_variator import VariatorConfig
-
-from .cases import DECODER, FIRST_WORD, IMAGE_TOKEN, TOWER, VISION, VOCABULARY, Case, outputs_of
+from tests.tiny_models import DECODER, FIRST_WORD, IMAGE_TOKEN, TOWER, VISION, VOCABULARY, Case, outputs_of
 
 
 LLAMA_TEXT = DECODER | {"model_type": "llama"}

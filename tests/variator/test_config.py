@@ -12,9 +12,9 @@ from peft import PeftConfig, PeftType, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import ALL, BERT, LLAMA, SEQ2SEQ, Case, by_name
 from tests.word_tokenizer import word_tokenizer
 
-from .cases import ALL, BERT, LLAMA, SEQ2SEQ, Case, by_name
 from .reference import watch
 
 

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
+from tests.tiny_models import ALL, FIRST_WORD, SEQ2SEQ, Case, by_name
 
-from .cases import ALL, FIRST_WORD, SEQ2SEQ, Case, by_name
 from .reference import watch
 
 

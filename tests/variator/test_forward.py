@@ -14,8 +14,7 @@ from torch import nn
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
-
-from .cases import ALL, BERT, LLAMA, Case, by_name
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
 
 T5 = next(case for case in ALL if case.name == "t5")

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import CAUSAL, LLAMA, Case, by_name
 
-from .cases import CAUSAL, LLAMA, Case, by_name
 from .reference import watch
 
 

@@ -8,8 +8,8 @@ from peft import get_peft_model
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
 
-from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
 from .reference import watch
 
 

@@ -21,8 +21,8 @@ from peft_variator.tuners.variator.attention_mask import (
 )
 from peft_variator.tuners.variator.forward_context import CallFacts
 from peft_variator.tuners.variator.token_groups import MergeRule, StackGroups
+from tests.tiny_models import ALL, BERT, CAUSAL, ENCODERS, LLAMA, Case, by_name, outputs_of
 
-from .cases import ALL, BERT, CAUSAL, ENCODERS, LLAMA, Case, by_name, outputs_of
 from .reference import watch
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate
 from peft_variator.tuners.variator import VariatorLayer
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
 
-from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
 from .reference import assert_the_plugin_alone_learns, feed_forward_of, kept_ends, text_groups, watch
 
 

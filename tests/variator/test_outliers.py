@@ -18,8 +18,8 @@ from peft_variator.profiling import count_flops
 from peft_variator.tuners.variator import VariatorLayer
 from peft_variator.tuners.variator.neuron_selection import needs_calibration
 from peft_variator.tuners.variator.outliers import choose_outliers, share_of
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
 
-from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
 from .reference import feed_forward_of, kept_ends, plugin_output, text_groups, watch
 
 

@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import FIRST_WORD, LLAVA, TASK_HEADS, TEXT_CASES, VOCABULARY, Case, by_name
 
-from .cases import FIRST_WORD, LLAVA, TASK_HEADS, TEXT_CASES, VOCABULARY, Case, by_name
 from .reference import watch
 
 

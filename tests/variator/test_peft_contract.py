@@ -6,13 +6,10 @@ from typing import Any
 
 from peft_variator import VariatorConfig
 from tests.common.peft_contract import ContractCase, PeftContract, RefusesToMergeContract, one_process_group
-
-from .cases import ALL, Case
+from tests.tiny_models import BY_NAME, Case
 
 
 __all__ = ["TestVariatorContract", "one_process_group"]
-
-BY_NAME = {case.name: case for case in ALL}
 
 
 def contract_case(

@@ -40,8 +40,8 @@ from transformers import (
 )
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import LLAVA
 
-from .cases import LLAVA
 from .reference import watch
 
 

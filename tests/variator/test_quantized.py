@@ -17,8 +17,7 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
 from peft_variator import VariatorConfig, quantize_plugin
 from peft_variator.tuners.variator.compensation import CompensatedLinear
-
-from .cases import BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import BERT, LLAMA, Case, by_name, outputs_of
 
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
+from tests.tiny_models import ALL, BERT, FIRST_WORD, LLAMA, Case, by_name
 
-from .cases import ALL, BERT, FIRST_WORD, LLAMA, Case, by_name
 from .reference import feed_forward_of, kept_ends, plugin_output, text_groups, watch
 
 

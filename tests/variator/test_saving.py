@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, set_compression_ratio
 from peft_variator.tuners.variator import VariatorLayer
-
-from .cases import ALL, BERT, LLAMA, SEQ2SEQ, TASK_HEADS, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, LLAMA, SEQ2SEQ, TASK_HEADS, Case, by_name, outputs_of
 
 
 TENSORS = {"variator_scorer.weight", "variator_down_input.weight", "variator_down_output.weight"} | {

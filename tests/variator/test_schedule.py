@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate, using_ratio
 from peft_variator.tuners.variator import VariatorLayer
-
-from .cases import BERT, LLAMA, outputs_of
+from tests.tiny_models import BERT, LLAMA, outputs_of
 
 
 FIRST, SECOND = "encoder.layer.0.intermediate", "encoder.layer.1.intermediate"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
-
-from .cases import BERT, CAUSAL, LLAMA, Case, by_name
+from tests.tiny_models import BERT, CAUSAL, LLAMA, Case, by_name
 
 
 LENGTHS = (7, 1, 9, 4, 12)

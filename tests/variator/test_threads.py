@@ -15,8 +15,7 @@ from torch import Tensor
 
 from peft_variator import VariatorConfig, set_compression_ratio, using_ratio
 from peft_variator.tuners.variator import VariatorLayer
-
-from .cases import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
 
 
 T5 = next(case for case in ALL if case.name == "t5")

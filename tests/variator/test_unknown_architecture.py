@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import DECODER, FIRST_WORD
 
-from .cases import DECODER, FIRST_WORD
 from .reference import Seen, kept_ends, plugin_output, text_groups, watch
 
 

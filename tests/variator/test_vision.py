@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import DUAL, IN_READING_ORDER, TASK_HEADS, VISIONS, Case, by_name
 
-from .cases import DUAL, IN_READING_ORDER, TASK_HEADS, VISIONS, Case, by_name
 from .reference import feed_forward_of, plugin_output, text_groups, watch, window_groups
 
 

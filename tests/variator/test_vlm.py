@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from peft_variator import VariatorConfig
+from tests.tiny_models import DECODER, IMAGE_TOKEN, LLAVA, TOWER, VOCABULARY, Case
 
-from .cases import DECODER, IMAGE_TOKEN, LLAVA, TOWER, VOCABULARY, Case
 from .reference import feed_forward_of, plugin_output, watch
 
 

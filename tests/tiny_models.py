@@ -1,11 +1,16 @@
-"""The one list of tiny models that the tests of the Variator tuner run over. Random weights, no files, no network."""
+"""The one list of tiny models: of each architecture one, with random weights; no files, no network.
+
+A [`Case`] is a model to run a test on, with weights that matter and inputs. [`tiny_model`] makes one of any size with
+transformers' own initial weights.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +29,15 @@ from transformers import (
     AutoModelForTokenClassification,
     CLIPTextModel,
     CLIPVisionModel,
+    PreTrainedConfig,
     PreTrainedModel,
     SiglipTextModel,
     SiglipVisionModel,
     T5EncoderModel,
 )
 
+
+Model = TypeVar("Model", bound=nn.Module)
 
 VOCABULARY = 99
 FIRST_WORD = 10  # smaller ids are special tokens
@@ -127,13 +135,22 @@ class Case:
     def prototype(self) -> PreTrainedModel:
         """The model to copy from; nothing may change it."""
         torch.manual_seed(0)
-        config = AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config))
-        builder = getattr(self.auto, "from_config", None) or self.auto._from_config
-        model = builder(getattr(config, _PART.get(self.auto, ""), config), attn_implementation="eager").eval()
+        model = self.make(attn_implementation="eager").eval()
         for name, parameter in model.named_parameters():
             with torch.no_grad():
                 _strengthen(name, parameter, self.zero_positions)
         return model
+
+    def configure(self, **fields: Any) -> PreTrainedConfig:
+        """Its configuration, with other values of some fields."""
+        return AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config | fields))
+
+    def make(self, attn_implementation: str | None = None, **fields: Any) -> PreTrainedModel:
+        """A model with transformers' own initial weights, and other values of some fields of its configuration."""
+        config = self.configure(**fields)
+        builder = getattr(self.auto, "from_config", None) or self.auto._from_config
+        options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        return builder(getattr(config, _PART.get(self.auto, ""), config), **options)
 
     def build(self) -> PreTrainedModel:
         """A fresh model, alike in every call."""
@@ -491,3 +508,36 @@ BERT, LLAMA = ENCODERS[0], CAUSAL[0]
 def by_name(case: Case) -> str:
     """Name of a parametrised test."""
     return case.name
+
+
+BY_NAME = {case.name: case for case in ALL}
+"""All cases. Those of one architecture with another head are `bert-mlm`, `vit-classes` and so on."""
+
+
+def tiny_model(name: str, **fields: Any) -> PreTrainedModel:
+    """A tiny model with transformers' own initial weights: seed before it.
+
+    Args:
+        name: of a case.
+        fields: of its configuration, where they are not to be the case's.
+    """
+    return BY_NAME[name].make(**fields)
+
+
+def built_once(build: Callable[..., Model]) -> Callable[..., Model]:
+    """A builder of models that builds each one once, and gives a copy in every call.
+
+    What is drawn after the call is what would be drawn after building, so that tests do not depend on their order.
+    """
+    made: dict[str, tuple[Model, Tensor]] = {}
+
+    @functools.wraps(build)
+    def copy_of(*args: Any, **kwargs: Any) -> Model:
+        key = repr((args, sorted(kwargs.items())))
+        if key not in made:
+            made[key] = build(*args, **kwargs), torch.get_rng_state()
+        model, drawn = made[key]
+        torch.set_rng_state(drawn)
+        return copy.deepcopy(model)
+
+    return copy_of
