@@ -54,7 +54,7 @@ lint: $(VENV)/.test ## Check style, types and what may import what
 
 lowest: ## Run the tests with the lowest versions that setup.cfg admits
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt torch==2.6.0
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt torch==2.8.0
 	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[test]'
 	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 

@@ -30,7 +30,7 @@ torch:
 - `torch._C._current_graph_task_id`: whether a forward runs inside of a backward and of which, as
   `torch.utils.checkpoint` asks it; -1 outside.
 - `torch._C._autograd._top_saved_tensors_default_hooks`: whether a checkpoint that is not reentrant repeats a forward;
-  None if not.
+  None if not. From torch 2.8.
 - `torch._C._len_torch_dispatch_stack` and `torch._C._functorch.peek_interpreter_stack`: whether someone sees the
   operators of a call, and would miss a product that is none (a FLOP counter, `vmap`).
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own

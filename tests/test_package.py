@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -60,6 +60,26 @@ def test_the_lowest_versions_are_those_that_setup_cfg_admits(setup: configparser
     for requirement in requirements:
         bounds = [part.version for part in requirement.specifier if part.operator == ">="]
         assert [Version(bound) for bound in bounds] == [Version(lowest[requirement.name])]
+
+
+def test_what_has_one_version_alone_takes_the_lowest_ones(setup: configparser.ConfigParser) -> None:
+    """Of what is tested with at its own lowest version, pip cannot choose an earlier one that would do."""
+    lowest, pinned = pins("constraints-lowest.txt"), pins("constraints.txt")
+    extras = setup["options.extras_require"]
+    lines = "\n".join(extras[name] for name in ("examples", "onnx", "serve", "test")).splitlines()
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("peft-variator")]
+    fixed = [each.name for each in wanted if _is_lowest(each, pinned)]
+    assert "trl" in fixed
+    for name in fixed:
+        for needed in map(Requirement, metadata.requires(name) or ()):
+            here = needed.marker is None or needed.marker.evaluate({"extra": ""})
+            if here and needed.name in lowest:
+                assert needed.specifier.contains(lowest[needed.name]), f"{name} needs {needed}"
+
+
+def _is_lowest(requirement: Requirement, pinned: dict[str, str]) -> bool:
+    bounds = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
+    return bounds == [Version(pinned[requirement.name])]
 
 
 def test_everything_that_is_tested_with_is_pinned_and_admitted(setup: configparser.ConfigParser) -> None:

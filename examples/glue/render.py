@@ -131,20 +131,29 @@ def plot(labelled: list[Run], unlabelled: list[Run], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    panels_of = {"following the task model alone": unlabelled, "with the labels, too": labelled}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 5), layout="constrained", sharex=True)
+    panels_of = {"without labels: it follows the task model alone": unlabelled, "with the labels, too": labelled}
     colours = {name: f"C{number}" for number, name in enumerate(_by_task(labelled))}
     for axes, (title, runs) in zip(panels, panels_of.items(), strict=True):
         for name, group in _by_task(runs).items():
-            lost = [statistics.fmean(_drop(run, ratio) for run in group) for ratio in RATIOS]
+            lost = [[_drop(run, ratio) for run in group] for ratio in RATIOS]
+            means = [statistics.fmean(each) for each in lost]
+            spread = [statistics.stdev(each) for each in lost] if len(group) > 1 else None
             saved = [_saved(group[0], ratio) for ratio in RATIOS]
-            axes.plot(saved, lost, marker="o", color=colours[name], label=name)
+            label = f"{name} ({len(group)} seeds)" if spread else name
+            axes.errorbar(saved, means, yerr=spread, marker="o", capsize=2, color=colours[name], label=label)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel="FLOPs saved, %  (k = 2, 4, 8 from left to right)", title=f"Adapted {title}")
-        axes.legend(frameon=False, ncols=2)
+        axes.set_xlabel("FLOPs saved, % (right is better; k = 2, 4, 8 from the left)")
+        axes.set_title(f"Adapted {title}", fontsize="medium")
+        axes.legend(frameon=False, fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("points lost against the base")
-    figure.suptitle("One plugin for all-MiniLM-L6-v2, three ratios")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("points lost against the base\n(down is better; below 0: better than the base)")
+    figure.suptitle(
+        "all-MiniLM-L6-v2 on tasks of GLUE and SQuAD, with one plugin at k = 2, 4 and 8\n"
+        "one seed, or several with bars of their standard deviation; the panels have scales of their own",
+        fontsize="large",
+    )
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)

@@ -217,17 +217,19 @@ def _draw(plugins: dict[str, list[int]], results: Path, file: Path) -> bool:
         heights = [point.quality for point in points]
         color = f"C{number}"
         axes.errorbar(medians, heights, xerr=[below, above], fmt="o-", capsize=3, color=color, label=plugin)
-        for point in points:
+        for point, following in zip(points, [*points[1:], points[-1]], strict=True):
             place = (point.speed["median"], point.quality)
-            axes.annotate(f"k = {point.ratio}", place, xytext=(6, -12), textcoords="offset points", color=color)
+            down = -14 if following.quality > point.quality else 6  # where the line to the next point is not
+            axes.annotate(f"k = {point.ratio}", place, xytext=(6, down), textcoords="offset points", color=color)
     if len(drawn) > 1:
         axes.legend()
     # A scale that makes a tenth of a point look like a fall says something that is not so.
+    axes.margins(0.12)  # the labels stay inside
     low, high = axes.get_ylim()
-    room = max(0.0, 0.04 * abs(base) - (high - low)) / 2
+    room = max(0.12 * (high - low), 0.04 * abs(base) - (high - low)) / 2
     axes.set_ylim(low - room, high + room)
     first = next(iter(drawn.values()))[0]
-    axes.set_xlabel(f"times as fast as the base at {first.shape}, {first.threads} CPU thread(s) (right is better)")
+    axes.set_xlabel(f"times as fast as the base at {first.shape}, {first.threads} CPU threads (right is better)")
     axes.set_ylabel(f"{figure.title}\n({'up' if figure.more_is_better else 'down'} is better)")
     title = f"{name} with its plugin (one seed)" if len(drawn) == 1 else f"{name} with its plugins (one seed each)"
     axes.set_title(f"{title}\nbars: quartiles of the time", fontsize=11)

@@ -80,8 +80,13 @@ def allocation_plot(records: list[Record], base: Record, path: Path) -> None:
         axes.plot([100 * x for x, _ in points], [100 * y for _, y in points], marker="o", label=LABELS[how])
     _mark_base(axes, base)
     axes.set(
-        xlabel="zeros in vision (%), the rest to 100 in language", ylabel="accuracy (%)", title="Wanda, unstructured"
+        xlabel="zeros in the vision tower, %; those in the language model make it 100",
+        ylabel="accuracy on easy-VQA, % (up is better)",
     )
+    axes.set_title(
+        "A small LLaVA, pruned by Wanda without a pattern:\nhow much in which tower (one seed)", fontsize="medium"
+    )
+    axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
@@ -100,12 +105,26 @@ def recovery_plot(records: list[Record], base: Record, path: Path) -> None:
             index: [each["accuracy"] for each in both if each["method"] == method and each["restoration"] == how]
             for index, method in enumerate(methods)
         }
-        points = [(index + 0.2 * place, 100 * statistics.fmean(values)) for index, values in chosen.items() if values]
-        axes.scatter([x for x, _ in points], [y for _, y in points], label=LABELS[how], zorder=2)
+        points = [(index + 0.2 * place, [100 * each for each in values]) for index, values in chosen.items() if values]
+        axes.errorbar(
+            [x for x, _ in points],
+            [statistics.fmean(values) for _, values in points],
+            yerr=[statistics.stdev(values) if len(values) > 1 else 0 for _, values in points],
+            fmt="o",
+            capsize=3,
+            label=LABELS[how],
+            zorder=2,
+        )
     _mark_base(axes, base)
     axes.grid(axis="y", alpha=0.4)
-    axes.set_xticks([index + 0.3 for index in range(len(methods))], methods)
-    axes.set(ylabel="accuracy (%)", title="2:4 in both towers")
+    seeds = {method: len({each["seed"] for each in both if each["method"] == method}) for method in methods}
+    names = [f"{method}\n({count} seeds)" if count > 1 else f"{method}\n(one seed)" for method, count in seeds.items()]
+    axes.set_xticks([index + 0.3 for index in range(len(methods))], names)
+    axes.set(xlabel="pruned by", ylabel="accuracy on easy-VQA, % (up is better)")
+    axes.set_title(
+        "A small LLaVA, pruned 2:4 in both towers and restored\n(bars: standard deviation over seeds)",
+        fontsize="medium",
+    )
     axes.legend(loc="center right")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
