@@ -10,16 +10,27 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, islice, pairwise, takewhile
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .latency import LatencyTable, is_whole
 
 
-__all__ = ["POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit", "Waiting"]
+__all__ = [
+    "POLICIES",
+    "FixedRatio",
+    "Oracle",
+    "Policy",
+    "QueueItem",
+    "QueueThreshold",
+    "SlackFit",
+    "Waiting",
+    "length_class",
+]
 
 MAX_BATCH = 64
+SHORTEST_CLASS = 32  # tokens; below it padding costs next to nothing
 
 _limits = attrgetter("min_quality", "max_ratio")
 _length = attrgetter("length")
@@ -76,13 +87,19 @@ class Policy:
 
         Args:
             now: the time, in seconds.
-            queue: the texts that wait, the most urgent first; behind it come those that allow the same ratios.
+            queue: the texts that wait, the most urgent first; behind it come those that allow the same ratios, of them
+                those of about its length before others. It can be indexed, sliced and iterated over.
             last: ratio of the batch before, 1 at the start.
 
         Returns:
             The ratio k, and how many texts from the front of the queue: at least 1, and 0 only if none waits.
         """
         raise NotImplementedError
+
+
+def length_class(length: int) -> int:
+    """Texts of one class waste less than half of a batch on padding: up to 32 tokens, up to 64, up to 128 …"""
+    return (max(length, SHORTEST_CLASS) - 1).bit_length()
 
 
 def _checked_batch(max_batch: int) -> int:
@@ -109,7 +126,7 @@ def _take(queue: Sequence[Waiting], k: int, ratios: Sequence[int], max_batch: in
     """The first texts that run at the same ratio, k or the next smaller one that they allow."""
     if not queue:
         return 1, 0
-    front = queue[:max_batch]
+    front = list(islice(queue, max_batch))
     chosen = _effective(front[0], k, ratios)
     if len(set(map(_limits, front))) > 1:
         front = list(takewhile(lambda item: _effective(item, k, ratios) == chosen, front))
@@ -178,8 +195,8 @@ def _checked_hysteresis(value: float, below: float) -> float:
 
 
 class _Front(NamedTuple):
-    """What the first text of a queue allows, and of the texts from it on that allow the same: the longest and the most
-    urgent up to each."""
+    """What the first text of a queue allows, and of the texts from it on that may share its batch: the longest and the
+    most urgent up to each."""
 
     allowed: tuple[int, ...]
     lengths: list[int]
@@ -225,12 +242,25 @@ class _Planner(Policy):
         return allowed or (1,)
 
     def _front(self, queue: Sequence[Waiting]) -> _Front:
-        allowed, front = self._allowed(queue[0]), queue[: self.max_batch]
+        allowed, front = self._allowed(queue[0]), list(islice(queue, self.max_batch))
         if len(set(map(_limits, front))) > 1:
             front = list(takewhile(lambda item: self._allowed(item) == allowed, front))
+        lengths = list(map(_length, front))
+        size = self._sorted_by_length(allowed[-1], lengths) if allowed[-1] in self.ratios else len(front)
         return _Front(
-            allowed, list(accumulate(map(_length, front), max)), list(accumulate(map(_deadline, front), min))
+            allowed, list(accumulate(lengths[:size], max)), list(accumulate(map(_deadline, front[:size]), min))
         )
+
+    def _sorted_by_length(self, k: int, lengths: list[int]) -> int:
+        """How many texts of about the first one's length stand at the front, if a batch of them and one of the others
+        take less than one of all, which would be padded to the longest."""
+        own = length_class(lengths[0])
+        count = sum(1 for _ in takewhile(lambda length: length_class(length) == own, lengths))
+        if count == len(lengths):
+            return count
+        latency = self.table.latency
+        apart = latency(k, count, max(lengths[:count])) + latency(k, len(lengths) - count, max(lengths[count:]))
+        return count if apart < latency(k, len(lengths), max(lengths)) else len(lengths)
 
 
 class SlackFit(_Planner):
@@ -246,6 +276,9 @@ class SlackFit(_Planner):
     enough of their time, for a batch at the fastest ratio, and no batch is cut to save the oldest text if it then
     holds fewer than come meanwhile: soon all would be late. A lone text whose slack allows it gets the best ratio at
     once (k = 1 without measured quality).
+
+    Texts of other lengths than the first one's wait for a batch of their own, where the table says that this takes
+    less than padding all of them to the longest.
 
     Args:
         table: latencies, and quality if measured; without it a smaller k counts as the better. Then `min_quality` of a
@@ -281,10 +314,10 @@ class SlackFit(_Planner):
             fastest = min(allowed, key=lambda k: latency(k, count, lengths[-1]))
         alone = latency(fastest, 1, lengths[0])
         if deadlines[-1] - now < alone:
-            possible = [item.deadline for item in queue[:count] if item.deadline >= now + alone]
+            possible = [item.deadline for item in islice(queue, count) if item.deadline >= now + alone]
             if not possible:
                 return fastest, count
-            deadlines = list(accumulate((max(item.deadline, possible[0]) for item in queue[:count]), min))
+            deadlines = list(accumulate((max(item.deadline, possible[0]) for item in islice(queue, count)), min))
         slack, behind = deadlines[-1] - now, waiting - count
         last_slack = max(queue[-1].deadline - now, slack)
         rate, allowance = _arrivals(queue)
@@ -379,8 +412,8 @@ class Oracle(_Planner):
         `most` it stops counting."""
         upcoming = bisect_right(self._arrivals, now)
         now += seconds
-        late = sum(item.deadline < now for item in queue[:count])
-        waiting: list[Any] = sorted(queue[count : count + self.horizon], key=_deadline)
+        late = sum(item.deadline < now for item in islice(queue, count))
+        waiting: list[Any] = sorted(islice(queue, count, count + self.horizon), key=_deadline)
         seen = 0
         while seen < self.horizon and late <= most:
             end = bisect_right(self._arrivals, now, lo=upcoming)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from peft_variator.runtime import (
     POLICIES,
     FixedRatio,
+    LatencyTable,
     Oracle,
     Policy,
     QueueItem,
@@ -124,6 +126,24 @@ def test_a_text_that_allows_no_ratio_of_the_table_runs_on_the_base(make: Any) ->
     for limits in ({"max_ratio": 1}, {"min_quality": 0.95}):
         assert policy.choose(0.0, [*burst(3, 1.0, **limits), *burst(2, 1.0)], 4) == (1, 3)
     assert policy.choose(0.0, burst(2, 1e4, max_ratio=3), 4) == (2, 2)
+
+
+@pytest.mark.parametrize("make", [SlackFit, Oracle])
+def test_padding_is_not_paid_for(make: Any) -> None:
+    """Short texts run without the long ones, unless a call costs more than their padding."""
+    queue = burst(4, 1e6, length=16) + burst(4, 1e6, length=256)
+    assert make(TABLE).choose(0.0, queue, 1) == (1, 4)
+    assert make(TABLE).choose(0.0, queue[4:], 1) == (1, 4)
+    flat = LatencyTable((1, 2), (1, 64), (8, 256), {1: ((0.1, 0.11),) * 2, 2: ((0.1, 0.11),) * 2})
+    assert make(flat).choose(0.0, queue, 1) == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: FixedRatio(4), QueueThreshold, lambda: SlackFit(TABLE), lambda: Oracle(TABLE)]
+)
+def test_any_sequence_will_do(make: Any) -> None:
+    queue = [*burst(3, -50.0), *burst(5, 30.0), *burst(2, 40.0, max_ratio=2)]
+    assert make().choose(0.0, deque(queue), 4) == make().choose(0.0, queue, 4)
 
 
 def test_idle_is_the_base() -> None:

@@ -152,3 +152,23 @@ def test_the_queue_keeps_the_urgent_first_and_the_alike_together() -> None:
     assert [item.deadline for item in queue.take(10)] == [3, 9]
     assert [item.deadline for item in queue.remove(lambda item: True)] == [5]
     assert (len(queue), list(queue.view())) == (0, [])
+
+
+def test_the_queue_puts_texts_of_about_one_length_together() -> None:
+    """The lane of the most urgent first, the others behind it by deadline; a batch may reach into them."""
+    queue: DeadlineQueue[QueueItem] = DeadlineQueue()
+    for deadline, length in [(1, 16), (2, 200), (3, 20), (4, 100), (5, 256), (6, 30), (0.5, 250)]:
+        queue.add(QueueItem(0.0, length, float(deadline)))
+    view = queue.view()
+    assert [item.deadline for item in view] == [0.5, 2, 5, 1, 3, 4, 6]
+    assert (len(view), view[0].deadline, view[4].deadline, view[-1].deadline) == (7, 0.5, 3, 6)
+    assert [item.deadline for item in view[2:5]] == [5, 1, 3]
+    with pytest.raises(IndexError):
+        view[7]
+    assert [item.deadline for item in queue.take(4)] == [0.5, 2, 5, 1]
+    assert [item.deadline for item in queue.view()] == [3, 6, 4]
+    queue.add(QueueItem(0.0, 16, 2.5, max_ratio=2))
+    assert [item.deadline for item in queue.view()] == [2.5, 3, 4, 6]
+    assert [item.deadline for item in queue.take(9)] == [2.5]
+    assert [item.deadline for item in queue.take(9)] == [3, 6, 4]
+    assert len(queue) == 0
