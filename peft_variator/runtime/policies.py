@@ -122,11 +122,18 @@ def _effective(item: Waiting, k: int, ratios: Sequence[int]) -> int:
     return max(ratio for ratio in ratios if ratio <= largest)
 
 
+def _first(queue: Sequence[Waiting], count: int) -> Sequence[Waiting]:
+    try:
+        return queue[:count]
+    except TypeError:  # a deque
+        return list(islice(queue, count))
+
+
 def _take(queue: Sequence[Waiting], k: int, ratios: Sequence[int], max_batch: int) -> tuple[int, int]:
     """The first texts that run at the same ratio, k or the next smaller one that they allow."""
     if not queue:
         return 1, 0
-    front = list(islice(queue, max_batch))
+    front = _first(queue, max_batch)
     chosen = _effective(front[0], k, ratios)
     if len(set(map(_limits, front))) > 1:
         front = list(takewhile(lambda item: _effective(item, k, ratios) == chosen, front))
@@ -242,7 +249,7 @@ class _Planner(Policy):
         return allowed or (1,)
 
     def _front(self, queue: Sequence[Waiting]) -> _Front:
-        allowed, front = self._allowed(queue[0]), list(islice(queue, self.max_batch))
+        allowed, front = self._allowed(queue[0]), _first(queue, self.max_batch)
         if len(set(map(_limits, front))) > 1:
             front = list(takewhile(lambda item: self._allowed(item) == allowed, front))
         lengths = list(map(_length, front))
@@ -254,8 +261,9 @@ class _Planner(Policy):
     def _sorted_by_length(self, k: int, lengths: list[int]) -> int:
         """How many texts of about the first one's length stand at the front, if a batch of them and one of the others
         take less than one of all, which would be padded to the longest."""
-        own = length_class(lengths[0])
-        count = sum(1 for _ in takewhile(lambda length: length_class(length) == own, lengths))
+        longest = max(1 << length_class(lengths[0]), SHORTEST_CLASS)
+        least = longest // 2 if longest > SHORTEST_CLASS else 0
+        count = next((index for index, length in enumerate(lengths) if not least < length <= longest), len(lengths))
         if count == len(lengths):
             return count
         latency = self.table.latency

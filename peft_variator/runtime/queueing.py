@@ -45,7 +45,16 @@ class _View(Sequence[Item]):
     def __getitem__(self, index: slice) -> list[Item]: ...
     def __getitem__(self, index: int | slice) -> Item | list[Item]:
         if isinstance(index, slice):
-            return list(islice(self, *index.indices(self._length)))
+            start, stop, step = index.indices(self._length)
+            if step != 1:
+                return list(self)[index]
+            found: list[Item] = []
+            for group in self._groups:
+                if len(found) < stop:
+                    # Sorting the heads of some lanes is faster than merging them item by item.
+                    heads = (lane[: stop - len(found)] for lane in group)
+                    found += sorted(chain.from_iterable(heads), key=_deadline)[: stop - len(found)]
+            return found[start:stop]
         if index in (-1, self._length - 1):
             return max((lane[-1] for lane in self._groups[-1]), key=_deadline)
         return next(islice(self, range(self._length)[index], None))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from peft_variator.runtime import QueueItem
 from tests.runtime.models import encoder, made_table, tokenizer
 
 
@@ -37,6 +40,28 @@ def test_a_trace_is_read(scripts, tmp_path):
         "2023-11-16 18:15:50.9951690,396,109\n2023-11-16 18:15:46.6805900,374,44\n"
     )
     assert scripts("arrivals").read_trace(tmp_path / "conv.csv") == [(0.0, 374), (pytest.approx(4.314579), 396)]
+
+
+def test_no_policy_is_better_than_the_bound(scripts):
+    """Against trying all subsets, each in order of deadlines."""
+    bound, drawn = scripts("bound"), random.Random(0)
+    for _ in range(150):
+        moments = sorted(drawn.uniform(0, 6) for _ in range(7))
+        items = [QueueItem(moment, drawn.randint(1, 3), moment + 2.5) for moment in moments]
+
+        def in_time(chosen):
+            now = 0.0
+            for item in chosen:
+                now = max(now, item.arrival) + item.length
+                if now > item.deadline:
+                    return False
+            return True
+
+        best = max(n for n in range(8) for chosen in combinations(items, n) if in_time(chosen))
+        assert bound.highest_attainment(items, float) == pytest.approx(best / 7)
+    assert bound.highest_attainment([], float) == 1.0
+    with pytest.raises(ValueError, match="sorted"):
+        bound.highest_attainment(items[::-1], float)
 
 
 def test_a_tiny_model_runs_live_and_every_policy_is_simulated(scripts, tmp_path):
@@ -86,6 +111,7 @@ def test_a_tiny_model_runs_live_and_every_policy_is_simulated(scripts, tmp_path)
     for row in rows:
         assert sum(row["texts_by_ratio"].values()) == row["texts"]
         assert 74.0 - 1e-9 <= row["quality"] <= 80.0 + 1e-9
+        assert row["highest_attainment"] is None or row["attainment"] <= row["highest_attainment"] + 1e-9
     by_name = {(row["arrivals"], row["load"], row["policy"]): row for row in rows}
     assert by_name["poisson", 0.5, "slack-fit"]["quality"] > 79.5
     assert by_name["poisson", 1.2, "slack-fit"]["quality"] > by_name["poisson", 1.2, "k = 8"]["quality"]
