@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +23,20 @@ from torch import Tensor, nn
 from .adapter_card import CardContent, write_card
 from .compat import before_upload, key_mapping_while_loading, mark_without_adapters
 from .field_types import check_field_types
-from .snapshot import ModelSnapshot, undone_on_error
 
 
-__all__ = ["AdapterStateError", "SavedConfig", "TidyTuner", "check_adapter_state", "read_keys"]
+__all__ = [
+    "AdapterStateError",
+    "ModelSnapshot",
+    "SavedConfig",
+    "TidyTuner",
+    "check_adapter_state",
+    "read_keys",
+    "undone_on_error",
+]
 
 _PREFIX = "base_model.model."
+_CONTAINERS = (dict, OrderedDict, list, set)
 _NAMES_SHOWN = 3
 # Modules that PEFT saves whole for a task, whatever the config says.
 _HEADS = {
@@ -38,6 +48,55 @@ _HEADS = {
 
 class AdapterStateError(ValueError, RuntimeError):
     """The tensors of a saved adapter are not those of the adapter in the model. (For sizes torch has RuntimeError.)"""
+
+
+class ModelSnapshot:
+    """The modules, parameters, hooks and attributes of a model, and which parameters train, at one moment.
+
+    References and no values: what is written into a tensor is not undone.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attributes = [(module, dict(vars(module))) for module in model.modules()]
+        # Copies beside the live objects, which are filled again on restoring: handles of hooks refer to them.
+        self._contents = [
+            (value, copy.copy(value))
+            for _, attributes in self._attributes
+            for value in attributes.values()
+            if type(value) in _CONTAINERS
+        ]
+        self._trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for live, contents in self._contents:
+            _refill(live, contents)
+        for module, attributes in self._attributes:
+            _refill(vars(module), attributes)
+        for parameter, requires_grad in self._trains:
+            parameter.requires_grad_(requires_grad)
+
+
+def _refill(live: Any, contents: Any) -> None:
+    live.clear()
+    if isinstance(live, list):
+        live.extend(contents)
+    else:
+        live.update(contents)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[ModelSnapshot]:
+    """Leave nothing behind in `model` of what fails inside."""
+    before = ModelSnapshot(model)
+    try:
+        yield before
+    except BaseException:
+        before.restore()
+        raise
 
 
 class SavedConfig(PeftConfig):

@@ -12,9 +12,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import nn
 
-from ..adapter_state import read_keys
+from ..adapter_state import read_keys, undone_on_error
 from ..models import check_reachable
-from ..snapshot import undone_on_error
 
 
 __all__ = ["load_plugin"]
