@@ -1,26 +1,35 @@
-"""A hook of MkDocs: the fields of a configuration as a table below its signature, from the words beside each field."""
+"""A hook of MkDocs: the fields of a configuration as a table between its docstring and its methods."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import fields, is_dataclass
+from html import escape
 from importlib import import_module
 from typing import Any
 
 
-_ENTRY = re.compile(r"^::: ([\w.]+)\.(\w+)$", re.MULTILINE)
+_ENTRY = re.compile(r"^::: (([\w.]+)\.(\w+))$", re.MULTILINE)
+_METHODS = '<div class="doc doc-children">'
 # References of docstrings to names that the page has no entry of.
 _REFERENCE = re.compile(r"\[(<code>[^<]+</code>)\]")
 OTHERS = ("peft.", "transformers.")
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table behind the entry of each dataclass whose fields say what they are."""
-    return _ENTRY.sub(lambda found: found[0] + _table(getattr(import_module(found[1]), found[2])), markdown)
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """Put the table of each dataclass whose fields say what they are where its methods begin.
 
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Leave the brackets of such references out."""
+    Raises:
+        ValueError: the page does not show such a class.
+    """
+    for name, module, attribute in _ENTRY.findall(page.markdown):
+        table = _table(getattr(import_module(module), attribute))
+        if table:
+            heading = html.find(f'id="{name}"')
+            place = html.find(_METHODS, heading)
+            if -1 in (heading, place):
+                raise ValueError(f"The page has no entry of {name} that its fields could stand in.")
+            html = html[:place] + table + html[place:]
     return _REFERENCE.sub(r"\1", html)
 
 
@@ -35,9 +44,14 @@ def _table(owner: Any) -> str:
         for field in fields(base)
     }
     told = [(field.name, field.metadata["help"]) for field in fields(owner) if field.metadata.get("help")]
-    rows = [f"| `{name}` | {_cell(words)} |" for name, words in told if name not in inherited]
-    return "\n".join(["\n", "| field | meaning |", "| --- | --- |", *rows, ""]) if rows else ""
+    rows = [
+        f"<tr><td><code>{name}</code></td><td>{_cell(words)}</td></tr>"
+        for name, words in told
+        if name not in inherited
+    ]
+    head = "<thead><tr><th>field</th><th>meaning</th></tr></thead>"
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>" if rows else ""
 
 
 def _cell(words: str) -> str:
-    return " ".join(words.split()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(" ".join(words.split()), quote=False))

@@ -1,0 +1,106 @@
+"""Figures of the README's first screen, and of the site's home, are those of the records they are taken from.
+
+Of the benchmarks these are the rows of the pages that render.py makes of the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def record(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def words_of(page: str) -> str:
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return words_of("README.md")
+
+
+def test_the_quickstart(readme: str) -> None:
+    rows = {row["name"]: row for row in record(EXAMPLES / "quickstart" / "results.json")["rows"]}
+    quality = rows["k = 16"]["quality"]
+    assert f"a cosine of {quality['cosine']:.2f} to the base's" in readme
+    assert ("three of four keep their nearest neighbour" in readme) == (round(4 * quality["agreement"], 1) == 3.0)
+
+
+def rows_of(page: str, *first: str) -> list[list[str]]:
+    """Cells of the rows of a page's tables that begin with these."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (ROOT / page).read_text("utf-8").splitlines()]
+    return [row for row in rows if row[: len(first)] == [*first]]
+
+
+def test_the_benchmark(readme: str) -> None:
+    page = "docs/benchmark.md"
+    bert = rows_of(page, "bert-base", "8×128", "4")[0][5]
+    prompt = rows_of(page, "qwen2.5-0.5b", "1×2048", "4")[0][5]
+    models = ("bert-base", "minilm-l6", "qwen2.5-0.5b", "t5-base-encoder", "vit-base")
+    rows = [row for model in models for row in rows_of(page, model) if row[2] == "4" and len(row) == 12]
+    # Rows of padded batches have more cells.
+    shares = [float(row[6]) for row in rows if re.fullmatch(r"\d\.\d\d", row[6])]
+    assert len(shares) == 7
+    speeds = [f"{float(cell.partition('×')[0]):.1f} times" for cell in (bert, prompt)]
+    assert f"BERT-base {speeds[0]} as fast, a prompt of 2048 tokens" in readme
+    assert f"Qwen2.5-0.5B's shape {speeds[1]}: {min(shares):.2f} to {max(shares):.2f} of what" in readme
+
+
+def test_the_plugin_that_is_shipped(readme: str) -> None:
+    results = EXAMPLES / "real_models" / "results"
+    base = record(results / "base-all-MiniLM-L6-v2.json")["parts"]["stsb"]["spearman"]
+    plugin = record(results / "plugin-all-MiniLM-L6-v2-k16.json")["parts"]["stsb"]["spearman"]
+    rows = record(results / "speed-all-MiniLM-L6-v2-k16.json")["rows"]
+    speed = {(row["batch"], row["length"]): row["speedup"]["plugin"] for row in rows}
+    many, one = speed[32, 128], speed[1, 128]
+    assert f"STS-B {base:.1f} → {plugin:.1f} at k = 16" in readme
+    assert f"{many['median']:.2f} times as fast [{many['low']:.2f}–{many['high']:.2f}]" in readme
+    assert f"a single text of 128 tokens is slower, {one['median']:.1f} times" in readme
+
+
+def test_real_tasks(readme: str) -> None:
+    runs = [record(path) for path in sorted((EXAMPLES / "glue" / "results").glob("*-no-task-loss-seed0.json"))]
+    scores = [{row["ratio"]: row["score"] for row in run["rows"]} for run in runs]
+    lost = statistics.fmean(score[1] - score[4] for score in scores)
+    assert f"{lost:.1f} points at k = 4 on average over {['six'][len(runs) - 6]} tasks" in readme
+
+
+def test_the_pruned_vision_language_model(readme: str) -> None:
+    results = EXAMPLES / "vlm_restore" / "results"
+    runs = [record(path) for path in results.glob("study-wanda*.json")]
+    runs = [run for run in runs if run["amounts"] == {"vision": "2:4", "language": "2:4"}]
+
+    def accuracy(restoration: str) -> float:
+        return statistics.fmean(100 * run["accuracy"] for run in runs if run["restoration"] == restoration)
+
+    base = 100 * record(results / "base.json")["accuracy"]
+    claim = f"pruned 2:4 from {base:.1f} % to {accuracy('none'):.1f} %, is back at {accuracy('sparse-lora'):.1f} %"
+    assert claim in readme
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_what_bfloat16_gives(page: str) -> None:
+    rows = record(EXAMPLES / "peers" / "results" / "speed-all-MiniLM-L6-v2.json")["rows"]
+    (speedup,) = [row["speedup"]["bf16"]["median"] for row in rows if (row["batch"], row["length"]) == (32, 128)]
+    assert f"made all-MiniLM-L6-v2 {speedup:.1f} times as fast and lost nothing" in words_of(page)
+
+
+def test_packed_bases(readme: str) -> None:
+    (_, llama) = rows_of("docs/packed_bases.md", "packed bfloat16")[:2]
+    memory, disk = (re.search(r", ([\d.]+)×", cell) for cell in (llama[4], llama[3]))
+    assert memory is not None
+    assert disk is not None
+    assert f"{memory[1]} of the memory" in readme
+    assert ("about half of the time to load from disk" in readme) == (round(float(disk[1]), 1) == 0.5)
