@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 import sys
 import warnings
@@ -28,6 +30,8 @@ __all__ = ["Reporter", "next_commands", "parse_ratios", "parse_shares", "reporte
 # A pipe has no width of its own, and rich would fold tables at 80 columns.
 PIPE_WIDTH = 160
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+# A full disk, a quota, and a limit of a file's size; Windows has no quotas of that name.
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @dataclass(frozen=True)
@@ -140,12 +144,12 @@ def reported() -> Iterator[None]:
         _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
         raise typer.Exit(INTERRUPTED) from error
     except (ImportError, OSError, ValueError) as error:
-        _tell("Error:", str(error))
+        _tell("Error:", f"{error}{_advice(error)}")
         raise typer.Exit(1) from error
     except Exception as error:
         if not _is_failed_write(error):
             raise
-        _tell("Error:", f"{error} Nothing was written under the name of the output.")
+        _tell("Error:", f"{error}{_advice(error) or ' Nothing was written under the name of the output.'}")
         raise typer.Exit(1) from error
 
 
@@ -175,6 +179,20 @@ def _is_failed_write(error: Exception) -> bool:
 
     return isinstance(error, SafetensorError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("PytorchStreamWriter", "iostream"))
+    )
+
+
+def _advice(error: Exception) -> str:
+    """What to do about an error that came of a full disk, a quota or a limit of sizes; else nothing."""
+    # Libraries in Rust and C++ have the number, or what it means, in their text alone.
+    told = isinstance(error, OSError) and error.errno in FULL
+    told = told or "PytorchStreamWriter" in str(error)
+    told = told or any(f"os error {number})" in str(error) or os.strerror(number) in str(error) for number in FULL)
+    if not told:
+        return ""
+    return (
+        ". Nothing was written under the name of the output: free space there, or name an output on another disk, and "
+        "run the command again."
     )
 
 

@@ -186,7 +186,8 @@ def test_a_program_that_imports_the_package_can_load_everything(imports: str, tm
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (OSError("No space left on device"), 1),
+        (OSError(28, "No space left on device"), 1),
+        (OSError(27, "File too large", "out"), 1),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 1),
         (RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file"), 1),
         (KeyboardInterrupt(), 130),
@@ -199,6 +200,14 @@ def test_what_ends_a_command_is_a_line(error: BaseException, code: int, capsys: 
     told = capsys.readouterr().err
     assert str(error) in told
     assert len(told.strip().splitlines()) == 1
+    assert ("free space" in told) is (code == 1)
+
+
+def test_other_errors_speak_of_no_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (FileNotFoundError(2, "No such file", "model"), SafetensorError("header too large")):
+        with pytest.raises(typer.Exit), reported():
+            raise error
+        assert "free space" not in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback() -> None:
