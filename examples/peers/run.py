@@ -42,7 +42,7 @@ from measure import measure  # noqa: E402
 from peers import drop_layers, follow, narrow, quantize  # noqa: E402
 from recipes import RECIPES, make_dataset  # noqa: E402
 from speed import make_inputs, speedups  # noqa: E402
-from token_merging import MergingBert  # noqa: E402
+from token_merging import MergingEncoder  # noqa: E402
 from train import collator, training_arguments  # noqa: E402
 from train import train as train_plugin  # noqa: E402
 from weights import Loaded, load  # noqa: E402
@@ -55,6 +55,7 @@ SMALLER = {"all-MiniLM-L6-v2": "paraphrase-MiniLM-L3", "all-mpnet-base-v2": "all
 RATIOS = (4, 8, 16)
 SHARES = (0.05, 0.1, 0.2)
 SHAPES = ((32, 128), (8, 128))
+KNOWN = ("bert", "mpnet")  # the architectures that are narrowed, shortened and merged
 # The plugin of those that are trained alike, and the ratio at which it is compared: its form is the shipped one's.
 TRAINED_PLUGIN, RATIO = "trained alike: plugin", 16
 CALIBRATED = 64  # examples
@@ -173,7 +174,7 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
         )
     for name, make in untrained(model).items():
         found[name] = partial(_trained, make, trained / f"{name}.safetensors")
-    if model.config.model_type == "bert":
+    if model.config.model_type in KNOWN:
         folder = trained / TRAINED_PLUGIN.split()[-1] / "plugin"
         found[f"{TRAINED_PLUGIN}, k = {RATIO}"] = lambda: with_plugin(share_weights(model), folder, RATIO)
     for share in SHARES:
@@ -186,7 +187,7 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
 
 def untrained(model: Any) -> dict[str, Build]:
     """Contenders whose weights are all trained to follow the base, as they start; the plugin's FLOPs come last."""
-    if model.config.model_type != "bert":
+    if model.config.model_type not in KNOWN:
         return {}
     layers, inner = model.config.num_hidden_layers, model.config.intermediate_size
     return {
@@ -250,10 +251,10 @@ def _trained(make: Build, file: Path) -> Any:
     return model
 
 
-def _merging(model: Any, share: float) -> MergingBert:
-    if model.config.model_type != "bert":
-        raise NotThere("token merging is written for BERT alone")
-    return MergingBert(model, share)
+def _merging(model: Any, share: float) -> MergingEncoder:
+    if model.config.model_type not in KNOWN:
+        raise NotThere(f"token merging is written for {' and '.join(KNOWN)} alone")
+    return MergingEncoder(model, share)
 
 
 def quality(

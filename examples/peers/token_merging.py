@@ -1,9 +1,9 @@
-"""Token merging for BERT, in the style of ToMe: an own minimal restatement, not its authors' code.
+"""Token merging for BERT and MPNet, in the style of ToMe: an own minimal restatement, not its authors' code.
 
 Bolya et al. 2023 (https://arxiv.org/abs/2210.09461): between attention and feed-forward network of each block, tokens
 at even places are matched to the most similar ones (by the mean of their keys over heads) at odd places, and the
 closest pairs become one token, their mean weighted by how many tokens each stands for; attention adds the logarithm
-of that.
+of that. MPNet looks at how far two tokens are apart: a merged one is where the token at the odd place was.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
-from transformers import BertModel
+from transformers import BertModel, MPNetModel
 
 
-__all__ = ["MergingBert", "match"]
+__all__ = ["MergingEncoder", "match"]
 
 
 def match(keys: Tensor, sizes: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,15 +46,15 @@ def match(keys: Tensor, sizes: Tensor, share: float) -> tuple[Tensor, Tensor, Te
     return order[:, go:].sort(-1).values, order[:, :go], partner.gather(1, order[:, :go])
 
 
-class MergingBert(nn.Module):
-    """A BERT encoder that merges tokens, over the weights of a model.
+class MergingEncoder(nn.Module):
+    """A BERT or MPNet encoder that merges tokens, over the weights of a model.
 
     Args:
         model: the model, which is not changed.
         share: of the tokens that are left, how many go in each block.
     """
 
-    def __init__(self, model: BertModel, share: float) -> None:
+    def __init__(self, model: BertModel | MPNetModel, share: float) -> None:
         super().__init__()
         if not 0 <= share <= 0.5:
             raise ValueError(f"share={share} has to be between 0 and 0.5: tokens go in pairs.")
@@ -70,29 +70,39 @@ class MergingBert(nn.Module):
         states = self.model.embeddings(input_ids=input_ids)
         sizes = attention_mask.to(states.dtype)
         origin = torch.arange(input_ids.shape[1]).expand(input_ids.shape)  # where each token is now
+        positions = origin  # of the tokens that are left
         for layer in self.model.encoder.layer:
-            states, keys = _attend(layer, states, sizes)
+            states, keys = _attend(layer, states, sizes, self._distances(positions))
             stay, go, partner = match(keys, sizes, self.share)
-            states, sizes, origin = _merge(states, sizes, origin, stay, go, partner)
+            states, sizes, positions, origin = _merge(states, sizes, positions, origin, stay, go, partner)
             states = layer.output(layer.intermediate(states), states)
         return SimpleNamespace(last_hidden_state=states.gather(1, origin[..., None].expand(-1, -1, states.shape[-1])))
 
+    def _distances(self, positions: Tensor) -> Tensor | float:
+        """What attention adds for how far tokens are apart, shape `(batch, heads, length, length)`; 0 for BERT."""
+        encoder = self.model.encoder
+        if not isinstance(self.model, MPNetModel):
+            return 0.0
+        buckets = encoder.relative_position_bucket(positions[:, None, :] - positions[:, :, None])
+        found: Tensor = encoder.relative_attention_bias(buckets).permute(0, 3, 1, 2)
+        return found
 
-def _attend(layer: nn.Module, states: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    attention = layer.attention.self
+
+def _attend(layer: nn.Module, states: Tensor, sizes: Tensor, distances: Tensor | float) -> tuple[Tensor, Tensor]:
+    mpnet = hasattr(layer.attention, "attn")
+    attention = layer.attention.attn if mpnet else layer.attention.self
+    maps = (attention.q, attention.k, attention.v) if mpnet else (attention.query, attention.key, attention.value)
     heads = attention.num_attention_heads
-    query, key, value = (
-        part(states).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for part in (attention.query, attention.key, attention.value)
-    )
-    bias = sizes.clamp(min=0).log()[:, None, None, :]  # −inf for padding
-    found = scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    return layer.attention.output(found.transpose(1, 2).flatten(2), states), key.mean(1)
+    query, key, value = (part(states).unflatten(-1, (heads, -1)).transpose(1, 2) for part in maps)
+    bias = sizes.clamp(min=0).log()[:, None, None, :] + distances  # −inf for padding
+    found = scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+    after = layer.attention.LayerNorm(attention.o(found) + states) if mpnet else layer.attention.output(found, states)
+    return after, key.mean(1)
 
 
 def _merge(
-    states: Tensor, sizes: Tensor, origin: Tensor, stay: Tensor, go: Tensor, partner: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    states: Tensor, sizes: Tensor, positions: Tensor, origin: Tensor, stay: Tensor, go: Tensor, partner: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def rows(values: Tensor, index: Tensor) -> Tensor:
         return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
@@ -110,6 +120,8 @@ def _merge(
     place[batch, 2 * go] = partner + stay.shape[1]
     states = torch.cat([rows(even, stay), odd], 1)
     sizes = torch.cat([even_sizes.gather(1, stay), total], 1)
+    positions = torch.cat([positions[:, ::2].gather(1, stay), positions[:, 1::2]], 1)
     # Padding last: which tokens of a text are at even places must not hang on it.
     order = (sizes == 0).long().argsort(dim=-1, stable=True)
-    return rows(states, order), sizes.gather(1, order), order.argsort(-1).gather(1, place).gather(1, origin)
+    moved = order.argsort(-1).gather(1, place).gather(1, origin)
+    return rows(states, order), sizes.gather(1, order), positions.gather(1, order), moved

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertModel, default_data_collator
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, default_data_collator
 
 from peft_variator import VariatorConfig
 
@@ -25,7 +25,7 @@ def encoder():
 
 @torch.no_grad()
 def test_token_merging_merges_real_tokens_alone(scripts, encoder):
-    merging = scripts("token_merging").MergingBert
+    merging = scripts("token_merging").MergingEncoder
     ids, mask = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[0, 7:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -38,6 +38,28 @@ def test_token_merging_merges_real_tokens_alone(scripts, encoder):
     torch.testing.assert_close(merged[:1, :7], alone)
     with pytest.raises(ValueError, match="share"):
         merging(encoder, 0.6)
+
+
+@torch.no_grad()
+def test_mpnet_has_its_contenders(scripts):
+    """Merged at any distance, narrowed and shortened; padding changes nothing."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 30}
+    model = MPNetModel(MPNetConfig(vocab_size=1200, initializer_range=0.3, **sizes), add_pooling_layer=False).eval()
+    ids, mask = torch.arange(24).view(2, 12) + 4, torch.ones(2, 12, dtype=torch.long)
+    ids[0, 7:], mask[0, 7:] = model.config.pad_token_id, 0
+    real, expected = mask.bool(), model(input_ids=ids, attention_mask=mask).last_hidden_state
+    merging = scripts("token_merging").MergingEncoder
+    found = merging(model, 0.0)(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    merged = merging(model, 0.2)(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert len(merged[1].unique(dim=0)) < 12
+    alone = merging(model, 0.2)(input_ids=ids[:1, :7], attention_mask=mask[:1, :7]).last_hidden_state
+    torch.testing.assert_close(merged[:1, :7], alone)
+    made = scripts("run").untrained(model)
+    assert len(made) == 4
+    for make in made.values():
+        assert make().eval()(input_ids=ids, attention_mask=mask).last_hidden_state.shape == expected.shape
 
 
 @pytest.mark.filterwarnings("ignore")
