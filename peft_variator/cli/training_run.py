@@ -97,7 +97,6 @@ class RunSettings:
                 f"{self.model} is a configuration without trained weights, so there is nothing to follow or to "
                 "restore. Name a model on the Hub or a folder with one."
             )
-        check_reachable(self.model)
         check_new_folder(self.output)
         if self.checkpoints is not None and self.output.resolve() in (
             self.checkpoints.resolve(),
@@ -108,6 +107,7 @@ class RunSettings:
                 "run ends. Name another folder."
             )
         _check_device(self.device)
+        check_reachable(self.model)  # after what needs no network
         self.publishing.check()
 
     @property
