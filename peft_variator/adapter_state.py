@@ -6,23 +6,30 @@ import copy
 import hashlib
 import os
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapter_card import CardContent, write_card
-from .compat import before_upload, key_mapping_while_loading, mark_without_adapters
-from .field_types import check_field_types
+from .compat import (
+    before_upload,
+    check_load_maps,
+    key_mapping_while_loading,
+    mark_without_adapters,
+    needs_generation,
+)
+from .field_types import check_field_types, check_regex
 
 
 __all__ = [
@@ -102,6 +109,13 @@ def undone_on_error(model: nn.Module) -> Iterator[ModelSnapshot]:
 class SavedConfig(PeftConfig):
     """A config that knows whether it was read from a file, and from which folder where PEFT told it."""
 
+    method: ClassVar[str]
+    """PEFT's name of the method."""
+    target_modules: set[str] | str | None
+    exclude_modules: set[str] | str | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
+    modules_to_save: list[str] | None
     was_saved: bool
     source: str | None
     download: tuple[str, dict[str, Any]] | None
@@ -110,12 +124,19 @@ class SavedConfig(PeftConfig):
     def __post_init__(self) -> None:
         check_field_types(self)
         self._check_names()
+        self._check_modules()
+        self.peft_type = PeftType(self.method)
         self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
         self.source = self.download = None
         super().__post_init__()
 
     def _check_names(self) -> None:
         """What PEFT's own fields hold, which it checks without naming them, or not at all."""
+        if self.peft_type not in (None, self.method):
+            raise ValueError(
+                f"peft_type={self.peft_type!r} is another method than that of {type(self).__name__}, which is "
+                f"{self.method!r}. Leave it out."
+            )
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             raise ValueError(  # PEFT's words, and the field
@@ -128,6 +149,30 @@ class SavedConfig(PeftConfig):
                     f"auto_mapping={self.auto_mapping!r} has to map texts to texts: 'base_model_class' and "
                     "'parent_library' to the names of the base's class and of its module."
                 )
+
+    def _check_modules(self) -> None:
+        """What names modules and layers, which PEFT reads as it is once the adapter is put in."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            names = [value] if isinstance(value, str) else sorted(value or ())
+            if not isinstance(value, str) and not all(entry.strip() for entry in names):
+                raise ValueError(f"{name}={value!r} holds a name without characters, which is no module's.")
+            if isinstance(value, str) or name in ("layers_pattern", "modules_to_save"):
+                for entry in names:
+                    check_regex(name, entry)
+        layers = self.layers_to_transform
+        if layers is not None and (layers == [] or min([layers] if isinstance(layers, int) else layers) < 0):
+            raise ValueError(
+                f"layers_to_transform={layers!r} has to be one or more indices of layers, which count from 0. Leave "
+                "it out for all of them."
+            )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields that a file holds: also one without `peft_version` was saved."""
+        if kwargs.get("peft_version") is None:
+            kwargs["peft_version"] = "unknown"
+        return super().check_kwargs(**kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card."""
@@ -188,11 +233,18 @@ class TidyTuner(BaseTuner):
                 key_mapping = key_mapping_while_loading() if config.was_saved else None
                 if key_mapping is not None:
                     _check_file(self.model, config, key_mapping)
+                if needs_generation() and not hasattr(self.model, "prepare_inputs_for_generation"):
+                    raise ValueError(
+                        f"task_type={str(config.task_type)!r} is for models that generate text, and a "
+                        f"{type(self.model).__name__} does not. Leave it out, or name the model's own task."
+                    )
                 yield
+                _warn_about_nothing(self, self.peft_config[adapter_name])
         except BaseException:
             if not has_adapters:
                 mark_without_adapters(self.model)
             raise
+        check_load_maps(self.model, adapter_name, _refuse_incomplete)
         if self.peft_config[adapter_name].was_saved:
             self.before_loading[adapter_name] = before
 
@@ -205,15 +257,50 @@ class TidyTuner(BaseTuner):
             yield
             return
         before = tuner.before_loading.pop(adapter_name, None)
+        attributes = dict(vars(model))  # asking what the adapter has sets one; see `_get_adapter_state_dict`
         try:
             if before is not None:
                 _check_download(config)
             yield
         except BaseException:
+            for name in vars(model).keys() - attributes.keys():
+                del vars(model)[name]
             if before is not None:
                 before.restore()
                 tuner.peft_config.pop(adapter_name)
             raise
+
+
+def _warn_about_nothing(tuner: BaseTuner, config: SavedConfig) -> None:
+    """Warn about layers that no adapted module is in, and about modules to save that the model does not have."""
+    layers = config.layers_to_transform
+    by_layer = copy.copy(config)
+    by_layer.target_modules = {name.rpartition(".")[2] for name in tuner.targeted_module_names}
+    by_layer.exclude_modules = by_layer.modules_to_save = None
+    empty = []
+    for layer in layers if isinstance(layers, list) else []:
+        by_layer.layers_to_transform = layer
+        # behind a name of its own, since PEFT takes one without a dot whatever its layer is
+        if not any(check_target_module_exists(by_layer, f"model.{name}") for name in tuner.targeted_module_names):
+            empty.append(layer)
+    if empty:
+        warnings.warn(
+            f"layers_to_transform={layers!r}: no adapted module is in the layers {empty}. Indices count from 0.",
+            stacklevel=2,
+        )
+    by_task = _HEADS.get(config.task_type or "", ())
+    names = [name for name, _ in tuner.model.named_modules()]
+    unknown = [
+        wanted
+        for wanted in config.modules_to_save or ()
+        if wanted not in by_task and not any(name.endswith(wanted) for name in names)
+    ]
+    if unknown:
+        warnings.warn(
+            f"modules_to_save={config.modules_to_save!r}: no module of the model ends in {_shorten(unknown)}, so "
+            "nothing is trained or saved for it.",
+            stacklevel=2,
+        )
 
 
 def _file_of(config: SavedConfig) -> Path | None:
@@ -373,6 +460,18 @@ def _incomplete(where: str, missing: list[str]) -> AdapterStateError:
         f"{where} lacks {_shorten(missing)}. The file is incomplete, its keys were renamed, or the adapter was made "
         "for another model. Save it again with save_pretrained."
     )
+
+
+def _refuse_incomplete(model: Any, adapter_name: str, missing: list[str]) -> None:
+    """Refuse a state dict that lacks tensors of a module that is saved whole, which PEFT finds out first.
+
+    Raises:
+        AdapterStateError: always.
+    """
+    config = model.peft_config[adapter_name]
+    where = f"The adapter in {config.source}" if config.source else f"The state of adapter {adapter_name!r}"
+    with TidyTuner.loading(model, adapter_name, config):
+        raise _incomplete(where, [key.removeprefix(_PREFIX) for key in missing])
 
 
 def _expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

@@ -11,6 +11,10 @@ peft:
 - The frames of `PeftModel.from_pretrained` and `load_adapter`, and `key_mapping` in them: they put an empty
   adapter in before they read its file, and tell nobody that there is one. Others are an error.
   To go when PEFT reads the file first.
+- The frames of `PeftModelForCausalLM.__init__` and `PeftModelForSeq2SeqLM.__init__`: they ask the base how it
+  generates after the adapter is in, and fail with what is in it. To go when they ask first.
+- The frame of `set_peft_model_state_dict`, and `state_dict`, `name` and `model` in it: it raises KeyError for a tensor
+  of a module to save that is missing, before a tuner sees the tensors. To go when the tuner sees them first.
 
 transformers:
 - `transformers.PreTrainedModel._hf_peft_config_loaded`: `add_adapter` sets it before it injects anything, and leaves
@@ -54,9 +58,10 @@ from typing import Any, TypeGuard
 
 import peft
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType, set_peft_model_state_dict
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
@@ -71,6 +76,7 @@ __all__ = [
     "are_operators_watched",
     "backward_id",
     "before_upload",
+    "check_load_maps",
     "checkpoint_function",
     "forward_slot",
     "include_all_linear_layers",
@@ -81,6 +87,7 @@ __all__ = [
     "key_mapping_while_loading",
     "make_wrapper_subclass",
     "mark_without_adapters",
+    "needs_generation",
     "offload_hook",
     "repeated_by_reentrant_checkpoint",
     "set_checkpoint_function",
@@ -136,6 +143,59 @@ def _code_of_loader(loader: Callable[..., Any]) -> CodeType:
             "(`peft-variator doctor` names them), or take back what replaced it."
         )
     return code
+
+
+def _code_of(function: Callable[..., Any]) -> CodeType | None:
+    """The code of a function, below what other programs may have put around it."""
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+def needs_generation() -> bool:
+    """Whether an adapter is being put in for a `PeftModel` that takes its base's way to generate, once it is in."""
+    kinds = {_code_of(kind.__init__) for kind in (PeftModelForCausalLM, PeftModelForSeq2SeqLM)}
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in kinds:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def check_load_maps(model: nn.Module, adapter_name: str, refuse: Callable[[Any, str, list[str]], None]) -> None:
+    """Have `set_peft_model_state_dict` ask for the tensors of modules that are saved whole before it takes them.
+
+    Args:
+        model: the base model, with the modules.
+        adapter_name: the adapter that they belong to.
+        refuse: called with the model that is loaded into, the adapter's name and the keys that are missing.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            vars(module)["adapter_state_dict_load_map"] = _CheckedLoadMap(module, refuse)
+
+
+class _CheckedLoadMap:
+    """Stands in for `adapter_state_dict_load_map` of one module; it can be copied and pickled with the module."""
+
+    def __init__(self, module: Any, refuse: Callable[[Any, str, list[str]], None]) -> None:
+        self.module, self.refuse = module, refuse
+
+    def __call__(self, adapter_name: str) -> dict[str, str]:
+        names: dict[str, str] = type(self.module).adapter_state_dict_load_map(self.module, adapter_name)
+        frame = inspect.currentframe()
+        caller = None if frame is None else frame.f_back
+        if caller is None or caller.f_code is not _code_of(set_peft_model_state_dict):
+            return names
+        given, state = caller.f_locals["peft_model_state_dict"], caller.f_locals["state_dict"]
+        prefix = caller.f_locals["name"].removeprefix("_fsdp_wrapped_module.")
+        # The state of a whole model has the names already that they are loaded by.
+        names = {key: loaded for key, loaded in names.items() if f"{prefix}.{loaded}" not in state}
+        missing = [
+            f"{prefix}.{key}" for key in names if not (f"{prefix}.{key}" in given and f"{prefix}.{key}" in state)
+        ]
+        if missing:
+            self.refuse(caller.f_locals["model"], adapter_name, missing)
+        return names
 
 
 def keep_from_fused_operator(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -14,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 
-__all__ = ["check_field_types"]
+__all__ = ["check_field_types", "check_regex"]
 
 INTEGER_LIMIT = 2**31  # sizes and counts end up in 32-bit indices of kernels
 SEED_LIMIT = 2**32  # of NumPy's generators
@@ -46,6 +47,27 @@ def check_field_types(config: Any, inherited_from: type | None = None) -> None:
     for name, value in checked.items():
         if value is not getattr(config, name):
             setattr(config, name, value)
+
+
+def check_regex(name: str, pattern: str, around: str = "{}") -> re.Pattern[str]:
+    """The regular expression in a field.
+
+    Args:
+        name: what the caller of the configuration knows it as.
+        pattern: the expression.
+        around: what it becomes a part of.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        re.compile(pattern)  # by itself: ")(" is none, whatever is around it
+        return re.compile(around.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{name} has {_shown(pattern)}, which is neither the name of a module nor a regular expression: "
+            f"{str(error) or type(error).__name__}."
+        ) from error
 
 
 def _inherited(name: str, value: Any, hint: Any) -> Any:
@@ -98,13 +120,16 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, (list, tuple, set, frozenset)):
             return _unless_equal(value, set(_entries(name, value, get_args(hint))))
     elif isinstance(value, origin) and not isinstance(value, np.generic):
-        # A subclass may not be written to a file; members of enums are what they are in many libraries.
-        return str.__str__(value) if origin is str and not isinstance(value, Enum) else value
+        return str.__str__(value) if origin is str else value  # a subclass may not be written to a file
     raise _wrong(name, value, hint)
 
 
 def _one_of(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
     """The value as the first of several types that takes it."""
+    if type(value) in hints:  # such as a member of an enum, where a string is possible too
+        return _converted(name, value, type(value))
+    if int in hints and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return _integer(name, value)  # one that is too large is no float
     errors = []
     for hint in hints:
         try:
@@ -178,7 +203,9 @@ def _float(name: str, value: Any) -> float:
         finite = False
     if not finite:
         raise ValueError(f"{name}={_shown(value)} has to be a finite number.")
-    return value
+    if type(value) in (int, float):
+        return value
+    return float(value) if isinstance(value, float) else int(value)  # members of enums, too
 
 
 def _wrong(name: str, value: Any, hint: Any) -> ValueError:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
@@ -46,6 +50,23 @@ OWN_FIELDS = {
         (VariatorConfig, "correction_dim", "x"),
         (VariatorConfig, "keep_token_ids", [10**5000]),
         (VariatorConfig, "inference_mode", "no"),
+        (VariatorConfig, "correction_dim", 2**31),
+        (VariatorConfig, "correction_dim", np.uint64(2**63)),
+        (VariatorConfig, "correction_pattern", {"layer.0": 2**63}),
+        (VariatorConfig, "peft_type", "LORA"),
+        (VariatorConfig, "target_modules", "("),
+        (VariatorConfig, "target_modules", [""]),
+        (VariatorConfig, "modules_to_save", ["("]),
+        (VariatorConfig, "layers_to_transform", []),
+        (VariatorConfig, "layers_to_transform", [0, -1]),
+        (VariatorConfig, "ratio_pattern", {"": 1}),
+        (VariatorConfig, "ratio_pattern", {"(?i)layer": 1}),
+        (SparseLoraConfig, "rank_pattern", {"(": 2}),
+        (SparseLoraConfig, "exclude_modules", "*"),
+        (SparseLoraConfig, "base_fingerprint", "no digits"),
+        (PruningConfig, "target_modules", "["),
+        (PruningConfig, "modalities", []),
+        (PruningConfig, "max_block_sparsity", 2.0),
         (SparseLoraConfig, "use_rslora", "False"),
         (SparseLoraConfig, "rank_pattern", [1.5]),
         (SparseLoraConfig, "r", 2**31),
@@ -93,6 +114,20 @@ def test_numpy_integers_and_tuples_become_what_json_holds() -> None:
     assert [type(token_id) for token_id in config.keep_token_ids] == [int, int]
 
 
+def test_what_a_pattern_means() -> None:
+    config = VariatorConfig(ratio_pattern={"layer.0": 1, r"(o)utput\.\1": 2})
+    names = ("encoder.layer.0.mlp", "encoder.layer.10.mlp", "encoder.output.o", "encoder.output.x")
+    assert [config.ratio_of(name) for name in names] == [1, 4, 2, 4]
+
+
+def test_a_saved_config_without_its_version_was_saved(tmp_path) -> None:
+    VariatorConfig(bottleneck_dim=3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "peft_version"}
+    file.write_text(json.dumps(kept))
+    assert VariatorConfig.from_pretrained(tmp_path).was_saved
+
+
 def test_what_training_arguments_take_passes(tmp_path) -> None:
     args = DistillationConfig(
         output_dir=tmp_path, seed=2**31, max_grad_norm=float("inf"), per_device_train_batch_size=np.int64(4)
@@ -119,6 +154,9 @@ _SCALARS = st.one_of(
     st.text(max_size=5),
     st.binary(max_size=3),
     st.sampled_from([2**31, 10**400, np.int64(3), np.float64(0.5), np.bool_(True), object(), int, 1j]),
+    st.sampled_from(
+        [Path("x"), Decimal(2), Fraction(1, 2), SaveStrategy.NO, np.array([1]), torch.tensor(2), range(2)]
+    ),
 )
 _VALUES = st.recursive(
     _SCALARS,
@@ -131,18 +169,27 @@ _VALUES = st.recursive(
 )
 
 
+def as_list(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
 @pytest.mark.parametrize("kind", list(VALID), ids=lambda kind: kind.__name__)
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_value_is_taken_or_refused_by_name(kind: type, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(OWN_FIELDS[kind]))
     value = data.draw(_VALUES)
-    message = name
+    config, message = None, name
     try:
-        kind(**{**VALID[kind], name: value})
+        config = kind(**{**VALID[kind], name: value})
     except (ValueError, TypeError) as error:
         message = str(error)
     assert name in message
+    if config is not None and kind is not DistillationConfig:  # what was taken is in the file what it is here
+        fields_read = json.loads(json.dumps({key: as_list(taken) for key, taken in config.to_dict().items()}))
+        assert {key: as_list(taken) for key, taken in kind(**fields_read).to_dict().items()} == {
+            key: as_list(taken) for key, taken in config.to_dict().items()
+        }
 
 
 @pytest.mark.parametrize("value", [None, False, ""])

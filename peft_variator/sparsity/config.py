@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..field_types import check_field_types
+from ..field_types import check_field_types, check_regex
 from .methods import METHODS, PruningMethod, make_method, method_options
 from .patterns import Pattern, Target
 
@@ -129,6 +129,15 @@ class PruningConfig:
     def __post_init__(self) -> None:
         check_field_types(self)
         self._check_method()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_regex(name, getattr(self, name))
+        for name in ("modalities", "modality_sparsity"):
+            if getattr(self, name) is not None and not getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} names nothing that could be pruned. Leave it out, or name "
+                    "modalities."
+                )
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("score_order", self.score_order, SCORE_ORDERS)
         self._check_amount()
@@ -193,9 +202,9 @@ class PruningConfig:
                 f"modalities={list(self.modalities)!r} beside modality_sparsity: the keys of modality_sparsity say "
                 "what is pruned. Leave modalities out."
             )
+        check_sparsity("max_block_sparsity", self.max_block_sparsity)
         if self.allocation != "ecoflap":
             return
-        check_sparsity("max_block_sparsity", self.max_block_sparsity)
         if self.sparsity is None:
             raise ValueError(
                 "allocation='ecoflap' gives every block another sparsity and needs sparsity, not pattern."

@@ -36,7 +36,7 @@ class Pattern:
         Raises:
             ValueError: `text` is not two whole numbers n:m with 1 <= n < m.
         """
-        match = re.fullmatch(r"(\d+):(\d+)", str(text).strip())
+        match = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", str(text).strip())
         if match is None or not 1 <= int(match[1]) < int(match[2]):
             raise ValueError(
                 f"pattern={text!r} is not an n:m pattern: it takes two whole numbers with 1 <= n < m, n weights kept "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import PeftType
-
 from ...adapter_card import CardContent, hub_id, pipeline_tag, usage
 from ...adapter_state import SavedConfig
+from ...field_types import check_regex
 
 
 __all__ = ["SparseLoraConfig"]
@@ -24,6 +24,8 @@ class SparseLoraConfig(SavedConfig):
     Raises:
         ValueError: a field has a value that is not allowed; the message names it and what is.
     """
+
+    method = "SPARSE_LOW_RANK"
 
     r: int = field(default=8, metadata={"help": "Rank of the update."})
     target_modules: set[str] | str | None = field(
@@ -93,12 +95,6 @@ class SparseLoraConfig(SavedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.in_use = False  # by an adapter whose base it has the fingerprint of
-        self.peft_type = PeftType("SPARSE_LOW_RANK")
-        # PEFT looks names up in sets and saves them as lists
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         self._check_values()
         self._check_layers()
 
@@ -126,6 +122,14 @@ class SparseLoraConfig(SavedConfig):
         for name, rank in {"r": self.r, **ranks}.items():
             if rank < 1:
                 raise ValueError(f"The rank {name}={rank!r} must be an integer of at least 1.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                check_regex(f"{name}, as a key,", key, "(.*\\.)?({})$")
+        if self.base_fingerprint is not None and not re.fullmatch("([0-9a-f]{16})+", self.base_fingerprint):
+            raise ValueError(
+                f"base_fingerprint={self.base_fingerprint!r} is none that this package wrote: it has 16 hexadecimal "
+                "digits a weight. Leave it out; it is filled in."
+            )
         if self.lora_dropout != 0:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} is not possible with SparseLoRA: LoRA drops elements of the "

@@ -431,7 +431,8 @@ def _in_chosen_layers(peft_config: SparseLoraConfig, names: set[str]) -> set[str
         return names
     by_suffix = copy.copy(peft_config)
     by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
-    chosen = {name for name in names if check_target_module_exists(by_suffix, name)}
+    # PEFT takes a module without a dot in its name whatever its layer is
+    chosen = {name for name in names if check_target_module_exists(by_suffix, f"model.{name}")}
     if not chosen:
         raise ValueError(
             f"layers_to_transform={peft_config.layers_to_transform!r}, layers_pattern={peft_config.layers_pattern!r}: "

@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftType
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from transformers import PreTrainedTokenizerBase
 
 from ...adapter_card import CardContent, hub_id, pipeline_tag, usage
 from ...adapter_state import SavedConfig
+from ...field_types import check_regex
 from .decompression import DECOMPRESSIONS
 from .scoring import SCORINGS
 
@@ -22,6 +22,7 @@ DEFAULT_CORRECTION = 0.25
 DEFAULT_BOTTLENECK = 64
 PATCH_GROUPINGS = ("window", "raster")
 CORRECTION_FORMS = ("added", "sliced")
+_PARTS = r"(?:.*\.)?(?:{})(?:\..*)?$"  # groups without numbers: the pattern may refer to its own
 
 
 @dataclass
@@ -38,6 +39,8 @@ class VariatorConfig(SavedConfig):
         ValueError: a field has a value that no plugin can be built from; the message names the field, the value and
             what is allowed.
     """
+
+    method = "VARIATOR"
 
     target_modules: set[str] | str | None = field(
         default=None,
@@ -230,21 +233,14 @@ class VariatorConfig(SavedConfig):
 
     def __post_init__(self) -> None:
         if self.peft_version is not None and isinstance(self.ratio_schedule, dict):  # JSON has no integer keys
-            self.ratio_schedule = {
-                int(k) if isinstance(k, str) and k.isdecimal() else k: row for k, row in self.ratio_schedule.items()
-            }
+            self.ratio_schedule = {_key_of_row(k): row for k, row in self.ratio_schedule.items()}
         super().__post_init__()
-        self.peft_type = PeftType("VARIATOR")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
         if isinstance(self.target_modules, str) and self.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             raise ValueError(
                 f"target_modules={self.target_modules!r} means every linear map of a model, but a plugin goes around "
                 "whole feed-forward networks. Leave target_modules out where the architecture is known, or "
                 "name the modules where its networks start, and in end_module where they end."
             )
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         if self.end_module == "":
             raise ValueError("end_module='' names no module. Leave it out where a target module is the whole network.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -398,16 +394,17 @@ class VariatorConfig(SavedConfig):
         Raises:
             ValueError: the network has fewer.
         """
+        field_name = "correction_dim"
         width = DEFAULT_CORRECTION if self.correction_dim is None else self.correction_dim
         for pattern, special in self.correction_pattern.items():
             if matches_pattern(pattern, module_name):
-                width = special
+                field_name, width = f"correction_pattern[{pattern!r}]", special
                 break
         if isinstance(width, float):
             return max(1, round(width * inner))
         if width > inner:
             raise ValueError(
-                f"correction_dim={width} is more than the {inner} neurons that the feed-forward network "
+                f"{field_name}={width} is more than the {inner} neurons that the feed-forward network "
                 f"{module_name!r} has. Choose a smaller one, or a share of them as a float in (0, 1]."
             )
         return width
@@ -512,7 +509,12 @@ computation at some cost in quality. At k = 1, and without the plugin, the base 
 
 def matches_pattern(pattern: str, module_name: str) -> bool:
     """Whether a key of `ratio_pattern` or the like means a module: its name's end, whole parts of it, or a regex."""
-    return re.match(rf"(.*\.)?({pattern})(\..*)?$", module_name) is not None
+    return re.match(_PARTS.format(pattern), module_name) is not None
+
+
+def _key_of_row(key: Any) -> Any:
+    """A key of `ratio_schedule` in a file as the ratio that it is, if it is one; checked later."""
+    return int(key) if isinstance(key, str) and re.fullmatch("[1-9][0-9]{0,9}", key) else key
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:
@@ -521,10 +523,6 @@ def _check_integer(name: str, value: object, minimum: int) -> None:
 
 
 def _check_pattern(field_name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"{field_name} has the key {pattern!r}, which is neither the end of a module's name nor a regular "
-            f"expression: {error}."
-        ) from error
+    if not pattern:
+        raise ValueError(f"{field_name} has the key {pattern!r}, which names no module.")
+    check_regex(f"{field_name}, as a key,", pattern, _PARTS)

@@ -135,6 +135,13 @@ class VariatorModel(TidyTuner):
             if key and not key.startswith(tuple(wrapped)) and self._check_target_module_exists(config, key):
                 target = module.base_layer if isinstance(module, VariatorLayer) else module
                 placements[key] = place(model, config, key, target)
+        inner = next((key for key in placements for other in placements if key.startswith(f"{other}.")), None)
+        if inner is not None:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} names {inner!r} and a module around it. A plugin goes "
+                "around a whole feed-forward network, and there is none inside of it. Name one of them."
+            )
+        _refuse_parts_to_save(model, config, list(placements.values()))
         if not placements:
             check_not_refused(model)
         elif config.keep_outliers is not None and all(p.kind in ("vision", "audio") for p in placements.values()):
@@ -328,6 +335,26 @@ class VariatorModel(TidyTuner):
 
 def _is_of_another_method(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, PluginModule)
+
+
+def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: list[Placement]) -> None:
+    """Raise if a part of a network that gets a plugin is to be saved whole: it has other names then.
+
+    Raises:
+        ValueError: there is one.
+    """
+    networks = []
+    for placement in placements:
+        parent, _, _ = placement.key.rpartition(".")
+        ends = [] if placement.feed_forward.end is None else [f"{parent}.{placement.feed_forward.end}".strip(".")]
+        networks += [placement.key, *ends]
+    for name, _ in model.named_modules():
+        inside = any(name == network or name.startswith(f"{network}.") for network in networks)
+        if inside and name.endswith(tuple(config.modules_to_save or ())):
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r} names {name!r}, which is part of a network that gets a "
+                "plugin. Leave it out, or keep the plugin from it with exclude_modules."
+            )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
