@@ -221,13 +221,16 @@ def train(job: TrainJob, reporter: Reporter) -> None:
 
 def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
     size = (job.output / "adapter_model.safetensors").stat().st_size / 1e6
-    data = [word for name in job.data for word in ("--data", name)]
+    again = [word for name in job.data for word in ("--data", name)]
+    for option, value, default in (("--text-column", job.text_column, "text"), ("--split", job.split, "train")):
+        again += [option, value] if value != default else []
+    again += ["--ratio", ",".join(str(row.ratio) for row in facts.ratios)]
     lines = [
         f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size:.2f} MB), its model card README.md, "
         "and training.json with the losses.",
         *next_commands(
             ["bench", "--adapter", job.output],
-            ["train", facts.base, "--adapter", job.output, *data, "--output", f"{job.output}-on-task"],
+            ["train", facts.base, "--adapter", job.output, *again, "--output", f"{job.output}-on-task"],
         ),
         "The first measures how fast it is; the second trains it further, best on data of a task in place of "
         f"{facts.data}. How to load it: {job.output / 'README.md'}.",

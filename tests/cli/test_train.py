@@ -231,8 +231,9 @@ def test_tables_are_read_by_column(tmp_path: Path) -> None:
     assert "id, body" in err
     assert "--text-column" in err
     assert not (tmp_path / "out").exists()
-    status, _, err = invoke(*words, "--text-column", "body")
+    status, out, err = invoke(*words, "--text-column", "body")
     assert status == 0, err
+    assert "--text-column body" in out.partition("Next:")[2]
 
 
 @pytest.mark.parametrize("task", ["encoder", "causal", "seq2seq"])
