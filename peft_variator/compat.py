@@ -212,8 +212,7 @@ def _no_change(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def mark_without_adapters(model: nn.Module) -> None:
     """Take back what transformers' `add_adapter` notes of a model before its first adapter is in it."""
-    if "_hf_peft_config_loaded" in vars(model):
-        vars(model)["_hf_peft_config_loaded"] = False
+    vars(model).pop("_hf_peft_config_loaded", None)  # of the class it is False
 
 
 class BestModelLoader:

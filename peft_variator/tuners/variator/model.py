@@ -348,7 +348,8 @@ def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: 
         parent, _, _ = placement.key.rpartition(".")
         ends = [] if placement.feed_forward.end is None else [f"{parent}.{placement.feed_forward.end}".strip(".")]
         networks += [placement.key, *ends]
-    for name, _ in model.named_modules():
+    for wrapped, _ in model.named_modules():
+        name = wrapped.replace(".base_layer", "")
         inside = any(name == network or name.startswith(f"{network}.") for network in networks)
         if inside and name.endswith(tuple(config.modules_to_save or ())):
             raise ValueError(
