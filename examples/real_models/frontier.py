@@ -13,12 +13,11 @@ from typing import Any
 
 from weights import WEIGHTS
 
-from peft_variator import VariatorConfig
 from peft_variator.files import write_text
 from peft_variator.markdown import make_table, replace_between
 
 
-__all__ = ["model_of", "quality_table", "speed_table", "trained_ratios", "write_page"]
+__all__ = ["model_of", "quality_table", "speed_table", "write_page"]
 
 RESULTS = Path(__file__).parent / "results"
 PLUGINS = Path(__file__).parents[1] / "plugins"
@@ -100,12 +99,6 @@ def figures_of(plugin: str) -> tuple[Figure, ...]:
     if model is None:
         raise ValueError(f"{plugin!r} starts with the name of no model. Choose from {', '.join(WEIGHTS)}.")
     return FIGURES[WEIGHTS[model].kind]
-
-
-def trained_ratios(folder: Path) -> list[int]:
-    """The compression ratios that a saved plugin was trained for, smallest first."""
-    config = VariatorConfig.from_pretrained(str(folder))
-    return list(config.trained_ratios or [config.compression_ratio])
 
 
 def _measured(name: str, ratios: list[int], results: Path) -> dict[str, dict[str, Any]]:
@@ -283,30 +276,30 @@ def write_page(page: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> 
     Returns:
         Names of the plugins on the page.
     """
-    parts, names = [], []
-    shipped = [folder for folder in sorted(plugins.iterdir()) if (folder / "adapter_config.json").is_file()]
+    parts = []
+    names = sorted(file.stem.removeprefix("run-") for file in results.glob("run-*.json"))
+    runs = {name: json.loads((results / f"run-{name}.json").read_text()) for name in names}
     for model in sorted(WEIGHTS):
-        ratios = {folder.name: trained_ratios(folder) for folder in shipped if model_of(folder.name) == model}
+        ratios = {name: run["recipe"]["ratios"] for name, run in runs.items() if model_of(name) == model}
         picture = page.parent / "images" / f"frontier-{model}.png"
         pictured = bool(ratios) and _draw(ratios, results, picture)
         for name in ratios:
-            run = json.loads((results / f"run-{name}.json").read_text())
-            share = 100 * run["parameters"]["plugin"] / run["parameters"]["base"]
-            lines = [f"### {name}", _conditions(run, share)]
+            lines = [f"### {name}", _conditions(runs[name], (plugins / name).is_dir())]
             if pictured and name == next(iter(ratios)):
-                lines.append(f"![Quality against speed of {model} with its plugins](images/{picture.name})")
+                lines.append(f"![Quality against speed of {model} with its plugin](images/{picture.name})")
             lines += [quality_table(name, ratios[name], results), speed_table(name, ratios[name], results)]
             parts.append("\n\n".join(line for line in lines if line))
-            names.append(name)
     write_text(page, replace_between(page.read_text(), "real-models", "\n\n".join(parts)))
     return names
 
 
-def _conditions(run: dict[str, Any], share: float) -> str:
-    recipe = run["recipe"]
+def _conditions(run: dict[str, Any], shipped: bool) -> str:
+    recipe, count = run["recipe"], run["parameters"]["plugin"]
+    share = 100 * count / run["parameters"]["base"]
     return (
-        f"{run['parameters']['plugin']:,} parameters ({share:.1f} % of the base's), {recipe['steps']} steps of "
-        f"{recipe['batch_size']} examples, one seed. Trained by\n\n```sh\n{run['command']}\n```"
+        f"{'' if shipped else 'Not shipped. '}{count:,} parameters ({share:.1f} % of the base's), "
+        f"{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"
+        f"```sh\n{run['command']}\n```"
     )
 
 
