@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
+    Blip2VisionModel,
     CLIPTextModel,
     CLIPVisionModel,
     PreTrainedConfig,
@@ -120,6 +121,7 @@ class Case:
         zero_positions: whether to zero the position embeddings, of models that take no position ids: only then is the
             base model itself indifferent to padding on the left.
         core: whether all tests run by default; else those of [`QUICK`], and the others with `make test-all`.
+        quick: of one that is not `core`, whether those of [`QUICK`] run by default, too.
     """
 
     name: str
@@ -130,6 +132,7 @@ class Case:
     prefix: int = 0
     zero_positions: bool = False
     core: bool = True
+    quick: bool = True
 
     @functools.cached_property
     def prototype(self) -> PreTrainedModel:
@@ -399,6 +402,61 @@ CAUSAL += [
         core=False,
     ),
 ]
+FURTHER: dict[str, Any] = {"core": False, "quick": False}
+GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 128}
+GPT |= {"bos_token_id": 1, "eos_token_id": 2}
+CAUSAL += [
+    *(
+        Case(name, name, AutoModelForCausalLM, DECODER, "causal", **FURTHER)
+        for name in ("apertus", "arcee", "biogpt", "cwm", "diffllama", "ernie4_5", "helium", "jais2")
+        + ("ministral3", "persimmon", "seed_oss")
+    ),
+    Case("gpt-bigcode", "gpt_bigcode", AutoModelForCausalLM, GPT, "causal", **FURTHER),
+    Case(
+        "gpt-neo",
+        "gpt_neo",
+        AutoModelForCausalLM,
+        DECODER | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        "causal",
+        **FURTHER,
+    ),
+    Case("gpt-neox-japanese", "gpt_neox_japanese", AutoModelForCausalLM, DECODER, "causal", **FURTHER),
+    *(
+        Case(name, name, AutoModelForCausalLM, MOE | {"num_experts": 4}, "causal", **FURTHER)
+        for name in ("flex_olmo", "olmoe", "phimoe")
+    ),
+    Case(
+        "glm4-moe",
+        "glm4_moe",
+        AutoModelForCausalLM,
+        MOE
+        | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+        | {"first_k_dense_replace": 1},
+        "causal",
+        **FURTHER,
+    ),
+    Case(
+        "ernie4-5-moe",
+        "ernie4_5_moe",
+        AutoModelForCausalLM,
+        MOE | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1},
+        "causal",
+        **FURTHER,
+    ),
+]
+ENCODERS += [
+    *(
+        Case(name, name, AutoModel, TEXT, "encoder", **FURTHER)
+        for name in ("bert-generation", "layoutlm", "markuplm", "rembert", "splinter")
+        + ("visual_bert", "xlm-roberta-xl")
+    ),
+]
+SEQ2SEQ += [
+    *(
+        Case(name, name, AutoModelForSeq2SeqLM, BART, "encoder", zero_positions=True, **FURTHER)
+        for name in ("mvp", "plbart")
+    ),
+]
 VISIONS = [
     Case("vit", "vit", AutoModel, VISION, "vision", prefix=1),
     Case("deit", "deit", AutoModel, VISION, "vision", prefix=2),
@@ -476,6 +534,16 @@ VISIONS += [
         prefix=1,
         core=False,
     ),
+]
+VISIONS += [
+    Case("data2vec-vision", "data2vec-vision", AutoModel, VISION, "vision", prefix=1, **FURTHER),
+    Case("chinese-clip-vision", "chinese_clip_vision_model", AutoModel, TOWER, "vision", prefix=1, **FURTHER),
+    Case("vit-msn", "vit_msn", AutoModel, VISION, "vision", prefix=1, **FURTHER),
+    Case("blip-2-vision", "blip_2_vision_model", Blip2VisionModel, TOWER, "vision", prefix=1, **FURTHER),
+]
+AUDIO += [
+    Case(name, name, AutoModel, SOUND, "audio", **FURTHER)
+    for name in ("data2vec-audio", "unispeech", "unispeech-sat", "wavlm")
 ]
 IN_READING_ORDER = [
     Case("siglip2-vision", "siglip2_vision_model", AutoModel, TOWER | {"num_patches": 36}, "vision", core=False),

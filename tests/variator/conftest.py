@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         test = getattr(item, "originalname", "")
         if not case.core:
-            wanted = QUICK.get(test)
+            wanted = QUICK.get(test) if case.quick else None
         elif test in NARROW and case.name not in STAND_INS:
             wanted = None
         elif case.name in EVERY_FORM:
