@@ -120,7 +120,7 @@ def test_nothing_asked_nothing_given(engine: Engine) -> None:
         *("a b", None, 3, [1], ["a", None], {"a": 1}, [["a"]], b"a", [b"a"], iter(["a"]), ["\ud800"], range(2)),
         np.array(["a", "b"]),
     ],
-    ids=repr,
+    ids=lambda texts: type(texts).__name__ if hasattr(texts, "__next__") else repr(texts),
 )
 def test_what_is_no_list_of_texts_is_refused(engine: Engine, texts: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="texts"):

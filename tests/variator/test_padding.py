@@ -90,7 +90,7 @@ def ignores_padding(case: Case) -> bool:
     return case.model_type not in ("roberta", "xlm-roberta", "mpnet") and case.name != "llama-sequence"
 
 
-@pytest.mark.parametrize("case", filter(ignores_padding, CASES), ids=by_name)
+@pytest.mark.parametrize("case", list(filter(ignores_padding, CASES)), ids=by_name)
 def test_content_of_the_padding_does_not_matter(case: Case) -> None:
     model, texts = with_plugin(case), sequences()
     inputs, real = batch_of(case, texts, "right", 15)
