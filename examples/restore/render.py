@@ -78,6 +78,21 @@ def delivered(record: Record) -> str:
     )
 
 
+def conditions(records: list[Record]) -> str:
+    """Where the records of a subject come from: each machine, its versions, dates and loads."""
+    lines: dict[str, list[Record]] = {}
+    for record in records:
+        facts = record["environment"]
+        versions = ", ".join(f"{name} {facts[name]}" for name in ("peft-variator", "peft", "transformers", "torch"))
+        line = f"{facts['cpu']}, {facts['threads']} thread(s), {facts['date']}; Python {facts['python']}, {versions}"
+        lines.setdefault(line, []).append(record)
+    return " ".join(
+        f"{line}; load {min(loads)}–{max(loads)}, {sum(record['cpu_seconds'] for record in chosen):.0f} CPU seconds."
+        for line, chosen in lines.items()
+        for loads in [[record["environment"]["load_average"] for record in chosen]]
+    )
+
+
 def main() -> None:
     """Write what there is between the markers of the page."""
     records = [json.loads(file.read_text("utf-8")) for file in sorted((HERE / "results").glob("*.json"))]
@@ -91,14 +106,8 @@ def main() -> None:
             title = f"### {subject}, {setting}" + (f", {steps} steps" if steps else "")
             parts += [title, table(chosen, quality, digits)]
             parts += [delivered(record) for record in chosen if "packed" in record]
-    facts = records[0]["environment"]
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("peft-variator", "peft", "transformers", "torch"))
-    loads = [record["environment"]["load_average"] for record in records]
-    parts.append(
-        f"{facts['cpu']}, {facts['threads']} thread(s), load {min(loads)}–{max(loads)}, {facts['date']}; Python "
-        f"{facts['python']}, {versions}. {sum(record['cpu_seconds'] for record in records):.0f} CPU seconds in all."
-    )
-    write_text(PAGE, replace_between(PAGE.read_text("utf-8"), "results", "\n\n".join(parts)))
+        parts.append(conditions([record for record in records if record["subject"] == subject]))
+    write_text(PAGE, replace_between(PAGE.read_text("utf-8"), "results", "\n\n".join(filter(None, parts))))
 
 
 if __name__ == "__main__":
