@@ -77,6 +77,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = sentence_transformers.SentenceTransformer(ENCODER, device="cpu")
         model.add_adapter(VariatorConfig(correction_dim=8, task_type="FEATURE_EXTRACTION"))
         model.save("my-plugin")
+        shipped = get_peft_model(BertModel.from_pretrained(ENCODER), VariatorConfig(correction_dim=8))
+        shipped.save_pretrained("examples/plugins/all-MiniLM-L6-v2")
         get_peft_model(BertModel.from_pretrained(ENCODER), LoraConfig(target_modules=["query"])).save_pretrained(
             "me/my-task-lora"
         )
