@@ -52,8 +52,8 @@ torch:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from types import CodeType
+from collections.abc import Callable, Collection, Mapping
+from types import CodeType, FrameType
 from typing import Any, TypeGuard
 
 import peft
@@ -121,18 +121,21 @@ def key_mapping_while_loading() -> Mapping[str, str] | None:
         RuntimeError: this PEFT loads adapters in another way, so that nobody could tell.
     """
     loading = {_code_of_loader(PeftModel.from_pretrained), _code_of_loader(PeftModel.load_adapter)}
+    frame = _frame_of(loading)
+    return None if frame is None else frame.f_locals["key_mapping"] or {}
+
+
+def _frame_of(codes: Collection[CodeType | None]) -> FrameType | None:
+    """The innermost call under way of one of these codes; `None`: there is none."""
     frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code in loading:
-            return frame.f_locals["key_mapping"] or {}
+    while frame is not None and frame.f_code not in codes:
         frame = frame.f_back
-    return None
+    return frame
 
 
 def _code_of_loader(loader: Callable[..., Any]) -> CodeType:
     """The code that PEFT loads adapters with, below what other programs may have put around it."""
-    inner = inspect.unwrap(loader)
-    code = getattr(getattr(inner, "__func__", inner), "__code__", None)
+    code = _code_of(loader)
     if (
         not isinstance(code, CodeType)
         or "key_mapping" not in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -146,19 +149,15 @@ def _code_of_loader(loader: Callable[..., Any]) -> CodeType:
 
 
 def _code_of(function: Callable[..., Any]) -> CodeType | None:
-    """The code of a function, below what other programs may have put around it."""
-    return getattr(inspect.unwrap(function), "__code__", None)
+    """The code of a function or method, below what other programs may have put around it."""
+    inner = inspect.unwrap(function)
+    return getattr(getattr(inner, "__func__", inner), "__code__", None)
 
 
 def needs_generation() -> bool:
     """Whether an adapter is being put in for a `PeftModel` that takes its base's way to generate, once it is in."""
     kinds = {_code_of(kind.__init__) for kind in (PeftModelForCausalLM, PeftModelForSeq2SeqLM)}
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code in kinds:
-            return True
-        frame = frame.f_back
-    return False
+    return _frame_of(kinds) is not None
 
 
 def check_load_maps(model: nn.Module, adapter_name: str, refuse: Callable[[Any, str, list[str]], None]) -> None:

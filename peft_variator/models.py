@@ -52,7 +52,6 @@ __all__ = [
     "check_model_name",
     "check_reachable",
     "check_vocabulary",
-    "check_vocabulary",
     "find_task",
     "has_decoder",
     "has_weights",

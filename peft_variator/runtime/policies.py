@@ -179,7 +179,7 @@ class QueueThreshold(Policy):
         thresholds = {2: 8, 4: 16, 8: 32} if thresholds is None else dict(thresholds)
         ordered = sorted((_checked_ratio(k), count) for k, count in thresholds.items())
         counts = [count for _, count in ordered]
-        if any(not is_whole(count) or count < 1 for count in counts) or counts != (sorted(set(counts))):
+        if any(not is_whole(count) or count < 1 for count in counts) or counts != sorted(set(counts)):
             raise ValueError(
                 f"thresholds={thresholds}: they have to be integers of at least 1 that grow with the ratio."
             )

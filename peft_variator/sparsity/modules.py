@@ -6,7 +6,6 @@ Modalities are read from the model's own structure: every `PreTrainedModel` insi
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bases import Sparse24Linear
 from ..compat import is_quantized_tensor, offload_hook
+from ..files import replacing
 from .config import PruningConfig
 from .patterns import Pattern, Target, check_width
 
@@ -320,9 +320,8 @@ def _replace_on_disk(name: str, weights: OffloadedWeightsLoader, key: str, weigh
             "give it more memory."
         )
     path = Path(weights.save_folder) / f"{key}.pruned.safetensors"
-    temporary = path.with_suffix(".partial")
-    save_file({key: weight.cpu().contiguous()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({key: weight.cpu().contiguous()}, temporary)
     weights.index[key] = {
         "safetensors_file": str(path),
         "weight_name": key,

@@ -16,22 +16,16 @@ from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.packing import pack
 from peft_variator.bitmask import pack_mask
 from peft_variator.few_tokens import product
-from peft_variator.few_tokens.compiled import LEVELS, load_product
+from peft_variator.few_tokens.compiled import LEVELS
 from peft_variator.few_tokens.product import FewTokensWeight, multiply
 from peft_variator.tuners.sparse_lora import SparseLoraLinear
+
+from .levels import needs_product
 
 
 DTYPES = [torch.bfloat16, torch.float32]
 FORMS = ["packed", "packed under another mask", "dense", "dense under a mask"]
 ROWS, COLUMNS = 512, 1024
-
-
-def needs_product(level: int = 0) -> None:
-    loaded = load_product()
-    if loaded.function is None:
-        pytest.skip(loaded.reason)
-    if level > loaded.level:
-        pytest.skip(f"this processor has no {LEVELS[level]}")
 
 
 def two_four(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

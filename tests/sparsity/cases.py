@@ -14,9 +14,9 @@ import transformers as T
 from peft_variator.sparsity.methods.magnitude import Magnitude
 from peft_variator.sparsity.methods.wanda import Wanda
 from peft_variator.sparsity.patterns import Target
+from tests.tiny_models import BART, VOCABULARY
 
 
-VOCABULARY = 99
 IMAGE = VOCABULARY - 1
 BLOCKS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, **BLOCKS}
@@ -33,17 +33,6 @@ OPT = {
     **BLOCKS,
 }
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
-BART = {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 64,
-}
 Case = tuple[torch.nn.Module, dict[str, Any]]
 
 

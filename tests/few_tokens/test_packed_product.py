@@ -16,8 +16,9 @@ from peft_variator.bases.packing import pack
 from peft_variator.few_tokens.compiled import LEVELS, SWITCH, load_product
 from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, is_faster, multiply
 from peft_variator.profiling import count_flops
+from tests.bases.reference import prune_two_four, reference_unpack, same_bits, two_four_linear
 
-from .reference import prune_two_four, reference_unpack, same_bits, two_four_linear
+from .levels import needs_product
 
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -30,14 +31,6 @@ def product() -> Iterator[None]:
     load_product.cache_clear()
     yield
     load_product.cache_clear()
-
-
-def needs_product(level: int = 0) -> None:
-    loaded = load_product()
-    if loaded.function is None:
-        pytest.skip(loaded.reason)
-    if level > loaded.level:
-        pytest.skip(f"this processor has no {LEVELS[level]}")
 
 
 def drawn(

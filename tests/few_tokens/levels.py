@@ -1,0 +1,16 @@
+"""What a machine needs to run the products of a few tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_variator.few_tokens.compiled import LEVELS, load_product
+
+
+def needs_product(level: int = 0) -> None:
+    """Skip where there is no compiler, or the processor lacks an instruction set, an index into `LEVELS`."""
+    loaded = load_product()
+    if loaded.function is None:
+        pytest.skip(loaded.reason)
+    if level > loaded.level:
+        pytest.skip(f"this processor has no {LEVELS[level]}")
