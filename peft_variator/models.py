@@ -60,6 +60,7 @@ __all__ = [
     "load_tokenizer",
     "load_whole",
     "model_class",
+    "on_device",
     "read_config",
     "read_fields",
     "read_model_config",
@@ -388,6 +389,20 @@ def share_weights(model: nn.Module) -> nn.Module:
     """
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments of a model's call with their tensors on a device.
+
+    Raises:
+        TypeError: the batch is not a mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"A batch of type {type(batch).__name__}. It has to be a dict of what the model's forward takes, as a "
+            "tokenizer or a collator returns it."
+        )
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..models import on_device
 from ..tuners.variator import VariatorConfig, calibrate
 from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
@@ -64,14 +65,12 @@ def allocate(
     Raises:
         ValueError: a share is not between 0 and 1 or cannot be reached, which names the largest that can; a candidate
             is no ratio; there are no batches; or the model has a plugin already.
+        TypeError: a batch is not a mapping.
     """
     targets = _checked_targets(flops_saved, fields)
     ratios = sorted({1, *_checked_candidates(candidates)})
     device = next(base.parameters()).device
-    examples = [
-        {n: v.to(device) if isinstance(v, Tensor) else v for n, v in _without_labels(base, batch).items()}
-        for batch in batches
-    ]
+    examples = [_without_labels(base, on_device(batch, device)) for batch in batches]
     if not examples:
         raise ValueError("allocate: there are no batches to measure on.")
     if any(True for _ in plugin_layers(base)):
@@ -149,11 +148,11 @@ def _checked_candidates(candidates: Sequence[int]) -> Sequence[int]:
     return candidates
 
 
-def _without_labels(base: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def _without_labels(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch as it is used: where every token has a label, a causal model merges nothing."""
     config: Any = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        return dict(batch)
+        return batch
     return {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..bases import Sparse24Linear, describe_paths
-from ..models import Task, build_model, find_task, has_weights, load_config, share_weights
+from ..models import Task, build_model, find_task, has_weights, load_config, on_device, share_weights
 from ..tuners.variator import VariatorConfig
 from .flops import count_flops
 from .inputs import Lengths, make_inputs, make_lengths, without_padding
@@ -168,8 +168,7 @@ def _make_inputs(
     assert settings.task is not None  # resolved
     length = 1 if settings.length is None else settings.length
     lengths = make_lengths(settings.batch, length, settings.lengths, generator)
-    inputs = make_inputs(config, settings.task, lengths, dtype=dtype, generator=generator)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return on_device(make_inputs(config, settings.task, lengths, dtype=dtype, generator=generator), device)
 
 
 def _build(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import Task
+from ..models import Task, on_device
 from ..profiling import Candidate, describe_environment, make_inputs, make_lengths, time_alternately
 from ..tuners.variator import using_ratio
 from .latency import LatencyCheck, LatencyTable, checked_axis, checked_quality
@@ -110,8 +110,7 @@ def _measure(
     generator = torch.Generator().manual_seed(seed)
     task: Task = "causal" if is_causal(inner) else "encoder"
     shapes = make_lengths(batch, length, "even", generator)
-    inputs = make_inputs(inner.config, task, shapes, dtype=inner.dtype, generator=generator)
-    inputs = {name: value.to(inner.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    inputs = on_device(make_inputs(inner.config, task, shapes, dtype=inner.dtype, generator=generator), inner.device)
     inside = unwrap(model)
     if isinstance(inside, nn.Sequential):  # what a SentenceTransformer is
 

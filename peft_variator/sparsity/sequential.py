@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..models import on_device
 from ..tuners.variator.forward_context import single_blocks
 from .modules import PrunableModule, block_stacks, innermost
 from .statistics import Statistics
@@ -85,7 +86,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     if isinstance(batch, Tensor):
         return model(batch.to(device))
-    return model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+    return model(**on_device(batch, device))
 
 
 def run_block(block: nn.Module, call: Call, links: Mapping[Slot, int], previous: list[Any]) -> list[Any]:

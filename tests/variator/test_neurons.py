@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_variator import VariatorConfig, calibrate
+from peft_variator import VariatorConfig, allocate, calibrate
 from peft_variator.tuners.variator import VariatorLayer
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
 
@@ -259,6 +259,13 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
     for batches in ([], [BERT.inputs(1, 2)]):
         with pytest.raises(ValueError, match="no tokens that are merged"):
             calibrate(with_neurons(BERT, correction_dim=6), batches)
+    ids = LLAMA.inputs(2, 12)["input_ids"]
+    with pytest.raises(ValueError, match="leave labels out"):
+        calibrate(with_neurons(LLAMA, correction_dim=6), [{"input_ids": ids, "labels": ids}])
+    with pytest.raises(TypeError, match="batch of type Tensor"):
+        calibrate(with_neurons(LLAMA, correction_dim=6), [ids])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="batch of type Tensor"):
+        allocate(LLAMA.build(), [ids])  # type: ignore[list-item]
 
 
 LOW_RANK = {"correction_rank": 2, "correction_dim": 8}

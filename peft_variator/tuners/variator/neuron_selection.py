@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models import on_device
 from .decompression import NeuronsDecompression
 from .layer import VariatorLayer, plugin_layers
 from .merging import Groups
@@ -39,6 +40,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: the model has no such plugin, its weights have left their start, or the batches have no tokens to
             merge. Nothing has been changed.
+        TypeError: a batch is not a mapping.
     """
     row = _widest_row(model)
     probes, layers = _probes_to_fit(model), _layers_to_calibrate(model, row)
@@ -80,7 +82,10 @@ def _choose_neurons(
         _run(model, batches)
     _sum_over_processes(spreads.values())
     if not all(bool(spread.any()) for spread in spreads.values()):
-        raise ValueError("calibrate: the batches have no tokens that are merged. Pass longer texts, and more of them.")
+        raise ValueError(
+            "calibrate: the batches have no tokens that are merged. Pass longer texts, and more of them; a causal "
+            "model merges none whose prediction has a label, so leave labels out where all have one."
+        )
     for layer, plugin, network in layers:
         modules = layer.modules_of(plugin)
         width = modules["variator_neurons"].get_buffer("index").numel()
@@ -163,7 +168,7 @@ def _observed(
 def _run(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     device = next(model.parameters()).device
     for batch in batches:
-        model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
+        model(**on_device(batch, device))
 
 
 def _sum_over_processes(sums: Iterable[Tensor]) -> None:
