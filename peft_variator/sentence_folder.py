@@ -2,7 +2,7 @@
 
 A folder of sentence-transformers is one of transformers with a list of modules, `modules.json`: the transformer, whose
 path is the folder itself, then pooling and others, each with a folder for its own settings. The library is not needed
-to keep them.
+to keep them, nor to read how the model makes its embeddings.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import file_exists, hf_hub_download, snapshot_download, try_to_load_from_cache
 
+from .pooling import POOLINGS
 
-__all__ = ["MODULES", "copy_files", "sentence_files"]
+
+__all__ = ["MODULES", "EmbeddingRecipe", "copy_files", "read_recipe", "sentence_files"]
 
 MODULES = "modules.json"
 # Settings of the whole and of the transformer, the latter under the names of today and of before.
@@ -85,3 +89,81 @@ def _module_folders(listed: Path) -> list[str]:
         if not isinstance(folder, str) or PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
             raise ValueError(f"{listed} names the folder {folder!r}, which has to be one inside of its own.")
     return [folder for folder in folders if folder not in ("", ".")]
+
+
+@dataclass(frozen=True)
+class EmbeddingRecipe:
+    """How a model's hidden states become an embedding.
+
+    Args:
+        poolings: names in `POOLINGS`; the vectors of several are joined.
+        normalize: whether it is scaled to length 1.
+        max_length: most tokens of a text; `None`: as many as the model has positions.
+        prompt: put before every text.
+        unknown: what the folder does with it besides, which only sentence-transformers can.
+    """
+
+    poolings: tuple[str, ...] = ("mean",)
+    normalize: bool = True
+    max_length: int | None = None
+    prompt: str = ""
+    unknown: tuple[str, ...] = ()
+
+
+def read_recipe(model: str) -> EmbeddingRecipe:
+    """What the folder of a model says about embeddings; the mean, normalised, where it says nothing.
+
+    Args:
+        model: folder, or name on the Hub of a model that was downloaded before. Nothing is downloaded.
+    """
+    modules = _read(model, MODULES)
+    if not isinstance(modules, list):
+        return EmbeddingRecipe()
+    poolings: tuple[str, ...] = ()
+    normalize, unknown = False, []
+    for module in modules:
+        kind = module["type"].rpartition(".")[2]
+        settings = _read(model, f"{module['path']}/config.json".lstrip("/")) or {}
+        if kind == "Pooling":
+            poolings = _poolings(settings)
+            unknown += [] if settings.get("include_prompt", True) else ["Pooling(include_prompt=False)"]
+            unknown += [name for name in poolings if name not in POOLINGS]
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            unknown.append(kind)
+    general = _read(model, "config_sentence_transformers.json") or {}
+    return EmbeddingRecipe(
+        poolings=poolings or ("mean",),
+        normalize=normalize,
+        max_length=(_read(model, "sentence_bert_config.json") or {}).get("max_seq_length"),
+        prompt=(general.get("prompts") or {}).get(general.get("default_prompt_name")) or "",
+        unknown=tuple(unknown),
+    )
+
+
+def _poolings(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The poolings of a folder; before version 5.5 of sentence-transformers there was one flag for each."""
+    named = settings.get("pooling_mode")
+    if named is not None:
+        return (named,) if isinstance(named, str) else tuple(named)
+    return tuple(name for flag, name in _FLAGS.items() if settings.get(flag))
+
+
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def _read(model: str, name: str) -> Any:
+    path: Any = Path(model, name)
+    if model and not path.is_file() and not Path(model).exists() and model.count("/") <= 1:
+        path = try_to_load_from_cache(model, name)
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .engine_metrics import BatchRecord, EngineMetrics
     from .latency import LatencyCheck, LatencyTable
-    from .metrics import BatchRecord, EngineMetrics
     from .policies import POLICIES, FixedRatio, Oracle, Policy, QueueItem, QueueThreshold, SlackFit
     from .profile import profile_latency, quality_from_card
-    from .requests import EngineClosed, Limits, QueueFull
+    from .queueing import EngineClosed, Limits, QueueFull
     from .server import ServeSettings, make_engine
     from .simulator import RecordedLatencies, Simulation, simulate
     from .tasks import Classifications, Embeddings, Prefilled, Scores
@@ -49,10 +49,10 @@ __all__ = [
 _ROOMS = {
     "engine": ("Engine",),
     "latency": ("LatencyCheck", "LatencyTable"),
-    "metrics": ("BatchRecord", "EngineMetrics"),
+    "engine_metrics": ("BatchRecord", "EngineMetrics"),
     "policies": ("POLICIES", "FixedRatio", "Oracle", "Policy", "QueueItem", "QueueThreshold", "SlackFit"),
     "profile": ("profile_latency", "quality_from_card"),
-    "requests": ("EngineClosed", "Limits", "QueueFull"),
+    "queueing": ("EngineClosed", "Limits", "QueueFull"),
     "server": ("ServeSettings", "make_engine"),
     "simulator": ("RecordedLatencies", "Simulation", "simulate"),
     "tasks": ("Classifications", "Embeddings", "Prefilled", "Scores"),

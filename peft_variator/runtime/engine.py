@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..pooling import check_pooling
 from ..tuners.variator import using_ratio
 from ..tuners.variator.ratios import compression_ratio_of
+from .engine_metrics import BatchRecord, Counts, EngineMetrics
 from .latency import is_whole
-from .metrics import BatchRecord, Counts, EngineMetrics
 from .policies import FixedRatio, Policy
-from .pooling import check_pooling
-from .queueing import DeadlineQueue, take_batch
-from .requests import (
+from .queueing import (
+    DeadlineQueue,
     EngineClosed,
     Limits,
     QueuedText,
@@ -35,6 +35,7 @@ from .requests import (
     checked_query,
     checked_slo,
     checked_texts,
+    take_batch,
 )
 from .tasks import (
     Classifications,
@@ -48,8 +49,9 @@ from .tasks import (
     Scores,
     Served,
     Task,
+    has_plugin,
+    unwrap,
 )
-from .text_model import has_plugin, unwrap
 
 
 __all__ = ["Engine"]
@@ -78,7 +80,7 @@ class Engine:
         policy: what chooses; `None`: always the plugin's own ratio.
         slo_ms: milliseconds from a call to its deadline, unless the call names its own; infinity: none.
         max_queue: most texts that may wait. A call that does not fit is refused whole.
-        pooling: how hidden states become an embedding: a name in `peft_variator.runtime.pooling.POOLINGS`; `None`: as
+        pooling: how hidden states become an embedding: a name in `peft_variator.pooling.POOLINGS`; `None`: as
             the folder of the model says, else `"mean"`.
         normalize: whether embeddings have length 1; `None`: as the folder says, else yes.
         max_length: most tokens of a text that is embedded, classified or ranked, the rest is cut off; `None`: as many

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from .metrics import BatchRecord
+from .engine_metrics import BatchRecord
 
 
 __all__ = ["LatencyCheck", "LatencyTable", "checked_axis", "checked_quality", "is_whole"]

@@ -32,8 +32,8 @@ from pydantic import Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.utils import logging as transformers_logging
 
-from .metrics import BatchRecord
-from .requests import EngineClosed, QueueFull
+from .engine_metrics import BatchRecord
+from .queueing import EngineClosed, QueueFull
 from .server import ServeSettings, make_engine
 
 

@@ -19,7 +19,7 @@ from ..models import Task, on_device
 from ..profiling import Candidate, describe_environment, make_inputs, make_lengths, time_alternately
 from ..tuners.variator import using_ratio
 from .latency import LatencyCheck, LatencyTable, checked_axis, checked_quality
-from .text_model import find_transformer, has_plugin, is_causal, unwrap
+from .tasks import find_transformer, has_plugin, is_causal, unwrap
 
 
 __all__ = ["profile_latency", "quality_from_card"]

@@ -20,15 +20,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from ..models import check_model_name, load_tokenizer, load_whole
+from ..pooling import check_pooling
 from ..profiling import count_positions
+from ..sentence_folder import read_recipe
 from ..training import load_plugin
 from .engine import Engine
+from .engine_metrics import BatchRecord
 from .latency import LatencyTable
-from .metrics import BatchRecord
 from .policies import MAX_BATCH, FixedRatio, Policy, QueueThreshold, SlackFit
-from .pooling import check_pooling, read_recipe
 from .profile import profile_latency, quality_from_card
-from .text_model import find_transformer
+from .tasks import find_transformer
 
 
 __all__ = ["ServeSettings", "make_engine", "serve"]

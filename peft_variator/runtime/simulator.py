@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
+from .engine_metrics import BatchRecord
 from .latency import LatencyTable
-from .metrics import BatchRecord
 from .policies import Policy, Waiting
 from .queueing import DeadlineQueue, take_batch
 

@@ -1,4 +1,7 @@
-"""What is asked of a model: texts in, one answer a text out, whichever batch it ran in. One class a task."""
+"""The model of texts inside of what is served, and what can be asked of it: one class a task.
+
+Texts go in, and one answer a text comes out, whichever batch it ran in.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import normalize as to_length_one
 from torch.nn.functional import pad
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from ..pooling import pool
 from ..profiling import count_positions
-from .pooling import pool, read_recipe
-from .text_model import find_transformer, is_causal, is_one_of, unwrap
+from ..sentence_folder import read_recipe
+from ..tuners.variator.layer import plugin_layers
 
 
 __all__ = [
@@ -36,10 +43,53 @@ __all__ = [
     "Scores",
     "Served",
     "Task",
+    "find_transformer",
+    "has_plugin",
+    "is_causal",
+    "is_one_of",
+    "unwrap",
 ]
 
 Encoded = dict[str, list[int]]
 """One text: what the tokenizer gives, without padding, always with `input_ids`."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """What a PeftModel was put around, with the plugin in it; any other model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def find_transformer(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers inside of a PeftModel or a SentenceTransformer.
+
+    Raises:
+        ValueError: there is none, or it takes no text.
+    """
+    found = next((module for module in unwrap(model).modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no model of transformers in it. Give one that does.")
+    if found.main_input_name != "input_ids":
+        raise ValueError(f"{type(found).__name__} takes {found.main_input_name}; only models of text are served.")
+    if is_one_of(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, found):
+        raise ValueError(
+            f"{type(found).__name__} is an encoder-decoder. Serve its encoder alone, e.g. a T5EncoderModel."
+        )
+    return found
+
+
+def is_one_of(mapping: Mapping[Any, Any], model: PreTrainedModel) -> bool:
+    """Whether a model has the head that an automatic class of transformers, whose mapping this is, would give it."""
+    return type(model.config) in mapping and isinstance(model, mapping[type(model.config)])
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether a model predicts next tokens, so that it is asked for a prefill."""
+    return is_one_of(MODEL_FOR_CAUSAL_LM_MAPPING, model)
+
+
+def has_plugin(model: nn.Module) -> bool:
+    """Whether there is a Variator plugin whose ratio can be chosen."""
+    return next(iter(plugin_layers(model)), None) is not None
 
 
 @dataclass(frozen=True)
@@ -201,7 +251,7 @@ class Embed(Task):
         self.max_length = min(most, default=None)
         self.width = served.inner.config.get_text_config().hidden_size * len(self.poolings)
         # A head keeps its hidden states to itself unless it is asked for them.
-        self.asks = {} if _returns_hidden_states(served.inner) else {"output_hidden_states": True}
+        self.asks = {} if served.inner.base_model is served.inner else {"output_hidden_states": True}
 
     def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
         encoded = self.served.encode([self.prompt + text for text in texts], max_length=self.max_length)
@@ -215,11 +265,7 @@ class Embed(Task):
         return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).float().cpu())
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
-        return Embeddings(torch.stack(answers) if answers else torch.zeros(0, self.width), **about)
-
-
-def _returns_hidden_states(model: PreTrainedModel) -> bool:
-    return model.base_model is model
+        return Embeddings(_stacked(answers, self.width), **about)
 
 
 class EmbedSentences(Task):
@@ -273,7 +319,7 @@ class EmbedSentences(Task):
         return to_length_one(vectors, dim=-1) if self.normalize else vectors
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
-        return Embeddings(torch.stack(answers) if answers else torch.zeros(0, self.width or 0), **about)
+        return Embeddings(_stacked(answers, self.width or 0), **about)
 
 
 class _SentenceEncoding(dict[str, list[int]]):
@@ -303,7 +349,7 @@ class Classify(Task):
         return list(self.served.model(**self.served.padded(texts)).logits.float().cpu())
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Any:
-        return Classifications(torch.stack(answers) if answers else torch.zeros(0, self.labels), **about)
+        return Classifications(_stacked(answers, self.labels), **about)
 
 
 class Rerank(Classify):
@@ -322,7 +368,7 @@ class Rerank(Classify):
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Scores:
         scores = [logits[-1] - (logits[0] if self.labels == 2 else 0.0) for logits in answers]
-        return Scores(torch.stack(scores) if scores else torch.zeros(0), **about)
+        return Scores(_stacked(scores), **about)
 
 
 class Prefill(Task):
@@ -381,8 +427,12 @@ class Prefill(Task):
             )
             cache.update(keys, values, index)
         vocabulary = inner.config.get_text_config().vocab_size
-        logits = torch.stack([row for row, _ in answers]) if answers else torch.zeros(0, vocabulary)
-        return Prefilled(logits, cache, mask, **about)
+        return Prefilled(_stacked([row for row, _ in answers], vocabulary), cache, mask, **about)
+
+
+def _stacked(rows: list[Tensor], *shape: int) -> Tensor:
+    """Rows of this shape as one tensor, of no row too."""
+    return torch.stack(rows) if rows else torch.zeros(0, *shape)
 
 
 def _padded_left(states: Tensor, longest: int) -> Tensor:

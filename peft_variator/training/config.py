@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from transformers import SchedulerType, TrainingArguments
 
 from ..field_types import check_field_types
+from ..pooling import check_pooling
 
 
 __all__ = ["DistillationConfig"]
 
 HIDDEN_LOSSES = ("last", "all")
-POOLINGS = ("mean", "first")
 
 
 @dataclass
@@ -53,8 +53,9 @@ class DistillationConfig(TrainingArguments):
     embedding_pooling: str = field(
         default="mean",
         metadata={
-            "help": "What the embedding is made of: `mean` of the last hidden states over real tokens, or the `first` "
-            "real token, as where a class token stands for the input."
+            "help": "What the embedding is made of: `mean` of the last hidden states over real tokens, `cls` (or "
+            "`first`), the first real token, or `lasttoken`, `max`, `mean_sqrt_len_tokens`, `weightedmean` as in "
+            "sentence-transformers."
         },
     )
     hidden_loss: str = field(
@@ -97,10 +98,7 @@ class DistillationConfig(TrainingArguments):
         self._check_weights()
         if self.hidden_loss not in HIDDEN_LOSSES:
             raise ValueError(f"hidden_loss={self.hidden_loss!r} is not one of {', '.join(map(repr, HIDDEN_LOSSES))}.")
-        if self.embedding_pooling not in POOLINGS:
-            raise ValueError(
-                f"embedding_pooling={self.embedding_pooling!r} is not one of {', '.join(map(repr, POOLINGS))}."
-            )
+        check_pooling(self.embedding_pooling, "embedding_pooling")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} has to be a number greater than 0.")
         if self.variance_samples < 1:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..pooling import pool
 from .config import DistillationConfig
 from .loss_masks import (
     CAUSAL,
@@ -146,8 +147,7 @@ def embedding_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, poolin
         student: last hidden states, shape `(batch, length, dim)`.
         teacher: the same of the teacher; its gradients are not taken.
         mask: real tokens, bool of shape `(batch, length)`; `None`: all of them.
-        pooling: `"mean"` over real tokens, as in Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084,
-            section 3), or the `"first"` real token.
+        pooling: a name in `peft_variator.pooling.POOLINGS`.
 
     Returns:
         LossSums: the distance of each example, and 1, or 0 of an example without a real token.
@@ -159,17 +159,14 @@ def embedding_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, poolin
     if mask is None:
         mask = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     found = mask.any(1)
-    if pooling == "first":
-        mask = mask & (mask.cumsum(1) == 1)
-    mine, target = _mean_of_real(student, mask), _mean_of_real(teacher.detach(), mask)
+    # An example without a real token has the pooling of its padding, and no distance.
+    counted = mask | ~found.unsqueeze(1)
+    mine, target = (
+        pool(full_precision(states).masked_fill(~mask.unsqueeze(-1), 0), counted, pooling)
+        for states in (student, teacher.detach())
+    )
     distance = 1 - nn.functional.cosine_similarity(mine, target)
     return LossSums(distance.masked_fill(~found, 0), found.long())
-
-
-def _mean_of_real(states: Tensor, mask: Tensor) -> Tensor:
-    # Filled rather than multiplied by 0: padding may hold NaN.
-    total = full_precision(states).masked_fill(~mask.unsqueeze(-1), 0).sum(1)
-    return total / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def kl_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_kl_loss_is_the_loop(dtype: torch.dtype, temperature: float) -> None:
     sums = kl_loss(student, teacher, mask, temperature)
     for row in range(3):
         wanted = [kl_reference(student[row, t], teacher[row, t], temperature) for t in range(4) if mask[row, t]]
-        assert float(sums.errors[row]) == pytest.approx(sum(wanted), rel=1e-4, abs=1e-6)
+        assert sums.errors[row].item() == pytest.approx(sum(wanted), rel=1e-4, abs=1e-6)
         assert int(sums.items[row]) == len(wanted)
 
 
@@ -185,20 +186,36 @@ def test_errors_name_the_shapes() -> None:
         kl_loss(torch.zeros(2, 1), torch.zeros(2, 1), torch.ones(2, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first"])
+POOLED_BY_HAND: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
+    "mean": lambda rows: sum(rows, torch.zeros(())),
+    "first": lambda rows: rows[0],
+    "cls": lambda rows: rows[0],
+    "lasttoken": lambda rows: rows[-1],
+    "max": lambda rows: torch.stack(rows).amax(0),
+}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "cls", "lasttoken", "max"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding_loss_is_the_loop(dtype: torch.dtype, pooling: str) -> None:
     student, teacher = (states(1, 4, 7, 5, dtype, seed)[0] for seed in (1, 2))
     mask = random_mask(4, 7)
     mask[2] = False
     student[~mask] = torch.nan
+    student.requires_grad_()
     sums = embedding_loss(student, teacher, mask, pooling)
+    sums.errors.sum().backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
     for row in range(4):
-        real = mask[row].nonzero().flatten().tolist()[: 1 if pooling == "first" else None]
+        real = mask[row].nonzero().flatten().tolist()
         assert sums.items[row] == (1 if real else 0)
         expected = 0.0
         if real:
-            mine, target = (sum(values[row, at].double() for at in real) for values in (student, teacher))
+            mine, target = (
+                POOLED_BY_HAND[pooling]([values.detach()[row, at].double() for at in real])
+                for values in (student, teacher)
+            )
             expected = 1 - float(mine @ target / mine.norm() / target.norm())
-        assert float(sums.errors[row]) == pytest.approx(expected, abs=10 * TOLERANCE[dtype])
+        assert sums.errors[row].item() == pytest.approx(expected, abs=10 * TOLERANCE[dtype])
     assert embedding_loss(student[:1, :3], teacher[:1, :3], None).items.tolist() == [1]
