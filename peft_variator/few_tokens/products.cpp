@@ -64,7 +64,8 @@ inline void store(const Task& task, long token, long row, float sum) {
     narrow(sum, static_cast<T*>(task.out)[token * task.rows + row]);
 }
 
-// Columns of the bits set in a byte, and where each column of a byte finds its value: 4 to 7 hold zeros.
+// Columns of the bits set in a byte, followed by one that is not set where there are fewer than four; and where each
+// column of a byte finds its value: 4 to 7 hold zeros.
 struct Tables {
     uint8_t columns[256][4] = {};
     int32_t sources[256][8] = {};
@@ -76,6 +77,9 @@ struct Tables {
                 sources[byte][column] = set && kept < 4 ? kept : 7;
                 if (set && kept < 4) columns[byte][kept++] = static_cast<uint8_t>(column);
             }
+            int unset = 0;
+            while (byte >> unset & 1) ++unset;
+            for (; kept < 4; ++kept) columns[byte][kept] = static_cast<uint8_t>(unset);
         }
     }
 };
@@ -249,120 +253,133 @@ INLINE Floats widen16(const uint16_t* values) {
     return (Floats)(__builtin_convertvector(load<Halves>(values), Lanes) << 16);
 }
 
-// 16 bits of a mask from `column` on, those past the last column 0.
-INLINE uint32_t bits16(const uint8_t* bits, const Task& task, long row, long column) {
-    const uint8_t* from = bits + row * task.width() + column / 8;
-    const long left = task.columns - column;
-    if (left >= LANES) return from[0] | from[1] << 8;
-    return (from[0] | (left > 8 ? from[1] << 8 : 0)) & ((1u << left) - 1);
-}
-INLINE Lanes spread(uint32_t bits) {
-    const Lanes one = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-    return ((Lanes{} + static_cast<int32_t>(bits)) & one) != 0;
-}
+// What sets of instructions have in common: w + u where M keeps it, else 0.
+struct Generic {
+    static INLINE Floats add_at(uint32_t bits, Floats w, Floats u) {
+        const Lanes one = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+        return (Floats)((Lanes)(w + u) & (((Lanes{} + static_cast<int32_t>(bits)) & one) != 0));
+    }
+    static INLINE Floats add_where_not_zero(Floats w, Floats u) {
+        return (Floats)((Lanes)(w + u) & (w != 0));  // NaN is not 0
+    }
+};
 
-struct Portable {
+struct Portable : Generic {
     static constexpr int ROWS = 2, VECTORS = 1;
     template <class T>
-    static INLINE void expand(const T* values, uint32_t bits, float* out) {
+    static INLINE void expand(const T* values, uint32_t bits, Floats& out) {
+        float lanes[LANES] = {};
         for (int byte = 0; byte < 2; ++byte, bits >>= 8)
             for (int index = 0; index < 4; ++index, ++values) {
-                const int kept = __builtin_popcount(bits & 255);
-                if (index < kept) out[8 * byte + TABLES.columns[bits & 255][index]] = widen(*values);
+                const int column = TABLES.columns[bits & 255][index];
+                if (bits >> column & 1) lanes[8 * byte + column] = widen(*values);
             }
+        out = load<Floats>(lanes);
     }
 };
 
 #if defined(__x86_64__)
-struct WithAvx2 {
+struct WithAvx2 : Generic {
     static constexpr int ROWS = 4, VECTORS = 1;
     template <class T>
-    AVX2 static inline void expand(const T* values, uint32_t bits, float* out) {
+    AVX2 static inline void expand(const T* values, uint32_t bits, Floats& out) {
+        float lanes[LANES];
         for (int byte = 0; byte < 2; ++byte) {
             const __m256 kept = _mm256_insertf128_ps(_mm256_setzero_ps(), load4(values + 4 * byte), 0);
             const int32_t* source = TABLES.sources[bits >> 8 * byte & 255];
             const __m256i places = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-            _mm256_storeu_ps(out + 8 * byte, _mm256_permutevar8x32_ps(kept, places));
+            _mm256_storeu_ps(lanes + 8 * byte, _mm256_permutevar8x32_ps(kept, places));
         }
+        out = load<Floats>(lanes);
     }
 };
 
 struct WithAvx512 {
     static constexpr int ROWS = 8, VECTORS = 2;
     template <class T>
-    AVX512 static inline void expand(const T* values, uint32_t bits, float* out) {
+    AVX512 static inline void expand(const T* values, uint32_t bits, Floats& out) {
         const __m512 kept = _mm512_castps256_ps512(load8(values));
-        _mm512_storeu_ps(out, _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), kept));
+        out = (Floats)_mm512_maskz_expand_ps(static_cast<__mmask16>(bits), kept);
+    }
+    AVX512 static inline Floats add_at(uint32_t bits, Floats w, Floats u) {
+        return (Floats)_mm512_maskz_add_ps(static_cast<__mmask16>(bits), (__m512)w, (__m512)u);
+    }
+    AVX512 static inline Floats add_where_not_zero(Floats w, Floats u) {
+        const __mmask16 kept = _mm512_cmp_ps_mask((__m512)w, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        return (Floats)_mm512_maskz_add_ps(kept, (__m512)w, (__m512)u);
     }
 };
 #endif
 
-// 16 values of W in a row from `column` on, and all bits set in the lanes that M keeps.
-template <class Set, class T>
-INLINE void read16(const Task& task, long row, long column, Floats& weights, Lanes& kept) {
-    const bool packed = task.bits != nullptr;
-    const long left = task.columns - column;
-    if (left <= 0) {
-        weights = Floats{};
-        kept = Lanes{};
-        return;
-    }
-    const T* values = static_cast<const T*>(task.values);
-    values += packed ? (row * task.columns + column) / 2 : row * task.columns + column;
-    T tail[LANES] = {};
-    if (left < LANES) {
-        std::memcpy(tail, values, (packed ? left / 2 : left) * sizeof(T));
-        values = tail;
-    }
-    uint32_t places = 0;
-    if (packed) {
-        float expanded[LANES] = {};
-        places = bits16(task.bits, task, row, column);
-        Set::expand(values, places, expanded);
-        weights = load<Floats>(expanded);
-    } else {
-        weights = widen16(values);
-    }
-    if (task.mask)
-        kept = spread(bits16(task.mask, task, row, column));
+// A row of W from some column on, and of M; null where a dense W that is 0 is what M does not keep.
+template <class T>
+struct Row {
+    const T* values;
+    const uint8_t* places;
+    const uint8_t* mask;
+};
+INLINE uint32_t bits16(const uint8_t* bits) { return bits[0] | bits[1] << 8; }
+
+// 16 columns of (W + update) ⊙ M.
+template <class Set, class T, bool PACKED>
+INLINE Floats updated16(const Row<T>& row, long column, Floats update) {
+    Floats weights;
+    if (PACKED)
+        Set::expand(row.values + column / 2, bits16(row.places + column / 8), weights);
     else
-        kept = packed ? spread(places) : weights != 0;  // NaN is not 0
+        weights = widen16(row.values + column);
+    if (PACKED || row.mask) return Set::add_at(bits16(row.mask + column / 8), weights, update);
+    return Set::add_where_not_zero(weights, update);
 }
 
-template <class Set, class T>
-INLINE void masked_rows(const Task& task, long begin, long end) {
+// Add the products of a tile, which begins at `at` in these rows and at `column` in x and A, to the sums of each token.
+template <class Set, class T, bool PACKED>
+INLINE void add_tile(const Task& task, const float* factors, const Row<T>* rows, long at, long column, float* sums) {
     constexpr int R = Set::ROWS, V = Set::VECTORS;
-    std::vector<float> factors(R * task.rank), store_of_sums(R * task.tokens * LANES);
-    float* sums = store_of_sums.data();
+    Floats tile[R][V] = {};
+    for (long k = 0; k < task.rank; ++k) {
+        Floats a[V];
+        for (int v = 0; v < V; ++v) a[v] = load<Floats>(task.a + k * task.stride + column + LANES * v);
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) tile[r][v] += factors[k * R + r] * a[v];
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v)
+            tile[r][v] = updated16<Set, T, PACKED>(rows[r], at + LANES * v, tile[r][v]);
+    for (long token = 0; token < task.tokens; ++token, sums += R * LANES)
+        for (int r = 0; r < R; ++r) {
+            Floats sum = load<Floats>(sums + r * LANES);
+            for (int v = 0; v < V; ++v)
+                sum += tile[r][v] * load<Floats>(task.wide + token * task.stride + column + LANES * v);
+            std::memcpy(sums + r * LANES, &sum, sizeof sum);
+        }
+}
+
+template <class Set, class T, bool PACKED>
+INLINE void masked_rows(const Task& task, long begin, long end) {
+    constexpr int R = Set::ROWS;
+    constexpr long COLUMNS = LANES * Set::VECTORS;
+    const long whole = task.columns / COLUMNS * COLUMNS, rest = task.columns - whole;
+    std::vector<float> factors(R * task.rank), sums(R * task.tokens * LANES);
     for (long row = begin; row < end; row += R) {
-        long rows[R];  // the last one again where there are no more
-        for (int r = 0; r < R; ++r) rows[r] = row + r < end ? row + r : end - 1;
-        for (long k = 0; k < task.rank; ++k)
-            for (int r = 0; r < R; ++r) factors[k * R + r] = task.b[rows[r] * task.rank + k];
-        std::memset(sums, 0, store_of_sums.size() * sizeof(float));
-        for (long column = 0; column < task.columns; column += LANES * V) {
-            Floats tile[R][V] = {};
-            for (long k = 0; k < task.rank; ++k) {
-                Floats a[V];
-                for (int v = 0; v < V; ++v) a[v] = load<Floats>(task.a + k * task.stride + column + LANES * v);
-                for (int r = 0; r < R; ++r)
-                    for (int v = 0; v < V; ++v) tile[r][v] += factors[k * R + r] * a[v];
-            }
-            for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) {
-                    Floats weights;
-                    Lanes kept;
-                    read16<Set, T>(task, rows[r], column + LANES * v, weights, kept);
-                    tile[r][v] = (Floats)((Lanes)(weights + tile[r][v]) & kept);
-                }
-            for (long token = 0; token < task.tokens; ++token)
-                for (int r = 0; r < R; ++r) {
-                    float* at = sums + (token * R + r) * LANES;
-                    Floats sum = load<Floats>(at);
-                    for (int v = 0; v < V; ++v)
-                        sum += tile[r][v] * load<Floats>(task.wide + token * task.stride + column + LANES * v);
-                    std::memcpy(at, &sum, sizeof sum);
-                }
+        Row<T> rows[R], tails[R];
+        T values[R][COLUMNS] = {};  // what is left of these rows, followed by zeros that M does not keep
+        uint8_t places[R][COLUMNS / 8] = {}, mask[R][COLUMNS / 8] = {};
+        for (int r = 0; r < R; ++r) {
+            const long at = row + r < end ? row + r : end - 1;  // the last one again where there are no more
+            const T* from = static_cast<const T*>(task.values) + at * task.columns / (PACKED ? 2 : 1);
+            const uint8_t* bits = task.mask ? task.mask : task.bits;
+            rows[r] = {from, PACKED ? task.bits + at * task.width() : nullptr, bits ? bits + at * task.width() : nullptr};
+            tails[r] = {values[r], places[r], bits ? mask[r] : nullptr};
+            std::memcpy(values[r], from + whole / (PACKED ? 2 : 1), rest / (PACKED ? 2 : 1) * sizeof(T));
+            if (PACKED) std::memcpy(places[r], rows[r].places + whole / 8, (rest + 7) / 8);
+            if (bits) std::memcpy(mask[r], rows[r].mask + whole / 8, (rest + 7) / 8);
+            for (long k = 0; k < task.rank; ++k) factors[k * R + r] = task.b[at * task.rank + k];
+        }
+        std::memset(sums.data(), 0, sums.size() * sizeof(float));
+        for (long column = 0; column < task.columns; column += COLUMNS) {
+            const bool inside = column < whole;
+            add_tile<Set, T, PACKED>(task, factors.data(), inside ? rows : tails, inside ? column : 0, column, sums.data());
         }
         for (long token = 0; token < task.tokens; ++token)
             for (int r = 0; r < R && row + r < end; ++r) {
@@ -371,6 +388,11 @@ INLINE void masked_rows(const Task& task, long begin, long end) {
                 store<T>(task, token, row + r, sum);
             }
     }
+}
+
+template <class Set, class T>
+INLINE void masked_rows(const Task& task, long begin, long end) {
+    task.bits ? masked_rows<Set, T, true>(task, begin, end) : masked_rows<Set, T, false>(task, begin, end);
 }
 
 template <class T>

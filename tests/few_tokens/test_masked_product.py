@@ -17,7 +17,7 @@ from peft_variator.bases.packing import pack
 from peft_variator.bitmask import pack_mask
 from peft_variator.few_tokens import product
 from peft_variator.few_tokens.compiled import LEVELS
-from peft_variator.few_tokens.product import FewTokensWeight, multiply
+from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, multiply
 from peft_variator.tuners.sparse_lora import SparseLoraLinear
 
 from .levels import needs_product
@@ -35,17 +35,37 @@ def two_four(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def drawn(form: str, rows: int, columns: int, rank: int, dtype: torch.dtype) -> tuple[FewTokensWeight, Tensor, Tensor]:
-    """What is stored, W, and M."""
+    """What is stored, W, and M, of which one row is empty where that can be."""
+    empty = torch.arange(rows)[:, None] == rows // 3
     if form.startswith("packed"):
         weight = two_four(rows, columns, dtype)
         packed = pack(weight)
         stored = FewTokensWeight(packed.compressed, packed.bitmask)
     else:
-        weight = (torch.randn(rows, columns) * (torch.rand(rows, columns) < 0.5)).to(dtype)
+        weight = (torch.randn(rows, columns) * (torch.rand(rows, columns) < 0.5)).to(dtype).masked_fill(empty, 0)
         stored = FewTokensWeight(weight, None)
-    kept = torch.rand(rows, columns) < 0.6 if "mask" in form else weight != 0
+    kept = (torch.rand(rows, columns) < 0.6) & ~empty if "mask" in form else weight != 0
     stored = stored._replace(kept=pack_mask(kept) if "mask" in form else None)
     return stored._replace(a=torch.randn(rank, columns), b=torch.randn(rows, rank)), weight, kept
+
+
+def check_product(
+    stored: FewTokensWeight, weight: Tensor, kept: Tensor, tokens: int, biased: bool, level: int
+) -> None:
+    """The product of random tokens, and of a random bias, is that of the weight made in double precision."""
+    assert stored.a is not None
+    assert stored.b is not None
+    (rows, columns), dtype = weight.shape, weight.dtype
+    bias = torch.randn(rows).to(dtype) if biased else None
+    x = torch.randn(tokens, columns).to(dtype)
+    found = multiply(x, bias, stored, level)
+    double, offset = weight.double(), None if bias is None else bias.double()
+    exact = F.linear(x.double(), (double + stored.b.double() @ stored.a.double()) * kept, offset)
+    largest = (double.abs() + stored.b.double().abs() @ stored.a.double().abs()) * kept
+    scale = F.linear(x.double().abs(), largest, None if offset is None else offset.abs())
+    allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * scale
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().le(allowed).all(), (rows, columns, tokens, len(stored.a), biased)
 
 
 @pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
@@ -55,22 +75,26 @@ def test_agrees_with_the_weight_made_in_double_precision(form: str, dtype: torch
     needs_product(level)
     print("seed", torch.seed())
     sizes = [(1, 4), (3, 12), (5, 36), (9, 64), (17, 100), (8, 260)]
-    sizes += [] if form.startswith("packed") else [(1, 1), (7, 3), (4, 9), (9, 31), (10, 47)]
+    sizes += [] if form.startswith("packed") else [(1, 1), (7, 3), (4, 9), (9, 31), (10, 47), (6, 133)]
     for rows, columns in sizes:
-        for tokens, rank, biased in ((1, 8, True), (1, 1, False), (3, 5, True), (16, 17, False)):
-            stored, weight, kept = drawn(form, rows, columns, rank, dtype)
-            assert stored.a is not None
-            assert stored.b is not None
-            bias = torch.randn(rows).to(dtype) if biased else None
-            x = torch.randn(2, tokens, columns).to(dtype)
-            found = multiply(x, bias, stored, level)
-            double, offset = weight.double(), None if bias is None else bias.double()
-            exact = F.linear(x.double(), (double + stored.b.double() @ stored.a.double()) * kept, offset)
-            largest = (double.abs() + stored.b.double().abs() @ stored.a.double().abs()) * kept
-            scale = F.linear(x.double().abs(), largest, None if offset is None else offset.abs())
-            allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * scale
-            assert found.dtype == dtype
-            assert (found.double() - exact).abs().le(allowed).all(), (rows, columns, tokens, rank)
+        for tokens, rank, biased in ((1, 8, True), (1, 1, False), (2, 33, True), (6, 5, True), (16, 17, False)):
+            check_product(*drawn(form, rows, columns, rank, dtype), tokens, biased, level)
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_for_every_number_of_tokens_and_several_threads(form: str, level: int) -> None:
+    """Rows that the threads share unevenly, and more of them than are worked on at once."""
+    needs_product(level)
+    print("seed", torch.seed())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        drawn_once = drawn(form, 1000, 148, 19, torch.bfloat16)
+        for tokens in range(1, MAX_TOKENS + 1):
+            check_product(*drawn_once, tokens, tokens % 2 == 0, level)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
