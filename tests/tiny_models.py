@@ -409,9 +409,19 @@ CAUSAL += [
     *(
         Case(name, name, AutoModelForCausalLM, DECODER, "causal", **FURTHER)
         for name in ("apertus", "arcee", "biogpt", "cwm", "diffllama", "ernie4_5", "helium", "jais2")
+        + ("doge", "hyperclovax", "internlm3", "nanochat")
         + ("ministral3", "persimmon", "seed_oss")
     ),
     Case("gpt-bigcode", "gpt_bigcode", AutoModelForCausalLM, GPT, "causal", **FURTHER),
+    Case("granite-swa", "granite_swa", AutoModelForCausalLM, DECODER | {"sliding_window": 8}, "causal", **FURTHER),
+    Case(
+        "exaone-moe",
+        "exaone_moe",
+        AutoModelForCausalLM,
+        MOE | {"num_experts": 4, "moe_intermediate_size": 16, "sliding_window": 8},
+        "causal",
+        **FURTHER,
+    ),
     Case(
         "gpt-neo",
         "gpt_neo",
@@ -447,7 +457,7 @@ CAUSAL += [
 ENCODERS += [
     *(
         Case(name, name, AutoModel, TEXT, "encoder", **FURTHER)
-        for name in ("bert-generation", "layoutlm", "markuplm", "rembert", "splinter")
+        for name in ("bert-generation", "gte", "layoutlm", "markuplm", "rembert", "splinter")
         + ("visual_bert", "xlm-roberta-xl")
     ),
 ]
@@ -539,6 +549,8 @@ VISIONS += [
     Case("data2vec-vision", "data2vec-vision", AutoModel, VISION, "vision", prefix=1, **FURTHER),
     Case("chinese-clip-vision", "chinese_clip_vision_model", AutoModel, TOWER, "vision", prefix=1, **FURTHER),
     Case("vit-msn", "vit_msn", AutoModel, VISION, "vision", prefix=1, **FURTHER),
+    Case("dpt", "dpt", AutoModel, VISION, "vision", prefix=1, **FURTHER),
+    Case("mlcd", "mlcd_vision_model", AutoModel, TOWER, "vision", prefix=1, **FURTHER),
     Case("blip-2-vision", "blip_2_vision_model", Blip2VisionModel, TOWER, "vision", prefix=1, **FURTHER),
 ]
 AUDIO += [

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator.architectures import FEED_FORWARDS, REFUSED
-from tests.tiny_models import BART, BERT, TEXT, VISION
+from tests.tiny_models import BART, BERT, DECODER, T5, TEXT, VISION
 
 
 STAGES = {"image_size": 32, "depths": [1, 1], "num_heads": [2, 2], "hidden_sizes": [8, 16]}
@@ -47,6 +47,10 @@ REFUSED_MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
     "longformer": (TEXT | {"attention_window": 4}, "pads", "intermediate"),
     "led": (BART | {"attention_window": 4, "max_encoder_position_embeddings": 128}, "pads", "fc1"),
     "big_bird": (TEXT | {"attention_type": "block_sparse"}, "pads.*original_full", "intermediate"),
+    "doge": (DECODER | {"is_moe": True, "num_experts": 4}, "router mixes", "mlp"),
+    "nystromformer": (TEXT, "means over stretches", "intermediate"),
+    "pegasus_x": (BART, "pads", "fc1"),
+    "switch_transformers": (T5 | {"num_experts": 4}, "limited number of a batch's tokens", "mlp"),
 }
 
 

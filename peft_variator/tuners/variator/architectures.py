@@ -84,6 +84,7 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "ernie": _POST_NORM,
         "esm": _POST_NORM,
         "eurobert": _DECODER_MLP,
+        "gte": _DECODER_MLP,
         "jina_embeddings_v3": _DECODER_MLP,
         "layoutlm": _POST_NORM,
         "markuplm": _POST_NORM,
@@ -127,9 +128,11 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "cwm": _DECODER_MLP,
         "deepseek_v3": _DECODER_MLP,
         "diffllama": _DECODER_MLP,
+        "doge": _DECODER_MLP,
         "ernie4_5": _DECODER_MLP,
         "ernie4_5_moe": _DECODER_MLP,
         "exaone4": _DECODER_MLP,
+        "exaone_moe": _DECODER_MLP,
         "falcon": _GPT2_MLP,
         "flex_olmo": _DECODER_MLP,
         "gemma": _DECODER_MLP,
@@ -147,8 +150,11 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "gpt_oss": _DECODER_MLP,
         "gptj": _GPT2_MLP,
         "granite": _DECODER_MLP,
+        "granite_swa": _DECODER_MLP,
         "granitemoe": FeedForward(r"layers\.\d+\.block_sparse_moe"),
         "helium": _DECODER_MLP,
+        "hyperclovax": _DECODER_MLP,
+        "internlm3": _DECODER_MLP,
         "jais2": _DECODER_MLP,
         "lfm2": _FEED_FORWARD,
         "llama": _DECODER_MLP,
@@ -156,6 +162,7 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "ministral3": _DECODER_MLP,
         "mistral": _DECODER_MLP,
         "mixtral": _DECODER_MLP,
+        "nanochat": _DECODER_MLP,
         "nemotron": _DECODER_MLP,
         "olmo": _DECODER_MLP,
         "olmo2": _DECODER_MLP,
@@ -191,9 +198,11 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "dinov2": _VISION_MLP,
         "dinov2_with_registers": _VISION_MLP,
         "dinov3_vit": _VISION_MLP,
+        "dpt": _POST_NORM,
         "idefics3_vision": _VISION_MLP,
         "ijepa": _VISION_MLP,
         "internvl_vision": _VISION_MLP,
+        "mlcd_vision_model": _VISION_MLP,
         "siglip2_vision_model": _VISION_MLP,
         "siglip_vision_model": _VISION_MLP,
         "smolvlm_vision": _VISION_MLP,
@@ -227,6 +236,7 @@ _PADS = "it pads its hidden states inside, so nothing tells the plugin which of 
 _SEQUENCE_FIRST = (
     "its hidden states are sequence first, (length, batch, dim), so texts would be merged with one another"
 )
+_CAPACITY = "its experts take a limited number of a batch's tokens, so an answer depends on what else is in the batch"
 
 REFUSED: dict[str, str] = {
     "clap_audio_model": _STAGES,
@@ -247,6 +257,9 @@ REFUSED: dict[str, str] = {
     "maskformer-swin": _STAGES,
     "mobilevit": _WIDTHS,
     "mobilevitv2": _WIDTHS,
+    "nllb-moe": _CAPACITY,
+    "nystromformer": "its attention takes means over stretches of the padded length, so an answer depends on padding",
+    "pegasus_x": _PADS,
     "poolformer": _WIDTHS,
     "pvt": _WIDTHS,
     "pvt_v2": _WIDTHS,
@@ -262,6 +275,7 @@ REFUSED: dict[str, str] = {
     "swin": _STAGES,
     "swin2sr": _WINDOWS,
     "swinv2": _STAGES,
+    "switch_transformers": _CAPACITY,
     "vitdet": _WINDOWS,
     "xlnet": _SEQUENCE_FIRST,
 }
@@ -295,6 +309,8 @@ def refusal_of(module: nn.Module) -> str | None:
     reason = REFUSED.get(model_type)
     if getattr(module.config, "attention_type", None) == "block_sparse":
         reason = f"{_PADS}. Set attention_type='original_full' in its config"
+    if model_type == "doge" and module.config.is_moe:
+        reason = "its router mixes the logits of all tokens of a batch, so an answer depends on what else is in it"
     return None if reason is None else f"{type(module).__name__} (model type {model_type!r}) takes no plugin: {reason}"
 
 
