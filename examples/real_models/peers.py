@@ -20,7 +20,7 @@ from peft_variator.training.losses import HiddenStateVariance, hidden_state_loss
 __all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize"]
 
 
-def quantize(model: BertModel) -> nn.Module:
+def quantize(model: nn.Module) -> nn.Module:
     """A copy whose Linear layers are int8, with the activations quantised as they come."""
     with warnings.catch_warnings():
         # torch points to another library for this, which the figures of int8 do not need.

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peers import quantize
+from peft import PeftModel, get_peft_model
 from recipes import RECIPES, Recipe, make_dataset, name_for_whole_model, plugin_config, trained_part
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
@@ -30,7 +31,18 @@ from peft_variator.training import DistillationConfig, DistillationTrainer
 __all__ = ["collator", "train", "training_arguments"]
 
 
-def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, seed: int, device: str) -> dict[str, Any]:
+def train(
+    name: str,
+    base: Loaded,
+    data: Path,
+    output: Path,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+    *,
+    start: Path | None = None,
+    int8: bool = False,
+) -> dict[str, Any]:
     """Train a fresh plugin, or go on with one; it is saved in `output/plugin`.
 
     Args:
@@ -41,18 +53,26 @@ def train(name: str, base: Loaded, data: Path, output: Path, recipe: Recipe, see
         recipe: steps, loss and so on.
         seed: of data, order and ratios.
         device: `cpu`, or anything else for the accelerator that there is.
+        start: folder of a trained plugin to begin with, whose configuration counts; `None`: a fresh one.
+        int8: train on the base in int8, to follow the base as it was: what int8 costs is then made good, too.
 
     Returns:
         Parameters and the training log.
     """
     torch.manual_seed(seed)
     base_parameters = base.model.num_parameters()
-    student = get_peft_model(trained_part(name, base), plugin_config(name, base, **recipe.plugin))
+    part: Any = trained_part(name, base)
+    inner = quantize(part) if int8 else part
+    if start is None:
+        student: Any = get_peft_model(inner, plugin_config(name, base, **recipe.plugin))
+    else:
+        student = PeftModel.from_pretrained(inner, str(start), is_trainable=True)
     trainer = DistillationTrainer(
         student,
         training_arguments(recipe, output, seed, device),
         train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed),
         data_collator=collator(WEIGHTS[name].kind, base),
+        teacher_model=part if int8 else None,
     )
     checkpoints = output / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
@@ -109,6 +129,8 @@ def main() -> None:
     parser.add_argument("--ratios", type=int, nargs="+", help="compression ratios; the recipe's if not given")
     parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
     parser.add_argument("--plugin", type=json.loads, default={}, help="fields of VariatorConfig, as JSON")
+    parser.add_argument("--start", type=Path, help="folder of a trained plugin to go on with, instead of --plugin")
+    parser.add_argument("--int8", action="store_true", help="train on the base in int8, to follow it as it was")
     parser.add_argument("--losses", type=json.loads, default={}, help="fields of DistillationConfig, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -133,7 +155,17 @@ def main() -> None:
     environment = describe_environment(torch.device(arguments.device))
     base = load(arguments.model, arguments.cache)
     start = time.perf_counter()
-    figures = train(arguments.model, base, arguments.data, arguments.output, recipe, arguments.seed, arguments.device)
+    figures = train(
+        arguments.model,
+        base,
+        arguments.data,
+        arguments.output,
+        recipe,
+        arguments.seed,
+        arguments.device,
+        start=arguments.start,
+        int8=arguments.int8,
+    )
     record = {
         "model": arguments.model,
         "weights_sha256": WEIGHTS[arguments.model].sha256,
