@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ from .compat import (
     needs_generation,
 )
 from .field_types import check_field_types, check_regex
+from .models import name_some
 
 
 __all__ = [
@@ -38,13 +39,13 @@ __all__ = [
     "SavedConfig",
     "TidyTuner",
     "check_adapter_state",
+    "modules_in_layers",
     "read_keys",
     "undone_on_error",
 ]
 
 _PREFIX = "base_model.model."
 _CONTAINERS = (dict, OrderedDict, list, set)
-_NAMES_SHOWN = 3
 # Modules that PEFT saves whole for a task, whatever the config says.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -248,6 +249,16 @@ class TidyTuner(BaseTuner):
         if self.peft_config[adapter_name].was_saved:
             self.before_loading[adapter_name] = before
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls this around a forward and then drops the argument: every sample would get the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: adapters of a {type(self).__name__} cannot be mixed in "
+                "one batch. Call set_adapter and then the model, once for each of them."
+            )
+        yield
+
     @staticmethod
     @contextmanager
     def loading(model: nn.Module, adapter_name: str, config: SavedConfig) -> Iterator[None]:
@@ -273,16 +284,9 @@ class TidyTuner(BaseTuner):
 
 def _warn_about_nothing(tuner: BaseTuner, config: SavedConfig) -> None:
     """Warn about layers that no adapted module is in, and about modules to save that the model does not have."""
-    layers = config.layers_to_transform
-    by_layer = copy.copy(config)
-    by_layer.target_modules = {name.rpartition(".")[2] for name in tuner.targeted_module_names}
-    by_layer.exclude_modules = by_layer.modules_to_save = None
-    empty = []
-    for layer in layers if isinstance(layers, list) else []:
-        by_layer.layers_to_transform = layer
-        # behind a name of its own, since PEFT takes one without a dot whatever its layer is
-        if not any(check_target_module_exists(by_layer, f"model.{name}") for name in tuner.targeted_module_names):
-            empty.append(layer)
+    layers, adapted = config.layers_to_transform, tuner.targeted_module_names
+    wanted = layers if isinstance(layers, list) else []
+    empty = [layer for layer in wanted if not modules_in_layers(config, adapted, layer)]
     if empty:
         warnings.warn(
             f"layers_to_transform={layers!r}: no adapted module is in the layers {empty}. Indices count from 0.",
@@ -297,10 +301,26 @@ def _warn_about_nothing(tuner: BaseTuner, config: SavedConfig) -> None:
     ]
     if unknown:
         warnings.warn(
-            f"modules_to_save={config.modules_to_save!r}: no module of the model ends in {_shorten(unknown)}, so "
+            f"modules_to_save={config.modules_to_save!r}: no module of the model ends in {name_some(unknown)}, so "
             "nothing is trained or saved for it.",
             stacklevel=2,
         )
+
+
+def modules_in_layers(config: SavedConfig, names: Collection[str], layers: list[int] | int | None) -> set[str]:
+    """Those of the modules that lie in layers by PEFT's reading of `layers_pattern`, whatever else the config says.
+
+    Args:
+        config: the configuration.
+        names: full names of modules.
+        layers: as `layers_to_transform`, which PEFT does not look at for full names and regular expressions.
+    """
+    by_layer = copy.copy(config)
+    by_layer.target_modules = {name.rpartition(".")[2] for name in names}
+    by_layer.exclude_modules = by_layer.modules_to_save = None
+    by_layer.layers_to_transform = layers
+    # Behind a name of its own: PEFT looks for a layer's number behind two, and takes a name without a dot anyway.
+    return {name for name in names if check_target_module_exists(by_layer, f"model.{name}")}
 
 
 def _file_of(config: SavedConfig) -> Path | None:
@@ -351,7 +371,7 @@ def _check_file(model: nn.Module, config: SavedConfig, key_mapping: Mapping[str,
     foreign = [key for key in keys if not key.startswith("base_model.")]
     if key_mapping and foreign:
         raise AdapterStateError(
-            f"{where} brings tensors that have no place in this model: {_shorten(foreign)}. Load it onto the model "
+            f"{where} brings tensors that have no place in this model: {name_some(foreign)}. Load it onto the model "
             "that it was made for, or save it again with save_pretrained."
         )
     keys = {_renamed(key, key_mapping) for key in keys}
@@ -443,9 +463,9 @@ def check_adapter_state(
     if surplus:
         overwritten = [key for key in surplus if key in everything]
         what = "are weights of the base model" if overwritten else "have no place in this model"
-        hint = f" It lacks {_shorten(missing)}." if missing else ""
+        hint = f" It lacks {name_some(missing)}." if missing else ""
         raise AdapterStateError(
-            f"{where} brings tensors that are none of the adapter's and {what}: {_shorten(overwritten or surplus)}."
+            f"{where} brings tensors that are none of the adapter's and {what}: {name_some(overwritten or surplus)}."
             f"{hint} Load it onto the model that it was made for, or save it again with save_pretrained."
         )
     if missing:
@@ -457,7 +477,7 @@ def check_adapter_state(
 
 def _incomplete(where: str, missing: list[str]) -> AdapterStateError:
     return AdapterStateError(
-        f"{where} lacks {_shorten(missing)}. The file is incomplete, its keys were renamed, or the adapter was made "
+        f"{where} lacks {name_some(missing)}. The file is incomplete, its keys were renamed, or the adapter was made "
         "for another model. Save it again with save_pretrained."
     )
 
@@ -539,8 +559,3 @@ def _was_resized(base: Any) -> bool:
     except (OSError, ValueError):
         return False
     return bool(saved.get_text_config().vocab_size != base.config.get_text_config().vocab_size)
-
-
-def _shorten(names: list[str]) -> str:
-    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")

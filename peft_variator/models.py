@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -60,6 +60,7 @@ __all__ = [
     "load_tokenizer",
     "load_whole",
     "model_class",
+    "name_some",
     "on_device",
     "read_config",
     "read_fields",
@@ -72,6 +73,7 @@ CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # Made without files, one of T5 has a word: the mark of a space.
 FEWEST_WORDS = 2
+NAMES_SHOWN = 3
 
 Task = Literal["encoder", "causal", "seq2seq", "vision"]
 Head = Literal["seq2seq", "causal", "masked", "token-classification", "classification", "question-answering"]
@@ -278,6 +280,12 @@ def shorten(value: object) -> str:
     except Exception:  # nested too deeply, or an integer of more digits than Python writes out
         return f"<{type(value).__name__}>"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first of some names in alphabetical order, and how many more there are, for a message."""
+    first, rest = (ordered := sorted(names))[:NAMES_SHOWN], ordered[NAMES_SHOWN:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def find_task(model: str, config: PreTrainedConfig) -> Task:
@@ -561,9 +569,8 @@ def load_whole(automatic: Any, name: str, *, pooler: bool = True, **kwargs: Any)
         )
     missing = sorted(key for key in info["missing_keys"] if pooler or not _POOLER.search(key))
     if missing:
-        first = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise ValueError(
-            f"{name!r} does not hold all weights of a {type(loaded).__name__}: {first} are missing and would be "
-            "random. It may have been saved with another head, or in another format: convert it first."
+            f"{name!r} does not hold all weights of a {type(loaded).__name__}: {name_some(missing)} are missing and "
+            "would be random. It may have been saved with another head, or in another format: convert it first."
         )
     return loaded

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
-from ..models import ADAPTER_CONFIG_NAME, read_fields, shorten
+from ..models import ADAPTER_CONFIG_NAME, name_some, read_fields, shorten
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, WeightLayout
 from ..tuners.sparse_lora.functional import merge_update, sum_updates
 from ..tuners.sparse_lora.masks import matches_fingerprint
@@ -32,7 +32,6 @@ __all__ = ["AdapterFile"]
 _KEY_PREFIX = "base_model.model."  # what PEFT puts before every name in an adapter's file
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _METHOD = "SPARSE_LOW_RANK"
-_NAMES_SHOWN = 3
 _HEAD_HINT = (
     "If the adapter was made for the base with a new head, save the base once with that head, and merge into what was "
     "saved."
@@ -282,7 +281,7 @@ def _check_expected(adapter: AdapterFile, model_name: str, expected: Mapping[str
     missing = [name for name in expected if name not in adapter.tensors]
     if missing:
         raise CheckpointError(
-            f"{adapter.file}: {_shorten(missing)} missing, which an adapter of this config has above {model_name}. "
+            f"{adapter.file}: {name_some(missing)} missing, which an adapter of this config has above {model_name}. "
             "The file is incomplete, or the adapter was made for another model."
         )
     for name, wanted in expected.items():
@@ -306,7 +305,7 @@ def _check_replaced(
     if unknown:
         made_for = "" if adapter.architecture is None else f", {adapter.architecture}"
         raise CheckpointError(
-            f"{adapter.file}: {_shorten(unknown)} has no place in {model_name}. The adapter was made for another "
+            f"{adapter.file}: {name_some(unknown)} has no place in {model_name}. The adapter was made for another "
             f"model{made_for}. {_HEAD_HINT}"
         )
     for name, stored in replaced.items():
@@ -321,10 +320,6 @@ def _parameter(name: str, layers: Mapping[str, SparseLoraLayer]) -> str:
     """The parameter that a tensor of the file is a new value for: a bias is saved as that of the base layer."""
     module, _, part = name.rpartition(".base_layer.")
     return f"{module}.{part}" if module in layers else name
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN))
 
 
 def _check_copy(new: StoredTensor, weight: StoredWeight) -> None:

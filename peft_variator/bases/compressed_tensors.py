@@ -15,7 +15,8 @@ A new format is one more subclass of `WeightCodec` in `CODECS`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -293,10 +294,8 @@ class StoredWeight:
         Raises:
             CheckpointError: naming file, tensor and, where there is one, the row.
         """
-        try:
+        with self._naming_file():
             self.codec.check(self.read(), self.prefix)
-        except LayoutError as error:
-            raise CheckpointError(f"{self.main.file}: {error}") from error
 
     def read_packed(self, dtype: torch.dtype) -> PackedWeight:
         """The packed weight in `dtype`.
@@ -304,10 +303,8 @@ class StoredWeight:
         Raises:
             CheckpointError: it is not 2:4; the message names file, tensor and row.
         """
-        try:
+        with self._naming_file():
             return self.codec.decode_packed(self.read(), dtype, self.prefix)
-        except LayoutError as error:
-            raise CheckpointError(f"{self.main.file}: {error}") from error
 
     def read_dense(self, dtype: torch.dtype) -> Tensor:
         """The dense weight (out_features, in_features) in `dtype`.
@@ -315,8 +312,13 @@ class StoredWeight:
         Raises:
             CheckpointError: the parts don't fit together.
         """
-        try:
+        with self._naming_file():
             return self.codec.decode_dense(self.read(), dtype, self.prefix)
+
+    @contextmanager
+    def _naming_file(self) -> Iterator[None]:
+        try:
+            yield
         except LayoutError as error:
             raise CheckpointError(f"{self.main.file}: {error}") from error
 

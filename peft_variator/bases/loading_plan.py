@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
+from ..models import name_some
 from .checkpoint import Checkpoint, CheckpointError
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import Rules, matches
@@ -238,10 +239,9 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, stored: Itera
         layers_with_weights = {name.rpartition(".")[0] for name in loaded}
         missing = [name for name in missing if name.rpartition(".")[0] in layers_with_weights]
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CheckpointError(
-            f"{', '.join(map(str, checkpoint.files))}: {shown} of {type(model).__name__} missing. The checkpoint is "
-            "incomplete; the parameters would be random."
+            f"{', '.join(map(str, checkpoint.files))}: {name_some(missing)} of {type(model).__name__} missing. The "
+            "checkpoint is incomplete; the parameters would be random."
         )
 
 

@@ -104,10 +104,7 @@ def merge_checkpoint(
     job = {"task": "merge", "adapter": fingerprint(located.files), "packed": packed}
     report = rewrite(folder, output, pieces, config, job, on_progress)
     return MergeReport(
-        output=report.output,
-        converted=report.converted,
-        bytes_before=report.bytes_before,
-        bytes_after=report.bytes_after,
+        **vars(report),
         merged=len(located.modules),
         replaced=len(located.replaced),
         packed=len(merge.packed_layers),
@@ -223,9 +220,8 @@ class _Merge:
     def _merge_dense(self, weight: StoredWeight) -> Tensor:
         dense = torch.empty(weight.size(), dtype=self._dtype(weight))
         matrix, kept, _ = self._read(weight)
-        self._adapter.layout(weight.name).flatten(dense).copy_(
-            self._adapter.merge(weight.name, matrix, kept)
-        )  # a view
+        view = self._adapter.layout(weight.name).flatten(dense)
+        view.copy_(self._adapter.merge(weight.name, matrix, kept))
         return dense
 
     def _merge_packed(self, weight: StoredWeight) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # rich is imported when something is shown: help needs none o
     from rich.table import Table
 
 
-__all__ = ["Reporter", "next_commands", "parse_ratios", "parse_shares", "reported"]
+__all__ = ["Reporter", "default_device", "next_commands", "parse_ratios", "parse_shares", "reported"]
 
 # A pipe has no width of its own, and rich would fold tables at 80 columns.
 PIPE_WIDTH = 160
@@ -213,12 +213,21 @@ def _check_file(name: str, path: Path) -> None:
         raise type(error)(f"{name}: {error}") from error
 
 
-def parse_shares(texts: Sequence[str]) -> list[float]:
-    """`["0.3,0.45"]` as numbers.
+def default_device(device: str | None) -> str:
+    """The name of a device that was given; without one a GPU, if there is one."""
+    import torch  # only now: the command's help needs no torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_shares(texts: Sequence[str] | None) -> list[float] | None:
+    """`["0.3,0.45"]` as numbers; `None` if no option was given.
 
     Raises:
         ValueError: a part is no share.
     """
+    if texts is None:
+        return None
     parts = [part.strip() for text in texts for part in text.split(",")]
     try:
         shares = [float(part) for part in parts]
@@ -229,12 +238,14 @@ def parse_shares(texts: Sequence[str]) -> list[float]:
     return shares
 
 
-def parse_ratios(texts: Sequence[str]) -> list[int]:
-    """`["2,4", "8"]` as numbers, each of them once.
+def parse_ratios(texts: Sequence[str] | None) -> list[int] | None:
+    """`["2,4", "8"]` as numbers, each of them once; `None` if no option was given.
 
     Raises:
         ValueError: a part is no whole number.
     """
+    if texts is None:
+        return None
     ratios: list[int] = []
     for text in texts:
         parts = text.split(",")

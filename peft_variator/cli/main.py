@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..sparsity.methods import METHODS, make_method, method_options
 from ..version import __version__
-from .console import Reporter, parse_ratios, parse_shares, reported
+from .console import Reporter, default_device, parse_ratios, parse_shares, reported
 
 
 __all__ = ["app"]
@@ -69,6 +69,13 @@ Ratio = Annotated[
         metavar="K,K", help="Compression ratio k (4), repeated or with commas: one plugin serves all of them."
     ),
 ]
+
+
+def _ratios(left_out: str) -> Any:
+    """The option for some ratios, with what is meant if none is given."""
+    return typer.Option(metavar="K,K", help=f"Compression ratios k, repeated or with commas; left out: {left_out}.")
+
+
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch; in training, on each process.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda:1; left out: a GPU if there is one.")]
@@ -88,6 +95,10 @@ Data = Annotated[
 Rate = Annotated[float, typer.Option(help="Peak learning rate; it warms up and follows a cosine to 0.")]
 TextColumn = Annotated[str, typer.Option(help="Column of a table or data set that holds the text.")]
 Split = Annotated[str, typer.Option(help="Split of a data set.")]
+Plugin = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a Variator plugin.")]
+Base = Annotated[str | None, typer.Option(help="Base model; left out: the one that the plugin names.")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; left out: as torch chooses.")]
 License = Annotated[str | None, typer.Option(help="License to name in the card, e.g. apache-2.0.")]
 PushToHub = Annotated[str | None, typer.Option(metavar="REPO", help="Repository on the Hub to push the result to.")]
 
@@ -105,6 +116,16 @@ def main(
     ] = False,
 ) -> None:
     """Make the models you already have cheaper to run."""
+
+
+def _command(name: str, short_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command, in which bad input ends in a message; see [`reported`]."""
+
+    def register(command: Callable[..., None]) -> Callable[..., None]:
+        made = app.command(name, cls=Command, context_settings=CONTEXT, short_help=short_help)
+        return made(reported()(command))
+
+    return register
 
 
 def _with_options(
@@ -161,7 +182,7 @@ def _run_options() -> Iterable[inspect.Parameter]:
     return inspect.signature(options, eval_str=True).parameters.values()
 
 
-@app.command("bench", cls=Command, context_settings=CONTEXT, short_help="Measure how much faster a plugin is.")
+@_command("bench", "Measure how much faster a plugin is.")
 def bench_command(
     model: Annotated[
         str | None,
@@ -174,25 +195,17 @@ def bench_command(
     adapter: Annotated[
         str | None, typer.Option(help="Folder or Hub name of a saved plugin to measure instead of a fresh one.")
     ] = None,
-    ratio: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="K,K",
-            help="Compression ratios k, repeated or with commas; left out: 2,4,8, or those of the saved plugin.",
-        ),
-    ] = None,
+    ratio: Annotated[list[str] | None, _ratios("2,4,8, or those of the saved plugin")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences or images in a batch.")] = 8,
     length: Annotated[int | None, typer.Option(help="Tokens of the longest sequence (128). Not for images.")] = None,
     lengths: Annotated[
         Literal["even", "uneven"],
         typer.Option(help="uneven: lengths are drawn from a quarter of --length up, and padded."),
     ] = "even",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     rounds: Annotated[int, typer.Option(help="Timed samples of each setting.")] = 10,
     min_seconds: Annotated[float, typer.Option(help="Short calls are repeated to fill a sample of so many.")] = 0.2,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: as torch chooses.")] = None,
+    threads: Threads = None,
     task: TaskOption = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Read only the configuration of MODEL and draw the weights.")
@@ -211,40 +224,35 @@ def bench_command(
     The untouched model and the model with a plugin run in turn in one process. Causal models are measured on a
     prefill, encoder-decoders on the encoder and one decoder step.
     """
-    with reported():
-        reporter = Reporter(json, png, quiet)
-        ratios = None if ratio is None else parse_ratios(ratio)
-        import torch
+    reporter = Reporter(json, png, quiet)
+    ratios = parse_ratios(ratio)
+    from ..profiling import BenchmarkSettings
+    from .bench import bench, find_subject
 
-        from ..profiling import BenchmarkSettings
-        from .bench import bench, find_subject
-
-        model, default_ratios = find_subject(model, adapter)
-        bench(
-            BenchmarkSettings(
-                model=model,
-                ratios=default_ratios if ratios is None else ratios,
-                adapter=adapter,
-                batch=batch_size,
-                length=length,
-                lengths=lengths,
-                dtype=dtype,
-                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                rounds=rounds,
-                min_seconds=min_seconds,
-                threads=threads,
-                task=task,
-                random_weights=random_weights,
-                with_disabled=with_disabled,
-                seed=seed,
-            ),
-            reporter,
-        )
+    model, default_ratios = find_subject(model, adapter)
+    bench(
+        BenchmarkSettings(
+            model=model,
+            ratios=default_ratios if ratios is None else ratios,
+            adapter=adapter,
+            batch=batch_size,
+            length=length,
+            lengths=lengths,
+            dtype=dtype,
+            device=default_device(device),
+            rounds=rounds,
+            min_seconds=min_seconds,
+            threads=threads,
+            task=task,
+            random_weights=random_weights,
+            with_disabled=with_disabled,
+            seed=seed,
+        ),
+        reporter,
+    )
 
 
-@app.command(
-    "convert-checkpoint", cls=Command, context_settings=CONTEXT, short_help="Convert a plugin of the paper's authors."
-)
+@_command("convert-checkpoint", "Convert a plugin of the paper's authors.")
 def convert_checkpoint_command(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="Plugin file as released for T5, saved by torch.")
@@ -267,29 +275,27 @@ def convert_checkpoint_command(
     Only weights are read from the file, nothing in it is run. Where k divides the length of a text the adapter
     computes what the released code does; unlike it, padding is never merged with text.
     """
-    with reported():
-        from .convert_checkpoint import convert
-        from .publishing import Publishing
+    from .conversions import convert_released
+    from .publishing import Publishing
 
-        publishing = Publishing(push_to_hub, license)
-        convert(checkpoint, output, base, residual_scale, publishing, Reporter(json, None, quiet))
+    publishing = Publishing(push_to_hub, license)
+    convert_released(checkpoint, output, base, residual_scale, publishing, Reporter(json, None, quiet))
 
 
-@app.command("doctor", cls=Command, context_settings=CONTEXT, short_help="Say what runs on this machine, and why not.")
+@_command("doctor", "Say what runs on this machine, and why not.")
 def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
     """Say which versions and devices are here, which kernels run and why others don't.
 
     Versions are compared with the range that the package is tested with. The first run may compile a kernel.
     """
-    with reported():
-        from .doctor import doctor
+    from .doctor import doctor
 
-        doctor(Reporter(json, None, quiet))
+    doctor(Reporter(json, None, quiet))
 
 
-@app.command("evaluate", cls=Command, context_settings=CONTEXT, short_help="Say whether a plugin pays on your data.")
+@_command("evaluate", "Say whether a plugin pays on your data.")
 def evaluate_command(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a Variator plugin.")],
+    adapter: Plugin,
     data: Annotated[
         list[str],
         typer.Option(
@@ -298,13 +304,8 @@ def evaluate_command(
             "folder of images. Repeatable.",
         ),
     ],
-    base: Annotated[str | None, typer.Option(help="Base model; left out: the one that the plugin names.")] = None,
-    ratio: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="K,K", help="Compression ratios k, repeated or with commas; left out: those it was trained for."
-        ),
-    ] = None,
+    base: Base = None,
+    ratio: Annotated[list[str] | None, _ratios("those it was trained for")] = None,
     min_cosine: Annotated[
         float | None, typer.Option(help="Ask for the largest k whose mean cosine to the base is at least this.")
     ] = None,
@@ -322,10 +323,8 @@ def evaluate_command(
     min_seconds: Annotated[float, typer.Option(help="Short samples are repeated to fill so many seconds.")] = 0.2,
     text_column: TextColumn = "text",
     split: Split = "train",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")
-    ] = "float32",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: as torch chooses.")] = None,
+    dtype: Dtype = "float32",
+    threads: Threads = None,
     device: Device = None,
     seed: Seed = 0,
     json: Json = None,
@@ -337,40 +336,37 @@ def evaluate_command(
     language models read the first part of a text, and by agreement and negative log-likelihood of the rest. Base and
     plugin are timed in turn in one process; causal models on a prefill.
     """
-    with reported():
-        ratios = None if ratio is None else parse_ratios(ratio)
-        import torch
+    ratios = parse_ratios(ratio)
+    from .evaluate import EvaluateJob, evaluate
 
-        from .evaluate import EvaluateJob, evaluate
-
-        job = EvaluateJob(
-            adapter=adapter,
-            data=data,
-            base=base,
-            ratio=ratios,
-            min_cosine=min_cosine,
-            min_agreement=min_agreement,
-            max_nll=max_nll,
-            examples=examples,
-            batch_size=batch_size,
-            rounds=rounds,
-            min_seconds=min_seconds,
-            text_column=text_column,
-            split=split,
-            dtype=dtype,
-            threads=threads,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            seed=seed,
-        )
-        evaluate(job, Reporter(json, None, quiet))
+    job = EvaluateJob(
+        adapter=adapter,
+        data=data,
+        base=base,
+        ratio=ratios,
+        min_cosine=min_cosine,
+        min_agreement=min_agreement,
+        max_nll=max_nll,
+        examples=examples,
+        batch_size=batch_size,
+        rounds=rounds,
+        min_seconds=min_seconds,
+        text_column=text_column,
+        split=split,
+        dtype=dtype,
+        threads=threads,
+        device=default_device(device),
+        seed=seed,
+    )
+    evaluate(job, Reporter(json, None, quiet))
 
 
-@app.command("export", cls=Command, context_settings=CONTEXT, short_help="Write a model with its plugin as ONNX.")
+@_command("export", "Write a model with its plugin as ONNX.")
 def export_command(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a Variator plugin.")],
+    adapter: Plugin,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, ending in .onnx.")],
     ratio: Annotated[int | None, typer.Option(help="Compression ratio k; left out: the plugin's own.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model; left out: the one that the plugin names.")] = None,
+    base: Base = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -379,13 +375,12 @@ def export_command(
     Batch and length stay free. ONNX Runtime has to agree with PyTorch before the file gets its name. Text and vision
     encoders only; needs the extra 'onnx'.
     """
-    with reported():
-        from .export import export
+    from .export import export
 
-        export(adapter, output, ratio, base, Reporter(json, None, quiet))
+    export(adapter, output, ratio, base, Reporter(json, None, quiet))
 
 
-@app.command("info", cls=Command, context_settings=CONTEXT, short_help="Say what an adapter or a packed model is.")
+@_command("info", "Say what an adapter or a packed model is.")
 def info_command(
     source: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="Folder, or repository on the Hub.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
@@ -398,13 +393,12 @@ def info_command(
     Adapters of either method, folders of them, and packed bases. Weights are neither loaded nor, from the Hub,
     downloaded. Offline, the Hub's cache is looked at. A private repository needs `hf auth login` or HF_TOKEN.
     """
-    with reported():
-        from .info import info
+    from .info import info
 
-        info(source, revision, subfolder, Reporter(json, None, quiet))
+    info(source, revision, subfolder, Reporter(json, None, quiet))
 
 
-@app.command("inspect", cls=Command, context_settings=CONTEXT, short_help="Count the zeros of a checkpoint on disk.")
+@_command("inspect", "Count the zeros of a checkpoint on disk.")
 def inspect_command(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Folder with safetensors files, sharded or not, or one such file.")
@@ -421,15 +415,13 @@ def inspect_command(
     quiet: Quiet = False,
 ) -> None:
     """Count the zeros of a checkpoint's linear layers. The model is read slice by slice and never loaded."""
-    with reported():
-        from .prune import inspect
+    from .prune import inspect
 
-        met = inspect(path, by, pattern, fail, Reporter(json, png, quiet))
-        if not met:
-            raise typer.Exit(1)
+    if not inspect(path, by, pattern, fail, Reporter(json, png, quiet)):
+        raise typer.Exit(1)
 
 
-@app.command("merge", cls=Command, context_settings=CONTEXT, short_help="Merge a SparseLoRA adapter into its base.")
+@_command("merge", "Merge a SparseLoRA adapter into its base.")
 def merge_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base, dense or packed.")],
     adapter: Annotated[
@@ -449,14 +441,13 @@ def merge_command(
     It takes the memory of one tensor. The output folder appears when all of it is written; run again after an
     interruption, the command goes on where it stopped. BASE and ADAPTER are not changed.
     """
-    with reported():
-        from .packed import merge
-        from .publishing import Publishing
+    from .conversions import merge
+    from .publishing import Publishing
 
-        merge(base, adapter, output, packed, Publishing(push_to_hub, license), Reporter(json, None, quiet))
+    merge(base, adapter, output, packed, Publishing(push_to_hub, license), Reporter(json, None, quiet))
 
 
-@app.command("pack", cls=Command, context_settings=CONTEXT, short_help="Store a 2:4 model in about half the bytes.")
+@_command("pack", "Store a 2:4 model in about half the bytes.")
 def pack_command(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Folder of a 2:4 model, with config.json and safetensors files.")
@@ -482,15 +473,14 @@ def pack_command(
     It takes the memory of one tensor. The output folder appears when all of it is written; run again after an
     interruption, the command goes on where it stopped. SOURCE is not changed.
     """
-    with reported():
-        from .packed import pack
-        from .publishing import Publishing
+    from .conversions import pack
+    from .publishing import Publishing
 
-        publishing = Publishing(push_to_hub, license)
-        pack(source, output, target, ignore or (), publishing, Reporter(json, None, quiet))
+    publishing = Publishing(push_to_hub, license)
+    pack(source, output, target, ignore or (), publishing, Reporter(json, None, quiet))
 
 
-@app.command("prune", cls=Command, context_settings=CONTEXT, short_help="Make a dense model sparse.")
+@_command("prune", "Make a dense model sparse.")
 @_with_options(_method_options(), after="method")
 def prune_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the dense model.")],
@@ -546,30 +536,29 @@ def prune_command(
     **options: Any,
 ) -> None:
     """Prune MODEL and save it with a report of its zeros. The output folder appears when all of it is written."""
-    with reported():
-        from ..sparsity import PruningConfig
-        from .prune import PruneSettings, parse_amounts, prune_model
-        from .publishing import Publishing
+    from ..sparsity import PruningConfig
+    from .prune import PruneSettings, parse_amounts, prune_model
+    from .publishing import Publishing
 
-        config = PruningConfig(
-            method=make_method(method, {name: value for name, value in options.items() if value is not None}),
-            sparsity=sparsity,
-            pattern=pattern,
-            modality_sparsity=parse_amounts(modality_sparsity or []) or None,
-            modalities=modality,
-            allocation="modality" if modality_sparsity and allocation == "uniform" else allocation,
-            score_order=score_order,
-            target_modules=target_module,
-            exclude_modules=exclude_module,
-            propagate=propagate,
-            seed=seed,
-        )
-        publishing = Publishing(push_to_hub, license)
-        settings = PruneSettings(model, output, config, data, samples, length, batch_size, dtype, device, publishing)
-        prune_model(settings, Reporter(json, None, quiet))
+    config = PruningConfig(
+        method=make_method(method, {name: value for name, value in options.items() if value is not None}),
+        sparsity=sparsity,
+        pattern=pattern,
+        modality_sparsity=parse_amounts(modality_sparsity or []) or None,
+        modalities=modality,
+        allocation="modality" if modality_sparsity and allocation == "uniform" else allocation,
+        score_order=score_order,
+        target_modules=target_module,
+        exclude_modules=exclude_module,
+        propagate=propagate,
+        seed=seed,
+    )
+    publishing = Publishing(push_to_hub, license)
+    settings = PruneSettings(model, output, config, data, samples, length, batch_size, dtype, device, publishing)
+    prune_model(settings, Reporter(json, None, quiet))
 
 
-@app.command("restore", cls=Command, context_settings=CONTEXT, short_help="Win back the quality of a pruned model.")
+@_command("restore", "Win back the quality of a pruned model.")
 @_with_options(_run_options(), after="lr")
 def restore_command(
     model: Annotated[
@@ -596,27 +585,24 @@ def restore_command(
     Language models learn the text and follow the dense model's predictions; encoders and vision models follow its
     hidden states. Only pruned layers are adapted. Vision-language models: use DistillationTrainer in Python.
     """
-    with reported():
-        from .restore import RestoreJob, restore
+    from .restore import RestoreJob, restore
 
-        job = RestoreJob(
-            model=model,
-            data=data,
-            output=output,
-            teacher=teacher,
-            adapter=adapter,
-            kl_weight=kl_weight,
-            rank=rank,
-            alpha=alpha,
-            lr=lr,
-            **run,
-        )
-        restore(job, Reporter(json, None, quiet))
+    job = RestoreJob(
+        model=model,
+        data=data,
+        output=output,
+        teacher=teacher,
+        adapter=adapter,
+        kl_weight=kl_weight,
+        rank=rank,
+        alpha=alpha,
+        lr=lr,
+        **run,
+    )
+    restore(job, Reporter(json, None, quiet))
 
 
-@app.command(
-    "serve", cls=Command, context_settings=CONTEXT, short_help="Serve embeddings at the ratio that load allows."
-)
+@_command("serve", "Serve embeddings at the ratio that load allows.")
 def serve_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the text encoder.")],
     adapter: Annotated[str | None, typer.Option(help="Its Variator plugin; left out: the base alone.")] = None,
@@ -624,12 +610,7 @@ def serve_command(
     policy: Annotated[
         Literal["slack-fit", "threshold", "fixed"], typer.Option(help="What chooses the ratio of each batch.")
     ] = "slack-fit",
-    ratio: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="K,K", help="Ratios k to choose from, repeated or with commas; left out: those it was trained for."
-        ),
-    ] = None,
+    ratio: Annotated[list[str] | None, _ratios("those it was trained for")] = None,
     table: Annotated[
         Path | None, typer.Option(help="Latency table (JSON); measured and written if there is none.")
     ] = None,
@@ -646,9 +627,7 @@ def serve_command(
         bool | None,
         typer.Option("--normalize/--no-normalize", help="Vectors of length 1; left out: likewise, or yes."),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of weights and activations.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     name: Annotated[str | None, typer.Option(help="Name of the model for clients; left out: MODEL.")] = None,
     host: Annotated[Literal["127.0.0.1", "0.0.0.0", "::"], typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1024, max=65535, help="Port to listen on.")] = 8000,
@@ -660,34 +639,33 @@ def serve_command(
     /v1/embeddings, /v1/models, /health, and /metrics for Prometheus. An idle server answers with the base; the more
     texts wait, the larger the ratio that still answers in time. Needs the extra 'serve'.
     """
-    with reported():
-        from .serve import serve
+    from .serve import serve
 
-        serve(
-            Reporter(None, None, quiet),
-            model=model,
-            adapter=adapter,
-            slo_ms=slo_ms,
-            policy=policy,
-            ratios=None if ratio is None else tuple(parse_ratios(ratio)),
-            table=None if table is None else str(table),
-            batch_size=batch_size,
-            max_queue=max_queue,
-            max_texts=max_texts,
-            max_length=max_length,
-            max_bytes=max_bytes,
-            timeout=timeout,
-            pooling=pooling,
-            normalize=normalize,
-            dtype=dtype,
-            name=name,
-            host=host,
-            port=port,
-            device=device,
-        )
+    serve(
+        Reporter(None, None, quiet),
+        model=model,
+        adapter=adapter,
+        slo_ms=slo_ms,
+        policy=policy,
+        ratios=tuple(parse_ratios(ratio) or ()) or None,
+        table=None if table is None else str(table),
+        batch_size=batch_size,
+        max_queue=max_queue,
+        max_texts=max_texts,
+        max_length=max_length,
+        max_bytes=max_bytes,
+        timeout=timeout,
+        pooling=pooling,
+        normalize=normalize,
+        dtype=dtype,
+        name=name,
+        host=host,
+        port=port,
+        device=device,
+    )
 
 
-@app.command("train", cls=Command, context_settings=CONTEXT, short_help="Train a compression plugin for a model.")
+@_command("train", "Train a compression plugin for a model.")
 @_with_options(_run_options(), after="flops_saved")
 def train_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the base model.")],
@@ -738,32 +716,31 @@ def train_command(
 
     On several processes: accelerate launch -m peft_variator train MODEL ...
     """
-    with reported():
-        ratios = None if ratio is None else parse_ratios(ratio)
-        from .train import TrainJob, train
+    ratios = parse_ratios(ratio)
+    from .train import TrainJob, train
 
-        job = TrainJob(
-            model=model,
-            data=data,
-            output=output,
-            ratio=ratios,
-            adapter=adapter,
-            lr=lr,
-            hidden_loss=hidden_loss,
-            logits_weight=logits_weight,
-            bottleneck_dim=bottleneck_dim,
-            decompression=decompression,
-            correction_dim=correction_dim,
-            correction_rank=correction_rank,
-            compensation_rank=compensation_rank,
-            keep_outliers=keep_outliers,
-            flops_saved=None if flops_saved is None else parse_shares(flops_saved),
-            **run,
-        )
-        train(job, Reporter(json, None, quiet))
+    job = TrainJob(
+        model=model,
+        data=data,
+        output=output,
+        ratio=ratios,
+        adapter=adapter,
+        lr=lr,
+        hidden_loss=hidden_loss,
+        logits_weight=logits_weight,
+        bottleneck_dim=bottleneck_dim,
+        decompression=decompression,
+        correction_dim=correction_dim,
+        correction_rank=correction_rank,
+        compensation_rank=compensation_rank,
+        keep_outliers=keep_outliers,
+        flops_saved=parse_shares(flops_saved),
+        **run,
+    )
+    train(job, Reporter(json, None, quiet))
 
 
-@app.command("unpack", cls=Command, context_settings=CONTEXT, short_help="Make a packed model dense.")
+@_command("unpack", "Make a packed model dense.")
 def unpack_command(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Folder of a model packed by this package or published packed.")
@@ -777,10 +754,9 @@ def unpack_command(
     It takes the memory of one tensor. The output folder appears when all of it is written; run again after an
     interruption, the command goes on where it stopped. SOURCE is not changed.
     """
-    with reported():
-        from .packed import unpack
+    from .conversions import unpack
 
-        unpack(source, output, Reporter(json, None, quiet))
+    unpack(source, output, Reporter(json, None, quiet))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..bases.config import pop_quantization, read_quantization
 from ..files import check_new_folder, new_folder
-from ..models import check_vocabulary, find_task, load_whole, model_class, read_model_config
+from ..models import check_vocabulary, find_task, load_whole, model_class, name_some, read_model_config
 from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune
@@ -214,8 +214,9 @@ def inspect(path: Path, by: str, pattern: str | None, fail: bool, reporter: Repo
         reporter.say(f"Wrote {reporter.png}.")
     missed = [module.name for module in report.modules if module.pattern_met is False]
     if fail and missed:
-        shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
-        reporter.warn(f"{len(missed)} of {len(report.modules)} modules miss the pattern {pattern}: {shown}.")
+        reporter.warn(
+            f"{len(missed)} of {len(report.modules)} modules miss the pattern {pattern}: {name_some(missed)}."
+        )
     return not (fail and missed)
 
 

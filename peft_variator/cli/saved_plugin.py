@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import load_peft_weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from ..models import ADAPTER_CONFIG_NAME, check_reachable, find_task, load_config
+from ..models import ADAPTER_CONFIG_NAME, check_reachable, find_task, load_config, name_some
 from ..tuners.variator import VariatorConfig
 
 
@@ -64,7 +64,7 @@ class SavedPlugin:
         pooler = {key for key in missing if "pooler." in key}
         if missing - pooler:
             raise ValueError(
-                f"Neither {self.base!r} nor {self.name!r} holds {', '.join(sorted(missing - pooler)[:3])} of a "
+                f"Neither {self.base!r} nor {self.name!r} holds {name_some(missing - pooler)} of a "
                 f"{type(loaded).__name__}, which would be random. Name the base of the plugin with --base."
             )
         return loaded.eval(), bool(pooler)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...adapter_state import TidyTuner, check_adapter_state
+from ...adapter_state import TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import include_all_linear_layers, keep_from_fused_operator
+from ...models import name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .base_weight import find_layout
 from .config import SparseLoraConfig
@@ -29,7 +29,6 @@ from .masks import base_fingerprint, same_base
 
 __all__ = ["SparseLoraModel", "attach_masks"]
 
-_NAMES_SHOWN = 5
 # PEFT trains these heads whole, and looks for targets before it says so.
 _HEADS: dict[str, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -219,29 +218,18 @@ class SparseLoraModel(TidyTuner):
         if not self.carried_wrappers and not any(map(_is_of_another_method, self.model.modules())):
             return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         for name, module in list(self.model.named_modules()):
-            parent_name, _, child_name = name.rpartition(".")
             if isinstance(module, SparseLoraLayer):
                 with onload_layer(module):
                     if merge:
                         module.merge(adapter_names=adapter_names)
-                setattr(self.model.get_submodule(parent_name), child_name, module.base_layer)
+                self.model.set_submodule(name, module.base_layer)
             elif isinstance(module, AuxiliaryTrainingWrapper) and module not in self.carried_wrappers:
                 own = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                setattr(self.model.get_submodule(parent_name), child_name, own)
+                self.model.set_submodule(name, own)
         kept = {n: c for n, c in self.model.peft_config.items() if not isinstance(c, SparseLoraConfig)}
         self.model.peft_config = {**kept, **self.carried_configs}
         _warn_about_filled_zeros(self.model)
         return self.model
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT calls this around a forward and then drops the argument: every sample would get the active adapter.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: SparseLoRA adapters cannot be mixed inside one batch. "
-                "Call set_adapter and then the model, once for each of them."
-            )
-        yield
 
     def attach_masks(self, masks: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
         """See [`attach_masks`]."""
@@ -271,7 +259,7 @@ def attach_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], adapter_na
     if unknown:
         raise ValueError(
             f"Adapter {adapter_name!r} does not adapt {len(unknown)} of the {len(masks)} masked modules, which would "
-            f"stay dense: {_shorten(unknown)}. Create it with SparseLoraConfig(target_modules=list(masks))."
+            f"stay dense: {name_some(unknown)}. Create it with SparseLoraConfig(target_modules=list(masks))."
         )
     for name, layer in layers.items():
         layer.attach_mask(adapter_name, masks.get(name))
@@ -299,7 +287,7 @@ def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) 
     if dense:
         warnings.warn(
             f"Nothing is masked in {len(dense)} of the {len(layers)} modules of adapter {adapter_name!r}: none of "
-            f"their weights is pruned, so they are fine-tuned as with plain LoRA: {_shorten(dense)}.",
+            f"their weights is pruned, so they are fine-tuned as with plain LoRA: {name_some(dense)}.",
             stacklevel=2,
         )
 
@@ -339,7 +327,7 @@ def _check_sources(
 def _refuse_shared_weight(layer: SparseLoraLayer, owners: list[str]) -> None:
     if len(owners) > 1:
         raise ValueError(
-            f"{layer.module_name!r} shares its weight with other modules: {_shorten(owners)}. Merging would change "
+            f"{layer.module_name!r} shares its weight with other modules: {name_some(owners)}. Merging would change "
             "them too, and give another model. Save the base once with tie_word_embeddings=False, and train above "
             f"that; or leave the module out, with exclude_modules=[{layer.module_name!r}]."
         )
@@ -356,15 +344,10 @@ def _warn_about_filled_zeros(model: nn.Module) -> None:
     if filled:
         warnings.warn(
             f"The model still carries LoRA adapters on {len(filled)} modules with zeros in their weights: "
-            f"{_shorten(filled)}. Merging those would fill {sum(zeros.values())} zeros; keep them unmerged where the "
+            f"{name_some(filled)}. Merging those would fill {sum(zeros.values())} zeros; keep them unmerged where the "
             "sparsity has to stay.",
             stacklevel=2,
         )
-
-
-def _shorten(names: list[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
 
 
 def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
@@ -396,7 +379,7 @@ def _refuse_hidden_targets(peft_config: SparseLoraConfig, model: nn.Module) -> N
     if hidden:
         raise ValueError(
             f"{len(hidden)} target modules lie inside of modules that carry an adapter of another method, where PEFT "
-            f"does not look for targets: {_shorten(hidden)}. Add SparseLoRA first and the other adapter (a Variator "
+            f"does not look for targets: {name_some(hidden)}. Add SparseLoRA first and the other adapter (a Variator "
             "plugin, say) after it, or name target_modules outside of them."
         )
 
@@ -429,14 +412,11 @@ def _in_chosen_layers(peft_config: SparseLoraConfig, names: set[str]) -> set[str
     """
     if peft_config.layers_to_transform is None:
         return names
-    by_suffix = copy.copy(peft_config)
-    by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
-    # PEFT takes a module without a dot in its name whatever its layer is
-    chosen = {name for name in names if check_target_module_exists(by_suffix, f"model.{name}")}
+    chosen = modules_in_layers(peft_config, names, peft_config.layers_to_transform)
     if not chosen:
         raise ValueError(
             f"layers_to_transform={peft_config.layers_to_transform!r}, layers_pattern={peft_config.layers_pattern!r}: "
-            f"none of {_shorten(sorted(names))} is in these layers. Indices count from 0 in the list that "
+            f"none of {name_some(sorted(names))} is in these layers. Indices count from 0 in the list that "
             "layers_pattern names."
         )
     return chosen

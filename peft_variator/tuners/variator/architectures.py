@@ -511,6 +511,12 @@ class Placement:
     stack: nn.Module
     kind: StackKind
 
+    @property
+    def ends(self) -> list[str]:
+        """Full names of the modules where the network starts and ends; one where one module is all of it."""
+        parent, end = self.key.rpartition(".")[0], self.feed_forward.end
+        return [self.key] if end is None else [self.key, f"{parent}.{end}".strip(".")]
+
 
 def layer_of_torch(model: nn.Module, key: str) -> nn.TransformerEncoderLayer | nn.TransformerDecoderLayer | None:
     """The layer of torch's own transformer whose feed-forward network starts at `key`, if it is one."""

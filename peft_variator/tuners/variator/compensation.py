@@ -150,7 +150,7 @@ def compensate(model: nn.Module, placements: list[Placement], config: VariatorCo
     if config.compensation_rank is None:
         return
     done: set[int] = set()
-    networks = [name for placement in placements for name in _names_of(placement)]
+    networks = [name for placement in placements for name in placement.ends]
     for placement in placements:
         layer = model.get_submodule(placement.key)
         assert isinstance(layer, VariatorLayer)  # what has been put there
@@ -160,8 +160,7 @@ def compensate(model: nn.Module, placements: list[Placement], config: VariatorCo
                 continue
             if not isinstance(module, CompensatedLinear):
                 module = CompensatedLinear(module, placement.key)
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
+                model.set_submodule(name, module)
             done.add(id(module))
             module.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
             module.update_layer(adapter_name, config)
@@ -174,8 +173,7 @@ def _maps_of_network(model: nn.Module, layer: VariatorLayer) -> list[str]:
     network = layer.network()
     if network is None:
         return []
-    maps = [module for module in (network.into, network.gate, network.out) if module is not None]
-    return [name for name, module in model.named_modules() if any(module is each for each in maps)]
+    return [name for name, module in model.named_modules() if any(module is each for each in network.maps)]
 
 
 def _maps_of_attention(model: nn.Module, placement: Placement, networks: list[str]) -> Iterator[str]:
@@ -192,12 +190,6 @@ def _maps_of_attention(model: nn.Module, placement: Placement, networks: list[st
         elif is_map(module):
             inside += (f"{name}.",)
             yield name
-
-
-def _names_of(placement: Placement) -> list[str]:
-    """Names of the modules where a network starts and ends."""
-    end = placement.feed_forward.end
-    return [placement.key] if end is None else [placement.key, f"{placement.key.rpartition('.')[0]}.{end}"]
 
 
 def _block_of(key: str) -> str | None:

@@ -214,8 +214,8 @@ def recomputed_calls() -> tuple[ForwardCall, ...]:
     return calls if backward == backward_id() != -1 else ()
 
 
-def recompute_inside(calls: tuple[ForwardCall, ...]) -> None:
-    """Have `recomputed_calls` give these calls in this thread, as long as its backward runs."""
+def recompute_inside(calls: tuple[ForwardCall, ...], gradient: Tensor) -> None:
+    """Have `recomputed_calls` give these calls in this thread, as long as its backward runs: a hook on a gradient."""
     _thread.recomputed = (backward_id(), calls)
 
 

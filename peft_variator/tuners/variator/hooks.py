@@ -155,9 +155,7 @@ class StackForward(WrappedForward):
                 module.stack = self
             if isinstance(module, VariatorLayer):
                 self._layers.append(module)
-            if hasattr(
-                module, "gradient_checkpointing"
-            ):  # of transformers' stacks and blocks that can be checkpointed
+            if hasattr(module, "gradient_checkpointing"):  # transformers' stacks and blocks that can be checkpointed
                 self._blocks.append(module)
 
     @property
@@ -185,15 +183,15 @@ class StackForward(WrappedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.begin(recorded_arguments(self.names, args, kwargs))
         calls = (*open_calls(), call)
-        if torch.is_grad_enabled():
-            self._keep_calls_for_checkpoints()
-            if call.groups.choices and not torch.compiler.is_compiling():
-                pass_gradients(self._outermost)
-            output = run_inside(calls, self._forward, *args, **kwargs)
-            if call.groups.choices:
-                tie(output, calls)
-            return output
-        return run_inside(calls, self._forward, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return run_inside(calls, self._forward, *args, **kwargs)
+        self._keep_calls_for_checkpoints()
+        if call.groups.choices and not torch.compiler.is_compiling():
+            pass_gradients(self._outermost)
+        output = run_inside(calls, self._forward, *args, **kwargs)
+        if call.groups.choices:
+            tie(output, calls)
+        return output
 
     def begin(self, arguments: dict[str, Any]) -> ForwardCall:
         call = super().begin(arguments)
@@ -309,11 +307,7 @@ def tie(output: Any, calls: tuple[ForwardCall, ...]) -> None:
         return
     for tensor in _tensors(output):
         if tensor.requires_grad:
-            tensor.register_hook(partial(_recompute_inside, calls))
-
-
-def _recompute_inside(calls: tuple[ForwardCall, ...], gradient: Tensor) -> None:
-    recompute_inside(calls)
+            tensor.register_hook(partial(recompute_inside, calls))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

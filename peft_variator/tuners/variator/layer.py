@@ -422,13 +422,12 @@ class VariatorLayer(PluginModule):
                 f"{self.name}{kind} cannot be sliced: they are quantised, packed, on disk, or under another adapter. "
                 "Use a plugin with correction_form='added', which only calls the network, or load plain weights."
             )
-        maps = [module for module in (network.into, network.gate, network.out) if module is not None]
         places = [
             (holder, name, module)
             for root in roots
             for holder in root.modules()
             for name, module in holder.named_children()
-            if any(module is each for each in maps)
+            if any(module is each for each in network.maps)
         ]
         self._plain = network, places
 
@@ -453,10 +452,7 @@ class VariatorLayer(PluginModule):
         """
         if self.configs[plugin].correction_rank is None or self.decompressions[plugin] != NeuronsDecompression.name:
             return
-        modules = self.modules_of(plugin)
-        neurons = modules["variator_neurons"]
-        assert isinstance(neurons, NeuronIndex)  # what the decompression creates
-        if not again and neurons.has_read():
+        if not again and self._neurons(plugin).has_read():
             return
         network = None if torch.compiler.is_compiling() else self.network()
         if network is None or not network.is_readable:
@@ -465,7 +461,7 @@ class VariatorLayer(PluginModule):
                 f"{self.configs[plugin].correction_rank}), which have not been read yet and can't be read here. "
                 "Load it onto a base that is in memory, and call the model once before it is compiled."
             )
-        read_rows(modules, network)
+        read_rows(self.modules_of(plugin), network)
 
     def probe_of(self, plugin: str) -> OutlierProbe | None:
         """What tells the outliers of a plugin with `keep_outliers`; `None`: it has none here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state
+from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import keep_from_fused_operator, keep_quantized_modules
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .architectures import Placement, check_not_refused, default_targets, layer_of_torch, place
@@ -200,10 +200,7 @@ class VariatorModel(TidyTuner):
         found = check_target_module_exists(anywhere, key)
         if not found or peft_config.layers_to_transform is None:
             return found
-        by_layer = copy.copy(peft_config)
-        by_layer.target_modules = {key.rpartition(".")[2]}
-        # PEFT looks for a layer's number behind two names, but a stack by itself has just one: `layers.0.mlp`.
-        return check_target_module_exists(by_layer, f"model.{key}")
+        return bool(modules_in_layers(peft_config, [key], peft_config.layers_to_transform))
 
     def _create_and_replace(
         self,
@@ -292,16 +289,6 @@ class VariatorModel(TidyTuner):
         )
         return {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}"}
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT calls this around a forward and then drops the argument: every sample would get the active adapter.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: Variator plugins cannot be mixed inside one batch. Call "
-                "set_adapter and then the model, once for each of them."
-            )
-        yield
-
     def _check_merge_allowed(self) -> NoReturn:
         """Refuse to merge, before any layer is touched."""
         next(module for module in self.model.modules() if isinstance(module, PluginModule)).merge()
@@ -311,7 +298,7 @@ class VariatorModel(TidyTuner):
         """The base model without plugins and without their hooks, with the adapters that it carried before."""
         for name, module in reversed(list(self._own_modules())):  # what is inside of others first
             base = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-            _replace(self.model, name, base)
+            self.model.set_submodule(name, base)
         unwrap_forwards(self.model)
         if self.carried_configs:
             self.model.peft_config = self.carried_configs
@@ -343,11 +330,7 @@ def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: 
     Raises:
         ValueError: there is one.
     """
-    networks = []
-    for placement in placements:
-        parent, _, _ = placement.key.rpartition(".")
-        ends = [] if placement.feed_forward.end is None else [f"{parent}.{placement.feed_forward.end}".strip(".")]
-        networks += [placement.key, *ends]
+    networks = [name for placement in placements for name in placement.ends]
     for wrapped, _ in model.named_modules():
         name = wrapped.replace(".base_layer", "")
         inside = any(name == network or name.startswith(f"{network}.") for network in networks)
@@ -356,12 +339,6 @@ def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: 
                 f"modules_to_save={config.modules_to_save!r} names {name!r}, which is part of a network that gets a "
                 "plugin. Leave it out, or keep the plugin from it with exclude_modules."
             )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another one, by its full name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _wrap_network(
@@ -379,7 +356,7 @@ def _wrap_network(
     end, end_module = placement.feed_forward.end, None
     if end is not None:
         end_module = FeedForwardEnd(parent.get_submodule(end), placement.key, placement.hidden_size)
-        _replace(parent, end, end_module)
+        parent.set_submodule(end, end_module)
     ratios = next((layer.ratios for layer in plugin_layers(model)), None) or PluginRatios()
     layer = VariatorLayer(
         target,

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ...compat import is_quantized_tensor
 
 
-__all__ = ["Network", "bias_of", "features_of", "find_network", "is_map", "weight_of"]
+__all__ = ["Network", "bias_of", "features_of", "find_network", "is_map", "unwrapped", "weight_of"]
 
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu_impl", "intermediate_act_fn")
 
@@ -86,8 +86,12 @@ class Network:
     @property
     def is_readable(self) -> bool:
         """Whether the weights can be read: they are in memory, plain, packed, or quantised in a form that is known."""
-        maps = [module for module in (self.into, self.gate, self.out) if module is not None]
-        return all(_has_readable_weight(module) for module in maps)
+        return all(_has_readable_weight(module) for module in self.maps)
+
+    @property
+    def maps(self) -> list[nn.Module]:
+        """The linear maps: `into`, `gate` if there is one, and `out`."""
+        return [module for module in (self.into, self.gate, self.out) if module is not None]
 
     @property
     def gated(self) -> bool:
@@ -135,8 +139,7 @@ class Network:
 
     def unsliceable_map(self) -> nn.Module | None:
         """A map that `with_neurons_alone` cannot take a part of: it has no plain weight in memory, or does more."""
-        maps = [module for module in (self.into, self.gate, self.out) if module is not None]
-        return next((module for module in maps if not _is_plain(_parts(module)[0])), None)
+        return next((module for module in self.maps if not _is_plain(_parts(module)[0])), None)
 
     def strengths(self) -> Tensor:
         """‖w_j‖·‖v_j‖ of all neurons, times ‖u_j‖ where gated: how much each can say; shape `(width,)`."""
@@ -159,7 +162,7 @@ def weight_of(module: nn.Module, dequantize: bool = True) -> Tensor:
         module: the map, or PEFT's wrapper of one.
         dequantize: whether a quantised weight of torch's is turned into plain numbers.
     """
-    inner = _inner(module)
+    inner = unwrapped(module)
     weight: Any = inner.weight() if callable(inner.weight) else inner.weight  # torch's quantised layers have a method
     if hasattr(weight, "unpack"):  # of a packed base
         weight = weight.unpack()
@@ -173,12 +176,12 @@ def weight_of(module: nn.Module, dequantize: bool = True) -> Tensor:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias of a linear map, shape `(out_features,)`; `None`: it has none."""
-    inner = _inner(module)
+    inner = unwrapped(module)
     bias = inner.bias() if callable(inner.bias) else inner.bias
     return bias.detach() if isinstance(bias, Tensor) else None
 
 
-def _inner(module: nn.Module) -> Any:
+def unwrapped(module: nn.Module) -> Any:
     """A linear map without the wrappers of PEFT around it."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -248,7 +251,7 @@ def is_map(module: object) -> bool:
 
 def _has_readable_weight(module: nn.Module) -> bool:
     """Whether the weight of a linear map is in memory, in a form that can be turned into plain numbers."""
-    inner = _inner(module)
+    inner = unwrapped(module)
     weight = getattr(inner, "weight", None)
     if callable(weight):
         weight = weight()

@@ -9,7 +9,6 @@ from operator import setitem
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.ao.quantization.qconfig import (
@@ -21,7 +20,7 @@ from torch.ao.quantization.qconfig import (
 from .compensation import CompensatedLinear
 from .layer import VariatorLayer
 from .linear_maps import UpdatedRows, is_quantized_map, is_torch_quantized
-from .network import bias_of, weight_of
+from .network import bias_of, unwrapped, weight_of
 from .ratios import layers_of
 
 
@@ -135,7 +134,7 @@ def _quantized(linear: nn.Linear, way: Quantize) -> nn.Module:
 def _way_of(layer: VariatorLayer) -> Quantize:
     network = layer.network()
     maps = () if network is None else (network.into, network.out)
-    quantized = [module for module in map(_unwrapped, maps) if is_quantized_map(module)]
+    quantized = [module for module in map(unwrapped, maps) if is_quantized_map(module)]
     if not quantized:
         raise ValueError(
             f"The base network of {layer.name!r} is not quantised, or its inside is not known, so there is nothing to "
@@ -150,10 +149,6 @@ def _way_of(layer: VariatorLayer) -> Quantize:
             "quantises the nn.Linear layers of a module, or leave the plugin in floating point, where it works too."
         )
     return way
-
-
-def _unwrapped(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _like(module: Any) -> Quantize | None:
