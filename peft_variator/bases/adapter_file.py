@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
-from ..models import ADAPTER_CONFIG_NAME, name_some, read_fields, shorten
+from ..models import ADAPTER_CONFIG_NAME, CheckpointError, name_some, read_fields, shorten
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, WeightLayout
+from ..tuners.sparse_lora.fingerprints import matches_fingerprint
 from ..tuners.sparse_lora.functional import merge_update, sum_updates
-from ..tuners.sparse_lora.masks import matches_fingerprint
-from .checkpoint import Checkpoint, CheckpointError, StoredTensor
+from .checkpoint import Checkpoint, StoredTensor
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .convert import ModelFolder
 from .loading_plan import KeyNames
@@ -312,7 +312,7 @@ def _check_replaced(
         if stored.shape != shapes[name]:
             raise CheckpointError(
                 f"{stored} has shape {stored.shape}, but {name} of {model_name} has {shapes[name]}. Save the base "
-                "once with the vocabulary and labels of the adapter, and merge into what was adapter."
+                "once with the vocabulary and labels of the adapter, and merge into what was adapted."
             )
 
 

@@ -28,7 +28,6 @@ __all__ = [
     "INDEX_NAME",
     "WEIGHTS_NAME",
     "Checkpoint",
-    "CheckpointError",
     "ShardWriter",
     "StoredTensor",
     "TensorSpec",

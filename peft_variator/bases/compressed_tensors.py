@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..bitmask import mask_width, unpack_mask
-from .checkpoint import CheckpointError, StoredTensor
+from ..models import CheckpointError
+from .checkpoint import StoredTensor
 from .packing import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack
 
 

@@ -43,7 +43,7 @@ class Rules:
 
     Args:
         pack_dense: pack the dense weights that are 2:4. Otherwise a weight that `targets` means has to be packed.
-        targets: the layers that have to be 2:4, see `names.matches`; None for those that happen to be.
+        targets: the layers that have to be 2:4, see [`matches`]; None for those that happen to be.
         ignore: exceptions from `targets`, never packed from dense.
     """
 

@@ -46,7 +46,7 @@ __all__ = [
     "OnProgress",
     "Piece",
     "dense_piece",
-    "fingerprint",
+    "file_states",
     "layers_left_dense",
     "pack_checkpoint",
     "packed_names",
@@ -360,7 +360,7 @@ def rewrite(
     """
     files = [source.path / CONFIG_NAME, *source.checkpoint.files]
     pipeline = sentence_files(str(source.path))
-    stage = StagedFolder(output, {"source": fingerprint(files), "config": config, **job})
+    stage = StagedFolder(output, {"source": file_states(files), "config": config, **job})
     every = pieces + _copy_pieces(source.checkpoint, pieces)
     total = sum(_source_bytes(piece) for piece in every)
     done, weight_map = 0, {}
@@ -399,7 +399,7 @@ def _source_bytes(piece: Piece) -> int:
     return sum(stored.nbytes for stored in piece.sources)
 
 
-def fingerprint(files: Iterable[Path]) -> list[list[Any]]:
+def file_states(files: Iterable[Path]) -> list[list[Any]]:
     """Name, size and time of files, to tell whether they changed between two runs."""
     return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 

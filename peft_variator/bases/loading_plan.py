@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
-from ..models import name_some
-from .checkpoint import Checkpoint, CheckpointError
+from ..models import CheckpointError, name_some
+from .checkpoint import Checkpoint
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import Rules, matches
 from .packing import is_two_four

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
-from ..models import adapter_base
-from ..tuners.sparse_lora.masks import base_fingerprint, same_base
+from ..models import CheckpointError, adapter_base
+from ..tuners.sparse_lora.fingerprints import base_fingerprint, same_base
 from .adapter_file import AdapterFile
-from .checkpoint import CheckpointError, TensorSpec
+from .checkpoint import TensorSpec
 from .compressed_tensors import StoredWeight
 from .convert import (
     ConversionReport,
@@ -23,7 +23,7 @@ from .convert import (
     OnProgress,
     Piece,
     dense_piece,
-    fingerprint,
+    file_states,
     layers_left_dense,
     packed_names,
     packed_specs,
@@ -101,7 +101,7 @@ def merge_checkpoint(
                 "is nothing to pack. Merge to the dense form: --dense, or packed=False."
             )
         config = folder.packed_config(layers_left_dense(merge.model, folder.checkpoint, merge.packed_layers.values()))
-    job = {"task": "merge", "adapter": fingerprint(located.files), "packed": packed}
+    job = {"task": "merge", "adapter": file_states(located.files), "packed": packed}
     report = rewrite(folder, output, pieces, config, job, on_progress)
     return MergeReport(
         **vars(report),

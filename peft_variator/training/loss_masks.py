@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Head, has_decoder, head_of
+from ..tuners.variator.attention_mask import last_tokens
 from ..tuners.variator.forward_context import IGNORED_LABEL, next_token_labels
 
 
@@ -27,7 +28,6 @@ __all__ = [
     "batch_size",
     "decoder_tokens",
     "labelled_tokens",
-    "last_tokens",
     "predicting_tokens",
     "prediction_of",
     "real_tokens",
@@ -83,18 +83,6 @@ def decoder_tokens(inputs: Inputs) -> Tensor | None:
     if inputs.get("decoder_input_ids") is not None:
         return torch.ones_like(inputs["decoder_input_ids"], dtype=torch.bool)
     return real_tokens(inputs)
-
-
-def last_tokens(real: Tensor) -> Tensor:
-    """The last real token of every sequence, on either side of the padding.
-
-    Args:
-        real: bool, shape `(batch, length)`.
-
-    Returns:
-        Tensor: bool, shape `(batch, length)`, at most one `True` a row.
-    """
-    return real & (real.flip(1).cumsum(1).flip(1) == 1)
 
 
 def predicting_tokens(inputs: Inputs) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_variator.bases.checkpoint import Checkpoint, CheckpointError, ShardWriter, checksum, spec_of
+from peft_variator.bases import CheckpointError
+from peft_variator.bases.checkpoint import Checkpoint, ShardWriter, checksum, spec_of
 
 from .reference import same_bits
 

@@ -21,11 +21,11 @@ from peft_variator.training.loss_masks import (
     batch_size,
     decoder_tokens,
     labelled_tokens,
-    last_tokens,
     predicting_tokens,
     prediction_of,
     real_tokens,
 )
+from peft_variator.tuners.variator.attention_mask import last_tokens
 
 
 IDS = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])

@@ -18,8 +18,8 @@ from ...bitmask import pack_mask, unpack_mask
 from ...compat import BufferDict, is_quantized_tensor, repeated_by_reentrant_checkpoint
 from .base_weight import WeightLayout, find_layout, get_layout
 from .config import SparseLoraConfig
+from .fingerprints import fingerprint, matches_fingerprint
 from .functional import MaskedWeight, effective_weight, masked_linear, merge_update, sum_updates
-from .masks import fingerprint, matches_fingerprint
 
 
 __all__ = ["SparseLoraConv2d", "SparseLoraLayer", "SparseLoraLinear"]

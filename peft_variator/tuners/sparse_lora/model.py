@@ -23,8 +23,8 @@ from ...models import name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .base_weight import find_layout
 from .config import SparseLoraConfig
+from .fingerprints import base_fingerprint, same_base
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
-from .masks import base_fingerprint, same_base
 
 
 __all__ = ["SparseLoraModel", "attach_masks"]

@@ -1,6 +1,7 @@
 """What the masks and positions of a call say about its tokens: which are real, where texts start, who comes last.
 
-Nothing here looks at a tensor's values on the host, so that a call on a GPU is not held up and can be compiled.
+Nothing here looks at values on the host, so that a call on a GPU is not held up and can be compiled; but for
+`check_borders`, which is told whether it may.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "TokenOrder",
     "check_borders",
     "count_before",
+    "last_tokens",
     "real_tokens",
     "shifted",
     "single_mask",
@@ -56,6 +58,18 @@ def single_mask(mask: Any) -> Tensor | None:
             "(batch, length), or a 4-D one."
         )
     return mask
+
+
+def last_tokens(real: Tensor) -> Tensor:
+    """The last real token of every sequence, on either side of the padding.
+
+    Args:
+        real: bool, shape `(batch, length)`.
+
+    Returns:
+        Tensor: bool, shape `(batch, length)`, at most one `True` a row.
+    """
+    return real & (real.flip(1).long().cumsum(1).flip(1) == 1)
 
 
 def real_tokens(mask: Tensor | None, shape: tuple[int, int], past_length: int | Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...compat import backward_id
-from .attention_mask import CUMULATIVE_LENGTHS, SEQUENCE_NUMBERS, TokenOrder
+from .attention_mask import CUMULATIVE_LENGTHS, SEQUENCE_NUMBERS, TokenOrder, last_tokens
 
 
 __all__ = [
@@ -337,6 +337,5 @@ def used_predictions(facts: CallFacts, order: TokenOrder, shape: tuple[int, int]
         used = used | (torch.arange(shape[1], device=device) >= shape[1] - kept_logits)
     ids = facts.token_ids(shape)
     if ids is not None and facts.pooled_pad_id is not None:
-        present = ids != facts.pooled_pad_id
-        used = used | (present & (present.flip(1).long().cumsum(1).flip(1) == 1))
+        used = used | last_tokens(ids != facts.pooled_pad_id)
     return used

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from ...compat import FORWARD_SLOTS, checkpoint_function, forward_slot, set_checkpoint_function
 from .attention_mask import TokenOrder, real_tokens, single_mask, token_ranks
 from .forward_context import (
+    IGNORED_LABEL,
     OF_HEADS,
     CallFacts,
     ForwardCall,
@@ -412,7 +413,7 @@ def _uses_every_prediction(facts: CallFacts) -> bool:
     mask = single_mask(facts.arguments.get("attention_mask"))
     real = real_tokens(mask, shape, facts.past_length)
     order = TokenOrder(real, None, token_ranks(mask, real, shape, facts.past_length, labels.device))
-    is_free = (labels == -100) & ~order.last(1)
+    is_free = (labels == IGNORED_LABEL) & ~order.last(1)
     return not bool((is_free if real is None else is_free & real).any())
 
 

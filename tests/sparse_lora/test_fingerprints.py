@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_variator.bitmask import pack_mask, unpack_mask
-from peft_variator.tuners.sparse_lora.masks import fingerprint, matches_fingerprint
+from peft_variator.tuners.sparse_lora.fingerprints import fingerprint, matches_fingerprint
 
 
 def random_mask(rows: int, columns: int, seed: int) -> torch.Tensor:
