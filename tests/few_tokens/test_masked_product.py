@@ -19,6 +19,7 @@ from peft_variator.few_tokens import product
 from peft_variator.few_tokens.compiled import LEVELS
 from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, multiply
 from peft_variator.tuners.sparse_lora import SparseLoraLinear
+from tests.bases.reference import two_four
 
 from .levels import needs_product
 
@@ -28,17 +29,11 @@ FORMS = ["packed", "packed under another mask", "dense", "dense under a mask"]
 ROWS, COLUMNS = 512, 1024
 
 
-def two_four(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A random 2:4 weight."""
-    weight = torch.randn(rows, columns // 4, 4)
-    return weight.scatter_(2, torch.rand_like(weight).topk(2).indices, 0).flatten(1).to(dtype)
-
-
 def drawn(form: str, rows: int, columns: int, rank: int, dtype: torch.dtype) -> tuple[FewTokensWeight, Tensor, Tensor]:
     """What is stored, W, and M, of which one row is empty where that can be."""
     empty = torch.arange(rows)[:, None] == rows // 3
     if form.startswith("packed"):
-        weight = two_four(rows, columns, dtype)
+        weight = two_four(rows, columns, dtype, seed=int(torch.randint(1 << 30, ())))
         packed = pack(weight)
         stored = FewTokensWeight(packed.compressed, packed.bitmask)
     else:

@@ -23,6 +23,7 @@ from peft_variator.tuners.variator.linear_maps import FloatLinear
 from peft_variator.tuners.variator.merging import Block, BoundedGroups, Groups, PackedGroups, SharedGroups
 from peft_variator.tuners.variator.neurons import NeuronIndex
 from peft_variator.tuners.variator.scoring import TokenScoring
+from tests.bases.reference import two_four
 
 
 DEVICE = torch.device("cpu" if is_interpreted() else "cuda")
@@ -275,9 +276,7 @@ def test_what_runs_is_told() -> None:
 def test_packed_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, biased: bool) -> None:
     from peft_variator.few_tokens.triton_kernel import multiply_triton  # Triton is there, or nothing of this runs
 
-    dense = torch.randn(rows, columns // 4, 4)
-    dense.scatter_(2, torch.rand_like(dense).topk(2).indices, 0)
-    packed = PackedWeight(*(part.to(DEVICE) for part in pack(dense.flatten(1).to(dtype))))
+    packed = PackedWeight(*(part.to(DEVICE) for part in pack(two_four(rows, columns, dtype))))
     x, bias = torch.randn(tokens, columns).to(DEVICE, dtype), torch.randn(rows).to(DEVICE, dtype) if biased else None
     found = multiply_triton(x, bias, packed.compressed, packed.bitmask)
     weight = unpack(packed.compressed, packed.bitmask, columns).double()
@@ -297,8 +296,7 @@ def test_masked_product(form: str, tokens: int, rank: int, dtype: torch.dtype) -
     from peft_variator.few_tokens.triton_kernel import multiply_triton  # as above
 
     rows, columns = 37, 140
-    dense = torch.randn(rows, columns // 4, 4)
-    dense = dense.scatter_(2, torch.rand_like(dense).topk(2).indices, 0).flatten(1).to(dtype)
+    dense = two_four(rows, columns, dtype)
     packed, kept = pack(dense), dense != 0
     masked = (torch.rand(rows, columns) < 0.6) if "masked" in form else None
     values, places = (packed.compressed, packed.bitmask) if "packed" in form else (dense, None)

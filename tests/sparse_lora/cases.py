@@ -59,16 +59,6 @@ def prune_(model: nn.Module, sparsity: float = 0.5) -> nn.Module:
     return model
 
 
-def prune_two_four_(weight: torch.Tensor) -> torch.Tensor:
-    """Keep the two largest of every four weights in a row, with a loop."""
-    with torch.no_grad():
-        for row in weight:
-            for start in range(0, row.numel(), 4):
-                group = row[start : start + 4]
-                group[group.abs().argsort()[:2]] = 0
-    return weight
-
-
 @built_once
 def build(name: str, pruned: bool = True) -> PreTrainedModel:
     """A fresh model of a case in eval mode, the same weights every time."""

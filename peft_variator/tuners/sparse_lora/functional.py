@@ -157,14 +157,8 @@ def _backward(grad: Tensor, x: Tensor | None, weight: MaskedWeight, effective: T
 
 # For torch.compile the two are opaque operators: its partitioner would find the effective weight in forward and
 # backward, compute it once and keep it in between. Called eagerly, the plain functions have less overhead.
-# Operators take no structures, so the fields of `MaskedWeight` are flat here; their schemas are written out because
-# PyTorch before 2.7 does not derive one from `list[Tensor]`.
-@torch.library.custom_op(
-    "peft_variator::masked_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] a, Tensor[] b, float[] scales, Tensor? bias, Tensor? packed_mask, str layout, "
-    "Tensor[] base, bool keep) -> (Tensor, Tensor)",
-)
+# Operators take no structures, so the fields of `MaskedWeight` are flat here.
+@torch.library.custom_op("peft_variator::masked_linear", mutates_args=())
 def _forward_op(
     x: Tensor,
     a: list[Tensor],
@@ -179,28 +173,15 @@ def _forward_op(
     return _forward(x, MaskedWeight(a, b, scales, packed_mask, layout, base), bias, keep)
 
 
-@_forward_op.register_fake
-def _forward_shapes(
-    x: Tensor,
-    a: list[Tensor],
-    b: list[Tensor],
-    scales: list[float],
-    bias: Tensor | None,
-    packed_mask: Tensor | None,
-    layout: str,
-    base: list[Tensor],
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    rows, columns = b[0].shape[0], a[0].shape[1]
-    return x.new_empty((x.shape[0], rows)), x.new_empty((rows, columns) if keep else 0)
-
-
-@torch.library.custom_op(
-    "peft_variator::masked_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor? x, Tensor[] a, Tensor[] b, float[] scales, Tensor? packed_mask, Tensor weight, "
-    "str layout, Tensor[] base, bool needs_x) -> Tensor[]",
+_forward_op.register_fake(
+    lambda x, a, b, scales, bias, packed_mask, layout, base, keep: (
+        x.new_empty(x.shape[0], b[0].shape[0]),
+        x.new_empty((b[0].shape[0], a[0].shape[1]) if keep else 0),
+    )
 )
+
+
+@torch.library.custom_op("peft_variator::masked_linear_backward", mutates_args=())
 def _backward_op(
     grad: Tensor,
     x: Tensor | None,
@@ -216,21 +197,12 @@ def _backward_op(
     return _backward(grad, x, MaskedWeight(a, b, scales, packed_mask, layout, base), weight, needs_x)
 
 
-@_backward_op.register_fake
-def _backward_shapes(
-    grad: Tensor,
-    x: Tensor | None,
-    a: list[Tensor],
-    b: list[Tensor],
-    scales: list[float],
-    packed_mask: Tensor | None,
-    weight: Tensor,
-    layout: str,
-    base: list[Tensor],
-    needs_x: bool,
-) -> list[Tensor]:
-    grad_x = grad.new_empty((grad.shape[0], a[0].shape[1]) if needs_x else 0)
-    return [grad_x] if x is None else [grad_x, *(torch.empty_like(matrix) for matrix in (*a, *b))]
+_backward_op.register_fake(
+    lambda grad, x, a, b, scales, packed_mask, weight, layout, base, needs_x: [
+        grad.new_empty((grad.shape[0], a[0].shape[1]) if needs_x else 0),
+        *(torch.empty_like(matrix) for matrix in (*a, *b) if x is not None),
+    ]
+)
 
 
 def _gather(layout: str, scales: list[float], packed_mask: Tensor | None, tensors: Sequence[Tensor]) -> MaskedWeight:
