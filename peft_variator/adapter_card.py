@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
 from transformers.models.auto import modeling_auto
 from yaml import YAMLError
 
@@ -23,14 +24,17 @@ from .version import __version__
 
 
 __all__ = [
+    "AUTO_CLASSES",
     "MARKER",
     "CardContent",
     "hub_id",
+    "loading_code",
     "make_card",
     "measured",
     "pipeline_tag",
     "set_license",
     "usage",
+    "usage_of_config",
     "write_card",
 ]
 
@@ -48,7 +52,7 @@ _TASK_TAGS = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -245,33 +249,47 @@ def _bare(text: str) -> str:
     return "\n".join(kept)
 
 
-def usage(
-    base: str | None, class_name: str | None, task_type: str | None, lines: Iterable[str] = (), name: str = "ADAPTER"
-) -> str:
-    """How to install what an adapter needs and how to load it, in Markdown.
+def loading_code(base: str, loader: str, name: str, lines: Iterable[str] = ()) -> list[str]:
+    """Lines of Python that load an adapter onto its base.
 
     Args:
-        base: the base model as the adapter names it.
-        class_name: transformers' class of the base; `None`: it is not known.
-        task_type: PEFT's name of the task, or `None`.
-        lines: Python code that comes after loading.
+        base: the base model, as `from_pretrained` takes it.
+        loader: transformers' class that it is loaded with.
         name: the adapter, as `from_pretrained` takes it.
+        lines: what comes after loading.
     """
-    loader = class_name or _AUTO_CLASSES.get(task_type or "", "AutoModel")
-    code = [
+    return [
         "import peft_variator",
         "from peft import PeftModel",
         f"from transformers import {loader}",
         "",
-        f"model = {loader}.from_pretrained({hub_id(base) or 'BASE'!r})",
-        f"model = PeftModel.from_pretrained(model, {name!r})"
-        + ("  # this folder, or its name on the Hub" if name == "ADAPTER" else ""),
+        f"model = {loader}.from_pretrained({base!r})",
+        f"model = PeftModel.from_pretrained(model, {name!r})",
         *lines,
     ]
+
+
+def usage(code: Iterable[str]) -> str:
+    """How to install what an adapter needs, and the code that loads it, in Markdown."""
     return (
         "## Use\n\n```\npip install peft-variator\n```\n\n"
         "`import peft_variator` comes first: it makes the method known to PEFT, which fails without.\n\n"
-        "```python\n" + "\n".join(code) + "\n```\n\n"
-        f"### Framework versions\n\n- PEFT {version('peft')}\n- peft-variator {__version__}\n"
+        "```python\n" + "\n".join(code) + "\n```\n"
+    )
+
+
+def usage_of_config(config: PeftConfig, class_name: str | None, lines: Iterable[str]) -> str:
+    """How to load the adapter of a configuration, and the versions that it was saved with, in Markdown.
+
+    Args:
+        config: the configuration.
+        class_name: transformers' class of the base; `None`: it is not known.
+        lines: Python code that comes after loading.
+    """
+    loader = class_name or AUTO_CLASSES.get(config.task_type or "", "AutoModel")
+    code = loading_code(hub_id(config.base_model_name_or_path) or "BASE", loader, "ADAPTER", lines)
+    code = [f"{line}  # this folder, or its name on the Hub" if "'ADAPTER'" in line else line for line in code]
+    return (
+        f"{usage(code)}\n### Framework versions\n\n- PEFT {version('peft')}\n- peft-variator {__version__}\n"
         f"- transformers {version('transformers')}\n"
     )

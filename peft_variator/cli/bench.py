@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..profiling import (
     save_plot,
     was_busy,
 )
-from .console import Reporter
+from .console import Reporter, option_words
 from .saved_plugin import open_plugin
 
 
@@ -66,23 +65,13 @@ def find_subject(model: str | None, adapter: str | None) -> tuple[str, list[int]
     return model, DEFAULT_RATIOS
 
 
-def _command(settings: BenchmarkSettings) -> str:
-    """The command line of these settings: what differs from the defaults, and the device, whose default depends."""
-    words = ["peft-variator", "bench", settings.model]
-    for option in fields(settings)[1:]:
-        value, name = getattr(settings, option.name), "--" + OPTIONS.get(option.name, option.name.replace("_", "-"))
-        if value is True:
-            words.append(name)
-        elif option.name == "device" or option.default is MISSING or value != option.default:
-            words += [name, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return shlex.join(words)
-
-
 def _run(settings: BenchmarkSettings, reporter: Reporter) -> BenchmarkReport:
     columns = [TextColumn("{task.description}"), *Progress.get_default_columns()[1:2]]
+    # What differs from the defaults, and the device, whose default depends.
+    words = ["peft-variator", "bench", settings.model, *option_words(settings, {"device"}, {"model"}, OPTIONS)]
     with reporter.progress(*columns, MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         bar = progress.add_task(f"Measuring {settings.model} on {settings.device}", total=count_steps(settings))
-        return run_benchmark(settings, command=_command(settings), on_step=lambda: progress.advance(bar))
+        return run_benchmark(settings, command=shlex.join(words), on_step=lambda: progress.advance(bar))
 
 
 def _show(report: BenchmarkReport, reporter: Reporter) -> None:

@@ -7,11 +7,11 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # rich is imported when something is shown: help needs none o
     from rich.table import Table
 
 
-__all__ = ["Reporter", "default_device", "next_commands", "parse_ratios", "parse_shares", "reported"]
+__all__ = ["Reporter", "default_device", "next_commands", "option_words", "parse_ratios", "parse_shares", "reported"]
 
 # A pipe has no width of its own, and rich would fold tables at 80 columns.
 PIPE_WIDTH = 160
@@ -218,6 +218,34 @@ def default_device(device: str | None) -> str:
     import torch  # only now: the command's help needs no torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def option_words(
+    job: Any,
+    always: Container[str] = (),
+    never: Container[str] = (),
+    names: Mapping[str, str] = {},  # noqa: B006
+) -> list[str]:
+    """The options of a command line that say what the fields of a dataclass are, where that is not their default.
+
+    Args:
+        job: what a command does, a dataclass.
+        always: fields that are named with their default, too.
+        never: fields that are no options.
+        names: what a field's option is called, where it is not by the field's name.
+    """
+    words: list[str] = []
+    for item in fields(job):
+        value, name = getattr(job, item.name), names.get(item.name, item.name).replace("_", "-")
+        if item.name in never or (item.name not in always and value == item.default):
+            continue
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            words += [word for each in value for word in (f"--{name}", each)]
+        else:
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return words
 
 
 def parse_shares(texts: Sequence[str] | None) -> list[float] | None:

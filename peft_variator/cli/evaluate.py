@@ -32,7 +32,7 @@ from ..training import load_plugin
 from ..training.evaluation import measure_ratios
 from ..training.loss_masks import CAUSAL, Prediction, prediction_of, stacks_of
 from .bench import warn_about_load
-from .console import Reporter
+from .console import Reporter, option_words
 from .examples import Batch, load_evaluation_data, warn_about_unreadable
 from .saved_plugin import SavedPlugin, open_plugin
 
@@ -409,12 +409,4 @@ def _show(found: Evaluation, reporter: Reporter) -> None:
 
 def command_line(job: EvaluateJob) -> str:
     """The command line of a job: what differs from the defaults, and the device, whose default depends."""
-    default = EvaluateJob(job.adapter, job.data)
-    words = ["peft-variator", "evaluate", job.adapter]
-    for name, value in asdict(job).items():
-        if name == "adapter" or (value == getattr(default, name) and name not in ("data", "device")):
-            continue
-        shown = [",".join(map(str, value))] if name == "ratio" else value if isinstance(value, list) else [value]
-        for each in shown:
-            words += [f"--{name.replace('_', '-')}", str(each)]
-    return shlex.join(words)
+    return shlex.join(["peft-variator", "evaluate", job.adapter, *option_words(job, {"device"}, {"adapter"})])

@@ -13,19 +13,12 @@ from peft import PeftConfig, PeftType
 from peft.utils import load_peft_weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from ..adapter_card import AUTO_CLASSES
 from ..models import ADAPTER_CONFIG_NAME, check_reachable, find_task, load_config, name_some
 from ..tuners.variator import VariatorConfig
 
 
 __all__ = ["SavedPlugin", "open_plugin"]
-
-CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 
 
 @dataclass(frozen=True)
@@ -71,8 +64,8 @@ class SavedPlugin:
 
     def _class(self) -> Any:
         """The class of the model that the plugin was saved from, else transformers' choice for the architecture."""
-        if self.config.task_type in CLASSES:
-            return getattr(transformers, CLASSES[self.config.task_type])
+        if self.config.task_type in AUTO_CLASSES:
+            return getattr(transformers, AUTO_CLASSES[self.config.task_type])
         name = (self.config.auto_mapping or {}).get("base_model_class")
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if found is not None:

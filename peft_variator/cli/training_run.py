@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +35,7 @@ from ..profiling import build_model, count_positions, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig
 from ..training.model_card import PluginFacts, RestoredFacts
-from .console import Reporter
+from .console import Reporter, option_words
 from .examples import TrainingData, load_data, warn_about_unreadable
 from .publishing import Publishing
 
@@ -119,16 +119,7 @@ class RunSettings:
     def command(self) -> str:
         """The command line of these settings: what differs from the defaults, but for where it is pushed."""
         words = [*launcher_words(os.environ), self.subcommand, self.model]
-        for option in fields(self)[1:]:
-            value, name = getattr(self, option.name), "--" + option.name.replace("_", "-")
-            if option.name == "push_to_hub" or (option.default is not MISSING and value == option.default):
-                continue
-            if value is True:
-                words.append(name)
-            else:
-                for each in value if isinstance(value, list) else [value]:
-                    words += [name, str(each)]
-        return shlex.join(words)
+        return shlex.join(words + option_words(self, never={"model", "push_to_hub"}))
 
 
 def launcher_words(environment: Mapping[str, str]) -> list[str]:

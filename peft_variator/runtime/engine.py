@@ -192,11 +192,7 @@ class Engine:
 
     # Questions
 
-    def embed(
-        self,
-        texts: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Embeddings:
+    def embed(self, texts: Sequence[str], **limits: Unpack[Limits]) -> Embeddings:
         """One vector for each text.
 
         Args:
@@ -211,36 +207,19 @@ class Engine:
         """
         return cast(Embeddings, self._ask(Embed, texts, "texts", **limits))
 
-    async def aembed(
-        self,
-        texts: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Embeddings:
+    async def aembed(self, texts: Sequence[str], **limits: Unpack[Limits]) -> Embeddings:
         """As `embed`, for an event loop. A call that is cancelled leaves the queue."""
         return cast(Embeddings, await self._aask(Embed, texts, "texts", **limits))
 
-    def classify(
-        self,
-        texts: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Classifications:
+    def classify(self, texts: Sequence[str], **limits: Unpack[Limits]) -> Classifications:
         """Logits of each text, from a model for sequence classification. Arguments and errors are those of `embed`."""
         return cast(Classifications, self._ask(Classify, texts, "texts", **limits))
 
-    async def aclassify(
-        self,
-        texts: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Classifications:
+    async def aclassify(self, texts: Sequence[str], **limits: Unpack[Limits]) -> Classifications:
         """As `classify`, for an event loop."""
         return cast(Classifications, await self._aask(Classify, texts, "texts", **limits))
 
-    def rerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Scores:
+    def rerank(self, query: str, documents: Sequence[str], **limits: Unpack[Limits]) -> Scores:
         """How well each document fits the query.
 
         It is the logit of a model with one label; of two labels, the second's logit less the first's.
@@ -253,21 +232,12 @@ class Engine:
         options = {"query": checked_query(query)}
         return cast(Scores, self._ask(Rerank, documents, "documents", options, **limits))
 
-    async def arerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Scores:
+    async def arerank(self, query: str, documents: Sequence[str], **limits: Unpack[Limits]) -> Scores:
         """As `rerank`, for an event loop."""
         options = {"query": checked_query(query)}
         return cast(Scores, await self._aask(Rerank, documents, "documents", options, **limits))
 
-    def prefill(
-        self,
-        prompts: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Prefilled:
+    def prefill(self, prompts: Sequence[str], **limits: Unpack[Limits]) -> Prefilled:
         """The cache of each prompt, and the logits of its last position, from a causal language model.
 
         A prompt's row of the cache is made at one ratio, which is in `.ratios` and stays that of the row: whoever
@@ -276,19 +246,11 @@ class Engine:
         """
         return cast(Prefilled, self._ask(Prefill, prompts, "prompts", **limits))
 
-    async def aprefill(
-        self,
-        prompts: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Prefilled:
+    async def aprefill(self, prompts: Sequence[str], **limits: Unpack[Limits]) -> Prefilled:
         """As `prefill`, for an event loop."""
         return cast(Prefilled, await self._aask(Prefill, prompts, "prompts", **limits))
 
-    def submit(
-        self,
-        texts: Sequence[str],
-        **limits: Unpack[Limits],
-    ) -> Future[Embeddings]:
+    def submit(self, texts: Sequence[str], **limits: Unpack[Limits]) -> Future[Embeddings]:
         """As `embed`, without waiting: a future of its result. Cancelling it takes the texts out of the queue."""
         return cast("Future[Embeddings]", self._submit(Embed, texts, "texts", **limits))
 

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -81,16 +82,9 @@ def profile_latency(
     for batch, length in _centres(batch_sizes, lengths):
         for k, measured in measure(batch, length).items():
             checks.append(LatencyCheck(k, batch, length, measured, table.latency(k, batch, length)))
-    return LatencyTable(
-        ratios,
-        batch_sizes,
-        lengths,
-        seconds,
-        quality,
-        tuple(checks),
-        inner.config.name_or_path or type(inner).__name__,
-        describe_environment(inner.device),
-    )
+    name = inner.config.name_or_path or type(inner).__name__
+    environment = describe_environment(inner.device)
+    return replace(table, quality=quality, checks=tuple(checks), model=name, environment=environment)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..pooling import pool
 from ..tuners.variator.forward_context import next_token_labels
 from .loss_masks import CAUSAL, Prediction, prediction_of, stacks_of
 from .teacher import measured_adapters
@@ -116,7 +117,7 @@ def measure_ratios(
                 cosines = torch.cosine_similarity(ours, theirs, dim=-1)
                 found[f"{prefix}cosine"].append(cosines.flatten() if mask is None else cosines[mask])
                 if prediction is None and mask is not None:
-                    ours, theirs = (_mean_of_text(states, mask) for states in (ours, theirs))
+                    ours, theirs = (pool(states, mask, "mean") for states in (ours, theirs))
                     found["embedding_cosine"].append(torch.cosine_similarity(ours, theirs, dim=-1))
             if prediction is not None:
                 for name, values_of in _compare_predictions(prediction, batch, outputs, reference).items():
@@ -142,9 +143,3 @@ def _compare_predictions(
             labels = next_token_labels(batch, (labels.shape[0], labels.shape[1]))
         found["nll"] = nn.functional.cross_entropy(logits, labels[used], reduction="none")
     return found
-
-
-def _mean_of_text(states: Tensor, mask: Tensor) -> Tensor:
-    """Means over the real tokens of `(batch, length, dim)`, as most sentence encoders pool."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)

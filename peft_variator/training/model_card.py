@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import ModelCard
 
-from ..adapter_card import CardContent, make_card, measured, pipeline_tag
+from ..adapter_card import CardContent, loading_code, make_card, measured, pipeline_tag, usage
 from ..markdown import make_table
 from ..version import __version__
 
@@ -36,23 +36,7 @@ FLOPs saved are those of one batch of the held-out data, counted with torch's `F
 to the base model on {held_out} held-out examples: the mean cosine of the last hidden states of real tokens, their
 relative error ‖plugin − base‖ / ‖base‖{agreement}. "Before" is the plugin as training found it.
 {verdict}
-## Use
-
-```
-pip install peft-variator
-```
-
-`import peft_variator` comes first: it makes the method known to PEFT, which fails with `KeyError: 'VARIATOR'` without.
-
-```python
-import peft_variator
-from peft import PeftModel
-from transformers import {model_class}
-
-model = {model_class}.from_pretrained({base!r})
-model = PeftModel.from_pretrained(model, {name!r}).eval()
-{switch}```
-
+{usage}
 ## Reproduce
 
 ```
@@ -150,6 +134,8 @@ def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
         license: identifier of the plugin's license.
     """
     head, *rows = facts.rows()
+    switch = [f"model.set_compression_ratio({facts.ratios[-1].ratio})  # any of the ratios above"]
+    switch = switch if len(facts.ratios) > 1 else []
     agreement = ", and the share of predictions that agree" if "agreement" in facts.ratios[0].after else ""
     body = PLUGIN_TEMPLATE.format(
         base=facts.base,
@@ -161,9 +147,7 @@ def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
         held_out=facts.held_out,
         agreement=agreement,
         verdict="" if facts.verdict is None else f"\n**{facts.verdict}**\n",
-        model_class=facts.model_class,
-        name=facts.name,
-        switch=_switch(facts),
+        usage=usage(loading_code(facts.base, facts.model_class, facts.name, ["model.eval()", *switch])),
         command=facts.command,
         versions=_versions(),
     )
@@ -183,12 +167,6 @@ def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
             ],
         )
     )
-
-
-def _switch(facts: PluginFacts) -> str:
-    if len(facts.ratios) < 2:
-        return ""
-    return f"model.set_compression_ratio({facts.ratios[-1].ratio})  # any of the ratios above\n"
 
 
 RESTORED_TAGS = ["peft-variator", "sparse-lora", "pruning", "sparsity"]
@@ -215,17 +193,7 @@ made with peft-variator. Merged, they leave every pruned weight at zero.
 
 Means over {held_out} held-out examples that were not trained on.
 
-## Use
-
-```
-pip install peft-variator
-```
-
-`import peft_variator` comes first: it makes the method known to PEFT, which fails without.
-
-```python
-{usage}```
-
+{usage}
 ## Reproduce
 
 ```
@@ -283,17 +251,10 @@ class RestoredFacts:
         return [["held-out", *states], *rows]
 
     @property
-    def usage(self) -> str:
-        """Python code that loads and merges the adapter."""
-        return (
-            "import peft_variator\n"
-            "from peft import PeftModel\n"
-            f"from transformers import {self.model_class}\n\n"
-            f"model = {self.model_class}.from_pretrained({self.base!r})\n"
-            f"model = PeftModel.from_pretrained(model, {self.name!r})\n"
-            "model = model.merge_and_unload(safe_merge=True)  # as sparse as the pruned model\n"
-            "model.save_pretrained('restored')\n"
-        )
+    def code(self) -> list[str]:
+        """Lines of Python that load and merge the adapter."""
+        merging = ["model = model.merge_and_unload(safe_merge=True)  # as sparse as the pruned model"]
+        return loading_code(self.base, self.model_class, self.name, [*merging, "model.save_pretrained('restored')"])
 
 
 def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard:
@@ -316,7 +277,7 @@ def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard
         teacher="none" if facts.teacher is None else f"`{facts.teacher}`",
         table=make_table(head, rows),
         held_out=facts.held_out,
-        usage=facts.usage,
+        usage=usage(facts.code),
         command=facts.command,
         versions=_versions(),
     )

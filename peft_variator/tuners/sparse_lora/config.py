@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...adapter_card import CardContent, hub_id, pipeline_tag, usage
+from ...adapter_card import CardContent, hub_id, pipeline_tag, usage_of_config
 from ...adapter_state import SavedConfig
 from ...field_types import check_regex
 
@@ -111,7 +111,7 @@ class SparseLoraConfig(SavedConfig):
         )
         lines = ["model = model.merge_and_unload(safe_merge=True)  # as sparse as the masks"]
         return CardContent(
-            body=body + usage(base, class_name, self.task_type, lines),
+            body=body + usage_of_config(self, class_name, lines),
             base=base,
             tags=["peft-variator", "sparse-lora", "pruning", "sparsity"],
             pipeline_tag=pipeline_tag(class_name, self.task_type),

@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from transformers import PreTrainedTokenizerBase
 
-from ...adapter_card import CardContent, hub_id, pipeline_tag, usage
+from ...adapter_card import CardContent, hub_id, pipeline_tag, usage_of_config
 from ...adapter_state import SavedConfig
 from ...field_types import check_regex
 from .decompression import DECOMPRESSIONS
@@ -427,7 +427,7 @@ class VariatorConfig(SavedConfig):
         other = [ratio for ratio in self.ratio_schedule or trained or () if ratio != self.compression_ratio]
         lines = ["model.eval()"] + [f"model.set_compression_ratio({ratio})  # more: faster" for ratio in other[-1:]]
         return CardContent(
-            body=body + usage(base, class_name, self.task_type, lines),
+            body=body + usage_of_config(self, class_name, lines),
             base=base,
             tags=["peft-variator", "variator", "compression"],
             pipeline_tag=pipeline_tag(class_name, self.task_type),
