@@ -352,17 +352,7 @@ def read_keys(file: Path) -> set[str]:
 
 
 def _check_file(model: nn.Module, config: SavedConfig, key_mapping: Mapping[str, str]) -> None:
-    """Check what PEFT looks at in an adapter's file before it shows the tensors to a tuner.
-
-    Args:
-        model: the base model.
-        config: of the adapter.
-        key_mapping: how PEFT is going to rename the file's keys.
-
-    Raises:
-        AdapterStateError: the file can't be read, has keys that PEFT cannot rename, or lacks a tensor of a module that
-            is saved whole.
-    """
+    """Check what PEFT looks at in an adapter's file before it shows the tensors to a tuner: keys and whole modules."""
     file = _file_of(config)
     if file is None or (not file.exists() and file.with_name(WEIGHTS_NAME).exists()):
         return
@@ -398,11 +388,7 @@ def _renamed(key: str, key_mapping: Mapping[str, str]) -> str:
 
 
 def _check_download(config: SavedConfig) -> None:
-    """Compare an adapter's file in the Hub's cache with the name that the Hub gave it, the SHA-256 of its content.
-
-    Raises:
-        AdapterStateError: it was damaged on the way or since.
-    """
+    """Compare an adapter's file in the Hub's cache with the name that the Hub gave it, the SHA-256 of its content."""
     file = _file_of(config) if config.download is not None else None
     blob = None if file is None else file.resolve()
     if blob is None or not re.fullmatch("[0-9a-f]{64}", blob.name):
@@ -483,11 +469,7 @@ def _incomplete(where: str, missing: list[str]) -> AdapterStateError:
 
 
 def _refuse_incomplete(model: Any, adapter_name: str, missing: list[str]) -> None:
-    """Refuse a state dict that lacks tensors of a module that is saved whole, which PEFT finds out first.
-
-    Raises:
-        AdapterStateError: always.
-    """
+    """Refuse a state dict that lacks tensors of a module that is saved whole, which PEFT finds out first."""
     config = model.peft_config[adapter_name]
     where = f"The adapter in {config.source}" if config.source else f"The state of adapter {adapter_name!r}"
     with TidyTuner.loading(model, adapter_name, config):

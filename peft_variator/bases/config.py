@@ -257,13 +257,7 @@ model = AutoModel.from_pretrained("this folder")
 
 
 def write_notice(folder: Path) -> None:
-    """Have the README of a packed model say first what transformers does without this package.
-
-    A README that is there keeps its text, behind the notice.
-
-    Args:
-        folder: the folder of the packed model.
-    """
+    """Have the README of a packed model say first what transformers does without this package."""
     readme = folder / README_NAME
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if NOTICE in text:
@@ -274,11 +268,7 @@ def write_notice(folder: Path) -> None:
 
 
 def drop_notice(folder: Path) -> None:
-    """Take the notice of [`write_notice`] out of the README of a model that is dense again.
-
-    Args:
-        folder: the folder of the dense model.
-    """
+    """Take the notice of [`write_notice`] out of the README of a model that is dense again."""
     readme = folder / README_NAME
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text == f"{NOTICE}\n":

@@ -131,11 +131,7 @@ def _check_packages() -> None:
 
 
 def _load_base(saved: SavedPlugin) -> tuple[PreTrainedModel, bool]:
-    """The base in the class that the plugin was saved from, and whether its pooler has no weights.
-
-    Raises:
-        ValueError: the base is no encoder, or neither it nor the adapter holds all weights.
-    """
+    """The base in the class that the plugin was saved from, and whether its pooler has no weights."""
     task_type = saved.config.task_type
     if task_type is not None and task_type not in TASK_TYPES:
         raise ValueError(
@@ -261,11 +257,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _check_file(path: Path, model: TensorOutputs, examples: list[dict[str, Tensor]]) -> float:
-    """The largest difference between what ONNX Runtime gives and what the model gives, at real tokens.
-
-    Raises:
-        ValueError: it is more than rounding explains.
-    """
+    """The largest difference between what ONNX Runtime gives and what the model gives, at real tokens."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -160,17 +160,7 @@ class RestoreJob(RunSettings):
 
 
 def _loss_weights(model: str, task: Task, kl_weight: float | None, has_teacher: bool) -> dict[str, float]:
-    """Weights of the parts of the loss, fields of `DistillationConfig`.
-
-    Args:
-        model: the pruned model, named in messages.
-        task: how it is used.
-        kl_weight: λ; `None`: that of the paper if there is a teacher, else 0.
-        has_teacher: whether there is a dense model to follow.
-
-    Raises:
-        ValueError: a loss has a weight and needs a teacher or predictions that are not there.
-    """
+    """Weights of the parts of the loss; without λ it is the paper's where there is a teacher, else 0."""
     if task in ("causal", "seq2seq"):
         weight = (KL_WEIGHT if has_teacher else 0.0) if kl_weight is None else kl_weight
         if weight and not has_teacher:

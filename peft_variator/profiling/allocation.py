@@ -313,11 +313,7 @@ Rows = dict[int, dict[str, int]]
 
 
 def _solve(modules: list[_Module], targets: dict[int, float]) -> tuple[Rows, dict[str, int]]:
-    """Ratios by row and widths, with the least error in all rows together.
-
-    Raises:
-        ValueError: a share cannot be reached.
-    """
+    """Ratios by row and widths, with the least error in all rows together."""
     best: tuple[float, Rows, dict[str, int]] | None = None
     shares = sorted(targets.values())
     main = next(k for k, share in targets.items() if share == shares[len(shares) // 2])
@@ -420,11 +416,7 @@ def _check(
     inputs: dict[str, Any],
     total: int,
 ) -> None:
-    """Count what the rows really save.
-
-    Raises:
-        ValueError: it is not what was asked for.
-    """
+    """Count what the rows really save."""
     model: Any = get_peft_model(base, config)
     try:
         if config.keep_outliers is not None:  # which neurons are copied changes no FLOPs

@@ -170,11 +170,7 @@ class Engine:
         return Served.of(self.model, tokenizer, max_length)
 
     def _task(self, kind: type[Task]) -> Task:
-        """A task of this model, made when it is first asked for.
-
-        Raises:
-            ValueError: the model cannot do it.
-        """
+        """A task of this model, made when it is first asked for."""
         with self._wake:
             if kind not in self._tasks:
                 self._tasks[kind] = self._new_task(kind)
@@ -288,11 +284,7 @@ class Engine:
         return self._enqueue(self._enter(), *question, **limits)
 
     def _enter(self) -> float:
-        """Take a call, which closing waits for from here on, and give its arrival; `_enqueue` has to follow.
-
-        Raises:
-            EngineClosed: the engine is closed.
-        """
+        """Take a call, which closing waits for from here on, and give its arrival; `_enqueue` has to follow."""
         with self._wake:
             self._check_open()
             self._entering += 1

@@ -293,11 +293,7 @@ def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) 
 
 
 def _record_base(config: SparseLoraConfig, adapter_name: str, layers: Mapping[str, SparseLoraLayer]) -> None:
-    """Note in the config where the base is not zero, or compare it with what is noted there.
-
-    Raises:
-        ValueError: the adapter was trained on a base with other zeros.
-    """
+    """Note in the config where the base is not zero, or compare it with what is noted there."""
     found = base_fingerprint(layer.base_weight() for layer in layers.values())
     if found is None:
         return
@@ -351,11 +347,7 @@ def _warn_about_filled_zeros(model: nn.Module) -> None:
 
 
 def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
-    """Names of all linear layers of a model, in the layers that the configuration chooses.
-
-    Raises:
-        ValueError: there are none in these layers.
-    """
+    """Names of all linear layers of a model, in the layers that the configuration chooses."""
     known_to_peft = include_all_linear_layers(copy.copy(peft_config), model).target_modules
     names = set(known_to_peft or ()) | _registered_linears(model)
     heads = _HEADS.get(peft_config.task_type or "", ())
@@ -363,11 +355,7 @@ def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
 
 
 def _refuse_hidden_targets(peft_config: SparseLoraConfig, model: nn.Module) -> None:
-    """Raise if targets lie inside of a module that another method has wrapped: PEFT passes over them without a word.
-
-    Raises:
-        ValueError: there are some.
-    """
+    """Raise if targets lie inside of a module that another method has wrapped: PEFT passes over them silently."""
     wrappers = [name for name, module in model.named_modules() if _is_of_another_method(module)]
     hidden = [
         name
@@ -405,11 +393,7 @@ def _registered_linears(model: nn.Module) -> set[str]:
 
 
 def _in_chosen_layers(peft_config: SparseLoraConfig, names: set[str]) -> set[str]:
-    """The names in the layers of `layers_to_transform`, which PEFT does not look at for full names.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The names in the layers of `layers_to_transform`, which PEFT does not look at for full names."""
     if peft_config.layers_to_transform is None:
         return names
     chosen = modules_in_layers(peft_config, names, peft_config.layers_to_transform)

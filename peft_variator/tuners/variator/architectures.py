@@ -399,13 +399,7 @@ def _is_decoder_of_an_encoder(owner: nn.Module) -> bool:
 
 
 def _regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward]) -> str:
-    """The most general regex that matches `names` and no other module, so that the plugin fits other heads too.
-
-    Args:
-        model: the base model.
-        names: full names of the feed-forward networks.
-        stacks: the row of the table for each of the models around them, by full name.
-    """
+    """The most general regex that matches `names` and no other module, so that the plugin fits other heads too."""
     anywhere = "|".join(sorted({rf"(?:.*\.)?{row.start}" for row in stacks.values()}))
     ends = {re.escape(name.rpartition(".")[2]): row for name, row in stacks.items() if name}
     in_stacks = "|".join(rf"(?:.*\.)?{end}\.(?:.*\.)?{row.start}" for end, row in sorted(ends.items()))

@@ -298,13 +298,7 @@ def shifted(values: Tensor, first: float) -> Tensor:
 
 
 def _of_this_call(values: Tensor, length: int, past_length: int | Tensor) -> Tensor:
-    """The columns behind the cached tokens, as far as there are any: some masks are as long as a static cache.
-
-    Args:
-        values: shape `(batch, columns)`.
-        length: number of tokens of the call.
-        past_length: number of cached tokens.
-    """
+    """The columns behind the cached tokens, as far as there are any: some masks are as long as a static cache."""
     last_start = values.shape[1] - length
     if isinstance(past_length, Tensor):
         first = past_length.clamp(max=last_start)

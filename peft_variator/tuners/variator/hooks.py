@@ -299,10 +299,6 @@ def tie(output: Any, calls: tuple[ForwardCall, ...]) -> None:
     """Have the calls found again when the backward reaches what they gave, for models that checkpoint by themselves.
 
     The gradient of a later tensor is computed just before, in the same thread.
-
-    Args:
-        output: what the stack gave.
-        calls: the calls that were under way.
     """
     if torch.compiler.is_compiling():
         return
@@ -323,14 +319,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any], names: tuple[str, ...]) -> CallFacts:
-    """What is known about the tokens of a call that is about to run.
-
-    Args:
-        stack: the module that is called.
-        kind: whether it is an encoder, causal, or an encoder of images.
-        own: the arguments of its call.
-        names: of all arguments that the stack could have been called with.
-    """
+    """What is known about the tokens of a call that is about to run; `names`: all arguments that the stack takes."""
     around = _calls_around(stack)
     known: dict[str, Any] = {}
     for call in around:
@@ -362,12 +351,7 @@ def _has_cached(own: dict[str, Any]) -> bool:
 
 
 def of_frames(own: dict[str, Any], entries_a_frame: int) -> dict[str, Any]:
-    """The arguments of an encoder of sound's call, with a mask that has an entry for each frame, or none.
-
-    Args:
-        own: the arguments.
-        entries_a_frame: how many entries of the mask one frame stands for; 0: the encoder does not use it.
-    """
+    """The arguments of an encoder of sound's call, with a mask that has an entry for each frame, or none (0)."""
     mask = own.get("attention_mask")
     if mask is None or entries_a_frame == 0:
         return {name: value for name, value in own.items() if name != "attention_mask"}
@@ -386,15 +370,7 @@ def _calls_around(stack: nn.Module) -> list[ForwardCall]:
 
 
 def check_routers(stack: nn.Module, own: dict[str, Any]) -> None:
-    """Raise if a call asks for the loss that balances the load of experts, with a mask: routers see merged rows.
-
-    Args:
-        stack: the module that is called.
-        own: the arguments of its call.
-
-    Raises:
-        ValueError: it does.
-    """
+    """Raise if a call asks for the loss that balances the load of experts, with a mask: routers see merged rows."""
     asked = own.get("output_router_logits", getattr(getattr(stack, "config", None), "output_router_logits", False))
     if asked and own.get("attention_mask") is not None:
         raise ValueError(

@@ -343,17 +343,7 @@ class PackedGroups(Groups, Part):
 
 
 def _sum_bags(tokens: Tensor, members: Tensor, weights: Tensor, singles: Tensor) -> Tensor:
-    """The weighted sum of each group, then the single tokens, gathered and summed in one pass.
-
-    Args:
-        tokens: shape `(batch * length, dim)`.
-        members: token numbers, shape `(groups, k)`.
-        weights: shape `(groups, k)`.
-        singles: token numbers, shape `(singles,)`.
-
-    Returns:
-        Shape `(groups + singles, dim)`.
-    """
+    """The weighted sum of each group, `(groups, k)`, then the single tokens, in one pass; `(rows, dim)`."""
     groups, size = members.shape
     starts = torch.arange(groups, device=members.device) * size
     ends = torch.arange(singles.numel(), device=members.device) + groups * size

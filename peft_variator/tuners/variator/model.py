@@ -111,11 +111,7 @@ class VariatorModel(TidyTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: VariatorConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Where PEFT shows a tuner what it is going to load: the place to refuse it.
-
-        Raises:
-            AdapterStateError: it is not what the plugin consists of; see [`check_adapter_state`].
-        """
+        """Where PEFT shows a tuner what it is going to load: the place to refuse it."""
         with cls.loading(model, adapter_name, config):
             parts = quantized_parts(model, adapter_name)
             if parts:
@@ -325,11 +321,7 @@ def _is_of_another_method(module: nn.Module) -> bool:
 
 
 def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: list[Placement]) -> None:
-    """Raise if a part of a network that gets a plugin is to be saved whole: it has other names then.
-
-    Raises:
-        ValueError: there is one.
-    """
+    """Raise if a part of a network that gets a plugin is to be saved whole: it has other names then."""
     networks = [name for placement in placements for name in placement.ends]
     for wrapped, _ in model.named_modules():
         name = wrapped.replace(".base_layer", "")
@@ -344,15 +336,7 @@ def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: 
 def _wrap_network(
     model: nn.Module, placement: Placement, target: nn.Module, target_name: str, parent: nn.Module
 ) -> VariatorLayer:
-    """Put a plugin's modules where a feed-forward network starts and ends.
-
-    Args:
-        model: the base model.
-        placement: where the plugin goes.
-        target: module where the network starts.
-        target_name: its name in `parent`.
-        parent: module that holds it.
-    """
+    """Put a plugin's modules where a feed-forward network starts, as `parent.target_name`, and ends."""
     end, end_module = placement.feed_forward.end, None
     if end is not None:
         end_module = FeedForwardEnd(parent.get_submodule(end), placement.key, placement.hidden_size)

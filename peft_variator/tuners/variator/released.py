@@ -165,11 +165,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _shape_of(tensors: Mapping[str, Tensor]) -> _Shape:
-    """The plugin's sizes, which all its tensors agree on.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape, or is none of a plugin's.
-    """
+    """The plugin's sizes, which all its tensors agree on."""
     unknown = sorted(key for key in tensors if _KEY.fullmatch(key) is None)
     if unknown:
         raise ValueError(f"{', '.join(unknown[:3])}: no tensor of a released plugin has such a name.")

@@ -153,14 +153,7 @@ class StackGroups:
         return shape
 
     def _on(self, device: torch.device, rule: MergeRule, plugin: str | None, shape: tuple[int, int]) -> Groups:
-        """The groups on the device of a layer, which need not be that of the arguments.
-
-        Args:
-            device: that of the layer.
-            rule: what it merges.
-            plugin: whose probe tells outliers; `None`: there are none.
-            shape: `(batch, length)`.
-        """
+        """The groups on the device of a layer, which need not be that of the arguments; outliers by a probe."""
         if (rule, plugin, device) not in self._groups:
             tokens = self.facts.tokens
             at = device if tokens is None else tokens.device
@@ -240,15 +233,7 @@ def group_text(
 ) -> Groups:
     """The groups of the tokens of a text: shared by all sequences where they look alike, else packed.
 
-    Args:
-        facts: what the call tells.
-        rule: what the module merges.
-        shape: `(batch, length)`.
-        device: that of the call's arguments.
-        outlier_scores: of each token, shape `(batch, length)`, where the rule keeps outliers.
-
-    Raises:
-        ValueError: a mask cannot be read, or text cannot be told from images.
+    `outlier_scores` has one for each token, shape `(batch, length)`, where the rule keeps outliers.
     """
     if _shapes_must_not_depend_on_values(device):
         return bound(merge_flags(facts, rule, shape, device, outlier_scores), rule, _number_of_texts(facts))
@@ -342,12 +327,7 @@ def _is_image(facts: CallFacts, shape: tuple[int, int], must_differ: bool = True
 
 
 def arrange(flags: MergeFlags, ratio: int) -> Groups:
-    """The groups that flags decide, worked out on the host from one copy of them.
-
-    Args:
-        flags: what decides the groups.
-        ratio: the compression ratio k.
-    """
+    """The groups that flags decide, worked out on the host from one copy of them."""
     (may_merge, real, breaks), device = _on_host(flags), flags.may_merge.device
     batch, length = may_merge.shape
     if real is not None and real.all():
@@ -398,14 +378,9 @@ def text_blocks(start: int, length: int, ratio: int) -> list[Block]:
 def pack(
     group_of: NDArray[np.int64], token_of: NDArray[np.int64], ratio: int, num_tokens: int, device: torch.device
 ) -> PackedGroups:
-    """The groups of packed tokens, from the number of each token's group.
+    """The groups of packed tokens, from the number of each one's group, which count from 0 without gaps.
 
-    Args:
-        group_of: the group of each real token, numbered from 0 without gaps; shape `(tokens,)`.
-        token_of: the number of each real token in the flattened batch; shape `(tokens,)`.
-        ratio: the compression ratio k, the largest size of a group.
-        num_tokens: `batch * length`, padding included.
-        device: where the index tensors are made.
+    `group_of` and `token_of`, its number in the flattened batch, are `(tokens,)`; `num_tokens` counts padding in.
     """
     sizes = np.bincount(group_of)
     is_merged = sizes > 1
@@ -492,14 +467,7 @@ def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
 
 
 def group_patches(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], device: torch.device) -> Groups:
-    """The groups of a vision encoder's tokens; patches follow a prefix of other tokens.
-
-    Args:
-        facts: what the call tells.
-        rule: what the module merges.
-        shape: `(batch, length)`.
-        device: where the index tensors are made.
-    """
+    """The groups of a vision encoder's tokens; patches follow a prefix of other tokens."""
     mask = facts.arguments.get("pixel_attention_mask")
     if isinstance(mask, Tensor) and tuple(mask.shape) == shape:
         # Of images of several shapes, each a row of patches and padding.
@@ -518,12 +486,7 @@ def group_windows(
 ) -> SharedGroups | PackedGroups:
     """The groups of image patches in windows; windows at the right and lower edge may be cut off.
 
-    Args:
-        prefix: number of tokens before the patches (class token, registers), which are never merged.
-        grid: number of patches, `(height, width)`.
-        ratio: the compression ratio k; see [`window_of`].
-        batch: number of images.
-        device: where the index tensors are made.
+    `grid` is the patches as (height, width); `prefix` tokens before them (class token, registers) are never merged.
     """
     (height, width), (tall, wide) = grid, window_of(ratio)
     if height % tall == 0 and width % wide == 0:
