@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import check_new_file, check_new_folder, new_folder, write_text
 from ..models import Task, check_model_name, check_reachable
-from ..profiling import build_model, count_positions, has_weights, load_config
+from ..profiling import build_model, count_positions, find_device, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig
 from ..training.model_card import PluginFacts, RestoredFacts
@@ -389,10 +389,6 @@ def _check_device(name: str | None) -> None:
     """Raise unless there is this device, and make it the one that the trainer takes."""
     if name is None or name == "cpu":
         return
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device is {name!r}, which can't be used here: {error}. Use cpu or a GPU.") from error
+    device = find_device(name)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)

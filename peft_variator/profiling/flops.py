@@ -38,7 +38,7 @@ def _addmv(bias: _Shape, matrix: _Shape, vector: _Shape, *args: Any, **kwargs: A
 
 
 def _addmm_(target: _Shape, left: _Shape, right: _Shape, *args: Any, **kwargs: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
+    return _int_mm(left, right)
 
 
 def _dot(left: _Shape, right: _Shape, *args: Any, **kwargs: Any) -> int:

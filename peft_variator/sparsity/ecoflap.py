@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from .config import PruningConfig
 from .modules import PrunableModule, apply_matrix, read_matrix
-from .sequential import Batch, run_model
+from .sequential import Batch, TargetsByBlock, run_model
 
 
 __all__ = ["block_scores", "first_order_scores", "spread_budgets", "water_fill", "zeroth_order_scores"]
-
-TargetsByBlock = Mapping[str, Sequence[PrunableModule]]
 
 
 def _loss(model: nn.Module, batch: Batch) -> Tensor:

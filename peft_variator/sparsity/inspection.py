@@ -27,7 +27,7 @@ from ..models import (
 )
 from .modules import WHOLE_MODEL, find_prunable
 from .patterns import Pattern
-from .sparsity_report import ModuleSparsity, SparsityReport, count_module
+from .sparsity_report import ModuleSparsity, SparsityReport, add_up, count_module
 
 
 __all__ = ["inspect_checkpoint"]
@@ -119,30 +119,17 @@ def _slices(tensor: Any, shape: list[int], transposed: bool, group: int) -> Iter
         yield part.T if transposed else part
 
 
-def _add(total: ModuleSparsity | None, part: ModuleSparsity) -> ModuleSparsity:
-    if total is None:
-        return part
-    met = None if part.pattern_met is None else bool(total.pattern_met) and part.pattern_met
-    return replace(
-        total,
-        weights=total.weights + part.weights,
-        zeros=total.zeros + part.zeros,
-        negative_zeros=total.negative_zeros + part.negative_zeros,
-        pattern_met=met,
-    )
-
-
 def _count_dense(tensor: Any, place: Place, pattern: Pattern | None) -> ModuleSparsity | None:
     shape = tensor.get_shape()
     if len(shape) != 2 or not tensor.get_dtype().startswith(("F", "BF")):
         return None
     width = shape[0] if place.transposed else shape[1]
-    total = None
-    for part in _slices(tensor, shape, place.transposed, pattern.group if pattern else 1):
-        total = _add(total, count_module(*place[:3], part, pattern, shape=tuple(shape)))
-    if total is not None and pattern is not None and width % pattern.group:
-        total = replace(total, pattern_met=False)
-    return total
+    slices = _slices(tensor, shape, place.transposed, pattern.group if pattern else 1)
+    parts = [count_module(*place[:3], part, pattern) for part in slices]
+    if not parts:
+        return None
+    total = replace(add_up(place.name, parts, place.block, place.modality), shape=tuple(shape))
+    return replace(total, pattern_met=False) if pattern is not None and width % pattern.group else total
 
 
 def _count_packed(tensors: Any, stem: str, file: Path, place: Place, pattern: Pattern | None) -> ModuleSparsity:

@@ -26,7 +26,19 @@ from .modules import PrunableModule, block_stacks, innermost
 from .statistics import Statistics
 
 
-__all__ = ["Batch", "Call", "Capture", "Chain", "Slot", "capture", "find_chains", "hooked", "run_model", "walk_blocks"]
+__all__ = [
+    "Batch",
+    "Call",
+    "Capture",
+    "Chain",
+    "Slot",
+    "TargetsByBlock",
+    "capture",
+    "find_chains",
+    "hooked",
+    "run_model",
+    "walk_blocks",
+]
 
 Batch = Mapping[str, Any] | Tensor
 Slot = int | str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..files import replacing, write_text
 from .patterns import Pattern, meets_pattern
 
 
-__all__ = ["GROUPINGS", "ModuleSparsity", "SparsityReport", "count_module"]
+__all__ = ["GROUPINGS", "ModuleSparsity", "SparsityReport", "add_up", "count_module"]
 
 GROUPINGS = ("module", "block", "modality")
 
@@ -74,7 +74,8 @@ def count_module(
     )
 
 
-def _together(name: str, modules: list[ModuleSparsity], block: str, modality: str) -> ModuleSparsity:
+def add_up(name: str, modules: Sequence[ModuleSparsity], block: str, modality: str) -> ModuleSparsity:
+    """The zeros of several weights, or of the parts of one, as those of one; its pattern is met if all meet it."""
     patterns = {module.pattern for module in modules}
     checked = [module.pattern_met for module in modules]
     return ModuleSparsity(
@@ -118,12 +119,12 @@ class SparsityReport:
         groups: dict[str, list[ModuleSparsity]] = {}
         for module in self.modules:
             groups.setdefault(module.block if by == "block" else module.modality, []).append(module)
-        return [_together(name, members, members[0].block, members[0].modality) for name, members in groups.items()]
+        return [add_up(name, members, members[0].block, members[0].modality) for name, members in groups.items()]
 
     @property
     def total(self) -> ModuleSparsity:
         """All modules together."""
-        return _together("total", self.modules, "", "")
+        return add_up("total", self.modules, "", "")
 
     @property
     def sparsity(self) -> float:

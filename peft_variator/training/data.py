@@ -96,9 +96,10 @@ def _is_plain_text(data: str) -> bool:
     return Path(data).is_file() and Path(data).suffix.lower() not in TABLES
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
+    """Lines; with `newline=""` with the ends that they have, which may be a part of a quoted cell."""
     try:
-        with path.open(encoding="utf-8-sig") as file:  # Windows starts files with a mark, which is no text
+        with path.open(encoding="utf-8-sig", newline=newline) as file:  # Windows starts files with a mark
             yield from file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as UTF-8.") from error
@@ -144,7 +145,7 @@ def _separated(delimiter: str) -> Callable[[Path], Iterator[Record]]:
 
     def read(path: Path) -> Iterator[Record]:
         csv.field_size_limit(LONGEST_CELL)
-        rows = csv.DictReader(_unchanged_lines(path), delimiter=delimiter, strict=True)
+        rows = csv.DictReader(_lines(path, newline=""), delimiter=delimiter, strict=True)
         try:
             names = rows.fieldnames or []
             if len(set(names)) < len(names):
@@ -163,15 +164,6 @@ def _separated(delimiter: str) -> Callable[[Path], Iterator[Record]]:
             raise ValueError(f"{path}, line {rows.reader.line_num}: {error}. Quote cells as CSV does.") from error
 
     return read
-
-
-def _unchanged_lines(path: Path) -> Iterator[str]:
-    """Lines with the ends that they have, which may be a part of a quoted cell."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def _parquet(path: Path) -> Iterator[Record]:

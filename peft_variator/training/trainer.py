@@ -364,24 +364,16 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         finally:
             self.ratios = ratios
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; see `Trainer.evaluation_loop`. With `ratios`, it evaluates at each of them."""
         self._measure_variances(self.train_dataset if self.train_dataset is not None else dataloader.dataset)
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.ratios is None:
-            return super().evaluation_loop(*arguments)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
         by_ratio = {}
         with self.ratios.restored():
             for ratio in sorted(set(self.ratios.choices)):
                 self.ratios.set(ratio)
-                output = super().evaluation_loop(*arguments)
+                output = super().evaluation_loop(dataloader, *args, **kwargs)
                 by_ratio[ratio] = output.metrics
         return output._replace(metrics=average_over_ratios(by_ratio))
 
