@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -106,6 +107,18 @@ def test_every_tower_that_can_takes_a_plugin(name: str) -> None:
     assert torch.equal(outputs_of(model, inputs)["logits"], expected)
     text = get_peft_model(case.build(), VariatorConfig(compress_vision_tower=False))
     assert len(text.targeted_module_names) == 2
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "qwen2_vl"])
+def test_a_tower_that_takes_none_is_named(name: str) -> None:
+    case = Case(name, name, AutoModelForImageTextToText, COMPOSITES[name][0], "vlm")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(case.build(), VariatorConfig())
+        get_peft_model(case.build(), VariatorConfig(compress_vision_tower=False))
+    found = [str(each.message) for each in caught if "visual" in str(each.message)]
+    assert len(found) == (name == "qwen2_vl")
+    assert all("language_model" in message and "'qwen2_vl_vision'" in message for message in found)
 
 
 @pytest.mark.parametrize("name", COMPOSITES)

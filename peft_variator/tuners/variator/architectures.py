@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
 
 from .config import VariatorConfig
 from .forward_context import StackKind, parameter_names
@@ -236,34 +238,58 @@ _PADS = "it pads its hidden states inside, so nothing tells the plugin which of 
 _SEQUENCE_FIRST = (
     "its hidden states are sequence first, (length, batch, dim), so texts would be merged with one another"
 )
+_QUERIES = "its tokens are learned queries, and none is another's neighbour"
+_NONE = "it has no feed-forward networks"
 _CAPACITY = "its experts take a limited number of a batch's tokens, so an answer depends on what else is in the batch"
 
 REFUSED: dict[str, str] = {
+    "bit": _NONE,
+    "blip_2_qformer": _QUERIES,
+    "canine": "its layers take characters, then stretches of them, then characters again",
     "clap_audio_model": _STAGES,
+    "convbert": "its attention takes the padding in, so an answer depends on it",
     "convnext": _WIDTHS,
     "convnextv2": _WIDTHS,
     "cvt": _WIDTHS,
+    "dac": _NONE,
     "dinat": _WIDTHS,
     "dinov3_convnext": _WIDTHS,
     "donut-swin": _STAGES,
+    "efficientnet": _NONE,
+    "encodec": _NONE,
+    "falcon_mamba": _NONE,
     "focalnet": _WIDTHS,
     "fsmt": _SEQUENCE_FIRST,
     "funnel": "it pools its hidden states from block to block, so the groups of one block fit no other",
     "glpn": _WIDTHS,
+    "hgnet_v2": _NONE,
     "hiera": _STAGES,
+    "idefics2_perceiver": _QUERIES,
+    "idefics_perciever": _QUERIES,
+    "instructblip_qformer": _QUERIES,
+    "instructblipvideo_qformer": _QUERIES,
     "led": _PADS,
     "levit": _WIDTHS,
     "longformer": _PADS,
+    "mamba": _NONE,
+    "mamba2": _NONE,
     "maskformer-swin": _STAGES,
+    "mobilenet_v1": _NONE,
+    "mobilenet_v2": _NONE,
     "mobilevit": _WIDTHS,
     "mobilevitv2": _WIDTHS,
     "nllb-moe": _CAPACITY,
     "nystromformer": "its attention takes means over stretches of the padded length, so an answer depends on padding",
     "pegasus_x": _PADS,
+    "perceiver": _QUERIES,
     "poolformer": _WIDTHS,
     "pvt": _WIDTHS,
     "pvt_v2": _WIDTHS,
     "reformer": _PADS,
+    "regnet": _NONE,
+    "resnet": _NONE,
+    "rt_detr_resnet": _NONE,
+    "rwkv": "its networks look at the token before each, too",
     "sam": _WINDOWS,
     "sam2_hiera_det_model": _STAGES,
     "sam3_vit_model": _WINDOWS,
@@ -276,6 +302,9 @@ REFUSED: dict[str, str] = {
     "swin2sr": _WINDOWS,
     "swinv2": _STAGES,
     "switch_transformers": _CAPACITY,
+    "textnet": _NONE,
+    "univnet": _NONE,
+    "uvdoc_backbone": _NONE,
     "vitdet": _WINDOWS,
     "xlnet": _SEQUENCE_FIRST,
 }
@@ -359,12 +388,15 @@ def candidates(model: nn.Module, limit: int = 12) -> list[str]:
         model: any model.
         limit: how many names at most.
     """
-    found: dict[str, None] = {}
-    for name, module in model.named_modules():
-        inside_layer = re.search(r"\.\d+\.", f".{name}")
-        if inside_layer and any(isinstance(child, nn.Linear) for child in module.children()):
-            found.setdefault(re.sub(r"\.\d+\.", ".*.", f".{name}").removeprefix("."))
+    found = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", f".{name}.").strip(".") for name in _in_layers(model))
     return list(found)[:limit]
+
+
+def _in_layers(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        inside_layer = re.search(r"\.\d+\.", f".{name}.")
+        if inside_layer and any(isinstance(child, nn.Linear | Conv1D) for child in module.children()):
+            yield name
 
 
 # What a model tells when plugins are put in
@@ -390,7 +422,30 @@ def default_targets(model: nn.Module, config: VariatorConfig) -> str:
             f"module that takes the attention mask). Modules that may be one: {candidates(model)}. Known model types: "
             f"{sorted(FEED_FORWARDS)}."
         )
+    if config.compress_vision_tower:
+        _warn_about_parts(model, list(stacks))
     return _regex_for(model, names, stacks)
+
+
+def _warn_about_parts(model: nn.Module, stacks: list[str]) -> None:
+    """Say which parts of a model of several have layers and get no plugin, since the table has no row for them.
+
+    Args:
+        model: the base model.
+        stacks: full names of the models that get a plugin.
+    """
+    left: dict[str, str] = {}
+    for key in _in_layers(model):
+        name, owner = owner_of(model, key)
+        if name not in left and isinstance(owner, PreTrainedModel) and owner.config.model_type not in FEED_FORWARDS:
+            model_type = owner.config.model_type
+            left[name] = f"{name!r} (model type {model_type!r}: {REFUSED.get(model_type, 'not known')})"
+    if left:
+        warnings.warn(
+            f"The plugin of {type(model).__name__} goes into {', '.join(map(repr, stacks))} alone. Without one stay "
+            f"{', '.join(left.values())}. `target_modules`, `end_module` and `stack_module` describe others.",
+            stacklevel=2,
+        )
 
 
 def _is_decoder_of_an_encoder(owner: nn.Module) -> bool:
@@ -468,9 +523,16 @@ def _writes_for_another(stack: nn.Module, model: nn.Module) -> bool:
         and around.can_generate()
         and around.config.get_text_config() is not around.config
         and not (around.config.is_encoder_decoder or around.config.get_text_config().is_encoder_decoder)
-        and around.get_input_embeddings() in stack.modules()
+        and _input_embeddings(around) in stack.modules()
         for around in model.modules()
     )
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # of models with several, say
+        return None
 
 
 def hidden_size_of(owner: nn.Module, target: nn.Module, key: str) -> int:
