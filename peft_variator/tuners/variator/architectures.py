@@ -523,16 +523,17 @@ def _writes_for_another(stack: nn.Module, model: nn.Module) -> bool:
         and around.can_generate()
         and around.config.get_text_config() is not around.config
         and not (around.config.is_encoder_decoder or around.config.get_text_config().is_encoder_decoder)
-        and _input_embeddings(around) in stack.modules()
+        and _embeds_in(around, stack)
         for around in model.modules()
     )
 
 
-def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+def _embeds_in(model: PreTrainedModel, stack: nn.Module) -> bool:
+    """Whether the embeddings of a model's words lie in a stack."""
     try:
-        return model.get_input_embeddings()
-    except NotImplementedError:  # of models with several, say
-        return None
+        return model.get_input_embeddings() in stack.modules()
+    except NotImplementedError:  # where transformers does not find which they are
+        return False
 
 
 def hidden_size_of(owner: nn.Module, target: nn.Module, key: str) -> int:
