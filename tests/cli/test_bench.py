@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertModel
-from typer.testing import CliRunner
 
 from peft_variator.bases import pack_checkpoint
 from peft_variator.cli import bench as bench_module
-from peft_variator.cli.main import app
 from peft_variator.profiling import BenchmarkReport
 from peft_variator.sparsity import PruningConfig, prune
+from tests.cli.commands import run_command
 from tests.cli.saved_plugins import save_plugin
 
 
@@ -49,10 +49,7 @@ QUICK = [
 ]
 
 
-def invoke(*words):
-    """Run the command; error messages and tables come out as one line of words."""
-    done = CliRunner().invoke(app, ["bench", *map(str, words)])
-    return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
+invoke = partial(run_command, "bench")
 
 
 @pytest.fixture

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM
-from typer.testing import CliRunner
 
-from peft_variator.cli.main import app
+from tests.cli.commands import run_command
 from tests.cli.saved_plugins import save_plugin
 
 
-def invoke(*words: Any) -> tuple[int, str, str]:
-    """Run the command; error messages come out as one line of words."""
-    done = CliRunner().invoke(app, ["export", *map(str, words)])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
+invoke = partial(run_command, "export")
 
 
 def test_a_file_that_runs_without_torch(tmp_path: Path) -> None:

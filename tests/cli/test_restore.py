@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from peft_variator import SparseLoraConfig, attach_masks
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, inspect_checkpoint, prune
+from tests.cli.commands import run_command
 from tests.tiny_models import tiny_model
 from tests.word_tokenizer import numbered_words, word_tokenizer
 
@@ -39,11 +41,7 @@ MODELS: dict[str, Any] = {
 QUICK = ["--steps", "8", "--batch-size", "4", "--max-length", "32", "--held-out", "5", "--lr", "0.02"]
 
 
-def invoke(*words: Any) -> tuple[int, str, str]:
-    """Run the command; messages and tables come out as one line of words."""
-    done = CliRunner().invoke(app, ["restore", *map(str, words)])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
+invoke = partial(run_command, "restore")
 
 
 def refused(*words: Any) -> str:

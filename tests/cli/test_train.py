@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, ViTImageProcessor, set_seed
-from typer.testing import CliRunner
 
 from peft_variator.cli.examples import load_data
-from peft_variator.cli.main import app
+from tests.cli.commands import run_command
 from tests.tiny_models import tiny_model
 from tests.word_tokenizer import BERT_SPECIAL, numbered_words, word_tokenizer
 
@@ -34,11 +33,7 @@ SMALL = ["--bottleneck-dim", "4"]
 QUICK = ["--steps", "6", "--batch-size", "4", "--max-length", "32", "--held-out", "5"]
 
 
-def invoke(*words: Any) -> tuple[int, str, str]:
-    """Run the command; error messages and tables come out as one line of words."""
-    done = CliRunner().invoke(app, ["train", *map(str, words)])
-    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-    return done.exit_code, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
+invoke = partial(run_command, "train")
 
 
 def save_model(folder: Path, task: str) -> PreTrainedModel:
@@ -159,11 +154,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [root / "model", "--data", data, *QUICK, *SMALL, "--checkpoints", root / "checkpoints"]
     assert invoke(*words, "-o", root / "whole")[0] == 0
     return root
-
-
-def assert_same_adapter(one: Path, other: Path) -> None:
-    weights = [load_file(folder / "adapter_model.safetensors") for folder in (one, other)]
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 NEWEST, BEFORE = "checkpoint-6", "checkpoint-5"

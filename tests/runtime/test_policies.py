@@ -46,7 +46,6 @@ items = st.builds(
     min_quality=st.none() | st.floats(0, 1.2),
     max_ratio=st.none() | st.integers(1, 10),
 )
-bursts = st.builds(QueueItem, st.just(0.0), st.integers(1, 256), st.floats(0, 0.5))
 queues = st.lists(items, max_size=100).map(lambda queue: sorted(queue, key=lambda item: item.deadline))
 QUALITIES = (None, {1: 1.0, 2: 0.95, 4: 0.97, 8: 0.8}, {1: 1.0, 2: 0.9})
 policies = st.sampled_from(

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_variator.tuners.variator.layer import FeedForwardEnd, VariatorLayer
-from tests.tiny_models import Case
+from tests.tiny_models import Case, outputs_of
 
 
 FeedForward = Callable[[Tensor], Tensor]
@@ -137,6 +137,17 @@ def watch(model: nn.Module, call: Callable[[], Any]) -> list[Seen]:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def layers_of(model: nn.Module) -> list[VariatorLayer]:
+    """The layers of a model that have plugins."""
+    return [module for module in model.modules() if isinstance(module, VariatorLayer)]
+
+
+def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The first output of a model."""
+    with torch.no_grad():
+        return next(iter(outputs_of(model, inputs).values()))
 
 
 def feed_forward_of(model: PeftModel, seen: Seen) -> FeedForward:

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, allocate, calibrate
-from peft_variator.tuners.variator import VariatorLayer
-from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
-from .reference import assert_the_plugin_alone_learns, feed_forward_of, kept_ends, text_groups, watch
+from .reference import assert_the_plugin_alone_learns, feed_forward_of, first, kept_ends, layers_of, text_groups, watch
 
 
 T5_GATED = next(case for case in ALL if case.name == "flan-t5")
@@ -33,15 +32,6 @@ DENSE = [case for case in ALL if not case.has_experts]
 def with_neurons(case: Case, **fields: Any) -> PeftModel:
     torch.manual_seed(1)
     return get_peft_model(case.build(), VariatorConfig(decompression="neurons", **fields)).eval()
-
-
-def layers_of(model: nn.Module) -> list[VariatorLayer]:
-    return [module for module in model.modules() if isinstance(module, VariatorLayer)]
-
-
-def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return next(iter(outputs_of(model, inputs).values()))
 
 
 @pytest.mark.parametrize("ratio", [2, 4, 64])

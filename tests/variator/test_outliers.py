@@ -11,16 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_variator import VariatorConfig, allocate, calibrate
 from peft_variator.profiling import count_flops
-from peft_variator.tuners.variator import VariatorLayer
 from peft_variator.tuners.variator.neuron_selection import needs_calibration
 from peft_variator.tuners.variator.outliers import choose_outliers, share_of
-from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
-from .reference import feed_forward_of, kept_ends, plugin_output, text_groups, watch
+from .reference import feed_forward_of, first, kept_ends, layers_of, plugin_output, text_groups, watch
 
 
 CASES = {case.name: case for case in ALL}
@@ -33,15 +32,6 @@ def with_probe(case: Case, **fields: Any) -> PeftModel:
     torch.manual_seed(1)
     fields = {"keep_outliers": SHARE, "bottleneck_dim": 8, "init_weights": False} | fields
     return get_peft_model(case.build(), VariatorConfig(**fields)).eval()
-
-
-def layers_of(model: nn.Module) -> list[VariatorLayer]:
-    return [module for module in model.modules() if isinstance(module, VariatorLayer)]
-
-
-def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return next(iter(outputs_of(model, inputs).values()))
 
 
 def padded(case: Case, side: str, seed: int) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from peft_variator import VariatorConfig, calibrate
 from peft_variator.profiling import count_flops
 from peft_variator.tuners.variator import VariatorLayer
-from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
-from .reference import assert_the_plugin_alone_learns, feed_forward_of, kept_ends, text_groups, watch
+from .reference import assert_the_plugin_alone_learns, feed_forward_of, first, kept_ends, layers_of, text_groups, watch
 
 
 CASES = {case.name: case for case in ALL}
@@ -28,15 +28,6 @@ def with_neurons(case: Case, form: str = "sliced", **fields: Any) -> PeftModel:
     torch.manual_seed(1)
     fields = {"correction_dim": 12} | fields
     return get_peft_model(case.build(), VariatorConfig(correction_form=form, **fields)).eval()
-
-
-def layers_of(model: nn.Module) -> list[VariatorLayer]:
-    return [module for module in model.modules() if isinstance(module, VariatorLayer)]
-
-
-def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return next(iter(outputs_of(model, inputs).values()))
 
 
 def padded(case: Case) -> dict[str, Tensor]:
