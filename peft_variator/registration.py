@@ -10,10 +10,10 @@ from peft.utils import register_peft_method
 from .compat import add_peft_type
 
 
-__all__ = ["register_method"]
+__all__ = ["register_tuner"]
 
 
-def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+def register_tuner(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Make a tuner known to `get_peft_model`, `PeftModel.from_pretrained` and transformers' `load_adapter`.
 
     Calling it again with the same classes does nothing, so modules may be reloaded.

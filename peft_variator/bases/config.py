@@ -22,8 +22,8 @@ __all__ = [
     "Rules",
     "Sparse24Config",
     "drop_notice",
-    "matches",
     "names_dtype",
+    "names_layer",
     "pop_quantization",
     "read_quantization",
     "translate_compressed_tensors",
@@ -43,7 +43,7 @@ class Rules:
 
     Args:
         pack_dense: pack the dense weights that are 2:4. Otherwise a weight that `targets` means has to be packed.
-        targets: the layers that have to be 2:4, see [`matches`]; None for those that happen to be.
+        targets: the layers that have to be 2:4, see [`names_layer`]; None for those that happen to be.
         ignore: exceptions from `targets`, never packed from dense.
     """
 
@@ -62,11 +62,11 @@ class Rules:
 
     def requires(self, module: nn.Module, name: str) -> bool:
         """Whether the layer has to be 2:4."""
-        return self.targets is not None and matches(module, name, self.targets) and not self.ignores(module, name)
+        return self.targets is not None and names_layer(module, name, self.targets) and not self.ignores(module, name)
 
     def ignores(self, module: nn.Module, name: str) -> bool:
         """Whether the layer stays as it is stored."""
-        return matches(module, name, self.ignore)
+        return names_layer(module, name, self.ignore)
 
 
 class Sparse24Config(QuantizationConfigMixin):
@@ -226,7 +226,7 @@ def translate_compressed_tensors(entry: dict[str, Any]) -> Sparse24Config:
     )
 
 
-def matches(module: nn.Module, name: str, patterns: Iterable[str]) -> bool:
+def names_layer(module: nn.Module, name: str, patterns: Iterable[str]) -> bool:
     """Whether `patterns` mean a layer: by its name, its class, or a regular expression `re:...` for its name.
 
     Args:

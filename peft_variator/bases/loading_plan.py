@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from ..models import CheckpointError, name_some
 from .checkpoint import Checkpoint
 from .compressed_tensors import StoredWeight, find_stored_weights
-from .config import Rules, matches
+from .config import Rules, names_layer
 from .packing import is_two_four
 
 
@@ -139,7 +139,7 @@ def _check_targets(
     parameters = {stored.module: names.parameter(stored.name) for stored in weights}
     layers = {name: model.get_submodule(found.rpartition(".")[0]) for name, found in parameters.items() if found}
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    if not any(matches(layers[name], name, targets) for name in linear):
+    if not any(names_layer(layers[name], name, targets) for name in linear):
         raise CheckpointError(
             f"targets={list(targets)} match no linear layer of {type(model).__name__}. A target is a layer's whole "
             f"name, such as {linear[:1]}, a class, such as 'Linear', or 're:' and a regular expression."

@@ -41,7 +41,7 @@ __all__ = [
     "find_targets",
     "innermost",
     "is_inside",
-    "matches",
+    "is_named",
     "read_matrix",
     "replace_matrix",
 ]
@@ -165,7 +165,7 @@ class PrunableModule:
         return self.module.weight.shape[0 if self.transposed else 1]
 
 
-def matches(name: str, wanted: list[str] | str) -> bool:
+def is_named(name: str, wanted: list[str] | str) -> bool:
     """Whether module `name` is meant: by its whole name or last parts (a list), or by a regex over the whole name."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
@@ -194,9 +194,9 @@ def _check_matched(model: nn.Module, wanted: list[str] | str, prunable: list[Pru
     """Every entry of target_modules must mean at least one module that has a weight to prune."""
     for item in [wanted] if isinstance(wanted, str) else wanted:
         entry: list[str] | str = item if isinstance(wanted, str) else [item]
-        if any(matches(target.name, entry) for target in prunable):
+        if any(is_named(target.name, entry) for target in prunable):
             continue
-        others = [name for name, _ in model.named_modules() if matches(name, entry)]
+        others = [name for name, _ in model.named_modules() if is_named(name, entry)]
         found = f"matches {others[:3]}, which have no weight to prune" if others else "matches no module of the model"
         ends = sorted({target.name.rpartition(".")[2] for target in prunable})
         raise ValueError(
@@ -236,13 +236,13 @@ def _check_modalities(config: PruningConfig, prunable: list[PrunableModule]) -> 
 
 
 def _is_wanted(target: PrunableModule, config: PruningConfig, has_stacks: bool) -> bool:
-    if config.exclude_modules is not None and matches(target.name, config.exclude_modules):
+    if config.exclude_modules is not None and is_named(target.name, config.exclude_modules):
         return False
     named = config.modality_sparsity or config.modalities
     if target.modality not in named if named is not None else target.modality in DEFAULT_OFF:
         return False
     if config.target_modules is not None:
-        return matches(target.name, config.target_modules)
+        return is_named(target.name, config.target_modules)
     return target.in_stack or not has_stacks or (named is not None and target.modality in DEFAULT_OFF)
 
 

@@ -27,10 +27,10 @@ __all__ = [
     "Prediction",
     "batch_size",
     "decoder_tokens",
+    "input_tokens",
     "labelled_tokens",
     "predicting_tokens",
     "prediction_of",
-    "real_tokens",
     "stacks_of",
 ]
 
@@ -51,7 +51,7 @@ def _two_dimensional(name: str, mask: Tensor) -> Tensor:
     return mask.bool()
 
 
-def real_tokens(inputs: Inputs) -> Tensor | None:
+def input_tokens(inputs: Inputs) -> Tensor | None:
     """Real tokens of the (encoder) input, bool of shape `(batch, length)`; `None` for inputs without tokens (images).
 
     Raises:
@@ -82,7 +82,7 @@ def decoder_tokens(inputs: Inputs) -> Tensor | None:
         return labels != IGNORED_LABEL
     if inputs.get("decoder_input_ids") is not None:
         return torch.ones_like(inputs["decoder_input_ids"], dtype=torch.bool)
-    return real_tokens(inputs)
+    return input_tokens(inputs)
 
 
 def predicting_tokens(inputs: Inputs) -> Tensor:
@@ -111,7 +111,7 @@ def labelled_tokens(inputs: Inputs) -> Tensor:
 
 
 def _require_text(inputs: Inputs) -> Tensor:
-    real = real_tokens(inputs)
+    real = input_tokens(inputs)
     if real is None:
         raise ValueError(
             f"The batch has no attention_mask, input_ids or inputs_embeds, only {', '.join(inputs)}, so it does not "
@@ -153,7 +153,7 @@ def _two_each(inputs: Inputs) -> Tensor:
 
 
 def _real_positions(inputs: Inputs, logits: Tensor) -> Tensor | None:
-    real = real_tokens(inputs)
+    real = input_tokens(inputs)
     return None if real is None else real.unsqueeze(1).expand_as(logits)
 
 
@@ -188,9 +188,9 @@ def prediction_of(model: nn.Module) -> Prediction | None:
 
 # Where a model's output holds hidden states, and the tokens they belong to; of an encoder–decoder both last states
 # count, as in Xiao et al. 2023 (https://arxiv.org/abs/2310.15724, section 3.3).
-SINGLE_STACK: dict[str, Callable[[Any], Tensor | None]] = {"hidden_states": real_tokens}
+SINGLE_STACK: dict[str, Callable[[Any], Tensor | None]] = {"hidden_states": input_tokens}
 TWO_STACKS: dict[str, Callable[[Any], Tensor | None]] = {
-    "encoder_hidden_states": real_tokens,
+    "encoder_hidden_states": input_tokens,
     "decoder_hidden_states": decoder_tokens,
 }
 HIDDEN_KEYS = (*SINGLE_STACK, *TWO_STACKS)

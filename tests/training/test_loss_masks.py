@@ -20,10 +20,10 @@ from peft_variator.training.loss_masks import (
     TOKENS,
     batch_size,
     decoder_tokens,
+    input_tokens,
     labelled_tokens,
     predicting_tokens,
     prediction_of,
-    real_tokens,
 )
 from peft_variator.tuners.variator.attention_mask import last_tokens
 
@@ -33,12 +33,12 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
 
 
 def test_real_tokens() -> None:
-    assert real_tokens({"input_ids": IDS, "attention_mask": MASK}).equal(MASK.bool())
-    assert real_tokens({"input_ids": IDS}).equal(torch.ones(2, 4, dtype=torch.bool))
-    assert real_tokens({"inputs_embeds": torch.zeros(2, 3, 5)}).equal(torch.ones(2, 3, dtype=torch.bool))
-    assert real_tokens({"pixel_values": torch.zeros(2, 3, 4, 4)}) is None
+    assert input_tokens({"input_ids": IDS, "attention_mask": MASK}).equal(MASK.bool())
+    assert input_tokens({"input_ids": IDS}).equal(torch.ones(2, 4, dtype=torch.bool))
+    assert input_tokens({"inputs_embeds": torch.zeros(2, 3, 5)}).equal(torch.ones(2, 3, dtype=torch.bool))
+    assert input_tokens({"pixel_values": torch.zeros(2, 3, 4, 4)}) is None
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 4, 4\).*Pass the 2-D mask"):
-        real_tokens({"attention_mask": torch.ones(2, 1, 4, 4)})
+        input_tokens({"attention_mask": torch.ones(2, 1, 4, 4)})
 
 
 def test_decoder_tokens() -> None:

@@ -1,6 +1,6 @@
 """SparseLoRA: LoRA under the mask of a pruned model (He et al. 2024, https://arxiv.org/abs/2404.02424)."""
 
-from ...registration import register_method
+from ...registration import register_tuner
 from .base_weight import WeightLayout, register_layout
 from .config import SparseLoraConfig
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
@@ -18,4 +18,4 @@ __all__ = [
     "register_layout",
 ]
 
-register_method("sparse_low_rank", SparseLoraConfig, SparseLoraModel)
+register_tuner("sparse_low_rank", SparseLoraConfig, SparseLoraModel)

@@ -1,6 +1,6 @@
 """Variator: plug-and-play compression plugins (Xiao et al. 2023, https://arxiv.org/abs/2310.15724)."""
 
-from ...registration import register_method
+from ...registration import register_tuner
 from .config import VariatorConfig
 from .layer import VariatorLayer
 from .model import VariatorModel
@@ -19,4 +19,4 @@ __all__ = [
     "using_ratio",
 ]
 
-register_method("variator", VariatorConfig, VariatorModel)
+register_tuner("variator", VariatorConfig, VariatorModel)

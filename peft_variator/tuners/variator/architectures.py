@@ -59,6 +59,10 @@ class FeedForward:
     stack: str | None = None
     entries_a_frame: int | None = None
 
+    def starts_at(self, module_name: str) -> bool:
+        """Whether a network starts at the module of this full name."""
+        return re.fullmatch(rf"(?:.*\.)?{self.start}", module_name) is not None
+
 
 _POST_NORM = FeedForward(r"layer\.\d+\.intermediate", "output.dense")
 _T5_ENCODER = FeedForward(r"block\.\d+\.layer\.1\.DenseReluDense")
@@ -355,11 +359,6 @@ def check_not_refused(model: nn.Module) -> None:
             raise ValueError(f"{refusal}. Choose another model, or another way to make this one faster.")
 
 
-def matches(feed_forward: FeedForward, module_name: str) -> bool:
-    """Whether a module's full name is where `feed_forward` starts."""
-    return re.fullmatch(rf"(?:.*\.)?{feed_forward.start}", module_name) is not None
-
-
 def find_feed_forwards(model: nn.Module) -> Iterator[tuple[str, FeedForward]]:
     """Every feed-forward network of a model that the table knows.
 
@@ -377,7 +376,7 @@ def find_feed_forwards(model: nn.Module) -> Iterator[tuple[str, FeedForward]]:
         if isinstance(module, PreTrainedModel):
             owners[name] = FEED_FORWARDS.get(module.config.model_type)
         feed_forward = owners.get(parent) if name else None
-        if feed_forward is not None and matches(feed_forward, name):
+        if feed_forward is not None and feed_forward.starts_at(name):
             yield name, feed_forward
 
 
@@ -467,7 +466,7 @@ def _regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward
 def feed_forward_at(owner: nn.Module, key: str, config: VariatorConfig) -> FeedForward:
     """The table's row for a module, or what the configuration says of an architecture that is not in it."""
     row = FEED_FORWARDS.get(owner.config.model_type) if isinstance(owner, PreTrainedModel) else None
-    if config.end_module is None and row is not None and matches(row, key):
+    if config.end_module is None and row is not None and row.starts_at(key):
         return row if config.causal is None else replace(row, causal=config.causal)
     return FeedForward(re.escape(key), config.end_module, config.causal)
 

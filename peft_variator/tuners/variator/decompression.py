@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,7 +16,7 @@ from .fused import expand_rows, runs_fused
 from .linear_maps import UpdatedRows, apply_linear, is_quantized_map
 from .merging import Groups, PackedGroups
 from .network import Network
-from .neurons import NeuronIndex, create_copies
+from .neurons import Modules, NeuronIndex, create_copies
 
 
 if TYPE_CHECKING:  # which asks here what may be chosen
@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # which asks here what may be chosen
 
 
 __all__ = ["DECOMPRESSIONS", "BottleneckDecompression", "Decompression", "NeuronsDecompression"]
-
-Modules = Mapping[str, nn.Module]
 
 
 class Decompression:

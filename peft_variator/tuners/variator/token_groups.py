@@ -352,7 +352,7 @@ def arrange(flags: MergeFlags, ratio: int) -> Groups:
     position_of = np.arange(token_of.size)
     run_start = np.maximum.accumulate(np.where(starts_run, position_of, 0))
     group_of = np.cumsum(starts_run | ((position_of - run_start) % slots == 0)) - 1
-    return pack(group_of, token_of, slots, batch * length, device)
+    return packed_groups(group_of, token_of, slots, batch * length, device)
 
 
 def _on_host(flags: MergeFlags) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
@@ -375,7 +375,7 @@ def text_blocks(start: int, length: int, ratio: int) -> list[Block]:
     return [*blocks, Block(start + full * ratio, (1, rest))] if rest else blocks
 
 
-def pack(
+def packed_groups(
     group_of: NDArray[np.int64], token_of: NDArray[np.int64], ratio: int, num_tokens: int, device: torch.device
 ) -> PackedGroups:
     """The groups of packed tokens, from the number of each one's group, which count from 0 without gaps.
@@ -500,7 +500,7 @@ def group_windows(
     group_of = np.concatenate([np.arange(prefix), windows])
     offsets = np.arange(batch)[:, None] * (group_of.max() + 1)
     tokens = np.arange(group_of.size * batch)
-    return pack((group_of + offsets).ravel(), tokens, ratio, tokens.size, device)
+    return packed_groups((group_of + offsets).ravel(), tokens, ratio, tokens.size, device)
 
 
 def bound_windows(prefix: int, grid: tuple[int, int], ratio: int, batch: int, device: torch.device) -> BoundedGroups:
