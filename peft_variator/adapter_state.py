@@ -62,9 +62,6 @@ class ModelSnapshot:
     """The modules, parameters, hooks and attributes of a model, and which parameters train, at one moment.
 
     References and no values: what is written into a tensor is not undone.
-
-    Args:
-        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:

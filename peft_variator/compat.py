@@ -96,11 +96,7 @@ __all__ = [
 
 
 def add_peft_type(name: str) -> PeftType:
-    """The member `name` of `PeftType`, added if it is not there.
-
-    Args:
-        name: upper-case name of a method.
-    """
+    """The member `name` of `PeftType`, added if it is not there."""
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name

@@ -176,11 +176,6 @@ def check_push(repo_id: str) -> None:
 def push_folder(folder: str | Path, repo_id: str, message: str) -> str:
     """Upload all files of a folder to a repository, which is made where it is missing.
 
-    Args:
-        folder: the folder.
-        repo_id: name of the repository.
-        message: message of the commit.
-
     Returns:
         Address of the repository.
 

@@ -214,9 +214,6 @@ def adapter_base(folder: str | os.PathLike[str]) -> str | None:
 def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a JSON file that holds an object.
 
-    Args:
-        path: the file.
-
     Raises:
         CheckpointError: it can't be read, is no JSON (or nested too deeply, or with numbers too long, to be read), or
             holds something else.

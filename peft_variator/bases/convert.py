@@ -426,10 +426,6 @@ def _copy_other_files(source: Path, target: Path, pipeline: Mapping[str, Path]) 
 class StagedFolder:
     """The folder `.NAME.partial` beside the folder NAME to make. A run that was killed is taken up where it stopped.
 
-    Args:
-        output: the folder to make. Missing parents are made.
-        job: JSON that describes what is written; files left by a run with another one are thrown away.
-
     Raises:
         FileExistsError: a file or a folder that is not empty is at `output`.
     """

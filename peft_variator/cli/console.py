@@ -197,11 +197,7 @@ def _advice(error: Exception) -> str:
 
 
 def next_commands(*commands: Sequence[object]) -> list[str]:
-    """Lines that say which commands of ours to run next, to be pasted as they are.
-
-    Args:
-        commands: the words of each, without the program's name: `["inspect", path]`.
-    """
+    """Lines that say which commands of ours to run next, to be pasted as they are."""
     lines = [shlex.join(["peft-variator", *map(str, words)]) for words in commands]
     return [f"{'      ' if index else 'Next: '}{line}" for index, line in enumerate(lines)]
 

@@ -69,9 +69,6 @@ class KernelState:
 def doctor(reporter: Reporter) -> None:
     """Look at this machine and tell.
 
-    Args:
-        reporter: where to tell.
-
     Raises:
         OSError: the JSON can't be written where it was asked for.
     """

@@ -47,25 +47,6 @@ ENOUGH_TEXTS = 32
 class EvaluateJob:
     """What is evaluated; each field is an option of the command.
 
-    Args:
-        adapter: folder or Hub name of the plugin.
-        data: files of texts, data sets, or for vision models folders of images.
-        base: folder or Hub name of the base; `None`: the one that the plugin names.
-        ratio: compression ratios k; `None`: those that the plugin was trained for.
-        min_cosine: the least mean cosine of the last hidden states that will do; `None`: none is asked for.
-        min_agreement: the least share of equal predictions that will do.
-        max_nll: the largest mean negative log-likelihood of a token that will do, in nats.
-        examples: texts or images that are used at most, drawn by `seed`.
-        batch_size: examples in a batch.
-        rounds: timed samples of each setting.
-        min_seconds: seconds that a sample takes at least; short ones are repeated.
-        text_column: column of a data set that holds the text.
-        split: split of a data set.
-        dtype: name of a torch dtype, of weights and activations.
-        threads: CPU threads; `None`: as torch chooses.
-        device: name of a torch device.
-        seed: seed of which examples are used, and of where a text is cut into prompt and continuation.
-
     Raises:
         ValueError: a field is out of range.
     """
@@ -175,10 +156,6 @@ class Evaluation:
 
 def evaluate(job: EvaluateJob, reporter: Reporter) -> None:
     """Evaluate a plugin and tell.
-
-    Args:
-        job: what to evaluate.
-        reporter: where to tell.
 
     Raises:
         OSError: the plugin, its base or the data are not there.

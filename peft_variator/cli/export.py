@@ -66,13 +66,7 @@ class ExportReport:
 
 
 class TensorOutputs(nn.Module):
-    """A model that gives the named outputs as a plain tuple, and takes its inputs by position.
-
-    Args:
-        model: the model.
-        inputs: names of its arguments.
-        outputs: names of its outputs.
-    """
+    """A model that gives the named outputs as a plain tuple, and takes its inputs by position."""
 
     def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str]) -> None:
         super().__init__()
@@ -86,13 +80,6 @@ class TensorOutputs(nn.Module):
 
 def export(adapter: str, output: Path, ratio: int | None, base: str | None, reporter: Reporter) -> None:
     """Write a base with its plugin as ONNX and tell how far the file is from the model.
-
-    Args:
-        adapter: folder or Hub name of the plugin.
-        output: the file to write; the tokenizer is written beside it.
-        ratio: the compression ratio k, or `None` for the plugin's own.
-        base: folder or Hub name of the base; `None`: the one that the plugin names.
-        reporter: where to tell.
 
     Raises:
         ImportError: a package that writes or runs ONNX is missing.

@@ -94,12 +94,6 @@ class ModelInfo:
 def info(name: str, revision: str | None, subfolder: str | None, reporter: Reporter) -> None:
     """Tell what is in a folder or a repository.
 
-    Args:
-        name: the folder or repository.
-        revision: revision of the repository.
-        subfolder: a folder in it.
-        reporter: where to tell.
-
     Raises:
         OSError: there is no such folder or repository, or it can't be reached.
         ValueError: neither an adapter nor a model is there, or a file is damaged.

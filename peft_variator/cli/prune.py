@@ -30,20 +30,7 @@ REPORT_NAME = "sparsity_report.json"
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """What is pruned, on which data, and where it goes; each is an option of the command.
-
-    Args:
-        model: name on the Hub or folder of the dense model.
-        output: folder to make.
-        config: how it is pruned.
-        data: text or records to calibrate on.
-        samples: windows of text, or records, to calibrate on.
-        length: tokens in a window.
-        batch_size: windows in a batch.
-        dtype: name of a torch dtype, or `"auto"`.
-        device: where the model goes, as `from_pretrained` takes it for `device_map`.
-        publishing: where the result is published.
-    """
+    """What is pruned, on which data, and where it goes; each is an option of the command."""
 
     model: str
     output: Path
@@ -187,13 +174,6 @@ def _show(
 
 def inspect(path: Path, by: str, pattern: str | None, fail: bool, reporter: Reporter) -> bool:
     """Count the zeros of a checkpoint and tell; see [`inspect_checkpoint`].
-
-    Args:
-        path: the checkpoint.
-        by: one row of the table for each of these.
-        pattern: n:m pattern to check for.
-        fail: whether a module that misses the pattern is a failure.
-        reporter: where to tell.
 
     Returns:
         Whether the checkpoint is what was asked for.

@@ -72,9 +72,6 @@ class RestoreJob(RunSettings):
     def run(self, reporter: Reporter) -> tuple[RestoredFacts, bool]:
         """Train an adapter and write it with its card.
 
-        Args:
-            reporter: told what the user has to know while it runs.
-
         Returns:
             tuple[RestoredFacts, bool]: what is known about it, and whether this is the process that wrote it.
         """

@@ -43,9 +43,6 @@ class SavedPlugin:
     def load_base(self, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, bool]:
         """The base in the class that the plugin was saved from, and whether its pooler has no weights.
 
-        Args:
-            dtype: of the weights.
-
         Raises:
             OSError: there is no such base.
             ValueError: neither the base nor the plugin holds all weights.

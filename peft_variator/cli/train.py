@@ -85,9 +85,6 @@ class TrainJob(RunSettings):
     def run(self, reporter: Reporter) -> tuple[PluginFacts, bool]:
         """Train a plugin and write it with its card.
 
-        Args:
-            reporter: told what the user has to know while it runs.
-
         Returns:
             tuple[PluginFacts, bool]: what is known about the plugin, and whether this is the process that wrote it.
         """

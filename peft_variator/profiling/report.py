@@ -143,11 +143,7 @@ class BenchmarkReport:
 
 
 def make_table(report: BenchmarkReport) -> Table:
-    """One row for the base and one a ratio; a batch with padding has two more columns.
-
-    Args:
-        report: the figures.
-    """
+    """One row for the base and one a ratio; a batch with padding has two more columns."""
     padded = report.base.flops_unpacked is not None
     table = Table(
         title=escape(report.title), caption=_caption(report, padded), caption_justify="left", box=box.SIMPLE_HEAD

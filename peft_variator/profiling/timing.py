@@ -42,13 +42,7 @@ _MOST_IN_USE = 0.15
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of a sample.
-
-    Args:
-        low: first quartile.
-        median: second quartile.
-        high: third quartile.
-    """
+    """Median and quartiles of a sample."""
 
     low: float
     median: float

@@ -168,11 +168,7 @@ def _summary(error: RequestValidationError) -> str:
 
 
 class EngineAPI(litserve.LitAPI):
-    """The engine of a worker process.
-
-    Args:
-        settings: what is served.
-    """
+    """The engine of a worker process."""
 
     def __init__(self, settings: ServeSettings) -> None:
         super().__init__(spec=EmbeddingSpec(settings), loop=EngineLoop())

@@ -290,13 +290,7 @@ class EmbeddingTerm:
 
 
 class LogitsTerm:
-    """KL divergence of the predictions that count.
-
-    Args:
-        weight: weight in the sum of losses.
-        prediction: how to read the model's logits.
-        temperature: temperature of both softmaxes.
-    """
+    """KL divergence of the predictions that count."""
 
     def __init__(self, weight: float, prediction: Prediction, temperature: float) -> None:
         self.weight, self.prediction, self.temperature = weight, prediction, temperature

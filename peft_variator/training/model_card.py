@@ -127,12 +127,7 @@ class PluginFacts:
 
 
 def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
-    """The model card of a plugin, with metadata that the Hub understands.
-
-    Args:
-        facts: what it says.
-        license: identifier of the plugin's license.
-    """
+    """The model card of a plugin, with metadata that the Hub understands."""
     head, *rows = facts.rows()
     switch = [f"model.set_compression_ratio({facts.ratios[-1].ratio})  # any of the ratios above"]
     switch = switch if len(facts.ratios) > 1 else []
@@ -258,12 +253,7 @@ class RestoredFacts:
 
 
 def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard:
-    """The model card of an adapter, with metadata that the Hub understands.
-
-    Args:
-        facts: what it says.
-        license: identifier of the adapter's license.
-    """
+    """The model card of an adapter, with metadata that the Hub understands."""
     head, *rows = facts.rows()
     parts = {name.removesuffix("_weight"): weight for name, weight in facts.weights.items() if weight}
     body = RESTORED_TEMPLATE.format(

@@ -445,12 +445,7 @@ def average_over_ratios(by_ratio: Mapping[int, Mapping[str, float]]) -> dict[str
 
 
 def note_trained_ratios(adapters: TrainedAdapters, ratios: Sequence[int] | None) -> None:
-    """Have the configurations of the trained plugins say which ratios they are trained for.
-
-    Args:
-        adapters: the adapters that are trained.
-        ratios: the ratios to train for; `None`: the one that each plugin has.
-    """
+    """Have the configurations of the trained plugins say which ratios they are trained for."""
     for layer, names in adapters.layers:
         for name in names if isinstance(layer, VariatorLayer) else ():
             config = layer.configs[name]
@@ -460,10 +455,6 @@ def note_trained_ratios(adapters: TrainedAdapters, ratios: Sequence[int] | None)
 
 class TrainedRatios:
     """The ratios of the Variator plugin that a run trains.
-
-    Args:
-        adapters: the adapters that are trained.
-        ratios: the ratios to train for.
 
     Raises:
         ValueError: no Variator plugin is trained, or its scores are tied to another ratio (`scoring="concat"`).
@@ -499,12 +490,7 @@ class TrainedRatios:
 
 
 def sample_examples(dataset: Any, count: int) -> list[Any]:
-    """Up to `count` examples, spread evenly over the data set, or its first ones if its length is not known.
-
-    Args:
-        dataset: a map-style or iterable data set.
-        count: number of examples.
-    """
+    """Up to `count` examples, spread evenly over the data set, or its first ones if its length is not known."""
     if not has_length(dataset):
         return list(islice(dataset, count))
     count = min(count, len(dataset))

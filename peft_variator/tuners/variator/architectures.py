@@ -381,12 +381,7 @@ def find_feed_forwards(model: nn.Module) -> Iterator[tuple[str, FeedForward]]:
 
 
 def candidates(model: nn.Module, limit: int = 12) -> list[str]:
-    """Names of modules that look like a feed-forward network: inside a layer of a `ModuleList`, with a linear map.
-
-    Args:
-        model: any model.
-        limit: how many names at most.
-    """
+    """Names of modules that look like a feed-forward network: inside a layer of a `ModuleList`, with a linear map."""
     found = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", f".{name}.").strip(".") for name in _in_layers(model))
     return list(found)[:limit]
 

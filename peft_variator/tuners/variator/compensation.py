@@ -59,12 +59,7 @@ class CompensatedLinear(SummedMap, PluginModule):
         return linear
 
     def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
-        """Add the update of a plugin, or make it anew.
-
-        Args:
-            adapter_name: name of the plugin.
-            config: its configuration, with a `compensation_rank`.
-        """
+        """Add the update of a plugin, or make it anew."""
         rank = config.compensation_rank
         assert rank is not None  # `compensate` asks
         down = FloatLinear(self.in_features, rank, bias=False)

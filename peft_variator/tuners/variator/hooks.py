@@ -281,11 +281,7 @@ class StackForward(WrappedForward):
 
 
 class CheckpointInsideCalls:
-    """A checkpointing function of transformers that keeps the calls under way for when it computes again.
-
-    Args:
-        checkpoint: `torch.utils.checkpoint.checkpoint`, or what a model was given in its place.
-    """
+    """A checkpointing function of transformers that keeps the calls under way for when it computes again."""
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint

@@ -194,12 +194,7 @@ class VariatorLayer(PluginModule):
         self.register_load_state_dict_post_hook(_read_base_again)
 
     def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
-        """Add a plugin, or build it anew.
-
-        Args:
-            adapter_name: name of the plugin.
-            config: its configuration.
-        """
+        """Add a plugin, or build it anew."""
         rule = rule_of(config, self.name)
         self.rules[adapter_name] = rule if self.reads_text else rule._replace(outliers=None)
         self.configs[adapter_name] = config

@@ -35,13 +35,7 @@ __all__ = [
 
 
 class FloatLinear(nn.Module):
-    """`nn.Linear` in all but its class, which quantisers look for: small maps that stay in floating point.
-
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        bias: whether there is a bias.
-    """
+    """`nn.Linear` in all but its class, which quantisers look for: small maps that stay in floating point."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -166,11 +160,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class StraightThroughForward:
-    """Stands in for the `forward` of a quantised linear map, which would give no gradient; copies go with the module.
-
-    Args:
-        module: the map.
-    """
+    """Stands in for the `forward` of a quantised linear map, which has no gradient; copies go with the module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -111,11 +111,7 @@ def _fit_probes(
 
 
 class _OutputNorms:
-    """What networks get and give, counted into what their probes are fitted from.
-
-    Args:
-        fits: the sums for the probe of each layer.
-    """
+    """What networks get and give, counted into what their probes are fitted from."""
 
     def __init__(self, fits: dict[VariatorLayer, LeastSquares]) -> None:
         self.fits = fits

@@ -122,12 +122,7 @@ def _sorted(values: Tensor, descending: bool) -> Tensor:
 
 
 class LeastSquares:
-    """Sums over tokens from which a probe is fitted, in double precision.
-
-    Args:
-        dim: d, width of the hidden states.
-        device: where the sums are kept.
-    """
+    """Sums over tokens from which a probe is fitted, in double precision."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
         # Behind the inputs one column for the target, and one of ones, whose sums are the others' means.

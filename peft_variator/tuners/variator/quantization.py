@@ -75,13 +75,7 @@ def quantized_parts(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def float_state(model: nn.Module, adapter_name: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's state dict with a plugin's quantised maps as `weight` and `bias` in floating point.
-
-    Args:
-        model: the model.
-        adapter_name: the plugin.
-        state: its state dict.
-    """
+    """A model's state dict with a plugin's quantised maps as `weight` and `bias` in floating point."""
     found = dict(state)
     for name, module in _parts(model, adapter_name):
         for key in [key for key in found if key.startswith(f"{name}.")]:

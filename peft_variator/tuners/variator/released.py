@@ -33,14 +33,7 @@ divided by 100, the output of a feed-forward network included (OpenBMB/ModelCent
 
 
 class _Shape(NamedTuple):
-    """Sizes of a released plugin.
-
-    Args:
-        layers: number of encoder layers.
-        dim: d, width of the hidden states.
-        ratio: k, the compression ratio.
-        bottleneck: r, width of the decompressor.
-    """
+    """Sizes of a released plugin."""
 
     layers: int
     dim: int
