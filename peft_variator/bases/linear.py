@@ -208,22 +208,21 @@ class Sparse24Linear(nn.Linear):
         return {**self.__dict__, "_dense": None, "_sparse": None}
 
 
-def describe_path(layer: Sparse24Linear, dtype: torch.dtype | None = None, device: torch.device | None = None) -> str:
+def describe_path(layer: Sparse24Linear, dtype: torch.dtype | None = None) -> str:
     """What the forward of a packed layer does and the reason, in one clause without a full stop.
 
     Args:
         layer: the layer.
         dtype: dtype of the product; that of the layer by default.
-        device: where it is computed; where the layer is by default.
     """
-    choice = layer.kernel(dtype, device)
+    choice = layer.kernel(dtype)
     if choice.kernel != "dense":
         return f"sparse tensor cores ({choice.kernel}), because {choice.reason}"
     if layer.unpacked == "always" and not layer.offloaded:
         return f"a dense weight that is unpacked once and kept, because unpacked='always', and {choice.reason}"
     path = f"unpack into a buffer, because {choice.reason}"
-    kind = (device or layer.compressed.device).type
-    few = describe_product(layer.out_features, layer.in_features, dtype or layer.compressed.dtype, kind)
+    dtype, kind = dtype or layer.compressed.dtype, layer.compressed.device.type
+    few = describe_product(layer.out_features, layer.in_features, dtype, kind)
     return path if few is None else f"{path}; {few}"
 
 

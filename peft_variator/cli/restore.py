@@ -101,12 +101,7 @@ class RestoreJob(RunSettings):
             train_or_resume(trainer, self, reporter)
             losses["restored"] = _held_out_losses(trainer)
             facts = self._facts(model, data, weights, losses)
-            adapters = trainer.gather_adapters()
-            is_first = trainer.is_world_process_zero()
-            if is_first:
-                card = restored_card(facts, self.license)
-                write_adapter(self.output, model, card, facts, trainer.state.log_history, beside, adapters)
-        return facts, is_first
+            return facts, write_adapter(self, model, trainer, facts, restored_card, beside)
 
     def _adapter(self, base: PreTrainedModel) -> PeftModel:
         """The base with the adapter to train: the one that was named, or one on the modules that are pruned."""

@@ -105,12 +105,7 @@ class TrainJob(RunSettings):
             flops = self._flops(plugin, task, [1, *ratios], data)
             rows = [RatioFacts(k, flops[1], flops[k], before[k], after[k]) for k in ratios]
             facts = self._facts(plugin, data, rows)
-            adapters = trainer.gather_adapters()
-            is_first = trainer.is_world_process_zero()
-            if is_first:
-                card = plugin_card(facts, self.license)
-                write_adapter(self.output, plugin, card, facts, trainer.state.log_history, beside, adapters)
-        return facts, is_first
+            return facts, write_adapter(self, plugin, trainer, facts, plugin_card, beside)
 
     def _plugin(self, base: PreTrainedModel, data: TrainingData) -> tuple[PeftModel, list[int]]:
         """The base with the plugin to train, and the ratios to train it for, the first of which it gets."""

@@ -9,11 +9,11 @@ import shlex
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import ModelCard
@@ -33,7 +33,7 @@ from ..files import check_new_file, check_new_folder, new_folder, write_text
 from ..models import Task, check_model_name, check_reachable
 from ..profiling import build_model, count_positions, find_device, has_weights, load_config
 from ..sentence_folder import copy_files
-from ..training import DistillationConfig
+from ..training import DistillationConfig, DistillationTrainer
 from ..training.model_card import PluginFacts, RestoredFacts
 from .console import Reporter, option_words
 from .examples import TrainingData, load_data, warn_about_unreadable
@@ -338,33 +338,42 @@ def warn_about_little_data(settings: RunSettings, held_out: int, reporter: Repor
         )
 
 
+Facts = TypeVar("Facts", PluginFacts, RestoredFacts)
+
+
 def write_adapter(
-    output: Path,
+    settings: RunSettings,
     model: PeftModel,
-    card: ModelCard,
-    facts: PluginFacts | RestoredFacts,
-    log: list[dict[str, Any]],
+    trainer: DistillationTrainer,
+    facts: Facts,
+    make_card: Callable[[Facts, str | None], ModelCard],
     beside: Mapping[str, Path],
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-) -> None:
+) -> bool:
     """Write an adapter, its card, and `training.json` with the facts and the log: all of it or nothing.
 
     Args:
-        output: folder to make.
+        settings: settings of the run.
         model: the base with the adapter.
-        card: its model card.
+        trainer: what has trained it; all of its processes have to call this.
         facts: what the card says.
-        log: losses and rates, as the trainer has kept them.
+        make_card: makes it, of the facts and the license.
         beside: what sentence-transformers needs to load the folder by itself, from `sentence_files`; empty for others.
-        state_dict: the weights, if they are not whole in the model; see `DistillationTrainer.gather_adapters`.
+
+    Returns:
+        Whether this is the process that has written it.
     """
-    with new_folder(output) as folder:
+    adapters = trainer.gather_adapters()
+    if not trainer.is_world_process_zero():
+        return False
+    with new_folder(settings.output) as folder:
         if beside:
             copy_files(beside, folder)
             AutoProcessor.from_pretrained(facts.base).save_pretrained(folder)
-        model.save_pretrained(str(folder), state_dict=state_dict)
-        card.save(folder / "README.md")
-        write_text(folder / "training.json", json.dumps({"facts": asdict(facts), "log": log}, indent=2) + "\n")
+        model.save_pretrained(str(folder), state_dict=adapters)
+        make_card(facts, settings.license).save(folder / "README.md")
+        record = {"facts": asdict(facts), "log": trainer.state.log_history}
+        write_text(folder / "training.json", json.dumps(record, indent=2) + "\n")
+    return True
 
 
 def _processes() -> int:

@@ -171,13 +171,7 @@ def merge_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `merge`: of the tokens `(tokens, dim)`, and of their scores, float32 `(tokens,)`.
 
-    Args:
-        grad: of the rows, shape `(rows, dim)`, contiguous.
-        tokens: as in `merge`, and so on.
-        weight: of the score.
-        members: token numbers.
-        row_of: the row of each token, shape `(tokens,)`; a token gets a gradient from its own row alone.
-        weights: what `merge` gave.
+    `grad` is that of the rows, contiguous; a token gets a gradient from its own row, `row_of`, alone.
     """
     (num_rows, size), dim = members.shape, tokens.shape[1]
     token_grads = torch.zeros_like(tokens)
@@ -192,16 +186,7 @@ def merge_gradient(
 
 
 def sum_members(values: Tensor, members: Tensor, row_of: Tensor) -> Tensor:
-    """The sum over the tokens of each row, the gradient of giving a row to its tokens.
-
-    Args:
-        values: one for each token, shape `(tokens, dim)`, contiguous.
-        members: as in `merge`.
-        row_of: as in `merge_gradient`.
-
-    Returns:
-        Shape `(rows, dim)`.
-    """
+    """The sum over the tokens of each row, `(rows, dim)`: the gradient of giving a row to its tokens."""
     (num_rows, size), dim = members.shape, values.shape[1]
     sums = values.new_empty(num_rows, dim)
     if sums.numel():
@@ -222,21 +207,7 @@ def expand(
     is_merged: Tensor,
     prologue: str,
 ) -> Tensor:
-    """Give each token its row's vector and, where it shares the row, its own correction.
-
-    Args:
-        rows: shape `(rows, dim)`, contiguous as all that follows, and of one dtype.
-        inner: hidden layer of the tokens, h, shape `(tokens, width)`.
-        of_rows: hidden layer of the rows, g, shape `(at least the rows that are shared, width)`.
-        up: the last map, shape `(dim, width)`.
-        bias: of the last map, shape `(dim,)`.
-        row_of: the row of each token; padding has one that is not there, and gets zeros; shape `(tokens,)`.
-        is_merged: whether a token shares its row, shape `(tokens, 1)`.
-        prologue: a name of `PROLOGUES`.
-
-    Returns:
-        Shape `(tokens, dim)`.
-    """
+    """What `fused.expand_rows` says, of contiguous tensors of one dtype; padding has a row that is not there."""
     (tokens, width), dim = inner.shape, up.shape[0]
     output = inner.new_empty(tokens, dim)
     if output.numel():
