@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from .compat import (
     mark_without_adapters,
     needs_generation,
 )
-from .field_types import check_field_types, check_regex
+from .field_types import check_field_types, check_regex, shown
 from .models import name_some
 
 
@@ -120,31 +121,36 @@ class SavedConfig(PeftConfig):
     """Repository that it was read from, and `subfolder`, `revision` and `cache_dir` of it; `None`: a folder."""
 
     def __post_init__(self) -> None:
+        self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
+        self.source = self.download = None
+        self.check()
+        self.peft_type = PeftType(self.method)
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Check every field, as when the config was made: fields may have been set since.
+
+        Raises:
+            ValueError: a field has a value that is not allowed; the message names it and what is.
+        """
         check_field_types(self)
         self._check_names()
         self._check_modules()
-        self.peft_type = PeftType(self.method)
-        self.was_saved = self.peft_version is not None  # PEFT fills it in where it is new
-        self.source = self.download = None
-        super().__post_init__()
 
     def _check_names(self) -> None:
         """What PEFT's own fields hold, which it checks without naming them, or not at all."""
         if self.peft_type not in (None, self.method):
-            raise ValueError(
-                f"peft_type={self.peft_type!r} is another method than that of {type(self).__name__}, which is "
-                f"{self.method!r}. Leave it out."
-            )
+            raise _other_method(self.peft_type, type(self))
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             raise ValueError(  # PEFT's words, and the field
-                f"Invalid task type: {self.task_type!r}. task_type has to be one of {', '.join(map(repr, tasks))}, "
-                "or None."
+                f"Invalid task type: {shown(self.task_type)}. task_type has to be one of "
+                f"{', '.join(map(repr, tasks))}, or None."
             )
         for key, value in (self.auto_mapping or {}).items():
             if not isinstance(key, str) or not (value is None or isinstance(value, str)):
                 raise ValueError(
-                    f"auto_mapping={self.auto_mapping!r} has to map texts to texts: 'base_model_class' and "
+                    f"auto_mapping={shown(self.auto_mapping)} has to map texts to texts: 'base_model_class' and "
                     "'parent_library' to the names of the base's class and of its module."
                 )
 
@@ -154,15 +160,15 @@ class SavedConfig(PeftConfig):
             value = getattr(self, name)
             names = [value] if isinstance(value, str) else sorted(value or ())
             if not isinstance(value, str) and not all(entry.strip() for entry in names):
-                raise ValueError(f"{name}={value!r} holds a name without characters, which is no module's.")
+                raise ValueError(f"{name}={shown(value)} holds a name without characters, which is no module's.")
             if isinstance(value, str) or name in ("layers_pattern", "modules_to_save"):
                 for entry in names:
                     check_regex(name, entry)
         layers = self.layers_to_transform
         if layers is not None and (layers == [] or min([layers] if isinstance(layers, int) else layers) < 0):
             raise ValueError(
-                f"layers_to_transform={layers!r} has to be one or more indices of layers, which count from 0. Leave "
-                "it out for all of them."
+                f"layers_to_transform={shown(layers)} has to be one or more indices of layers, which count from 0. "
+                "Leave it out for all of them."
             )
 
     @classmethod
@@ -172,8 +178,24 @@ class SavedConfig(PeftConfig):
             kwargs["peft_version"] = "unknown"
         return super().check_kwargs(**kwargs)
 
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> SavedConfig:
+        """As `PeftConfig.from_peft_type`, for configs of this class alone.
+
+        Raises:
+            ValueError: `peft_type` is another method.
+        """
+        if "peft_type" in kwargs and not (isinstance(kwargs["peft_type"], str) and kwargs["peft_type"] == cls.method):
+            raise _other_method(kwargs["peft_type"], cls)
+        return super().from_peft_type(**kwargs)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card."""
+        """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card.
+
+        Raises:
+            ValueError: a field was set to a value that could not be loaded again.
+        """
+        self.check()
         mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory, self.card(mapping.get("base_model_class")))
@@ -190,13 +212,29 @@ class SavedConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> SavedConfig:
-        """As `PeftConfig.from_pretrained`."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        """As `PeftConfig.from_pretrained`.
+
+        Raises:
+            ValueError: the file holds another method, or a field has a value that is not allowed; the message names
+                folder, field and value.
+        """
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            where = os.path.join(pretrained_model_name_or_path, subfolder or "", ADAPTER_CONFIG_NAME)
+            raise ValueError(f"{where}: {error}") from error
         config.source = os.path.join(pretrained_model_name_or_path, subfolder or "")
         if not os.path.isdir(pretrained_model_name_or_path):
             places: dict[str, Any] = {name: kwargs.get(name) for name in ("revision", "cache_dir")}
             config.download = (pretrained_model_name_or_path, {"subfolder": subfolder or "", **places})
         return config
+
+
+def _other_method(peft_type: Any, kind: type[SavedConfig]) -> ValueError:
+    return ValueError(
+        f"peft_type={shown(peft_type)} is another method than that of {kind.__name__}, which is {kind.method!r}. "
+        "Leave it out, or take the class of that method."
+    )
 
 
 class TidyTuner(BaseTuner):
@@ -228,6 +266,7 @@ class TidyTuner(BaseTuner):
             _check_adapter_name(adapter_name)
             with undone_on_error(self.model) as before:
                 config = self.peft_config[adapter_name]
+                config.check()
                 key_mapping = key_mapping_while_loading() if config.was_saved else None
                 if key_mapping is not None:
                     _check_file(self.model, config, key_mapping)

@@ -10,15 +10,29 @@ import types
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from enum import Enum
+from numbers import Integral
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 
-__all__ = ["check_field_types", "check_regex"]
+__all__ = [
+    "ENTRIES_LIMIT",
+    "check_choice",
+    "check_field_types",
+    "check_memory",
+    "check_regex",
+    "is_whole",
+    "shown",
+    "whole_number",
+]
 
 INTEGER_LIMIT = 2**31  # sizes and counts end up in 32-bit indices of kernels
 SEED_LIMIT = 2**32  # of NumPy's generators
+FLOAT_LIMIT = float(np.finfo(np.float32).max)  # beyond it a number is infinite once it meets a tensor
+ENTRIES_LIMIT = 2**24
+"""How many numbers a module may get because of a field whose value is larger than is of use."""
+CONFIG_LIBRARIES = ("transformers", "accelerate")  # which make objects of dicts that they are given
 SHOWN_CHARACTERS = 80
 
 
@@ -35,7 +49,7 @@ def check_field_types(config: Any, inherited_from: type | None = None) -> None:
 
     Raises:
         ValueError: a field has a value of another type, an integer of 2**31 or more (a seed: of 2**32), or a float
-            that is not finite.
+            that is not finite in single precision.
     """
     hints = get_type_hints(type(config))
     inherited = {item.name for item in fields(inherited_from)} if inherited_from is not None else set()
@@ -47,6 +61,54 @@ def check_field_types(config: Any, inherited_from: type | None = None) -> None:
     for name, value in checked.items():
         if value is not getattr(config, name):
             setattr(config, name, value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, NumPy's among them; `True` and `False` are none."""
+    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_))
+
+
+def whole_number(name: str, value: Any, minimum: int) -> int:
+    """The integer that a value is.
+
+    Args:
+        name: what the caller knows it as.
+        value: the value.
+        minimum: the least that is allowed.
+
+    Raises:
+        ValueError: it is none, is smaller, or is 2**31 or more.
+    """
+    if not is_whole(value) or value < minimum:
+        raise ValueError(f"{name}={shown(value)} has to be an integer of at least {minimum}.")
+    return _integer(name, value)
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ValueError, with the name and what is allowed, if a value is not one of several."""
+    choices = list(allowed)
+    if value not in choices:
+        raise ValueError(f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}.")
+
+
+def check_memory(name: str, value: int, entries: int, enough: int, where: str) -> None:
+    """Refuse a width or rank that takes much memory for nothing, before it is taken.
+
+    Args:
+        name: field of the configuration.
+        value: its value.
+        entries: how many numbers one module gets because of it.
+        enough: the largest value that the module can make use of.
+        where: full name of the module.
+
+    Raises:
+        ValueError: it is larger than that, and takes more than 2**24 numbers.
+    """
+    if value > enough and entries > ENTRIES_LIMIT:
+        raise ValueError(
+            f"{name}={value} takes {entries:,} numbers for {where!r} alone, where nothing above {enough} is of use. "
+            "Choose a smaller one."
+        )
 
 
 def check_regex(name: str, pattern: str, around: str = "{}") -> re.Pattern[str]:
@@ -65,7 +127,7 @@ def check_regex(name: str, pattern: str, around: str = "{}") -> re.Pattern[str]:
         return re.compile(around.format(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{name} has {_shown(pattern)}, which is neither the name of a module nor a regular expression: "
+            f"{name} has {shown(pattern)}, which is neither the name of a module nor a regular expression: "
             f"{str(error) or type(error).__name__}."
         ) from error
 
@@ -74,22 +136,22 @@ def _inherited(name: str, value: Any, hint: Any) -> Any:
     """The value of a field of another library as its type, if that is one of Python's own or an enum."""
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if any((get_origin(kind) or kind) is dict for kind in kinds):  # or an object that the library makes of one
-        if isinstance(value, (int, float, list, tuple, set, np.generic, np.ndarray)):
+        allowed = tuple(get_origin(kind) or kind for kind in kinds)
+        if not isinstance(value, allowed) and type(value).__module__.partition(".")[0] not in CONFIG_LIBRARIES:
             raise _wrong(name, value, hint)
         return value
     enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
-    if not {bool, int, float, str, type(None), list[str]}.issuperset(set(kinds) - set(enums)):
-        return value
     if enums:
-        allowed = [member.value for kind in enums for member in kind]
-        if not isinstance(value, (str, Enum)) or value not in allowed:
-            raise ValueError(f"{name}={_shown(value)} is not one of {', '.join(map(repr, allowed))}.")
+        if not isinstance(value, (str, Enum)):
+            raise _wrong(name, value, hint)
+        check_choice(name, value, [member.value for kind in enums for member in kind])
         return value
     if str in kinds and isinstance(value, os.PathLike):
         return value
-    if name == "max_grad_norm" and value == math.inf:  # measured and never clipped
+    if name == "max_grad_norm" and isinstance(value, float) and value == math.inf:  # measured and never clipped
         return value
-    if name == "fsdp" and isinstance(value, (bool, list)):  # annotated as a string for the command line's sake
+    loose: dict[str, Any] = {"fsdp": (bool, list), "debug": (list, type(None))}  # whatever they are annotated
+    if isinstance(value, loose.get(name, ())):
         return value
     return _converted(name, value, hint)
 
@@ -114,7 +176,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
             return _mapping(name, value, get_args(hint))
     elif origin in (list, Sequence):
         if isinstance(value, (list, tuple, set, frozenset)):
-            entries = sorted(value, key=_shown) if isinstance(value, (set, frozenset)) else value
+            entries = sorted(value, key=shown) if isinstance(value, (set, frozenset)) else value
             return _unless_equal(value, list(_entries(name, entries, get_args(hint))))
     elif origin is set:
         if isinstance(value, (list, tuple, set, frozenset)):
@@ -128,7 +190,7 @@ def _one_of(name: str, value: Any, hints: tuple[Any, ...]) -> Any:
     """The value as the first of several types that takes it."""
     if type(value) in hints:  # such as a member of an enum, where a string is possible too
         return _converted(name, value, type(value))
-    if int in hints and isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+    if int in hints and is_whole(value):
         return _integer(name, value)  # one that is too large is no float
     errors = []
     for hint in hints:
@@ -163,7 +225,7 @@ def _mapping(name: str, values: dict[Any, Any], hints: tuple[Any, ...]) -> dict[
     return _unless_equal(
         values,
         {
-            _converted(f"a key of {name}", key, key_hint): _converted(f"{name}[{_shown(key)}]", value, value_hint)
+            _converted(f"a key of {name}", key, key_hint): _converted(f"{name}[{shown(key)}]", value, value_hint)
             for key, value in values.items()
         },
     )
@@ -180,16 +242,15 @@ def _unless_equal(before: Any, after: Any) -> Any:
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, np.integer):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise _wrong(name, value, int)
+    value = int(value)  # NumPy's, and members of an IntEnum
     limit = SEED_LIMIT if name.endswith("seed") else INTEGER_LIMIT
     if abs(value) >= limit:
         raise ValueError(
-            f"{name}={_shown(value)} is too large: an integer has to be below 2**{limit.bit_length() - 1} here."
+            f"{name}={shown(value)} is too large: an integer has to be below 2**{limit.bit_length() - 1} here."
         )
-    return int(value)  # members of an IntEnum, too
+    return value
 
 
 def _float(name: str, value: Any) -> float:
@@ -201,8 +262,8 @@ def _float(name: str, value: Any) -> float:
         finite = math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         finite = False
-    if not finite:
-        raise ValueError(f"{name}={_shown(value)} has to be a finite number.")
+    if not finite or abs(value) > FLOAT_LIMIT:
+        raise ValueError(f"{name}={shown(value)} has to be a finite number, of at most {FLOAT_LIMIT:.1e}.")
     if type(value) in (int, float):
         return value
     return float(value) if isinstance(value, float) else int(value)  # members of enums, too
@@ -211,7 +272,7 @@ def _float(name: str, value: Any) -> float:
 def _wrong(name: str, value: Any, hint: Any) -> ValueError:
     advice = " Convert it with .item() first." if isinstance(value, np.generic) else ""
     return ValueError(
-        f"{name}={_shown(value)} has to be {_described(hint)}; it is of type {type(value).__name__}.{advice}"
+        f"{name}={shown(value)} has to be {_described(hint)}; it is of type {type(value).__name__}.{advice}"
     )
 
 
@@ -238,7 +299,8 @@ def _described(hint: Any) -> str:
     return words.get(origin, f"a {getattr(origin, '__name__', origin)}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """What to show of a value, whatever it is and however long."""
     try:
         text = repr(value)
     except Exception:  # integers of more digits than Python writes out, objects with a broken repr

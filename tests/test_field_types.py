@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from peft_variator import SparseLoraConfig, VariatorConfig
-from peft_variator.sparsity import PruningConfig
+from peft_variator.sparsity import PruningConfig, prune
 from peft_variator.training import DistillationConfig
+from tests.tiny_models import BERT
 
 
 VALID: dict[type, dict[str, Any]] = {
@@ -54,6 +56,9 @@ OWN_FIELDS = {
         (VariatorConfig, "correction_dim", np.uint64(2**63)),
         (VariatorConfig, "correction_pattern", {"layer.0": 2**63}),
         (VariatorConfig, "peft_type", "LORA"),
+        (VariatorConfig, "max_kept_tokens", 2**31 - 1),
+        (SparseLoraConfig, "rank_pattern", {"": 2}),
+        (SparseLoraConfig, "lora_alpha", 1e308),
         (VariatorConfig, "target_modules", "("),
         (VariatorConfig, "target_modules", [""]),
         (VariatorConfig, "modules_to_save", ["("]),
@@ -195,3 +200,67 @@ def test_any_value_is_taken_or_refused_by_name(kind: type, data: st.DataObject) 
 @pytest.mark.parametrize("value", [None, False, ""])
 def test_fsdp_may_be_a_bool_though_it_is_annotated_as_a_string(tmp_path, value) -> None:
     assert not DistillationConfig(output_dir=str(tmp_path), fsdp=value).fsdp
+
+
+@pytest.mark.parametrize("kind", [VariatorConfig, SparseLoraConfig])
+def test_a_field_that_was_set_later_is_checked_before_the_config_is_used(kind: type, tmp_path) -> None:
+    config = kind()
+    config.modules_to_save = "none"
+    for use in (lambda: config.save_pretrained(tmp_path), lambda: get_peft_model(BERT.build(), config)):
+        with pytest.raises(ValueError, match="modules_to_save='none'"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_pruning_options_that_were_set_later_are_checked() -> None:
+    config = PruningConfig(sparsity=0.5)
+    config.max_block_sparsity = "x"
+    with pytest.raises(ValueError, match="max_block_sparsity='x'"):
+        prune(torch.nn.Linear(4, 4), config)
+
+
+@pytest.mark.parametrize("method", ["LORA", "nothing", 3, ["VARIATOR"]])
+def test_the_file_of_another_method_is_refused_by_name(method: Any, tmp_path) -> None:
+    VariatorConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": method}))
+    with pytest.raises(ValueError, match="adapter_config.json: peft_type="):
+        VariatorConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (SparseLoraConfig(r=2**31 - 1, target_modules=["query"]), "r"),
+        (SparseLoraConfig(rank_pattern={"query": 10**9}, target_modules=["query"]), r"rank_pattern\['query'\]"),
+        (VariatorConfig(bottleneck_dim=2**31 - 1), "bottleneck_dim"),
+        (VariatorConfig(decompression="bottleneck", correction_dim=10**9), "correction_dim"),
+        (VariatorConfig(correction_dim=2**31 - 1), "correction_dim"),
+        (VariatorConfig(correction_rank=2**31 - 1), "correction_rank"),
+        (VariatorConfig(compensation_rank=10**8), "compensation_rank"),
+        (VariatorConfig(scoring="concat", compression_ratio=2**31 - 1), "compression_ratio"),
+    ],
+)
+def test_absurd_widths_are_refused_before_memory_is_taken(config: Any, field: str) -> None:
+    base = BERT.build()
+    before = sorted(base.state_dict())
+    with pytest.raises(ValueError, match=f"{field}.*=\\d+"):
+        get_peft_model(base, config)
+    assert sorted(base.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_grad_norm", np.array([])),
+        ("accelerator_config", object()),
+        ("accelerator_config", {"no_such_key": 1}),
+        ("parallelism_config", 3),
+        ("lr_scheduler_kwargs", [1]),
+        ("optim", "x" * 5000),
+    ],
+)
+def test_errors_of_training_arguments_name_the_field(name: str, value: Any, tmp_path) -> None:
+    with pytest.raises(ValueError, match=name) as error:
+        DistillationConfig(output_dir=str(tmp_path), **{name: value})
+    assert len(str(error.value)) < 2000

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..field_types import whole_number
 from ..models import on_device
 from ..tuners.variator import VariatorConfig, calibrate
 from ..tuners.variator.forward_context import parameter_names
@@ -132,8 +133,7 @@ def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str,
     else:
         targets = {fields.setdefault("compression_ratio", 4): flops_saved}
     for k, share in targets.items():
-        if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-            raise ValueError(f"allocate: a row is named by a compression ratio, an integer of at least 2, got {k!r}.")
+        whole_number("allocate: compression_ratio, which names a row,", k, 2)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
             raise ValueError(f"allocate: flops_saved={share!r} is a share of the FLOPs, so it lies between 0 and 1.")
     return targets
@@ -141,8 +141,7 @@ def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str,
 
 def _checked_candidates(candidates: Sequence[int]) -> Sequence[int]:
     for ratio in candidates:
-        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
-            raise ValueError(f"allocate: candidates={candidates!r} have to be integers of at least 1.")
+        whole_number("allocate: one of candidates,", ratio, 1)
     if max(candidates, default=1) == 1:
         raise ValueError(f"allocate: candidates={candidates!r} merge nothing.")
     return candidates

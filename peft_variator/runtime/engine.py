@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..field_types import is_whole, whole_number
 from ..pooling import check_pooling
 from ..tuners.variator import using_ratio
 from ..tuners.variator.ratios import compression_ratio_of
 from .engine_metrics import BatchRecord, Counts, EngineMetrics
-from .latency import is_whole
 from .policies import FixedRatio, Policy
 from .queueing import (
     DeadlineQueue,
@@ -110,13 +110,11 @@ class Engine:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; give a PeftModel or a SentenceTransformer.")
         self.slo_ms = checked_slo(slo_ms)
-        if not is_whole(max_queue) or max_queue < 1:
-            raise ValueError(f"max_queue={max_queue!r} has to be an integer of at least 1.")
+        self.max_queue = whole_number("max_queue", max_queue, 1)
         if on_batch is not None and not callable(on_batch):
             raise TypeError(f"on_batch={on_batch!r} has to be a function of a BatchRecord, or None.")
         if normalize not in (None, True, False):
             raise TypeError(f"normalize={normalize!r} has to be True, False or None.")
-        self.max_queue = int(max_queue)
         self.model = model
         self._has_plugin = has_plugin(model)
         self.policy = policy or FixedRatio(compression_ratio_of(model) if self._has_plugin else 1)

@@ -10,15 +10,15 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from ..field_types import is_whole
 from ..files import write_text
 from .engine_metrics import BatchRecord
 
 
-__all__ = ["LatencyCheck", "LatencyTable", "checked_axis", "checked_quality", "is_whole"]
+__all__ = ["LatencyCheck", "LatencyTable", "checked_axis", "checked_quality"]
 
 FORMAT = 1
 FEWEST_RECORDS = 5  # batches at a ratio that tell how far off it is
@@ -266,11 +266,6 @@ class LatencyTable:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def is_whole(value: Any) -> bool:
-    """Whether it is an integer, NumPy's among them; `True` and `False` are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def checked_axis(name: str, values: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from itertools import accumulate, islice, pairwise, takewhile
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from .latency import LatencyTable, is_whole
+from ..field_types import is_whole, whole_number
+from .latency import LatencyTable
 
 
 __all__ = [
@@ -102,18 +103,6 @@ def length_class(length: int) -> int:
     return (max(length, SHORTEST_CLASS) - 1).bit_length()
 
 
-def _checked_batch(max_batch: int) -> int:
-    if not is_whole(max_batch) or max_batch < 1:
-        raise ValueError(f"max_batch={max_batch!r} has to be an integer of at least 1.")
-    return int(max_batch)
-
-
-def _checked_ratio(k: int) -> int:
-    if not is_whole(k) or k < 1:
-        raise ValueError(f"compression ratio {k!r} has to be an integer of at least 1.")
-    return int(k)
-
-
 def _effective(item: Waiting, k: int, ratios: Sequence[int]) -> int:
     """The largest ratio up to k that a text allows, for policies that know no quality: the base alone is sure."""
     if item.min_quality is not None:
@@ -151,7 +140,7 @@ class FixedRatio(Policy):
     name = "fixed"
 
     def __init__(self, k: int, max_batch: int = MAX_BATCH) -> None:
-        self.k, self.max_batch = _checked_ratio(k), _checked_batch(max_batch)
+        self.k, self.max_batch = whole_number("compression_ratio", k, 1), whole_number("max_batch", max_batch, 1)
         self.ratios = tuple(sorted({1, self.k}))
 
     def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
@@ -177,14 +166,14 @@ class QueueThreshold(Policy):
         self, thresholds: Mapping[int, int] | None = None, max_batch: int = MAX_BATCH, hysteresis: float = 0.25
     ) -> None:
         thresholds = {2: 8, 4: 16, 8: 32} if thresholds is None else dict(thresholds)
-        ordered = sorted((_checked_ratio(k), count) for k, count in thresholds.items())
+        ordered = sorted((whole_number("compression_ratio", k, 1), count) for k, count in thresholds.items())
         counts = [count for _, count in ordered]
         if any(not is_whole(count) or count < 1 for count in counts) or counts != sorted(set(counts)):
             raise ValueError(
                 f"thresholds={thresholds}: they have to be integers of at least 1 that grow with the ratio."
             )
         self.thresholds = tuple((k, count) for k, count in ordered if k > 1)
-        self.max_batch, self.hysteresis = _checked_batch(max_batch), _checked_hysteresis(hysteresis, 1.0)
+        self.max_batch, self.hysteresis = whole_number("max_batch", max_batch, 1), _checked_hysteresis(hysteresis, 1.0)
         self.ratios = (1, *(k for k, _ in self.thresholds))
 
     def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
@@ -214,7 +203,7 @@ class _Planner(Policy):
     """What policies that know latencies share: the ratios by quality, and what the front of a queue asks for."""
 
     def __init__(self, table: LatencyTable, max_batch: int) -> None:
-        self.table, self.max_batch = table, _checked_batch(max_batch)
+        self.table, self.max_batch = table, whole_number("max_batch", max_batch, 1)
         self.ratios = tuple(table.ratios)
         quality = table.quality or {}
         known = {k: quality[k] for k in self.ratios if k in quality}

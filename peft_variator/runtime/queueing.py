@@ -17,7 +17,7 @@ from numbers import Real
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, overload
 
-from .latency import is_whole
+from ..field_types import is_whole
 from .policies import Policy, Waiting, length_class
 
 

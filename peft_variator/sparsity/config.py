@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..field_types import check_field_types, check_regex
+from ..field_types import check_field_types, check_regex, shown
 from .methods import METHODS, PruningMethod, make_method, method_options
 from .patterns import Pattern, Target
 
@@ -29,7 +29,7 @@ def check_sparsity(name: str, value: float) -> float:
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(allowed)}.")
+        raise ValueError(f"{name}={shown(value)} is unknown. Choose one of {', '.join(allowed)}.")
 
 
 Class = TypeVar("Class", bound=type)
@@ -127,6 +127,14 @@ class PruningConfig:
         def __init__(self, method: str | PruningMethod = "wanda", **fields: Any) -> None: ...
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Check every field, as when the config was made: fields may have been set since.
+
+        Raises:
+            ValueError: a field is outside what its help allows, or two fields contradict each other.
+        """
         check_field_types(self)
         self._check_method()
         for name in ("target_modules", "exclude_modules"):
@@ -155,6 +163,7 @@ class PruningConfig:
             for name in [self.method, *METHODS]:
                 self._from_fields(name)
             return
+        self.method.check()
         for name, option in method_options().items():
             if name in self.__dataclass_fields__ and getattr(self, name) != option.default:
                 raise ValueError(

@@ -132,6 +132,7 @@ def prune(
             running the model is checked before the first weight changes.
         TypeError: a batch is neither a mapping nor a tensor.
     """
+    config.check()
     targets = find_targets(model, config)
     method = config.pruning_method
     statistics = method.statistics

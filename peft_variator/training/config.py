@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
-from ..field_types import check_field_types
+from ..field_types import check_choice, check_field_types, shown, whole_number
 from ..pooling import check_pooling
 
 
@@ -88,22 +89,44 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.check()
+        changed = self._changed_fields()
+        try:
+            super().__post_init__()
+        except ImportError:
+            raise
+        # what TrainingArguments raise, and whether they say where, is up to each field
+        except Exception as error:
+            if any(name in str(error) for name in changed):
+                raise
+            given = ", ".join(f"{name}={shown(value)}" for name, value in changed.items())
+            raise ValueError(f"TrainingArguments do not take these together: {given}. {shown(error)}") from error
+
+    def check(self) -> None:
+        """Check every field, as when the arguments were made: fields may have been set since.
+
+        Raises:
+            ValueError: a field has a value that is not allowed; the message names it and what is.
+        """
         check_field_types(self, inherited_from=TrainingArguments)
-        schedules = [schedule.value for schedule in SchedulerType]
-        if self.lr_scheduler_type not in schedules:
-            raise ValueError(
-                f"lr_scheduler_type={self.lr_scheduler_type!r} is not one of {', '.join(map(repr, schedules))}."
-            )
-        super().__post_init__()
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, [schedule.value for schedule in SchedulerType])
         self._check_weights()
-        if self.hidden_loss not in HIDDEN_LOSSES:
-            raise ValueError(f"hidden_loss={self.hidden_loss!r} is not one of {', '.join(map(repr, HIDDEN_LOSSES))}.")
+        check_choice("hidden_loss", self.hidden_loss, HIDDEN_LOSSES)
         check_pooling(self.embedding_pooling, "embedding_pooling")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} has to be a number greater than 0.")
-        if self.variance_samples < 1:
-            raise ValueError(f"variance_samples={self.variance_samples!r} has to be an integer of at least 1.")
+        whole_number("variance_samples", self.variance_samples, 1)
         self._check_ratios()
+
+    def _changed_fields(self) -> dict[str, Any]:
+        """The fields that were passed, as far as their values tell."""
+        defaults = {
+            item.name: item.default if item.default_factory is MISSING else item.default_factory()
+            for item in fields(self)
+            if item.init
+        }
+        values = {name: getattr(self, name) for name in defaults}
+        return {name: value for name, value in values.items() if shown(value) != shown(defaults[name])}
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Number of warm-up steps; at least one step follows them, as the first one has a rate of 0."""

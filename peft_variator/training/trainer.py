@@ -193,6 +193,7 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
     ) -> None:
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}; DistillationTrainer takes a DistillationConfig.")
+        args.check()
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs and would split every batch by nn.DataParallel. Start the run "

@@ -53,6 +53,14 @@ class PruningMethod(ABC):
     """What it needs to know of a layer's inputs; `None`: it looks at nothing but the weight."""
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Check every option, as when the method was made.
+
+        Raises:
+            ValueError: an option has a value of another type, or one below its least.
+        """
         from ...field_types import check_field_types
 
         check_field_types(self)
@@ -117,7 +125,9 @@ def make_method(name: str, options: Mapping[str, Any]) -> PruningMethod:
         ValueError: there is no such method, it has no such option, or an option has a wrong value.
     """
     if name not in METHODS:
-        raise ValueError(f"method={name!r} is unknown. Choose one of {', '.join(METHODS)}.")
+        from ...field_types import shown
+
+        raise ValueError(f"method={shown(name)} is unknown. Choose one of {', '.join(METHODS)}.")
     own = [item.name for item in fields(METHODS[name])]
     for option_name, value in options.items():
         if option_name not in own:

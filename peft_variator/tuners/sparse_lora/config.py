@@ -8,7 +8,7 @@ from typing import Literal
 
 from ...adapter_card import CardContent, hub_id, pipeline_tag, usage_of_config
 from ...adapter_state import SavedConfig
-from ...field_types import check_regex
+from ...field_types import check_regex, shown
 
 
 __all__ = ["SparseLoraConfig"]
@@ -95,6 +95,10 @@ class SparseLoraConfig(SavedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.in_use = False  # by an adapter whose base it has the fingerprint of
+
+    def check(self) -> None:
+        """Check every field; see [`SavedConfig.check`]."""
+        super().check()
         self._check_values()
         self._check_layers()
 
@@ -124,11 +128,13 @@ class SparseLoraConfig(SavedConfig):
                 raise ValueError(f"The rank {name}={rank!r} must be an integer of at least 1.")
         for name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, name):
+                if not key.strip():
+                    raise ValueError(f"{name} has the key {key!r}, which names no module.")
                 check_regex(f"{name}, as a key,", key, "(.*\\.)?({})$")
         if self.base_fingerprint is not None and not re.fullmatch("([0-9a-f]{16})+", self.base_fingerprint):
             raise ValueError(
-                f"base_fingerprint={self.base_fingerprint!r} is none that this package wrote: it has 16 hexadecimal "
-                "digits a weight. Leave it out; it is filled in."
+                f"base_fingerprint={shown(self.base_fingerprint)} is none that this package wrote: it has 16 "
+                "hexadecimal digits a weight. Leave it out; it is filled in."
             )
         if self.lora_dropout != 0:
             raise ValueError(

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...adapter_state import TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import include_all_linear_layers, keep_from_fused_operator
+from ...field_types import check_memory
 from ...models import name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .base_weight import find_layout
@@ -127,7 +128,9 @@ class SparseLoraModel(TidyTuner):
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         rank = peft_config.rank_pattern.get(rank_key, peft_config.r)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        rank_field = f"rank_pattern[{rank_key!r}]" if rank_key in peft_config.rank_pattern else "r"
         if isinstance(target, SparseLoraLayer):
+            _check_rank(rank_field, rank, target)
             target.update_layer(adapter_name, peft_config, rank, alpha)
             return
         if isinstance(parent, nn.MultiheadAttention):
@@ -138,6 +141,7 @@ class SparseLoraModel(TidyTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = SparseLoraConv2d if isinstance(base_layer, nn.Conv2d) else SparseLoraLinear
         new_module = layer_class(target, current_key)
+        _check_rank(rank_field, rank, new_module)
         new_module.update_layer(adapter_name, peft_config, rank, alpha)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
@@ -264,6 +268,11 @@ def attach_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], adapter_na
     for name, layer in layers.items():
         layer.attach_mask(adapter_name, masks.get(name))
     _warn_about_dense(layers, adapter_name)
+
+
+def _check_rank(field: str, rank: int, layer: SparseLoraLayer) -> None:
+    widths = (layer.in_features, layer.out_features)
+    check_memory(field, rank, rank * sum(widths), min(widths), layer.module_name)
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ...compat import is_plain_linear
+from ...field_types import check_memory
 from .architectures import Placement
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
@@ -62,6 +63,8 @@ class CompensatedLinear(SummedMap, PluginModule):
         """Add the update of a plugin, or make it anew."""
         rank = config.compensation_rank
         assert rank is not None  # `compensate` asks
+        widths = (self.in_features, self.out_features)
+        check_memory("compensation_rank", rank, rank * sum(widths), min(widths), self.network_name)
         down = FloatLinear(self.in_features, rank, bias=False)
         up = FloatLinear(rank, self.out_features, bias=False)
         if config.init_weights:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...adapter_card import CardContent, hub_id, pipeline_tag, usage_of_config
 from ...adapter_state import SavedConfig
-from ...field_types import check_regex
+from ...field_types import check_choice, check_regex, shown, whole_number
 from .decompression import DECOMPRESSIONS
 from .scoring import SCORINGS
 
@@ -20,6 +20,7 @@ __all__ = ["VariatorConfig"]
 
 DEFAULT_CORRECTION = 0.25
 DEFAULT_BOTTLENECK = 64
+MOST_KEPT = 2**16
 PATCH_GROUPINGS = ("window", "raster")
 CORRECTION_FORMS = ("added", "sliced")
 _PARTS = r"(?:.*\.)?(?:{})(?:\..*)?$"  # groups without numbers: the pattern may refer to its own
@@ -235,6 +236,10 @@ class VariatorConfig(SavedConfig):
         if self.peft_version is not None and isinstance(self.ratio_schedule, dict):  # JSON has no integer keys
             self.ratio_schedule = {_key_of_row(k): row for k, row in self.ratio_schedule.items()}
         super().__post_init__()
+
+    def check(self) -> None:
+        """Check every field; see [`SavedConfig.check`]."""
+        super().check()
         if isinstance(self.target_modules, str) and self.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             raise ValueError(
                 f"target_modules={self.target_modules!r} means every linear map of a model, but a plugin goes around "
@@ -255,11 +260,9 @@ class VariatorConfig(SavedConfig):
         self._check_counts()
 
     def _check_ratios(self) -> None:
-        _check_integer("compression_ratio", self.compression_ratio, 1)
-        if not isinstance(self.ratio_pattern, dict):
-            raise ValueError(f"ratio_pattern={self.ratio_pattern!r} has to map module names to ratios.")
+        whole_number("compression_ratio", self.compression_ratio, 1)
         for name, ratio in self.ratio_pattern.items():
-            _check_integer(f"ratio_pattern[{name!r}]", ratio, 1)
+            whole_number(f"ratio_pattern[{name!r}]", ratio, 1)
             _check_pattern("ratio_pattern", name)
 
     def _check_schedule(self) -> None:
@@ -272,9 +275,9 @@ class VariatorConfig(SavedConfig):
             )
         rows = sorted(self.ratio_schedule)
         for k, row in self.ratio_schedule.items():
-            _check_integer("ratio_schedule: key", k, 2)  # 1 is the base model everywhere
+            whole_number("ratio_schedule: key", k, 2)  # 1 is the base model everywhere
             for name, ratio in row.items():
-                _check_integer(f"ratio_schedule[{k}][{name!r}]", ratio, 1)
+                whole_number(f"ratio_schedule[{k}][{name!r}]", ratio, 1)
                 _check_pattern(f"ratio_schedule[{k}]", name)
         if self.compression_ratio != 1 and self.compression_ratio not in self.ratio_schedule:
             raise ValueError(
@@ -324,7 +327,7 @@ class VariatorConfig(SavedConfig):
             )
         for name in ("bottleneck_dim", "correction_dim"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+                whole_number(name, getattr(self, name), 1)
         if None not in (self.bottleneck_dim, self.correction_dim) and self.bottleneck_dim != self.correction_dim:
             raise ValueError(
                 f"bottleneck_dim={self.bottleneck_dim} and correction_dim={self.correction_dim} are the same width. "
@@ -334,38 +337,34 @@ class VariatorConfig(SavedConfig):
         self.correction_dim = None
 
     def _check_choices(self) -> None:
-        for name, allowed in (
-            ("scoring", SCORINGS),
-            ("decompression", DECOMPRESSIONS),
-            ("patch_grouping", PATCH_GROUPINGS),
-            ("correction_form", CORRECTION_FORMS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+        check_choice("scoring", self.scoring, SCORINGS)
+        check_choice("decompression", self.decompression, DECOMPRESSIONS)
+        check_choice("patch_grouping", self.patch_grouping, PATCH_GROUPINGS)
+        check_choice("correction_form", self.correction_form, CORRECTION_FORMS)
 
     def _check_counts(self) -> None:
         for name in ("correction_rank", "compensation_rank"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+                whole_number(name, getattr(self, name), 1)
         share = self.keep_outliers
         if share is not None and (not isinstance(share, float) or not 0 < share < 1):
             raise ValueError(
-                f"keep_outliers={share!r} is a share of a text's tokens, so it has to be a float between 0 and 1. "
-                "Leave it out to keep none."
+                f"keep_outliers={shown(share)} is a share of a text's tokens, so it has to be a float between 0 and "
+                "1. Leave it out to keep none."
             )
-        _check_integer("max_kept_tokens", self.max_kept_tokens, 0)
+        if whole_number("max_kept_tokens", self.max_kept_tokens, 0) > MOST_KEPT:
+            raise ValueError(
+                f"max_kept_tokens={self.max_kept_tokens} is room for more rows than compiled code could allocate; it "
+                f"has to be at most {MOST_KEPT}."
+            )
         if self.trained_ratios is not None:
-            if not isinstance(self.trained_ratios, list | tuple | set):
-                raise ValueError(f"trained_ratios={self.trained_ratios!r} has to be a list of compression ratios.")
             for ratio in self.trained_ratios:
-                _check_integer("trained_ratios: entry", ratio, 1)
+                whole_number("trained_ratios: entry", ratio, 1)
             self.trained_ratios = sorted(set(self.trained_ratios))
-        _check_integer("keep_first_tokens", self.keep_first_tokens, 0)
-        _check_integer("keep_last_tokens", self.keep_last_tokens, 0)
-        if not isinstance(self.keep_token_ids, list | tuple | set):
-            raise ValueError(f"keep_token_ids={self.keep_token_ids!r} has to be a list of token ids.")
+        whole_number("keep_first_tokens", self.keep_first_tokens, 0)
+        whole_number("keep_last_tokens", self.keep_last_tokens, 0)
         for token_id in self.keep_token_ids:
-            _check_integer("keep_token_ids: entry", token_id, 0)
+            whole_number("keep_token_ids: entry", token_id, 0)
         self.keep_token_ids = sorted(set(self.keep_token_ids))
 
     @staticmethod
@@ -377,7 +376,7 @@ class VariatorConfig(SavedConfig):
                     "(0, 1]. A number of neurons is an integer."
                 )
         elif width is not None:
-            _check_integer(name, width, 1)
+            whole_number(name, width, 1)
 
     @property
     def bottleneck_width(self) -> int:
@@ -515,11 +514,6 @@ def matches_pattern(pattern: str, module_name: str) -> bool:
 def _key_of_row(key: Any) -> Any:
     """A key of `ratio_schedule` in a file as the ratio that it is, if it is one; checked later."""
     return int(key) if isinstance(key, str) and re.fullmatch("[1-9][0-9]{0,9}", key) else key
-
-
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r} has to be an integer of at least {minimum}.")
 
 
 def _check_pattern(field_name: str, pattern: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...field_types import check_memory
 from .fused import expand_rows, runs_fused
 from .linear_maps import UpdatedRows, apply_linear, is_quantized_map
 from .merging import Groups, PackedGroups
@@ -78,13 +79,15 @@ class BottleneckDecompression(Decompression):
     parts = ("variator_down_input", "variator_down_output", "variator_up")
 
     def create(self, dim: int, config: VariatorConfig, network: Network | None, name: str) -> dict[str, nn.Module]:
-        up = nn.Linear(config.bottleneck_width, dim, bias=config.output_bias)
+        width = config.bottleneck_width
+        check_memory("bottleneck_dim (or correction_dim)", width, 3 * dim * width, 2 * dim, name)
+        up = nn.Linear(width, dim, bias=config.output_bias)
         if config.init_weights:
             for parameter in up.parameters():
                 nn.init.zeros_(parameter)
         return {
-            "variator_down_input": nn.Linear(dim, config.bottleneck_width, bias=False),
-            "variator_down_output": nn.Linear(dim, config.bottleneck_width),
+            "variator_down_input": nn.Linear(dim, width, bias=False),
+            "variator_down_output": nn.Linear(dim, width),
             "variator_up": up,
         }
 

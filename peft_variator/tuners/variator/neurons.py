@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ...field_types import check_memory
 from .linear_maps import UpdatedRows
 from .network import Network
 
@@ -100,6 +101,9 @@ def create_copies(dim: int, config: VariatorConfig, network: Network, name: str)
             "read here, as they are on disk or in a form that nothing turns back into numbers. Load the base in "
             "memory, or use a plugin with correction_rank=None."
         )
+
+    if rank is not None:
+        check_memory("correction_rank", rank, rank * (dim + width), min(dim, width), name)
 
     def new_map(in_features: int, out_features: int, bias: bool) -> nn.Module:
         if rank is None:

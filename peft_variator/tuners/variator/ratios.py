@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
+from ...field_types import whole_number
 from .forward_context import Selection, selected
 from .layer import VariatorLayer, plugin_layers
 
@@ -32,6 +33,7 @@ def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = N
         ValueError: `k` is not a positive integer, the model has no such plugin, or the plugin's scores are tied to
             another ratio (`scoring="concat"`), or it has a `ratio_schedule` without such a row.
     """
+    k = whole_number("compression_ratio", k, 1)
     chosen = _chosen(model, k, adapter_name)
     for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
         ratios.choose(name, k)
@@ -54,6 +56,7 @@ def using_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> It
     Raises:
         ValueError: as [`set_compression_ratio`].
     """
+    k = whole_number("compression_ratio", k, 1)
     chosen = _chosen(model, k, adapter_name)
     with ExitStack() as stack:
         for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
@@ -77,8 +80,6 @@ def compression_ratio_of(model: nn.Module, adapter_name: str | None = None) -> i
 
 def _chosen(model: nn.Module, k: int, adapter_name: str | None) -> list[tuple[VariatorLayer, str]]:
     """The layers of a plugin, each with the plugin's name, if all of them can take the ratio."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"compression_ratio={k!r} has to be an integer of at least 1.")
     chosen = layers_of(model, adapter_name)
     for layer, name in chosen:
         layer.rule_at(name, k)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ...field_types import ENTRIES_LIMIT
 from ...triton_support import runs_triton
 from .fused import merge_rows
 from .linear_maps import FloatLinear
@@ -83,6 +84,12 @@ class ConcatScoring(Scoring):
     serves_any_ratio = False
 
     def create(self, dim: int, ratio: int) -> FloatLinear:
+        entries = ratio * ratio * dim
+        if entries > ENTRIES_LIMIT:
+            raise ValueError(
+                f"compression_ratio={ratio} takes {entries:,} numbers in every module with scoring='concat', whose "
+                "map grows with its square. Choose a smaller one, or scoring='token', which does not depend on it."
+            )
         return FloatLinear(ratio * dim, ratio)
 
     def score(self, scorer: FloatLinear, tokens: Tensor) -> MemberScores:
