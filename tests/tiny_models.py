@@ -454,6 +454,61 @@ CAUSAL += [
         **FURTHER,
     ),
 ]
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+EXPERTS = MOE | {"num_experts": 4, "moe_intermediate_size": 16}
+ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+ROUTED |= {"first_k_dense_replace": 1}
+LATENT = {key: DECODER[key] for key in DECODER if key != "head_dim"} | {"num_key_value_heads": 4, "q_lora_rank": 8}
+LATENT |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}
+XGLM = {key: DECODER[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+XGLM |= {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 128}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+XLM = {"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 128}
+XLM |= {"dropout": 0.0, "attention_dropout": 0.0, "pad_index": 0, "pad_token_id": 0}
+CAUSAL += [
+    Case(name, name, AutoModelForCausalLM, config, "causal", **FURTHER)
+    for name, config in {
+        "afmoe": EXPERTS | {"num_dense_layers": 1, "sliding_window": 8},
+        "aria_text": EXPERTS | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        "codegen": GPT | {"rotary_dim": 4, "pad_token_id": 0},
+        "cohere2_moe": EXPERTS | {"sliding_window": 8},
+        "deepseek_v2": LATENT | ROUTED,
+        "falcon_h1": DECODER | MAMBA,
+        "gemma4_text": DECODER
+        | LAYER_INPUTS
+        | {"sliding_window": 8, "global_head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        "glm4_moe_lite": LATENT | ROUTED,
+        "granitemoeshared": MOE | {"shared_intermediate_size": 16},
+        "hunyuan_v1_dense": DECODER,
+        "hunyuan_v1_moe": EXPERTS | {"moe_topk": 2},
+        "hy_v3": EXPERTS,
+        "iquestcoder": DECODER,
+        "jetmoe": MOE | {"kv_channels": 8},
+        "lfm2_moe": EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        "mellum": EXPERTS | {"sliding_window": 8},
+        "minicpm3": LATENT,
+        "minimax_m2": EXPERTS,
+        "ministral": DECODER | {"sliding_window": 8},
+        "modernbert-decoder": DECODER | {"global_attn_every_n_layers": 2, "local_attention": 8},
+        "olmo_hybrid": DECODER | LINEAR | {"num_key_value_heads": 4},
+        "qwen3_5_moe_text": EXPERTS | LINEAR | {"shared_expert_intermediate_size": 16},
+        "qwen3_5_text": DECODER | LINEAR,
+        "solar_open": DECODER | ROUTED,
+        "vaultgemma": DECODER | {"sliding_window": 8},
+        "xglm": XGLM | {"dropout": 0.0, "attention_dropout": 0.0},
+        "youtu": LATENT,
+    }.items()
+]
+ENCODERS += [
+    *(Case(name, name, AutoModel, XLM, "encoder", zero_positions=True, **FURTHER) for name in ("flaubert", "xlm")),
+    Case("ultrabert", "ultrabert", AutoModel, DECODER, "encoder", **FURTHER),
+]
 ENCODERS += [
     *(
         Case(name, name, AutoModel, TEXT, "encoder", **FURTHER)
@@ -549,6 +604,7 @@ VISIONS += [
     Case("data2vec-vision", "data2vec-vision", AutoModel, VISION, "vision", prefix=1, **FURTHER),
     Case("chinese-clip-vision", "chinese_clip_vision_model", AutoModel, TOWER, "vision", prefix=1, **FURTHER),
     Case("vit-msn", "vit_msn", AutoModel, VISION, "vision", prefix=1, **FURTHER),
+    Case("pixio", "pixio", AutoModel, VISION, "vision", prefix=8, **FURTHER),
     Case("dpt", "dpt", AutoModel, VISION, "vision", prefix=1, **FURTHER),
     Case("mlcd", "mlcd_vision_model", AutoModel, TOWER, "vision", prefix=1, **FURTHER),
     Case("blip-2-vision", "blip_2_vision_model", Blip2VisionModel, TOWER, "vision", prefix=1, **FURTHER),

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TimmWrapperConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from peft_variator import VariatorConfig
 from tests.tiny_models import DUAL, IN_READING_ORDER, TASK_HEADS, VISIONS, Case, by_name
@@ -131,3 +134,50 @@ def test_features_of_each_tower_alone(case: Case) -> None:
         text = model.get_text_features(input_ids=inputs["input_ids"]).pooler_output
     for own, shared in ((image, both.image_embeds), (text, both.text_embeds)):
         torch.testing.assert_close(own / own.norm(dim=-1, keepdim=True), shared, rtol=0, atol=1e-5)
+
+
+class ViTOfTimm(nn.Module):
+    """A vision transformer with the names that timm gives its modules."""
+
+    def __init__(self, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.patch_size = (4, 4)
+        self.patch_embed.proj = nn.Conv2d(3, dims[0], 4, 4)
+        self.blocks = nn.ModuleList(nn.Module() for _ in dims)
+        for block, dim in zip(self.blocks, dims, strict=True):
+            block.mlp = nn.Module()
+            block.mlp.fc1, block.mlp.act, block.mlp.fc2 = nn.Linear(dim, 48), nn.GELU(), nn.Linear(48, dim)
+            block.mlp.forward = lambda hidden, mlp=block.mlp: mlp.fc2(mlp.act(mlp.fc1(hidden)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        hidden = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2)
+        hidden = torch.cat([hidden.mean(1, keepdim=True), hidden], dim=1)  # a class token
+        for block in self.blocks:
+            hidden = hidden + block.mlp(hidden)
+        return hidden
+
+
+class WrapperOfTimm(PreTrainedModel):
+    """As transformers' `TimmWrapperModel`, which needs timm."""
+
+    config: TimmWrapperConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: TimmWrapperConfig, dims: tuple[int, ...] = (32, 32)) -> None:
+        super().__init__(config)
+        self.timm_model = ViTOfTimm(dims)
+
+    def forward(self, pixel_values: Tensor) -> BaseModelOutput:
+        return BaseModelOutput(self.timm_model(pixel_values))
+
+
+def test_models_of_timm() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(WrapperOfTimm(TimmWrapperConfig()).eval(), VariatorConfig())
+    assert model.targeted_module_names == ["timm_model.blocks.0.mlp", "timm_model.blocks.1.mlp"]
+    inputs = {"pixel_values": torch.randn(2, 3, 24, 24)}
+    groups = window_groups(1, 6, 6, 2, 2)
+    assert [seen.rows for seen in watch(model, lambda: model(**inputs))] == [2 * len(groups)] * 2
+    with pytest.raises(ValueError, match="several widths"):
+        get_peft_model(WrapperOfTimm(TimmWrapperConfig(), (32, 16)), VariatorConfig())

@@ -71,6 +71,9 @@ _BART_ENCODER = FeedForward(r"(?:encoder\.|^)layers\.\d+\.fc1", "fc2")
 _ENCODER_MLP = FeedForward(r"(?:encoder\.|^)layers\.\d+\.mlp")
 _DECODER_MLP = FeedForward(r"layers\.\d+\.mlp")
 _FEED_FORWARD = FeedForward(r"layers\.\d+\.feed_forward")
+_LOOSE = FeedForward(r"layers\.\d+\.fc1", "fc2")
+_GRANITE_MOE = FeedForward(r"layers\.\d+\.block_sparse_moe")
+_XLM = FeedForward(r"ffns\.\d+")
 _GPT2_MLP = FeedForward(r"h\.\d+\.mlp")
 _VISION_MLP = FeedForward(r"layers?\.\d+\.mlp")
 _WAV2VEC2 = FeedForward(r"encoder\.layers\.\d+\.feed_forward", stack="encoder", entries_a_frame=1)
@@ -90,6 +93,7 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "ernie": _POST_NORM,
         "esm": _POST_NORM,
         "eurobert": _DECODER_MLP,
+        "flaubert": _XLM,
         "gte": _DECODER_MLP,
         "jina_embeddings_v3": _DECODER_MLP,
         "layoutlm": _POST_NORM,
@@ -103,7 +107,9 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "roformer": _POST_NORM,
         "siglip_text_model": _DECODER_MLP,
         "splinter": _POST_NORM,
+        "ultrabert": _DECODER_MLP,
         "visual_bert": _POST_NORM,
+        "xlm": _XLM,
         "xlm-roberta": _POST_NORM,
         "xlm-roberta-xl": _POST_NORM,
     },
@@ -124,14 +130,19 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "umt5": _T5_ENCODER,
     },
     "causal models": {
+        "afmoe": _DECODER_MLP,
         "apertus": _DECODER_MLP,
         "arcee": _DECODER_MLP,
-        "biogpt": FeedForward(r"layers\.\d+\.fc1", "fc2"),
+        "aria_text": _DECODER_MLP,
+        "biogpt": _LOOSE,
         "bloom": FeedForward(r"h\.\d+\.mlp\.dense_h_to_4h", "dense_4h_to_h"),
         "clip_text_model": FeedForward(r"layers\.\d+\.mlp", causal=True),
+        "codegen": _GPT2_MLP,
         "cohere": _DECODER_MLP,
         "cohere2": _DECODER_MLP,
+        "cohere2_moe": _DECODER_MLP,
         "cwm": _DECODER_MLP,
+        "deepseek_v2": _DECODER_MLP,
         "deepseek_v3": _DECODER_MLP,
         "diffllama": _DECODER_MLP,
         "doge": _DECODER_MLP,
@@ -140,14 +151,17 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "exaone4": _DECODER_MLP,
         "exaone_moe": _DECODER_MLP,
         "falcon": _GPT2_MLP,
+        "falcon_h1": _FEED_FORWARD,
         "flex_olmo": _DECODER_MLP,
         "gemma": _DECODER_MLP,
         "gemma2": _DECODER_MLP,
         "gemma3_text": _DECODER_MLP,
         "gemma3n_text": _DECODER_MLP,
+        "gemma4_text": _DECODER_MLP,
         "glm": _DECODER_MLP,
         "glm4": _DECODER_MLP,
         "glm4_moe": _DECODER_MLP,
+        "glm4_moe_lite": _DECODER_MLP,
         "gpt2": _GPT2_MLP,
         "gpt_bigcode": _GPT2_MLP,
         "gpt_neo": _GPT2_MLP,
@@ -157,24 +171,37 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "gptj": _GPT2_MLP,
         "granite": _DECODER_MLP,
         "granite_swa": _DECODER_MLP,
-        "granitemoe": FeedForward(r"layers\.\d+\.block_sparse_moe"),
+        "granitemoe": _GRANITE_MOE,
+        "granitemoeshared": _GRANITE_MOE,
         "helium": _DECODER_MLP,
+        "hunyuan_v1_dense": _DECODER_MLP,
+        "hunyuan_v1_moe": _DECODER_MLP,
+        "hy_v3": _DECODER_MLP,
         "hyperclovax": _DECODER_MLP,
         "internlm3": _DECODER_MLP,
+        "iquestcoder": _DECODER_MLP,
         "jais2": _DECODER_MLP,
+        "jetmoe": _DECODER_MLP,
         "lfm2": _FEED_FORWARD,
+        "lfm2_moe": _FEED_FORWARD,
         "llama": _DECODER_MLP,
         "llama4_text": _FEED_FORWARD,
+        "mellum": _DECODER_MLP,
+        "minicpm3": _DECODER_MLP,
+        "minimax_m2": _DECODER_MLP,
+        "ministral": _DECODER_MLP,
         "ministral3": _DECODER_MLP,
         "mistral": _DECODER_MLP,
         "mixtral": _DECODER_MLP,
+        "modernbert-decoder": _DECODER_MLP,
         "nanochat": _DECODER_MLP,
         "nemotron": _DECODER_MLP,
         "olmo": _DECODER_MLP,
         "olmo2": _DECODER_MLP,
         "olmo3": _DECODER_MLP,
+        "olmo_hybrid": _DECODER_MLP,
         "olmoe": _DECODER_MLP,
-        "opt": FeedForward(r"layers\.\d+\.fc1", "fc2"),
+        "opt": _LOOSE,
         "persimmon": _DECODER_MLP,
         "phi": _DECODER_MLP,
         "phi3": _DECODER_MLP,
@@ -185,13 +212,19 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "qwen2_moe": _DECODER_MLP,
         "qwen2_vl_text": _DECODER_MLP,
         "qwen3": _DECODER_MLP,
+        "qwen3_5_moe_text": _DECODER_MLP,
+        "qwen3_5_text": _DECODER_MLP,
         "qwen3_moe": _DECODER_MLP,
         "qwen3_next": _DECODER_MLP,
         "qwen3_vl_text": _DECODER_MLP,
         "seed_oss": _DECODER_MLP,
         "smollm3": _DECODER_MLP,
+        "solar_open": _DECODER_MLP,
         "stablelm": _DECODER_MLP,
         "starcoder2": _DECODER_MLP,
+        "vaultgemma": _DECODER_MLP,
+        "xglm": _LOOSE,
+        "youtu": _DECODER_MLP,
     },
     "vision encoders": {
         "aimv2_vision_model": FeedForward(r"layers\.\d+\.ffn"),
@@ -209,9 +242,11 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "ijepa": _VISION_MLP,
         "internvl_vision": _VISION_MLP,
         "mlcd_vision_model": _VISION_MLP,
+        "pixio": _VISION_MLP,
         "siglip2_vision_model": _VISION_MLP,
         "siglip_vision_model": _VISION_MLP,
         "smolvlm_vision": _VISION_MLP,
+        "timm_wrapper": FeedForward(r"timm_model\.blocks\.\d+\.mlp"),
         "videomae": _POST_NORM,
         "vit": _VISION_MLP,
         "vit_msn": _VISION_MLP,
@@ -311,6 +346,7 @@ REFUSED: dict[str, str] = {
     "uvdoc_backbone": _NONE,
     "vitdet": _WINDOWS,
     "xlnet": _SEQUENCE_FIRST,
+    "yolos": "its tokens of detected objects come behind the patches, so nothing tells which are which",
 }
 """Why an architecture takes no plugin."""
 
@@ -399,6 +435,7 @@ def _in_layers(model: nn.Module) -> Iterator[str]:
 def default_targets(model: nn.Module, config: VariatorConfig) -> str:
     """A regex for the feed-forward networks of a known architecture."""
     stacks: dict[str, FeedForward] = {}
+    widths: dict[str, int] = {}
     names = []
     for name, feed_forward in find_feed_forwards(model):
         owner_name, owner = owner_of(model, name)
@@ -407,6 +444,9 @@ def default_targets(model: nn.Module, config: VariatorConfig) -> str:
         if config.compress_vision_tower or stack_kind(owner, feed_forward) != "vision":
             stacks[owner_name] = feed_forward
             names.append(name)
+            width = hidden_size_of(owner, model.get_submodule(name), name)
+            if widths.setdefault(owner_name, width) != width:
+                raise ValueError(f"{type(owner).__name__} takes no plugin: {_WIDTHS}.")
     if not names:
         check_not_refused(model)
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

@@ -429,6 +429,8 @@ def _image_tokens(around: list[ForwardCall], image_ids: tuple[int, ...]) -> Tens
 def _patch_size(stack: nn.Module) -> tuple[int, int] | None:
     """Edge of a patch in pixels, `(height, width)`; `None` for stacks without patches."""
     size = getattr(getattr(stack, "config", None), "patch_size", None)
+    if size is None:  # models of timm have no such configuration
+        size = getattr(getattr(getattr(stack, "timm_model", None), "patch_embed", None), "patch_size", None)
     if size is None:
         return None
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
