@@ -153,9 +153,8 @@ class Checkpoint:
             CheckpointError: a tensor has no checksum or another one; the message names file and tensor.
         """
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            for stored, actual in zip(
-                self.tensors.values(), pool.map(_checksum_of_stored, self.tensors.values()), strict=True
-            ):
+            found = pool.map(lambda stored: checksum(stored.read()), self.tensors.values())
+            for stored, actual in zip(self.tensors.values(), found, strict=True):
                 if stored.name not in self.checksums:
                     raise CheckpointError(f"{stored} has no checksum, but config.json says that every tensor has one.")
                 if self.checksums[stored.name] != actual:
@@ -170,10 +169,6 @@ def checksum(tensor: Tensor) -> str:
     start = zlib.crc32(f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode())
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"{zlib.crc32(data.numpy().data, start):08x}"
-
-
-def _checksum_of_stored(stored: StoredTensor) -> str:
-    return checksum(stored.read())
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:

@@ -182,15 +182,11 @@ def _choose_action(stored: StoredWeight, module: nn.Module, free_linear: bool, r
         raise CheckpointError(f"{stored.main}: the weight is dense, but config.json says that it is packed.")
     may_pack = rules.pack_dense or stored.codec.sparse
     if may_pack and not rules.ignores(module, stored.module) and (required or rules.targets is None):
-        if _stores_two_four(stored):
+        if is_two_four(stored.main.read() if stored.plain else stored.read_dense(torch.float32)):
             return "pack"
         if required:
             stored.read_packed(torch.float32)  # raises with the row
     return None if stored.plain else "unpack"
-
-
-def _stores_two_four(stored: StoredWeight) -> bool:
-    return is_two_four(stored.main.read() if stored.plain else stored.read_dense(torch.float32))
 
 
 def is_free_linear(model: PreTrainedModel, module: nn.Module, parameter: str) -> bool:

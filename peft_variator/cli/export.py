@@ -174,10 +174,6 @@ def _examples(model: PreTrainedModel, config: VariatorConfig) -> list[dict[str, 
     return examples
 
 
-def _dynamic_shapes(example: dict[str, Tensor]) -> tuple[dict[int, str], ...]:
-    return tuple({0: "batch"} if name == "pixel_values" else {0: "batch", 1: "length"} for name in example)
-
-
 @torch.no_grad()
 def _write(
     plugin: PeftModel, output: Path, processor: Any, without_pooler: bool, origin: tuple[str, str, int]
@@ -198,6 +194,7 @@ def _write(
         if isinstance(value, Tensor) and not (without_pooler and name == "pooler_output")
     ]
     inputs = list(examples[0])
+    free = [{0: "batch"} if name == "pixel_values" else {0: "batch", 1: "length"} for name in inputs]
     wrapped = TensorOutputs(model, inputs, outputs)
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -205,7 +202,7 @@ def _write(
             tuple(examples[0].values()),
             input_names=inputs,
             output_names=outputs,
-            dynamic_shapes=(_dynamic_shapes(examples[0]),),
+            dynamic_shapes=(tuple(free),),
             dynamo=True,
             verbose=False,
         )

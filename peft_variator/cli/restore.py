@@ -86,7 +86,8 @@ class RestoreJob(RunSettings):
         teacher = None if self.teacher is None else load_weights(self.teacher, task)
         data = load_run_data(self, task, reporter)
         if task == "causal":
-            data = _label_all(data)
+            # Nothing is merged here, so no part of a text is a mere prompt.
+            data = replace(data, train=_all_labelled(data.train), held_out=_all_labelled(data.held_out))
         with training_arguments(self, prediction_loss_only=True, **weights) as args:
             trainer = DistillationTrainer(
                 model,
@@ -166,11 +167,6 @@ def _loss_weights(model: str, task: Task, kl_weight: float | None, has_teacher: 
             "the dense model. Name that with --teacher."
         )
     return {"task_weight": 0.0, "logits_weight": 0.0, "hidden_weight": 1.0}
-
-
-def _label_all(data: TrainingData) -> TrainingData:
-    """The data with every token predicted: nothing is merged here, so no part of a text is a mere prompt."""
-    return replace(data, train=_all_labelled(data.train), held_out=_all_labelled(data.held_out))
 
 
 def _all_labelled(rows: Examples) -> list[dict[str, Any]]:

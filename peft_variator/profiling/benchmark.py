@@ -262,18 +262,15 @@ def compare(
     if not ratios:
         raise ValueError("ratios is empty; name at least one compression ratio, e.g. 4.")
     groups = _candidates(base, plugin, inputs, ratios, with_disabled)
+    is_padded = "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
     facts: dict[str, tuple[int, int | None, int]] = {}
     for model, candidates in groups.items():
         for candidate in candidates:
             with candidate.setting():
                 flops = count_flops(model, inputs)
-                unpacked = count_flops(model, without_padding(inputs)) if _is_padded(inputs) else None
+                unpacked = count_flops(model, without_padding(inputs)) if is_padded else None
                 facts[candidate.name] = flops, unpacked, peak_memory(candidate.run, device)
             on_step()
     everything = [candidate for candidates in groups.values() for candidate in candidates]
     samples = time_alternately(everything, rounds, device=device, min_seconds=min_seconds, on_sample=on_step)
     return [Measurement(name, *facts[name], seconds) for name, seconds in samples.items()]
-
-
-def _is_padded(inputs: Mapping[str, Any]) -> bool:
-    return "attention_mask" in inputs and not bool(inputs["attention_mask"].all())

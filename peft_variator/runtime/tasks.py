@@ -173,16 +173,13 @@ class Served:
         with self.lock:
             found = self.tokenizer(*columns, return_attention_mask=False, verbose=False, **cutting)
         taken = inspect.signature(type(self.inner).forward).parameters
-        return _rows({name: rows for name, rows in found.items() if name in taken})
+        kept = {name: rows for name, rows in found.items() if name in taken}
+        return [dict(zip(kept, row, strict=True)) for row in zip(*kept.values(), strict=True)]
 
     def padded(self, texts: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:
         """A batch on the model's device, with its attention mask."""
         filling = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         return pad_batch(texts, filling, side, self.inner.device)
-
-
-def _rows(columns: Mapping[str, Any]) -> list[Encoded]:
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def pad_batch(
@@ -422,8 +419,9 @@ class Prefill(Task):
             [[0] * (longest - length) + [1] * length for length in lengths], dtype=torch.long, device=inner.device
         ).reshape(len(lengths), longest)
         for index in range(len(answers[0][1]) if answers else 0):
+            parts = [[layers[index][part] for _, layers in answers] for part in (0, 1)]
             keys, values = (
-                torch.cat([_padded_left(layers[index][part], longest) for _, layers in answers]) for part in (0, 1)
+                torch.cat([pad(states, (0, 0, longest - states.shape[-2], 0)) for states in part]) for part in parts
             )
             cache.update(keys, values, index)
         vocabulary = inner.config.get_text_config().vocab_size
@@ -433,10 +431,6 @@ class Prefill(Task):
 def _stacked(rows: list[Tensor], *shape: int) -> Tensor:
     """Rows of this shape as one tensor, of no row too."""
     return torch.stack(rows) if rows else torch.zeros(0, *shape)
-
-
-def _padded_left(states: Tensor, longest: int) -> Tensor:
-    return pad(states, (0, 0, longest - states.shape[-2], 0))
 
 
 def _checked_not_empty(encoded: list[Any]) -> list[Any]:

@@ -54,7 +54,8 @@ def read_documents(data: str, *, column: str = "text", split: str = "train") -> 
         ValueError: there is no such column, or the file can't be read.
     """
     texts = read_texts(data, column=column, split=split)
-    return iter([texts]) if _is_plain_text(data) else ([text] for text in texts)
+    is_plain_text = Path(data).is_file() and Path(data).suffix.lower() not in TABLES
+    return iter([texts]) if is_plain_text else ([text] for text in texts)
 
 
 def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iterator[str]:
@@ -90,10 +91,6 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
     except DatasetsError as error:
         raise ValueError(f"`datasets` can't read {data!r}: {error.__cause__ or error}") from error
     return _column(records, column, data)
-
-
-def _is_plain_text(data: str) -> bool:
-    return Path(data).is_file() and Path(data).suffix.lower() not in TABLES
 
 
 def _lines(path: Path, newline: str | None = None) -> Iterator[str]:

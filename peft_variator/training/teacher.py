@@ -45,11 +45,6 @@ def _adapter_parameters(layer: AdapterLayer) -> list[nn.Parameter]:
     return [p for container in _containers(layer) for entry in container.values() for p in _parameters(entry)]
 
 
-def _names(layer: AdapterLayer) -> set[str]:
-    """Names of a layer's adapters."""
-    return {name for container in _containers(layer) for name in container}
-
-
 def _trained_names(layer: AdapterLayer) -> set[str]:
     """Names of a layer's adapters that require gradients."""
     entries = [(name, entry) for container in _containers(layer) for name, entry in container.items()]
@@ -232,7 +227,10 @@ def measured_adapters(model: nn.Module) -> SwitchableAdapters:
         (layer, _trained_names(layer)) for name, layer in _adapter_layers(model) if _is_own(model, name, layer)
     ]
     if not any(names for _, names in layers):
-        layers = [(layer, set(layer.active_adapters) & _names(layer)) for layer, _ in layers]
+        layers = [
+            (layer, {name for container in _containers(layer) for name in container} & set(layer.active_adapters))
+            for layer, _ in layers
+        ]
     layers = [(layer, names) for layer, names in layers if names]
     if not layers:
         raise ValueError(

@@ -130,12 +130,12 @@ class Network:
             hidden_states: x, shape `(…, d)`.
             index: the numbers of the neurons, shape `(r,)`.
         """
-        activated = self.activation(_with_rows(self.into, hidden_states, index))
+        activated = self.activation(_sliced(self.into, hidden_states, index))
         if self.fused:
-            activated = activated * _with_rows(self.into, hidden_states, index + self.width)
+            activated = activated * _sliced(self.into, hidden_states, index + self.width)
         elif self.gate is not None:
-            activated = activated * _with_rows(self.gate, hidden_states, index)
-        return _with_columns(self.out, activated, index)
+            activated = activated * _sliced(self.gate, hidden_states, index)
+        return _sliced(self.out, activated, index, of_inputs=True)
 
     def unsliceable_map(self) -> nn.Module | None:
         """A map that `with_neurons_alone` cannot take a part of: it has no plain weight in memory, or does more."""
@@ -218,28 +218,19 @@ def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.t() if isinstance(module, Conv1D) else weight, bias
 
 
-def _with_rows(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
-    """Some of the outputs of a map."""
+def _sliced(module: nn.Module, inputs: Tensor, index: Tensor, of_inputs: bool = False) -> Tensor:
+    """Some of the outputs of a map, or what it gives `of_inputs` of these numbers, all others being 0."""
     base, update = _parts(module)
     weight, bias = _plain_weight(base)
     index = index.to(weight.device)
-    output = linear(inputs, weight.index_select(0, index), None if bias is None else bias.index_select(0, index))
+    if bias is not None and not of_inputs:
+        bias = bias.index_select(0, index)
+    output = linear(inputs, weight.index_select(int(of_inputs), index), bias)
     if update is None:
         return output
     down, up = (part.to(inputs.dtype) for part in update)
-    return output + linear(linear(inputs, down), up.index_select(0, index)).to(output.dtype)
-
-
-def _with_columns(module: nn.Module, inputs: Tensor, index: Tensor) -> Tensor:
-    """What a map gives for some of its inputs, all others being 0."""
-    base, update = _parts(module)
-    weight, bias = _plain_weight(base)
-    index = index.to(weight.device)
-    output = linear(inputs, weight.index_select(1, index), bias)
-    if update is None:
-        return output
-    down, up = (part.to(inputs.dtype) for part in update)
-    return output + linear(linear(inputs, down.index_select(1, index)), up).to(output.dtype)
+    down, up = (down.index_select(1, index), up) if of_inputs else (down, up.index_select(0, index))
+    return output + linear(linear(inputs, down), up).to(output.dtype)
 
 
 def is_map(module: object) -> bool:
