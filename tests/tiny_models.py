@@ -505,7 +505,23 @@ CAUSAL += [
         "youtu": LATENT,
     }.items()
 ]
+CAUSAL += [
+    Case("gemma", "gemma", AutoModelForCausalLM, DECODER, "causal", **FURTHER),
+    Case("gptj", "gptj", AutoModelForCausalLM, GPT | {"rotary_dim": 4, "pad_token_id": 0}, "causal", **FURTHER),
+    Case("olmo2", "olmo2", AutoModelForCausalLM, DECODER, "causal", **FURTHER),
+    Case(
+        "qwen2-moe",
+        "qwen2_moe",
+        AutoModelForCausalLM,
+        EXPERTS | {"shared_expert_intermediate_size": 16},
+        "causal",
+        **FURTHER,
+    ),
+]
+SEQ2SEQ += [Case("umt5", "umt5", AutoModelForSeq2SeqLM, T5, "encoder", **FURTHER)]
 ENCODERS += [
+    Case("camembert", "camembert", AutoModel, TEXT, "encoder", **FURTHER),
+    Case("deberta", "deberta", AutoModel, TEXT | {"relative_attention": True}, "encoder", **FURTHER),
     *(Case(name, name, AutoModel, XLM, "encoder", zero_positions=True, **FURTHER) for name in ("flaubert", "xlm")),
     Case("ultrabert", "ultrabert", AutoModel, DECODER, "encoder", **FURTHER),
 ]

@@ -14,7 +14,7 @@ from tests.tiny_models import Case
 QUICK: dict[str, dict[str, Any]] = {
     "test_all_frames_are_merged": {"ratio": 4},
     "test_alone_padded_or_in_a_batch": {"ratio": 4},
-    "test_at_the_whole_width_the_untrained_plugin_is_the_base": {"ratio": 4},
+    "test_at_the_whole_width_the_untrained_plugin_is_the_base": {"ratio": 4, "form": "added"},
     "test_default_configuration_merges_and_disabling_gives_the_base_model_back": {},
     "test_experts_take_the_bottleneck_and_say_so": {},
     "test_left_padding_and_cache_change_nothing": {"cache": "static", "attention": "sdpa"},

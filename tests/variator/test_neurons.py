@@ -34,10 +34,11 @@ def with_neurons(case: Case, **fields: Any) -> PeftModel:
     return get_peft_model(case.build(), VariatorConfig(decompression="neurons", **fields)).eval()
 
 
+@pytest.mark.parametrize("form", ["added", "sliced"])
 @pytest.mark.parametrize("ratio", [2, 4, 64])
 @pytest.mark.parametrize("case", DENSE, ids=by_name)
-def test_at_the_whole_width_the_untrained_plugin_is_the_base(case: Case, ratio: int) -> None:
-    model = with_neurons(case, correction_dim=1.0, compression_ratio=ratio)
+def test_at_the_whole_width_the_untrained_plugin_is_the_base(case: Case, ratio: int, form: str) -> None:
+    model = with_neurons(case, correction_dim=1.0, compression_ratio=ratio, correction_form=form)
     inputs, base = case.inputs(2, 12), case.build()
     assert {layer.decompressions["default"] for layer in layers_of(model)} == {"neurons"}
     torch.testing.assert_close(first(model, inputs), first(base, inputs), rtol=1e-4, atol=2e-5)

@@ -205,7 +205,8 @@ def _parts(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | None]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    if type(module) not in (nn.Linear, Conv1D):
+    # Falcon's is a linear map that only rounds the product before it adds the bias.
+    if type(module) not in (nn.Linear, Conv1D) and type(module).__name__ != "FalconLinear":
         return False
     weight: Any = module.weight
     return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.is_meta
