@@ -27,9 +27,6 @@ def refuse_rewriting(model: nn.Module) -> None:
     PEFT 0.21 takes the hooks off such a model, adds the adapter, and then writes every safetensors file that the
     model is offloaded to, with other names for the tensors, to its relative path: over the model's own file if the
     model was loaded by one. Creating an adapter leaves hooks and files alone.
-
-    Raises:
-        ValueError: it is so. Nothing has been written.
     """
     # set by from_pretrained, where there is a device map
     if "disk" in getattr(model, "hf_device_map", {}).values() and any(map(has_lost_its_hook, model.modules())):
@@ -41,9 +38,6 @@ def refuse_disk_offload(model: nn.Module) -> None:
 
     For adapters that come from a file. Its loader takes what belongs to modules on disk to be on disk already, and
     leaves the adapter with the random numbers it was made of. New adapters can be put on such a model.
-
-    Raises:
-        ValueError: it is so.
     """
     if "disk" in getattr(model, "hf_device_map", {}).values():
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..adapter_state import read_keys, undone_on_error
 from ..models import check_reachable
+from ..offloading import refuse_disk_offload
 
 
 __all__ = ["load_plugin"]
@@ -43,11 +44,7 @@ def load_plugin(
             the adapter fits; not every tensor of the adapter was loaded; or the model is offloaded to disk, where PEFT
             would overwrite its files. The model is left as it was.
     """
-    if "disk" in getattr(model, "hf_device_map", {}).values():
-        raise ValueError(
-            "The model is partly offloaded to disk, and loading an adapter onto it makes PEFT rewrite the offloaded "
-            "files, which may be those of the model itself. Load the model without disk offload first."
-        )
+    refuse_disk_offload(model)
     path = os.fspath(path)
     check_reachable(path, CONFIG_NAME)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, WEIGHTS_NAME)):

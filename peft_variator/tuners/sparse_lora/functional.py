@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...bitmask import unpack_mask
+from ...bitmask import row_blocks, unpack_mask
 from ...few_tokens.product import FewTokensWeight, is_faster, is_few, multiply
 from .base_weight import WORKSPACE, get_layout
 
@@ -61,12 +61,11 @@ class MaskedWeight(NamedTuple):
         layout = get_layout(self.layout)
         rows, columns = self.shape()
         size = _BLOCK_ON_CPUS if self.base[0].device.type == "cpu" else _BLOCK_ELSEWHERE
-        step = max(1, size // max(columns, 1))
-        if layout.rows is None or rows <= step:
+        blocks = row_blocks(rows, columns, size)
+        if layout.rows is None or len(blocks) <= 1:
             yield slice(0, rows), self
             return
-        for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
+        for block in blocks:
             mask = None if self.packed_mask is None else self.packed_mask[block]
             yield block, self._replace(packed_mask=mask, base=layout.rows(self.base, block))
 
