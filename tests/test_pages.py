@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
+from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM, PreTrainedModel
 
 from peft_variator import PruningConfig, SparseLoraConfig, VariatorConfig, prune
 from peft_variator.bases import pack_checkpoint
-from tests.tiny_models import tiny_model
+from tests.tiny_models import BY_NAME, tiny_model
 from tests.word_tokenizer import BERT_SPECIAL, BERT_TOKENS, numbered_words, word_tokenizer
 
 
@@ -47,11 +47,27 @@ def given(page: str) -> dict[str, Any]:
     if page in ("docs/pruning.md", "docs/sparse_lora.md"):
         names["model"] = tiny_model("llama", **SIZES).eval()
         names["pruned_model"] = LlamaForCausalLM.from_pretrained("BASE_DIR")
+    if page == "docs/make_it_faster.md":
+        names["input_features"] = BY_NAME["whisper"].inputs(1)["input_features"]
+        names["pixel_values"] = BY_NAME["dinov2"].inputs(1)["pixel_values"]
     if page == "docs/training.md":
         names["path"] = names["fine_tuned_path"] = ENCODER
         names["data"] = [{"input_ids": row} for row in ids]
         names["dense"] = BertForSequenceClassification.from_pretrained("cross-encoder/ms-marco-MiniLM-L6-v2")
     return names
+
+
+SHIPPED = [
+    ("llama", "HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct"),
+    ("whisper", "openai/whisper-tiny.en", "whisper-tiny.en"),
+    ("dinov2", "facebook/dinov2-small", "dinov2-vit-s14"),
+]
+"""Case of the tiny model that stands for a model of the pages, its name there, and its plugin's folder."""
+
+
+def ship(base: PreTrainedModel, plugin: str) -> None:
+    config = VariatorConfig(correction_dim=8, trained_ratios=[4, 8, 16])
+    get_peft_model(base, config).save_pretrained(f"examples/plugins/{plugin}")
 
 
 def save_tokenizer(folder: str) -> None:
@@ -77,8 +93,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = sentence_transformers.SentenceTransformer(ENCODER, device="cpu")
         model.add_adapter(VariatorConfig(correction_dim=8, task_type="FEATURE_EXTRACTION"))
         model.save("my-plugin")
-        shipped = get_peft_model(BertModel.from_pretrained(ENCODER), VariatorConfig(correction_dim=8))
-        shipped.save_pretrained("examples/plugins/all-MiniLM-L6-v2")
+        ship(BertModel.from_pretrained(ENCODER), "all-MiniLM-L6-v2")
+        for base, name, plugin in SHIPPED:
+            model = tiny_model(base, **({"vocab_size": 64} if base == "llama" else {}))
+            model.save_pretrained(name)
+            ship(model, plugin)
+        save_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")
         get_peft_model(BertModel.from_pretrained(ENCODER), LoraConfig(target_modules=["query"])).save_pretrained(
             "me/my-task-lora"
         )
