@@ -12,7 +12,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from training_cases import TEXT
-from transformers import BartConfig, BartModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_variator import VariatorConfig
 from peft_variator.training.teacher import InPlaceTeacher, SeparateTeacher, TrainedAdapters
@@ -216,18 +216,7 @@ def test_only_the_trained_adapter_keeps_its_dropout(batch) -> None:
 
 
 def test_checkpointed_layers_with_dropout_of_their_own_are_refused() -> None:
-    config = BartConfig(
-        vocab_size=60,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        dropout=0.1,
-    )
-    model = get_peft_model(BartModel(config), VariatorConfig())
+    model = get_peft_model(tiny_model("bart", dropout=0.1), VariatorConfig())
     adapters = TrainedAdapters(model)
     adapters.train_alone(model)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
+
+from tests.tiny_models import tiny_model
 
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "released"
@@ -41,17 +43,9 @@ def random_plugin(dim: int, layers: int, ratio: int, bottleneck: int, dtype: tor
 
 def tiny_t5(dim: int = 16, layers: int = 2, gated: bool = False) -> T5EncoderModel:
     """An encoder with random weights."""
-    config = T5Config(
-        vocab_size=60,
-        d_model=dim,
-        d_ff=24,
-        d_kv=8,
-        num_heads=2,
-        num_layers=layers,
-        feed_forward_proj="gated-gelu" if gated else "relu",
-        initializer_factor=0.3,
-    )
-    return T5EncoderModel(config).eval()
+    sizes = {"vocab_size": 60, "d_model": dim, "d_ff": 24, "num_heads": 2, "num_layers": layers}
+    form = {"feed_forward_proj": "gated-gelu" if gated else "relu", "initializer_factor": 0.3}
+    return tiny_model("t5-encoder", **sizes, **form).eval()
 
 
 def as_in_modelcenter(model: T5EncoderModel, scale: float = MODELCENTER_SCALE) -> T5EncoderModel:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from peft_variator import VariatorConfig
-from tests.tiny_models import CAUSAL, DECODER, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name
+from tests.tiny_models import CAUSAL, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name, tiny_model
 
 from .reference import watch
 
@@ -250,9 +250,7 @@ def test_sequence_classification_finds_the_last_token_without_a_mask() -> None:
 
 
 def test_several_labels_of_a_sequence_are_no_labels_of_tokens() -> None:
-    base = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model("llama", **DECODER, num_labels=LENGTH, problem_type="multi_label_classification")
-    )
+    base = tiny_model("llama-sequence", num_labels=LENGTH, problem_type="multi_label_classification")
     model = get_peft_model(base, VariatorConfig(init_weights=False)).eval()
     ids = SEQUENCE_CLASSES.inputs(2, LENGTH)["input_ids"]
     with torch.no_grad():

@@ -14,10 +14,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BertConfig, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import BertConfig, T5EncoderModel
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator.released import convert_checkpoint
+from tests.tiny_models import tiny_model
 
 from .released import FIXTURE, Plugin, as_in_modelcenter, random_plugin, released_output, tiny_t5
 
@@ -91,8 +92,7 @@ def test_the_config_and_the_whole_model(tmp_path: Path) -> None:
     assert (config.keep_first_tokens, config.keep_last_tokens, config.keep_token_ids) == (0, 0, [])
     assert (config.compression_ratio, config.trained_ratios, config.bottleneck_dim) == (4, [4], 6)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
-    config = T5Config(d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=2, vocab_size=60, decoder_start_token_id=0)
-    whole = T5ForConditionalGeneration(config).eval()
+    whole = tiny_model("t5", d_model=16, d_ff=24, num_heads=2, vocab_size=60).eval()
     model = PeftModel.from_pretrained(whole, str(tmp_path / "adapter"))
     assert model.generate(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10]]), max_new_tokens=3).shape[0] == 1
 

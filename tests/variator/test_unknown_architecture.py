@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_variator import VariatorConfig
-from tests.tiny_models import DECODER, FIRST_WORD
+from tests.tiny_models import BY_NAME, DECODER, FIRST_WORD, GPT, tiny_model
 
 from .reference import Seen, kept_ends, plugin_output, text_groups, watch
 
@@ -179,22 +179,10 @@ def test_an_unreadable_mask_is_refused() -> None:
         model.get_base_model().encoder(torch.full((1, 11), 20), torch.ones(1, 11, 11))
 
 
-BLOOM = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-}
 OTHERS = {
-    "bloom": (BLOOM, r".*\.h\.\d+\.mlp\.dense_h_to_4h", "dense_4h_to_h"),
-    "gpt_neo": (
-        DECODER | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-        r".*\.h\.\d+\.mlp",
-        None,
-    ),
-    "cohere": (DECODER, r".*layers\.\d+\.mlp", None),
+    "bitnet": (DECODER, r".*layers\.\d+\.mlp", None),
+    "bloom": (BY_NAME["bloom"].config, r".*\.h\.\d+\.mlp\.dense_h_to_4h", "dense_4h_to_h"),
+    "openai-gpt": (GPT, r".*\.h\.\d+\.mlp", None),
 }
 
 
@@ -221,7 +209,7 @@ def test_causal_models_of_transformers_that_are_not_in_the_table(name: str) -> N
 
 
 def test_a_network_that_adds_the_residual_itself_is_refused() -> None:
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **BLOOM))
+    base = tiny_model("bloom")
     model = with_plugin(base, target_modules=r".*\.h\.\d+\.mlp")
     with pytest.raises(
         ValueError, match=r"transformer\.h\.0\.mlp takes a second tensor of shape \(1, 14, 32\).*start"
@@ -258,7 +246,7 @@ def test_a_home_made_decoder_is_declared_causal() -> None:
 @pytest.mark.parametrize("target", [r".*\.self_attn", r".*layers\.\d+"])
 def test_a_module_that_is_told_positions_is_refused(target: str) -> None:
     """Attention, or a whole block, which is no network of single positions."""
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DECODER))
+    base = tiny_model("llama")
     model = with_plugin(base, target_modules=target)
     with pytest.raises(ValueError, match=r"takes a second tensor of shape .*, such as .*mask"):
         model(input_ids=torch.randint(FIRST_WORD, 99, (1, 14)))
