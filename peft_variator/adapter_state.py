@@ -31,6 +31,7 @@ from .compat import (
     needs_generation,
 )
 from .field_types import check_field_types, check_regex, shown
+from .models import KEY_PREFIX as _PREFIX
 from .models import name_some
 
 
@@ -45,7 +46,6 @@ __all__ = [
     "undone_on_error",
 ]
 
-_PREFIX = "base_model.model."
 _CONTAINERS = (dict, OrderedDict, list, set)
 # Modules that PEFT saves whole for a task, whatever the config says.
 _HEADS = {

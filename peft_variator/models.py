@@ -40,6 +40,7 @@ from transformers.models.auto import modeling_auto
 __all__ = [
     "ADAPTER_CONFIG_NAME",
     "CONFIG_NAME",
+    "KEY_PREFIX",
     "SHAPES",
     "CheckpointError",
     "Head",
@@ -71,6 +72,8 @@ __all__ = [
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+KEY_PREFIX = "base_model.model."
+"""What PEFT puts before every name in an adapter's file."""
 # Made without files, one of T5 has a word: the mark of a space.
 FEWEST_WORDS = 2
 NAMES_SHOWN = 3

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
-from ..models import ADAPTER_CONFIG_NAME, CheckpointError, name_some, read_fields, shorten
+from ..models import ADAPTER_CONFIG_NAME, KEY_PREFIX, CheckpointError, name_some, read_fields, shorten
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, WeightLayout
 from ..tuners.sparse_lora.fingerprints import matches_fingerprint
 from ..tuners.sparse_lora.functional import merge_update, sum_updates
@@ -29,8 +30,6 @@ from .packing import LayoutError, pack
 
 __all__ = ["AdapterFile"]
 
-_KEY_PREFIX = "base_model.model."  # what PEFT puts before every name in an adapter's file
-_WEIGHTS_NAME = "adapter_model.safetensors"
 _METHOD = "SPARSE_LOW_RANK"
 _HEAD_HINT = (
     "If the adapter was made for the base with a new head, save the base once with that head, and merge into what was "
@@ -71,18 +70,18 @@ class AdapterFile:
         """
         folder = Path(path)
         _check_method(folder)
-        if not (folder / _WEIGHTS_NAME).is_file():
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise CheckpointError(
-                f"{folder} has no {_WEIGHTS_NAME}. Save the adapter with save_pretrained, which writes it."
+                f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. Save the adapter with save_pretrained, which writes it."
             )
-        stored = Checkpoint.from_files([folder / _WEIGHTS_NAME]).tensors
-        tensors = {name.removeprefix(_KEY_PREFIX): tensor for name, tensor in stored.items()}
+        stored = Checkpoint.from_files([folder / SAFETENSORS_WEIGHTS_NAME]).tensors
+        tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in stored.items()}
         return cls(folder, SparseLoraConfig.from_pretrained(str(folder)), tensors)
 
     @property
     def file(self) -> Path:
         """The file with its tensors."""
-        return self.path / _WEIGHTS_NAME
+        return self.path / SAFETENSORS_WEIGHTS_NAME
 
     @property
     def files(self) -> list[Path]:
@@ -213,7 +212,7 @@ class AdapterFile:
         except ValueError as error:
             raise CheckpointError(f"{self.path} does not fit {type(model).__name__}: {error} {_HEAD_HINT}") from error
         state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-        _check_expected(self, type(model).__name__, {name.removeprefix(_KEY_PREFIX): state[name] for name in state})
+        _check_expected(self, type(model).__name__, {name.removeprefix(KEY_PREFIX): state[name] for name in state})
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLoraLayer)}
         updates = tuple(f"{name}.sparse_low_rank_" for name in layers)
         # with bias="all", PEFT saves the biases of these modules three times

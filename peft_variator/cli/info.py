@@ -16,13 +16,12 @@ from transformers import AutoConfig, AutoModel
 from ..bases import Sparse24Config
 from ..bases.config import pop_quantization, read_quantization
 from ..hub import ModelFiles, open_files
-from ..models import model_class
+from ..models import ADAPTER_CONFIG_NAME, CONFIG_NAME, model_class
 from .console import Reporter
 
 
 __all__ = ["AdapterInfo", "ModelInfo", "info"]
 
-ADAPTER_CONFIG = "adapter_config.json"
 MAX_LISTED = 8
 PACKED_PARTS = (".compressed", ".bitmask", ".shape", ".row_offsets")
 METHODS = {"VARIATOR": "Variator", "SPARSE_LOW_RANK": "SparseLoRA"}
@@ -100,12 +99,14 @@ def info(name: str, revision: str | None, subfolder: str | None, reporter: Repor
     """
     reporter.check()
     files = open_files(name, revision, subfolder)
-    places = sorted({file.rpartition("/")[0] for file in files.sizes if file.rpartition("/")[2] == ADAPTER_CONFIG})
+    places = sorted(
+        {file.rpartition("/")[0] for file in files.sizes if file.rpartition("/")[2] == ADAPTER_CONFIG_NAME}
+    )
     adapters = {place: _describe_adapter(files.within(place) if place else files) for place in places}
-    model = _describe_model(files) if "config.json" in files else None
+    model = _describe_model(files) if CONFIG_NAME in files else None
     if model is None and not adapters:
         raise ValueError(
-            f"{name!r} holds neither an adapter ({ADAPTER_CONFIG}) nor a model (config.json) of transformers."
+            f"{name!r} holds neither an adapter ({ADAPTER_CONFIG_NAME}) nor a model ({CONFIG_NAME}) of transformers."
         )
     _write_json(name, files.revision, model, adapters, reporter)
     parts = [] if model is None else [_model_lines(name, model)]
@@ -130,7 +131,7 @@ def _write_json(
 
 
 def _describe_adapter(files: ModelFiles) -> AdapterInfo:
-    config = files.read_json(ADAPTER_CONFIG) or {}
+    config = files.read_json(ADAPTER_CONFIG_NAME) or {}
     kind = str(config.get("peft_type"))
     weights = files.weights("adapter_model*.safetensors")
     parameters = sum(map(_count, filter(_is_floating, weights.values()))) if weights else None
@@ -290,7 +291,7 @@ def _aligned(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _describe_model(files: ModelFiles) -> ModelInfo:
-    config = files.read_json("config.json") or {}
+    config = files.read_json(CONFIG_NAME) or {}
     method, packing = _packing(config)
     tensors = files.weights("model*.safetensors")
     values = {name: _packed_count(tensors, name) for name in tensors if name.endswith(".compressed")}

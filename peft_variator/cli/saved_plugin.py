@@ -14,7 +14,7 @@ from peft.utils import load_peft_weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..adapter_card import AUTO_CLASSES
-from ..models import ADAPTER_CONFIG_NAME, check_reachable, find_task, load_config, name_some
+from ..models import ADAPTER_CONFIG_NAME, KEY_PREFIX, check_reachable, find_task, load_config, name_some
 from ..tuners.variator import VariatorConfig
 
 
@@ -49,7 +49,7 @@ class SavedPlugin:
         """
         check_reachable(self.base)
         loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
-        in_adapter = {key.removeprefix("base_model.model.") for key in load_peft_weights(self.name, device="cpu")}
+        in_adapter = {key.removeprefix(KEY_PREFIX) for key in load_peft_weights(self.name, device="cpu")}
         missing = {key for key in info["missing_keys"] if key not in in_adapter}
         pooler = {key for key in missing if "pooler." in key}
         if missing - pooler:

@@ -13,13 +13,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load
 from torch import nn
 
 from ..adapter_state import read_keys, undone_on_error
-from ..models import check_reachable
+from ..models import KEY_PREFIX, check_reachable
 from ..offloading import refuse_disk_offload
 
 
 __all__ = ["load_plugin"]
-
-PREFIX = "base_model.model."
 
 
 def load_plugin(
@@ -83,7 +81,7 @@ def _adapted_modules(names: Iterable[str], prefix: str) -> set[str]:
 
     What a plugin adds inside of a network that it wraps (low-rank updates of its maps) belongs to the wrapped module.
     """
-    pattern = re.compile(rf"{re.escape(PREFIX)}(.+?)(?:\.base_layer(?:\..+)?)?\.{re.escape(prefix)}")
+    pattern = re.compile(rf"{re.escape(KEY_PREFIX)}(.+?)(?:\.base_layer(?:\..+)?)?\.{re.escape(prefix)}")
     return {found[1] for name in names if (found := pattern.match(name))}
 
 
@@ -130,7 +128,7 @@ def _moved(name: str, old: str, new: str) -> str:
 
 def _renamed(name: str, mapping: dict[str, str]) -> str:
     for pattern, replacement in mapping.items():
-        name = PREFIX + re.sub(pattern, replacement, name.removeprefix(PREFIX))
+        name = KEY_PREFIX + re.sub(pattern, replacement, name.removeprefix(KEY_PREFIX))
     return name
 
 

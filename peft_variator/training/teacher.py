@@ -17,6 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..models import KEY_PREFIX
+
 
 __all__ = [
     "InPlaceTeacher",
@@ -187,7 +189,7 @@ class TrainedAdapters(SwitchableAdapters):
                 model.load_adapter(str(folder), name, torch_device="cpu")
             else:
                 weights = load_peft_weights(str(folder), device="cpu")
-                own = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+                own = {key.removeprefix(KEY_PREFIX): value for key, value in weights.items()}
                 set_peft_model_state_dict(model, own, adapter_name=name)
 
     def train_alone(self, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 
 from ...files import new_folder
+from ...models import KEY_PREFIX
 from .config import VariatorConfig
 
 
@@ -113,7 +114,7 @@ def convert_checkpoint(
     state = {}
     for layer in range(shape.layers):
         for part, tensor in _converted(tensors, layer, shape, residual_scale).items():
-            state[f"base_model.model.{_NETWORK.format(layer)}.{part}"] = tensor
+            state[f"{KEY_PREFIX}{_NETWORK.format(layer)}.{part}"] = tensor
     with new_folder(output) as folder:
         _save(state, shape, base, folder)
     return ConvertedPlugin(
