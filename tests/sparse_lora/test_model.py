@@ -10,6 +10,7 @@ from transformers import BertForQuestionAnswering, BertForTokenClassification, L
 
 from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.tuners.sparse_lora import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
+from tests.tiny_models import tiny_model
 
 from .cases import CASES, build, outputs, plain_model, plain_weight, randomize_
 
@@ -242,6 +243,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, recompute: b
         gradients.append({key: value.grad for key, value in model.named_parameters() if value.requires_grad})
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_left_out() -> None:
+    """The router of Llama 4's experts is an nn.Linear that returns a pair."""
+    base = tiny_model("llama4").eval()
+    ids = torch.arange(3, 9).unsqueeze(0)
+    expected = base(ids).logits
+    model = get_peft_model(base, SparseLoraConfig(target_modules="all-linear", r=2))
+    names = model.base_model.targeted_module_names
+    assert any(name.endswith("q_proj") for name in names)
+    assert not any(name.endswith("router") for name in names)
+    assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(TypeError, match="'.*router' of type Llama4Router"):
+        get_peft_model(tiny_model("llama4"), SparseLoraConfig(target_modules=["router"], r=2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

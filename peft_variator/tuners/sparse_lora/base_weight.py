@@ -21,7 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from ...few_tokens.product import FewTokensWeight
 
 
-__all__ = ["WORKSPACE", "WeightLayout", "Workspace", "find_layout", "get_layout", "register_layout"]
+__all__ = [
+    "WORKSPACE",
+    "WeightLayout",
+    "Workspace",
+    "find_layout",
+    "get_layout",
+    "has_forward_of_its_own",
+    "register_layout",
+]
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,22 @@ def find_layout(base_layer: nn.Module) -> WeightLayout | None:
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         # the out_proj of nn.MultiheadAttention: its weight is read and its forward never called
         return None
-    for base_class in type(base_layer).__mro__:
-        if base_class in _BY_CLASS:
-            return _BY_CLASS[base_class]
-    return None
+    base_class = _registered_class(base_layer)
+    return None if base_class is None or has_forward_of_its_own(base_layer) else _BY_CLASS[base_class]
+
+
+def has_forward_of_its_own(base_layer: nn.Module) -> bool:
+    """Whether a layer computes something else with its weight than the registered class that it derives from does.
+
+    The routers of Llama 4 and Phi-3.5-MoE do. Falcon's maps are linear, and only round the product before the bias.
+    """
+    base_class = _registered_class(base_layer)
+    is_other = base_class is not None and type(base_layer).forward is not base_class.forward
+    return is_other and type(base_layer).__name__ != "FalconLinear"
+
+
+def _registered_class(base_layer: nn.Module) -> type[nn.Module] | None:
+    return next((each for each in type(base_layer).__mro__ if each in _BY_CLASS), None)
 
 
 def _dense_weight(base_layer: nn.Module) -> torch.Tensor:

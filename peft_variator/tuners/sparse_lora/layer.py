@@ -60,8 +60,9 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"SparseLoRA cannot adapt the module {module_name!r} of type {type(self.get_base_layer()).__name__}"
                 f"{weight}. It adapts nn.Linear, Conv1D and nn.Conv2d with floating point weights, and classes "
-                "registered with `register_layout`; not quantized layers and not the out_proj of "
-                "nn.MultiheadAttention, whose weight is read without calling it. Exclude it with `exclude_modules`."
+                "registered with `register_layout`; not quantized layers, not those with a forward of their own (as "
+                "routers of experts) and not the out_proj of nn.MultiheadAttention, whose weight is read without a "
+                "call. Exclude it with `exclude_modules`."
             )
         self.layout_name = layout.name
         self.out_features, self.in_features = layout.shape(self._base_tensors())

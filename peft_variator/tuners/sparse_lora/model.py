@@ -22,7 +22,7 @@ from ...compat import include_all_linear_layers, keep_from_fused_operator
 from ...field_types import check_memory
 from ...models import name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
-from .base_weight import find_layout
+from .base_weight import find_layout, has_forward_of_its_own
 from .config import SparseLoraConfig
 from .fingerprints import base_fingerprint, same_base
 from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
@@ -359,6 +359,7 @@ def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
     """Names of all linear layers of a model, in the layers that the configuration chooses."""
     known_to_peft = include_all_linear_layers(copy.copy(peft_config), model).target_modules
     names = set(known_to_peft or ()) | _registered_linears(model)
+    names = {name for name in names if not has_forward_of_its_own(model.get_submodule(name))}
     heads = _HEADS.get(peft_config.task_type or "", ())
     return _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
 
