@@ -38,15 +38,16 @@ from .models import name_some
 __all__ = [
     "AdapterStateError",
     "ModelSnapshot",
+    "NamedConfigs",
     "SavedConfig",
     "TidyTuner",
+    "UnknownAdapterError",
     "check_adapter_state",
     "modules_in_layers",
     "read_keys",
     "undone_on_error",
 ]
 
-_CONTAINERS = (dict, OrderedDict, list, set)
 # Modules that PEFT saves whole for a task, whatever the config says.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -57,6 +58,23 @@ _HEADS = {
 
 class AdapterStateError(ValueError, RuntimeError):
     """The tensors of a saved adapter are not those of the adapter in the model. (For sizes torch has RuntimeError.)"""
+
+
+class UnknownAdapterError(KeyError, ValueError):
+    """A model has no adapter of that name."""
+
+    def __str__(self) -> str:  # KeyError shows a repr
+        return str(self.args[0])
+
+
+class NamedConfigs(dict[str, PeftConfig]):
+    """The configs of a model's adapters by name; asked for one that is not there, it says which there are."""
+
+    def __missing__(self, adapter_name: str) -> PeftConfig:
+        raise UnknownAdapterError(f"There is no adapter {adapter_name!r}. The adapters are {sorted(self)}.")
+
+
+_CONTAINERS = (dict, OrderedDict, list, set, NamedConfigs)
 
 
 class ModelSnapshot:
@@ -246,6 +264,7 @@ class TidyTuner(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.before_loading: dict[str, ModelSnapshot] = {}  # of adapters from files whose tensors are still to come
         super().__init__(model, *args, **kwargs)
+        self.peft_config = model.peft_config = NamedConfigs(self.peft_config)  # type: ignore[assignment]  # as PEFT
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

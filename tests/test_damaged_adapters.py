@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -146,3 +146,14 @@ def test_a_state_dict_of_the_whole_model_is_loaded(method: str) -> None:
     other = get_peft_model(build(), METHODS[method]()).eval()
     set_peft_model_state_dict(other, whole.state_dict())
     torch.testing.assert_close(logits(other), logits(whole))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_an_adapter_that_is_not_there_is_named_beside_those_that_are(method: str) -> None:
+    model = adapted(method)
+    for use in (set_peft_model_state_dict, get_peft_model_state_dict):
+        with pytest.raises(ValueError, match=r"'nobody'.*\['default'\]"):
+            use(model, model.state_dict(), adapter_name="nobody")
+    if method == "sparse":
+        with pytest.raises(ValueError, match=r"'nobody'.*\['default'\]"):
+            model.merge_adapter(adapter_names=["nobody"])

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_variator import VariatorConfig
-from tests.tiny_models import BY_NAME, DECODER, FIRST_WORD, GPT, tiny_model
+from tests.tiny_models import BERT, BY_NAME, DECODER, FIRST_WORD, GPT, tiny_model
 
 from .reference import Seen, kept_ends, plugin_output, text_groups, watch
 
@@ -147,16 +148,37 @@ def test_neurons_are_not_copied_where_nothing_tells_the_activation() -> None:
     assert model(torch.randint(FIRST_WORD, 99, (1, 11))).isfinite().all()
 
 
-def test_a_network_of_another_width_is_refused_when_called() -> None:
-    model = with_plugin(Classifier(), target_modules=["shrink.dense"], stack_module="encoder")
+def test_a_network_of_another_width_is_refused() -> None:
     with pytest.raises(ValueError, match="shrink.dense takes vectors of 32 entries and gives vectors of 16"):
-        model(torch.randint(FIRST_WORD, 99, (1, 11)))
+        with_plugin(Classifier(), target_modules=["shrink.dense"], stack_module="encoder")
 
 
 def test_a_start_without_an_end_is_refused() -> None:
-    model = with_plugin(Classifier(), target_modules=["grow"], stack_module="encoder")
     with pytest.raises(ValueError, match=r"blocks\.0\.grow takes vectors of 16 entries and gives.* 32.*end_module"):
-        model(torch.randint(0, 99, (1, 11)))
+        with_plugin(Classifier(), target_modules=["grow"], stack_module="encoder")
+
+
+@pytest.mark.parametrize(
+    ("target", "end"),
+    [
+        ("intermediate", "output"),  # adds the residual, which is not merged
+        ("intermediate", "intermediate"),
+        ("intermediate", "intermediate.dense"),
+        ("intermediate.dense", "dense"),
+    ],
+)
+def test_an_end_that_cannot_be_one_is_refused_before_anything_changes(target: str, end: str) -> None:
+    base = BERT.build()
+    with pytest.raises(ValueError, match=f"end_module='{end}'"):
+        get_peft_model(base, VariatorConfig(target_modules=[target], end_module=end))
+    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("end", ["attention", "attention.self.query", "output.LayerNorm"])
+def test_an_end_that_the_merged_tokens_do_not_reach_is_named(end: str) -> None:
+    model = with_plugin(BERT.build(), target_modules=["intermediate"], end_module=end)
+    with pytest.raises(ValueError, match=f"end_module='{end}'.*layer.0.intermediate"):
+        model(**BERT.inputs(1, 14))
 
 
 def test_a_stack_that_tells_no_length_is_refused() -> None:

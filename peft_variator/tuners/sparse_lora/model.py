@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...adapter_state import TidyTuner, check_adapter_state, modules_in_layers
+from ...adapter_state import NamedConfigs, TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import include_all_linear_layers, keep_from_fused_operator
 from ...field_types import check_memory
 from ...models import name_some
@@ -70,7 +70,8 @@ class SparseLoraModel(TidyTuner):
             self.peft_config = {n: config for n, config in configs.items() if isinstance(config, SparseLoraConfig)}
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if self.carried_configs:
-            model.peft_config = {**self.carried_configs, **self.peft_config}  # type: ignore[assignment]  # as PEFT does
+            configs = NamedConfigs({**self.carried_configs, **self.peft_config})
+            model.peft_config = configs  # type: ignore[assignment]  # as PEFT does
 
     def _prepare_adapter_config(self, peft_config: SparseLoraConfig, model_config: dict[str, Any]) -> SparseLoraConfig:
         """Without target modules: all linear layers, the default of the paper and no matter what the architecture."""
@@ -200,6 +201,8 @@ class SparseLoraModel(TidyTuner):
                 layer.unmerge()
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        for name in adapter_names or ():
+            self.peft_config[name]  # raises where there is none
         owners: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
@@ -258,7 +261,13 @@ def attach_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], adapter_na
     """
     layers = _layers_of(_base_model(model), adapter_name)
     if not layers:
-        raise ValueError(f"The model has no SparseLoRA adapter named {adapter_name!r}. Add one, or name another.")
+        there = sorted(
+            {name for module in model.modules() if isinstance(module, SparseLoraLayer) for name in module.rank}
+        )
+        raise ValueError(
+            f"The model has no SparseLoRA adapter named {adapter_name!r}; its adapters are {there}. Add one, or name "
+            "another."
+        )
     unknown = sorted(masks.keys() - layers.keys())
     if unknown:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import VariatorConfig
 from .forward_context import StackKind, parameter_names
+from .layer import FeedForwardEnd
+from .network import features_of, is_map
 
 
 __all__ = [
@@ -615,6 +618,54 @@ def layer_of_torch(model: nn.Module, key: str) -> nn.TransformerEncoderLayer | n
     return parent if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else None
 
 
+def _check_widths(model: nn.Module, key: str, target: nn.Module, end: str | None, hidden_size: int) -> None:
+    """Raise where a network cannot start or end, as far as the modules alone tell it.
+
+    Args:
+        model: the base model.
+        key: full name of the module where the network starts.
+        target: that module.
+        end: where it ends, named relative to the parent of `key`; `None`: `target` is all of it.
+        hidden_size: d, width of the hidden states.
+    """
+    if is_map(target) and features_of(target)[0] != hidden_size:
+        raise ValueError(
+            f"{key} takes vectors of {features_of(target)[0]} entries, but the model's hidden size is "
+            f"{hidden_size}: no feed-forward network starts there. Name the module where one does in target_modules."
+        )
+    if end is None:
+        if is_map(target) and features_of(target)[1] != hidden_size:
+            raise ValueError(
+                f"{key} takes vectors of {hidden_size} entries and gives vectors of {features_of(target)[1]}, so it "
+                "is only the start of a feed-forward network. Name the module where the network ends in end_module."
+            )
+        return
+    path = f"{key.rpartition('.')[0]}.{end}".removeprefix(".")
+    module = model.get_submodule(path)
+    module = module.base_layer if isinstance(module, FeedForwardEnd) else module
+    if any(module is inner for inner in target.modules()):
+        raise ValueError(
+            f"end_module={end!r} lies inside of {key!r}, where the network starts. Leave end_module out where one "
+            "module is the whole network, or name one behind it."
+        )
+    if is_map(module) and features_of(module)[1] != hidden_size:
+        raise ValueError(
+            f"end_module={end!r} ({path!r}) gives vectors of {features_of(module)[1]} entries, but the model's hidden "
+            f"size is {hidden_size}: no feed-forward network ends there. Name the module that gives its output."
+        )
+    required = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is parameter.empty
+    ]
+    if len(required) > 1:
+        raise ValueError(
+            f"end_module={end!r} ({path!r}) takes {' and '.join(required)}: what comes beside the merged tokens, such "
+            "as a residual, is not merged with them. Name a module in it that takes the network's vectors alone."
+        )
+
+
 def place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module) -> Placement:
     """Where the plugin of one feed-forward network goes; changes nothing.
 
@@ -650,6 +701,7 @@ def place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module)
                 "parent of the module where the feed-forward network starts; that has "
                 f"{sorted(dict(parent.named_children()))}."
             ) from error
+    _check_widths(model, key, target, feed_forward.end, hidden_size)
     stack_name, stack = owner_name, owner
     if config.stack_module is not None:
         stack_name, stack = named_stack(model, config.stack_module, key)

@@ -141,6 +141,7 @@ class StackForward(WrappedForward):
         self.surroundings: list[SurroundingForward] = []
         self._layers: list[VariatorLayer] = []
         self._blocks: list[nn.Module] = []
+        self._has_named_ends = False
         super().__init__(module, ratios)
 
     def refresh(self, surroundings: list[SurroundingForward]) -> None:
@@ -158,6 +159,8 @@ class StackForward(WrappedForward):
                 self._layers.append(module)
             if hasattr(module, "gradient_checkpointing"):  # transformers' stacks and blocks that can be checkpointed
                 self._blocks.append(module)
+        configs = [config for layer in self._layers for config in layer.configs.values()]
+        self._has_named_ends = any(config.end_module is not None for config in configs)
 
     @property
     def _outermost(self) -> nn.Module:
@@ -193,6 +196,30 @@ class StackForward(WrappedForward):
         if call.groups.choices:
             tie(output, calls)
         return output
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._has_named_ends:
+            return super()._forward(*args, **kwargs)
+        try:
+            output = super()._forward(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # rows met tokens
+            self._check_ends(error)
+            raise
+        self._check_ends(None)
+        return output
+
+    def _check_ends(self, error: RuntimeError | None) -> None:
+        """Raise if a network was merged and did not come to its end, which a user has named."""
+        groups = self.current_groups()
+        for pending in groups.pending.values() if groups is not None else ():
+            end = pending.start.configs[pending.plugin].end_module
+            raise ValueError(
+                f"end_module={end!r}: the tokens that were merged at {pending.start.name} did not come to it, so it "
+                "is not where that feed-forward network ends. Name the module that gives the network's output, before "
+                "the residual is added."
+            ) from error
 
     def begin(self, arguments: dict[str, Any]) -> ForwardCall:
         call = super().begin(arguments)

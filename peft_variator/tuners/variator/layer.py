@@ -114,6 +114,12 @@ class FeedForwardEnd(PluginModule):
         if pending.silences:
             hidden_states = pending.start.silence(hidden_states, pending.groups, pending.plugin)
         output = self.base_layer(hidden_states, *args, **kwargs)
+        if output.shape[-1] != pending.start.in_features:
+            raise ValueError(
+                f"The feed-forward network that starts at {self.start_name} ends in a module "
+                f"({type(self.base_layer).__name__}) that gives vectors of {output.shape[-1]} entries instead of "
+                f"{pending.start.in_features}. Name the module that gives the network's output in end_module."
+            )
         return pending.start.expand(pending.join(output), pending.rows, pending.inputs, pending.groups, pending.plugin)
 
 

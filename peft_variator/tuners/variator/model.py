@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers
+from ...adapter_state import AdapterStateError, NamedConfigs, TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import keep_from_fused_operator, keep_quantized_modules
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .architectures import Placement, check_not_refused, default_targets, layer_of_torch, place
@@ -70,7 +70,7 @@ class VariatorModel(TidyTuner):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             super().__init__(model, peft_config, adapter_name, **kwargs)
-        model.peft_config = {**self.peft_config, **self.carried_configs}  # type: ignore[assignment]  # as PEFT does
+        model.peft_config = NamedConfigs({**self.peft_config, **self.carried_configs})  # type: ignore[assignment]
 
     def _pre_injection_hook(self, model: nn.Module, config: VariatorConfig, adapter_name: str) -> None:
         if config.target_modules is None:
