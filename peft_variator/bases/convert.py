@@ -36,7 +36,7 @@ from .config import (
     read_quantization,
     write_notice,
 )
-from .loading_plan import KeyNames, PlannedWeight, check_complete, check_size, plan_weights
+from .loading_plan import KeyNames, PlannedWeight, check_complete, check_sizes, plan_weights
 from .packing import PackedWeight
 
 
@@ -213,14 +213,7 @@ class ModelFolder:
             weight.check()
         if model is None:
             return
-        names, parts = KeyNames(model), {part.name for weight in decoded for part in weight.parts.values()}
-        dense = [
-            StoredWeight.of_dense(stored) for name, stored in self.checkpoint.tensors.items() if name not in parts
-        ]
-        for weight in (*decoded, *dense):
-            parameter = names.parameter(weight.name)
-            if parameter is not None:
-                check_size(weight, tuple(model.get_parameter_or_buffer(parameter).shape))
+        check_sizes(model, self.checkpoint)
         check_complete(model, self.checkpoint, decoded)
 
     def skeleton(self, architecture: str | None = None) -> PreTrainedModel:

@@ -26,6 +26,7 @@ __all__ = [
     "PlannedWeight",
     "check_complete",
     "check_size",
+    "check_sizes",
     "is_free_linear",
     "plan_weight",
     "plan_weights",
@@ -157,7 +158,7 @@ def plan_weight(
     action = _choose_action(stored, module, is_free_linear(model, module, parameter), rules)
     if action is None:
         return None
-    check_size(stored, tuple(model.get_parameter_or_buffer(parameter).shape))
+    check_size(stored, model, parameter)
     stored.check()
     return PlannedWeight(stored, parameter, action, _dtype_of(model, parameter, dtype))
 
@@ -198,12 +199,35 @@ def is_free_linear(model: PreTrainedModel, module: nn.Module, parameter: str) ->
     return type(module) is nn.Linear and parameter not in {*tied, *tied.values()} and parameter.endswith(".weight")
 
 
-def check_size(stored: StoredWeight, expected: tuple[int, ...]) -> None:
+def check_size(stored: StoredWeight, model: PreTrainedModel, parameter: str) -> None:
     """Raise a CheckpointError unless the dense weight has the shape that the model expects."""
+    expected = tuple(model.get_parameter_or_buffer(parameter).shape)
     if stored.size() != expected:
+        sizes = set(expected) - set(stored.size())
+        fields = [f"{name}={value}" for name, value in model.config.to_dict().items() if type(value) is int]
+        suspects = [field for field in fields if int(field.rpartition("=")[2]) in sizes]
+        hint = f" ({', '.join(suspects)}, as it says, or for want of it)" if suspects else ""
         raise CheckpointError(
-            f"{stored.main}: it stores a weight of shape {stored.size()}, but the model of config.json has {expected}."
+            f"{stored.main}: it stores a weight of shape {stored.size()}, but the model of config.json has "
+            f"{expected}{hint}."
         )
+
+
+def check_sizes(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raise a CheckpointError for the first weight of the files that has another shape in the model.
+
+    Args:
+        model: dense model, on the meta device or not.
+        checkpoint: its files.
+    """
+    weights = find_stored_weights(checkpoint.tensors)
+    decoded = [weight for weight in weights.values() if not weight.plain]
+    names, parts = KeyNames(model), {part.name for weight in decoded for part in weight.parts.values()}
+    dense = [StoredWeight.of_dense(stored) for name, stored in checkpoint.tensors.items() if name not in parts]
+    for weight in (*decoded, *dense):
+        parameter = names.parameter(weight.name)
+        if parameter is not None:
+            check_size(weight, model, parameter)
 
 
 def _dtype_of(model: PreTrainedModel, parameter: str, dtype: torch.dtype) -> torch.dtype:
@@ -237,7 +261,7 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, stored: Itera
     if missing:
         raise CheckpointError(
             f"{', '.join(map(str, checkpoint.files))}: {name_some(missing)} of {type(model).__name__} missing. The "
-            "checkpoint is incomplete; the parameters would be random."
+            "checkpoint is incomplete, or config.json describes a larger model; the parameters would be random."
         )
 
 

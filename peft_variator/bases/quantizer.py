@@ -24,7 +24,7 @@ from transformers.quantizers.auto import (
 
 from ..compat import before_upload
 from ..files import new_folder
-from ..models import CheckpointError, blaming_config, read_model_config
+from ..models import CheckpointError, blaming_config, build_empty, read_model_config
 from .checkpoint import CHECKSUM_METADATA, INDEX_NAME, WEIGHTS_NAME, Checkpoint, checksum, read_index
 from .config import (
     METHOD,
@@ -35,7 +35,7 @@ from .config import (
     write_notice,
 )
 from .linear import Sparse24Linear, Unpacked
-from .loading_plan import KeyNames, PlannedWeight, check_complete, plan_weights
+from .loading_plan import KeyNames, PlannedWeight, check_complete, check_sizes, plan_weights
 from .packing import PackedWeight
 
 
@@ -90,7 +90,12 @@ def load_base(
     if local and not Path(path, WEIGHTS_NAME).exists() and Path(path, INDEX_NAME).exists():
         read_index(Path(path, INDEX_NAME))  # transformers would read it first
     with blaming_config(auto_class, config, path):
-        return auto_class.from_pretrained(path, config=config, **kwargs)
+        try:
+            return auto_class.from_pretrained(path, config=config, **kwargs)
+        except RuntimeError:  # transformers names what does not fit in a warning alone
+            if local:
+                check_sizes(build_empty(auto_class, config, path), Checkpoint.from_directory(path))
+            raise
 
 
 def save_base(model: PreTrainedModel, output: str | os.PathLike[str], **kwargs: Any) -> None:

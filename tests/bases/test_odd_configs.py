@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -13,6 +14,8 @@ from peft_variator.bases import load_base, merge_checkpoint, pack_checkpoint, un
 from peft_variator.cli.main import app
 from peft_variator.models import CheckpointError, load_config, read_model_config
 from peft_variator.sparsity import inspect_checkpoint
+
+from .models import logits
 
 
 ODD_FILES = {
@@ -153,3 +156,19 @@ def test_files_of_a_config_alone_and_names_on_the_hub(dense_dir):
         read_model_config(dense_dir / "nowhere")
     with pytest.raises(OSError):  # noqa: PT011 (what transformers says depends on whether it may ask the Hub)
         read_model_config("nobody/nothing")
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_a_size_that_config_json_lacks_is_named(packed_dir, field):
+    path = packed_dir / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors.*config\.json.*{field}="):
+        load_base(packed_dir)
+
+
+def test_load_base_reads_a_packed_folder_that_lost_its_quantization_config(packed_dir):
+    expected = logits(load_base(packed_dir))
+    path = packed_dir / "config.json"
+    fields = {key: value for key, value in json.loads(path.read_text()).items() if key != "quantization_config"}
+    path.write_text(json.dumps(fields))
+    torch.testing.assert_close(logits(load_base(packed_dir)), expected)
