@@ -476,7 +476,8 @@ def _warn_about_parts(model: nn.Module, stacks: list[str]) -> None:
         name, owner = owner_of(model, key)
         if name not in left and isinstance(owner, PreTrainedModel) and owner.config.model_type not in FEED_FORWARDS:
             model_type = owner.config.model_type
-            left[name] = f"{name!r} (model type {model_type!r}: {REFUSED.get(model_type, 'not known')})"
+            reason = REFUSED.get(model_type, "not known")
+            left[name] = f"{(name or type(owner).__name__)!r} (model type {model_type!r}: {reason})"
     if left:
         warnings.warn(
             f"The plugin of {type(model).__name__} goes into {', '.join(map(repr, stacks))} alone. Without one stay "
