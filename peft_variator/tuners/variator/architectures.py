@@ -281,6 +281,7 @@ _SEQUENCE_FIRST = (
     "its hidden states are sequence first, (length, batch, dim), so texts would be merged with one another"
 )
 _QUERIES = "its tokens are learned queries, and none is another's neighbour"
+_IN_A_ROW = "the patches of all images come in one row without a batch, so nothing tells where an image ends"
 _NONE = "it has no feed-forward networks"
 _CAPACITY = "its experts take a limited number of a batch's tokens, so an answer depends on what else is in the batch"
 
@@ -303,6 +304,9 @@ REFUSED: dict[str, str] = {
     "focalnet": _WIDTHS,
     "fsmt": _SEQUENCE_FIRST,
     "funnel": "it pools its hidden states from block to block, so the groups of one block fit no other",
+    "glm4v_moe_vision": _IN_A_ROW,
+    "glm4v_vision": _IN_A_ROW,
+    "glm_ocr_vision": _IN_A_ROW,
     "glpn": _WIDTHS,
     "hgnet_v2": _NONE,
     "hiera": _STAGES,
@@ -312,6 +316,7 @@ REFUSED: dict[str, str] = {
     "instructblipvideo_qformer": _QUERIES,
     "led": _PADS,
     "levit": _WIDTHS,
+    "llama4_vision_model": "its class token comes behind the patches, so nothing tells which it is",
     "longformer": _PADS,
     "mamba": _NONE,
     "mamba2": _NONE,
@@ -327,6 +332,12 @@ REFUSED: dict[str, str] = {
     "poolformer": _WIDTHS,
     "pvt": _WIDTHS,
     "pvt_v2": _WIDTHS,
+    "qwen2_5_vl_vision": _IN_A_ROW,
+    "qwen2_vl_vision": _IN_A_ROW,
+    "qwen3_5_moe_vision": _IN_A_ROW,
+    "qwen3_5_vision": _IN_A_ROW,
+    "qwen3_vl_moe_vision": _IN_A_ROW,
+    "qwen3_vl_vision": _IN_A_ROW,
     "reformer": _PADS,
     "regnet": _NONE,
     "resnet": _NONE,
