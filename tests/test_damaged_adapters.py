@@ -157,3 +157,19 @@ def test_an_adapter_that_is_not_there_is_named_beside_those_that_are(method: str
     if method == "sparse":
         with pytest.raises(ValueError, match=r"'nobody'.*\['default'\]"):
             model.merge_adapter(adapter_names=["nobody"])
+
+
+@pytest.mark.parametrize("numbers", [[-1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 24], [0, 0, 1, 2, 3, 4], [5, 4, 3, 2, 1, 0]])
+@pytest.mark.parametrize("way", ["from_pretrained", "load_adapter", "set_peft_model_state_dict"])
+def test_numbers_of_neurons_that_a_network_does_not_have_are_refused(
+    numbers: list[int], way: str, tmp_path: Path
+) -> None:
+    adapted("neurons").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    key = next(key for key in tensors if key.endswith("variator_neurons.index"))
+    save_file({**tensors, key: torch.tensor(numbers)}, tmp_path / FILE)
+    target = build() if way == "from_pretrained" else adapted("neurons")
+    expected = logits(target)
+    with pytest.raises(ValueError, match="variator_neurons.index"):
+        load(way, target, tmp_path)
+    assert torch.equal(logits(target), expected)

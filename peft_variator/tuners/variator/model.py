@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from ...adapter_state import AdapterStateError, NamedConfigs, TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import keep_from_fused_operator, keep_quantized_modules
+from ...field_types import shown
+from ...models import KEY_PREFIX
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from .architectures import Placement, check_not_refused, default_targets, layer_of_torch, place
 from .compensation import compensate
@@ -120,6 +122,7 @@ class VariatorModel(TidyTuner):
                     "can be loaded into it. Delete it (`model.delete_adapter`) and load it again, then quantise it."
                 )
             check_adapter_state(model, adapter_name, state_dict, config.source)
+            _check_neurons(model, state_dict, config.source)
             keep_quantized_modules(model)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -330,6 +333,27 @@ def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: 
             raise ValueError(
                 f"modules_to_save={config.modules_to_save!r} names {name!r}, which is part of a network that gets a "
                 "plugin. Leave it out, or keep the plugin from it with exclude_modules."
+            )
+
+
+def _check_neurons(model: nn.Module, state_dict: dict[str, Tensor], source: str | None) -> None:
+    """Check that the numbers of copied neurons are such of the networks, each once and in order.
+
+    Raises:
+        AdapterStateError: naming the first that are not.
+    """
+    widths = {layer.name: layer.network() for layer in plugin_layers(model)}
+    for key, index in state_dict.items():
+        name, is_index, _ = key.removeprefix(KEY_PREFIX).partition(".variator_neurons.")
+        network = widths.get(name)
+        if not is_index or network is None or index.is_meta:
+            continue
+        numbers = index.flatten().tolist()
+        if numbers != sorted(set(numbers)) or not 0 <= min(numbers) <= max(numbers) < network.width:
+            where = f"The adapter in {source}" if source else "The state of the plugin"
+            raise AdapterStateError(
+                f"{where} has {key} = {shown(numbers)}, which are not the numbers of neurons of a network that has "
+                f"{network.width} of them (from 0, each at most once, ascending). The file is damaged; save it again."
             )
 
 
