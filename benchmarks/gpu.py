@@ -12,6 +12,7 @@ takes nothing away of what was measured before. A row that fails says so and the
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from gpu_kernels import KernelCase, kernel_cases
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -32,6 +34,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from peft_variator import PruningConfig, SparseLoraConfig, VariatorConfig, prune
 from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.kernels import build_sparse_weight
+from peft_variator.few_tokens.compiled import load_product
+from peft_variator.few_tokens.measured import MEASURED
+from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, multiply
 from peft_variator.files import write_text
 from peft_variator.profiling import (
     SHAPES,
@@ -44,6 +49,7 @@ from peft_variator.profiling import (
     share_weights,
     time_alternately,
 )
+from peft_variator.triton_support import is_interpreted, triton_state
 
 
 HERE = Path(__file__).resolve().parent
@@ -298,33 +304,59 @@ def two_four(rows: int, columns: int, run: Run) -> nn.Linear:
     return linear
 
 
+def kernels(run: Run) -> Iterator[Callable[[], Row]]:
+    """Each Triton kernel by its name, against the plain functions."""
+
+    def measured(make: Callable[[], KernelCase]) -> Row:
+        state = triton_state(run.device.type)
+        if not state.runs:
+            raise RuntimeError(f"Triton's kernels do not run: {state.reason}.")
+        torch.manual_seed(0)
+        case = make()
+        row: Row = dict(case.compare())
+        if not run.dry and case.dtype == run.dtype:  # the interpreter's times mean nothing, and take long
+            row["calls"] = run.time({"kernel": case.kernel, "plain": case.plain(case.dtype)})
+        return row
+
+    for make in kernel_cases(run.device, run.dry):
+        yield partial(measured, make)
+
+
 def two_four_products(run: Run) -> Iterator[Callable[[], Row]]:
-    """Dense, unpacked in each call, and sparse tensor cores; for each the fastest is named."""
+    """Dense, unpacked in each call, by the packed form, by sparse tensor cores, and what the layer chooses."""
 
     def measured(rows: int, columns: int, tokens: int) -> Row:
         dense = two_four(rows, columns, run)
         layer = Sparse24Linear.from_dense(dense)
-        unpacking = Sparse24Linear.from_dense(dense)
-        unpacking.offloaded = True  # no copy is kept: unpacked in each call
+        packed = FewTokensWeight(layer.compressed, layer.bitmask)
         x = torch.randn(tokens, columns, device=run.device, dtype=run.dtype)
-        calls: dict[str, Callable[[], object]] = {"dense": partial(dense, x), "unpack": partial(unpacking, x)}
-        for kernel in ("cusparselt", "cutlass"):
-            if run.device.type == "cuda":
-                calls[kernel] = lambda kernel=kernel: nn.functional.linear(x, sparse(kernel), dense.bias)
-        kept: dict[str, Tensor] = {}
-
-        def sparse(kernel: str) -> Tensor:
-            if kernel not in kept:
-                kept[kernel] = build_sparse_weight(dense.weight, kernel)  # type: ignore[arg-type]
-            return kept[kernel]
-
+        calls: dict[str, Callable[[], object]] = {
+            "dense": partial(dense, x),
+            "unpack": lambda: nn.functional.linear(x, layer.unpack(), layer.bias),
+            "layer": partial(layer, x),
+        }
+        has_product = load_product().function is not None if run.dry else triton_state("cuda").runs
+        if tokens <= MAX_TOKENS and has_product:
+            calls["packed product"] = lambda: multiply(x, layer.bias, packed)
+        sparse: dict[str, Row] = {}
+        for kernel in ("cusparselt", "cutlass") if run.device.type == "cuda" else ():
+            try:  # made once, as the layer keeps it
+                weight = build_sparse_weight(dense.weight, kernel)  # type: ignore[arg-type]
+                calls[kernel] = partial(nn.functional.linear, x, weight, dense.bias)
+            except Exception as error:  # one that this GPU or this PyTorch does not have is told, and is no fault
+                sparse[kernel] = {"unavailable": f"{type(error).__name__}: {error}"}
+        before = set(MEASURED)
+        layer(x)
+        compared = [dict(MEASURED[key]) for key in MEASURED if key not in before]
         found = run.time(calls)
-        times = {name: row["milliseconds"] for name, row in found.items() if "milliseconds" in row}
+        times = {name: row["milliseconds"] for name, row in found.items() if "milliseconds" in row and name != "layer"}
         return {
             "name": f"{rows}×{columns}, {tokens} tokens",
             "calls": found,
+            "unavailable": sparse,
             "fastest": min(times, key=times.__getitem__),
-            "chosen": layer.kernel().kernel,
+            "by_rule": layer.kernel().kernel,
+            "compared_by_the_layer": compared,
         }
 
     shapes = [(64, 128)] if run.dry else [(14336, 4096), (4096, 14336), (8192, 2048), (4864, 896)]
@@ -362,10 +394,11 @@ def sparse_lora(run: Run) -> Iterator[Callable[[], Row]]:
 
 
 STAGES: dict[str, tuple[Callable[[Run], Iterator[Callable[[], Row]]], int]] = {
-    "correctness": (correctness, 75),
-    "plugin": (plugin, 210),
-    "two-four": (two_four_products, 60),
-    "sparse-lora": (sparse_lora, 60),
+    "correctness": (correctness, 60),
+    "kernels": (kernels, 60),
+    "plugin": (plugin, 170),
+    "two-four": (two_four_products, 55),
+    "sparse-lora": (sparse_lora, 55),
 }
 """What is run, in this order, and the seconds after which no further row is begun."""
 
@@ -377,7 +410,7 @@ def run_stage(name: str, dry: bool, output: Path) -> dict[str, Any]:
     run = Run(device, dry, time.monotonic() + seconds)
     report: dict[str, Any] = {"stage": name, "dry": dry, "environment": describe_environment(device)}
     report |= {"dtype": str(run.dtype).removeprefix("torch."), "rows": [], "left_out": 0}
-    learning = name == "sparse-lora"
+    learning = name in ("sparse-lora", "kernels")
     for row in stage(run):
         if time.monotonic() > run.until:
             report["left_out"] += 1
@@ -430,22 +463,24 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     broken = False
     for name in names:
-        if dry or alone:
+        if alone or (dry and (name != "kernels" or is_interpreted())):
             told = faults(run_stage(name, dry, output))
         else:
-            told = _in_a_process(name, output)
+            told = _in_a_process(name, dry, output)
         broken = broken or bool(told)
         typer.echo(f"{name}: " + ("done" if not told else "; ".join(told)))
     raise typer.Exit(1 if broken else 0)
 
 
-def _in_a_process(name: str, output: Path) -> list[str]:
-    """Run a stage that may take its process with it."""
-    command = [sys.executable, __file__, name, "--alone", "--output", str(output)]
+def _in_a_process(name: str, dry: bool, output: Path) -> list[str]:
+    """Run a stage that may take its process with it; dry, one that Triton's interpreter runs, chosen on its import."""
+    command = [sys.executable, __file__, name, "--alone", *(["--dry"] if dry else []), "--output", str(output)]
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if dry else {})
     path = output / f"{name}.json"
     path.unlink(missing_ok=True)
     try:
-        done = subprocess.run(command, timeout=STAGES[name][1] + 60, stdout=subprocess.DEVNULL).returncode
+        limit = STAGES[name][1] + 60
+        done = subprocess.run(command, timeout=limit, env=environment, stdout=subprocess.DEVNULL).returncode
         told = [] if done in (0, 1) else [f"the process ended with status {done}"]
     except subprocess.TimeoutExpired:
         told = ["stopped: the time was up"]

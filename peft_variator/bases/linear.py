@@ -153,8 +153,17 @@ class Sparse24Linear(nn.Linear):
                 "is brought in until the backward. Load the model without offloading; for inference call model.eval()."
             )
         input, bias, dtype = as_autocast(input, self.bias, self.compressed.dtype)
-        if input.is_cuda and self.kernel(dtype, input.device).kernel != "dense":
-            return packed_linear(input, bias, self.compressed, self.bitmask, dtype, self._sparse_weight(dtype))
+        if input.is_cuda and (kernel := self.kernel(dtype, input.device).kernel) != "dense":
+
+            def by_tensor_cores() -> Tensor:
+                return packed_linear(input, bias, self.compressed, self.bitmask, dtype, self._sparse_weight(dtype))
+
+            # A token or a few are bound by reading the weight, where the packed form may win: it is measured.
+            measured = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or dtype != self.compressed.dtype)
+            packed = FewTokensWeight(self.compressed, self.bitmask)
+            if measured and is_faster(input, bias, packed, by_tensor_cores, kernel):
+                return multiply(input, bias, packed)
+            return by_tensor_cores()
         if self.unpacked == "always" and not self.offloaded:
             return F.linear(input, self._dense_weight(dtype), bias)
         return packed_linear(input, bias, self.compressed, self.bitmask, dtype)
@@ -216,13 +225,15 @@ def describe_path(layer: Sparse24Linear, dtype: torch.dtype | None = None) -> st
         dtype: dtype of the product; that of the layer by default.
     """
     choice = layer.kernel(dtype)
+    few = describe_product(
+        layer.out_features, layer.in_features, dtype or layer.compressed.dtype, layer.compressed.device.type
+    )
     if choice.kernel != "dense":
-        return f"sparse tensor cores ({choice.kernel}), because {choice.reason}"
+        path = f"sparse tensor cores ({choice.kernel}), because {choice.reason}"
+        return path if few is None else f"{path}; {few}"
     if layer.unpacked == "always" and not layer.offloaded:
         return f"a dense weight that is unpacked once and kept, because unpacked='always', and {choice.reason}"
     path = f"unpack into a buffer, because {choice.reason}"
-    dtype, kind = dtype or layer.compressed.dtype, layer.compressed.device.type
-    few = describe_product(layer.out_features, layer.in_features, dtype, kind)
     return path if few is None else f"{path}; {few}"
 
 

@@ -20,12 +20,16 @@ from ..bases.kernels import Accelerator, choose_kernel
 from ..few_tokens.compiled import find_compiler, load_product
 from ..profiling import describe_environment
 from ..triton_support import triton_state
+from ..tuners.variator.fused import FUSED_WIDTH
 from .console import Reporter
 
 
 __all__ = ["doctor"]
 
 PACKAGE = "peft-variator"
+PLAIN_ON_GPUS = (
+    f'the plain functions merge with scoring="concat", and expand where a correction is more than {FUSED_WIDTH} wide'
+)
 # What kernels look for.
 CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"),
@@ -172,7 +176,8 @@ def _kernels() -> list[KernelState]:
         runs = choice.kernel != "dense"
         kernels.append(KernelState(device, "packed 2:4 by sparse tensor cores", runs, choice.reason))
         state = triton_state(torch.device(device).type)
-        kernels.append(KernelState(device, "merging and expanding of plugins, by Triton", *state))
+        reason = f"{state.reason}; {PLAIN_ON_GPUS}" if state.runs else state.reason
+        kernels.append(KernelState(device, "merging and expanding of plugins, by Triton", state.runs, reason))
         if device != "cpu":
             kernels.append(KernelState(device, name, *state))
     return [*kernels, *_compiled_graphs()]

@@ -154,19 +154,22 @@ def is_few(input: Tensor, weights: int) -> bool:
     return 0 < input.numel() // max(input.shape[-1], 1) <= MAX_TOKENS and weights >= MIN_WEIGHTS
 
 
-def is_faster(input: Tensor, bias: Tensor | None, weight: FewTokensWeight, other: Callable[[], Tensor]) -> bool:
+def is_faster(
+    input: Tensor, bias: Tensor | None, weight: FewTokensWeight, other: Callable[[], Tensor], name: str = "plain"
+) -> bool:
     """Whether `multiply` takes these, and is faster than what is done else, measured once a shape and thread count.
 
     Args:
         input: as in `multiply`, and so on.
         bias: its bias.
         weight: its weight.
-        other: the same product by making the weight.
+        other: the same product in another way: by making the weight, or on sparse tensor cores.
+        name: of the other way.
     """
     if not is_few(input, weight.values.shape[0] * weight.in_features) or not can_multiply(input, bias, weight):
         return False
-    ways = {"plain": other, "few tokens": lambda: multiply(input, bias, weight)}
-    return fastest(_key(input, weight), ways, input.device) == "few tokens"
+    ways = {name: other, "few tokens": lambda: multiply(input, bias, weight)}
+    return fastest((name, *_key(input, weight)), ways, input.device) == "few tokens"
 
 
 def _key(input: Tensor, weight: FewTokensWeight) -> tuple[object, ...]:

@@ -17,8 +17,8 @@ from ..triton_support import is_interpreted
 
 __all__ = ["multiply_triton"]
 
-_ROWS, _COLUMNS, _TOKENS = 32, 128, 16
-"""Of a tile; tokens are as many as a product of tiles takes at least."""
+_ROWS, _COLUMNS, _TOKENS, _RANKS = 32, 128, 16, 64
+"""Of a tile; tokens are as many as a product of tiles takes at least, and a rank is summed up in steps of so many."""
 
 
 @triton.jit
@@ -52,16 +52,19 @@ def _few_tokens_kernel(
             if MASKED:
                 bits = tl.load(kept_bits + at_byte, mask=inside, other=0).to(tl.int32)
                 kept = inside & (((bits >> (column % 8)[None, :]) & 1) != 0)
-            k = tl.arange(0, RANK)
-            of_a = tl.load(
-                a + k[:, None].to(tl.int64) * columns + column[None, :],
-                mask=(k < rank)[:, None] & (column < columns)[None, :],
-                other=0.0,
-            )
-            of_b = tl.load(
-                b + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0
-            )
-            w = tl.where(kept, w.to(tl.float32) + tl.dot(of_b, of_a, input_precision="ieee"), 0.0)
+            update = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            for first in range(0, rank, RANK):
+                k = first + tl.arange(0, RANK)
+                of_a = tl.load(
+                    a + k[:, None].to(tl.int64) * columns + column[None, :],
+                    mask=(k < rank)[:, None] & (column < columns)[None, :],
+                    other=0.0,
+                )
+                of_b = tl.load(
+                    b + row[:, None] * rank + k[None, :], mask=(row < rows)[:, None] & (k < rank)[None, :], other=0.0
+                )
+                update = tl.dot(of_b, of_a, update, input_precision="ieee")
+            w = tl.where(kept, w.to(tl.float32) + update, 0.0)
         if ONE_TOKEN:
             one = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
             of_one += tl.sum(w.to(tl.float32) * one[None, :], axis=1)
@@ -124,7 +127,7 @@ def multiply_triton(
                 PACKED=places is not None, UPDATED=a is not None, MASKED=kept is not None,
                 HAS_BIAS=bias is not None, ONE_TOKEN=tokens == 1,
                 UPCAST=is_interpreted(),  # whose product of bfloat16 multiplies their bits
-                RANK=max(16, triton.next_power_of_2(max(rank, 1))),
+                RANK=max(16, min(triton.next_power_of_2(max(rank, 1)), _RANKS)),
                 ROWS=_ROWS, COLUMNS=_COLUMNS, TOKENS=_TOKENS,
             )  # fmt: skip
     return output

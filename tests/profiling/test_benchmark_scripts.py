@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from transformers import BertConfig
 from typer.testing import CliRunner
@@ -239,6 +240,13 @@ def test_a_stage_of_the_gpu_script_runs_dry(stage, tmp_path):
         for call in row.get("calls", {}).values():
             assert call["milliseconds"] > 0
             assert call["peak_bytes"] >= 0
+
+
+@pytest.mark.parametrize(("off", "passed"), [(0.0, True), (1e-3, True), (1.0, False), (float("nan"), False)])
+def test_a_kernel_that_is_off_in_one_result_does_not_pass(off, passed):
+    exact = torch.tensor([1.0, 2.0])
+    case = gpu.KernelCase("some", lambda: [exact, exact + off], lambda dtype: lambda: [exact, exact], torch.bfloat16)
+    assert case.compare()["passed"] is passed
 
 
 def test_a_row_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
