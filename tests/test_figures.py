@@ -70,6 +70,11 @@ def test_the_plugin_that_is_shipped(readme: str) -> None:
     assert f"a single text of 128 tokens is slower, {one['median']:.1f} times" in readme
 
 
+def test_what_plugins_weigh(readme: str) -> None:
+    sizes = [path.stat().st_size / 1e6 for path in (EXAMPLES / "plugins").glob("*/adapter_model.safetensors")]
+    assert f"those that are shipped: {min(sizes):.1f} to {max(sizes):.1f} MB" in readme
+
+
 def test_real_tasks(readme: str) -> None:
     runs = [record(path) for path in sorted((EXAMPLES / "glue" / "results").glob("*-no-task-loss-seed0.json"))]
     scores = [{row["ratio"]: row["score"] for row in run["rows"]} for run in runs]

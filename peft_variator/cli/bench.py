@@ -91,7 +91,8 @@ def _show(report: BenchmarkReport, reporter: Reporter) -> None:
         f"Base and plugin ran in turn in one process. The plugin's weights were {weights}.", f"Again: {report.command}"
     )
     if adapter is not None:
-        evaluating = shlex.join(["peft-variator", "evaluate", adapter, "--ratio", ratios])
+        named = [] if open_plugin(adapter).base == model else ["--base", model]
+        evaluating = shlex.join(["peft-variator", "evaluate", adapter, *named, "--ratio", ratios])
         reporter.say(f"Its quality beside its speed on texts of yours: {evaluating} --data FILE")
     elif has_weights(model):
         training = shlex.join(["peft-variator", "train", model, "--ratio", ratios, "--output", "plugin"])

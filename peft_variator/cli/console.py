@@ -7,9 +7,10 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ __all__ = ["Reporter", "default_device", "next_commands", "option_words", "parse
 
 # A pipe has no width of its own, and rich would fold tables at 80 columns.
 PIPE_WIDTH = 160
+PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # A full disk, a quota, and a limit of a file's size; Windows has no quotas of that name.
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -139,6 +141,7 @@ def reported() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT asks transformers for an attribute by its old name; who types a command can do nothing about it.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
             yield
     except KeyboardInterrupt as error:
         _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
@@ -151,6 +154,16 @@ def reported() -> Iterator[None]:
             raise
         _tell("Error:", f"{error}{_advice(error) or ' Nothing was written under the name of the output.'}")
         raise typer.Exit(1) from error
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], filename: str, *place: Any
+) -> None:
+    """Print a warning of ours as its words: where in the code it was raised tells nothing to who types a command."""
+    if Path(filename).is_relative_to(PACKAGE):
+        Reporter().warn(str(message))
+    else:
+        otherwise(message, category, filename, *place)
 
 
 def _hide_bars_in_pipes() -> None:

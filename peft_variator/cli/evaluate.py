@@ -129,7 +129,8 @@ class Evaluation:
         bounds: what was asked of each measure.
         ratios: the results, by ascending k.
         largest_ratio: the largest k that is as good as asked; `None`: none is, or nothing was asked.
-        pays: whether that k is faster than the base in three of four rounds; where nothing was asked, whether any is.
+        pays: whether a k that is as good as asked is faster than the base in three of four rounds; where nothing was
+            asked, whether any is.
         verdict: the same in one line.
         command: what was typed.
     """
@@ -234,6 +235,11 @@ def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, report
 def _check_bounds(job: EvaluateJob, base: PreTrainedModel, prediction: Prediction | None) -> None:
     has_text_head = prediction is CAUSAL or (prediction is not None and len(stacks_of(base)) > 1)
     name = type(base).__name__
+    if base.main_input_name not in ("input_ids", "pixel_values"):
+        raise ValueError(
+            f"{name} takes {base.main_input_name}, and only texts and images are read here. `peft-variator bench "
+            "--adapter` measures the plugin's speed on inputs of that kind."
+        )
     if job.min_agreement is not None and prediction is None:
         raise ValueError(f"--min-agreement needs a model that predicts, and {name} has no head. Use --min-cosine.")
     if job.max_nll is not None and not has_text_head:
@@ -302,13 +308,13 @@ def judge(results: Sequence[RatioResult], bounds: Mapping[str, float]) -> tuple[
         bounds: what is asked of each measure; empty: nothing.
 
     Returns:
-        tuple: that ratio (`None`: none is, or nothing was asked), whether it is faster than the base in three of four
-        rounds (where nothing was asked: whether any is), and the verdict.
+        tuple: that ratio (`None`: none is, or nothing was asked), whether it or a smaller one that is as good as asked
+        is faster than the base in three of four rounds (where nothing was asked: whether any is), and the verdict.
     """
-    fastest = max(results, key=lambda each: each.speedup["median"])
+    paying = [each for each in results if each.holds is not False and each.speedup["low"] > 1]
+    fastest = max(paying or results, key=lambda each: each.speedup["median"])
     if not bounds:
-        pays = any(each.speedup["low"] > 1 for each in results)
-        if not pays:
+        if not paying:
             return None, False, f"It does not pay: no k is faster than the base; {_described(fastest)}."
         return (
             None,
@@ -322,14 +328,16 @@ def judge(results: Sequence[RatioResult], bounds: Mapping[str, float]) -> tuple[
     holding = [each for each in results if each.holds]
     if not holding:
         return None, False, f"It does not pay: no k keeps {asked}. The smallest measured: {_described(results[0])}."
-    chosen = max(holding, key=lambda each: each.ratio)
-    if chosen.speedup["low"] > 1:
-        return chosen.ratio, True, f"It pays: {_described(chosen)}. It is the largest k measured that keeps {asked}."
-    return (
-        chosen.ratio,
-        False,
-        (f"It does not pay: the largest k that keeps {asked} is not faster than the base; {_described(chosen)}."),
-    )
+    largest = max(holding, key=lambda each: each.ratio)
+    if largest in paying:
+        verdict = f"It pays: {_described(largest)}. It is the largest k measured that keeps {asked}."
+    elif paying:
+        verdict = (
+            f"It pays: {_described(fastest)}. It keeps {asked}; so does k = {largest.ratio}, no faster than the base."
+        )
+    else:
+        verdict = f"It does not pay: no k that keeps {asked} is faster than the base; {_described(largest)}."
+    return largest.ratio, bool(paying), verdict
 
 
 def _option(quality: Mapping[str, float]) -> str:
@@ -380,7 +388,8 @@ def _show(found: Evaluation, reporter: Reporter) -> None:
     reporter.show_figures(f"{found.adapter} on {', '.join(found.data)}", rows, lines)
     warn_about_load(found.environment, reporter)
     if found.examples < ENOUGH_TEXTS:
-        reporter.warn(f"{found.examples} {texts} are few: others would give other figures. Give more --data.")
+        few = f"{found.examples} {texts} are few" if found.examples > 1 else f"One {texts[:-1]} is little"
+        reporter.warn(f"{few}: others would give other figures. Give more --data.")
     reporter.say(found.verdict)
 
 

@@ -11,7 +11,15 @@ import torch
 import transformers
 from peft import PeftConfig, PeftType
 from peft.utils import load_peft_weights
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+)
 
 from ..adapter_card import AUTO_CLASSES
 from ..models import ADAPTER_CONFIG_NAME, KEY_PREFIX, check_reachable, find_task, load_config, name_some
@@ -67,7 +75,13 @@ class SavedPlugin:
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if found is not None:
             return found
-        task = find_task(self.base, load_config(self.base))
+        config = load_config(self.base)
+        if (
+            type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+            and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        ):
+            return AutoModelForSpeechSeq2Seq
+        task = find_task(self.base, config)
         return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}.get(task, AutoModel)
 
 

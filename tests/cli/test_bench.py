@@ -216,7 +216,7 @@ def test_a_saved_plugin_is_measured_as_it_is(tmp_path):
     assert [each.name for each in report.plugins] == ["k = 2", "k = 8"]
     saved = load_file(plugin / "adapter_model.safetensors")
     assert report.added_parameters == sum(value.numel() for name, value in saved.items() if "variator" in name)
-    assert f"evaluate {plugin}" in out
+    assert f"evaluate {plugin} --ratio 2,8 --data" in out  # the base is the one that the plugin names
     again = report.command.split()[2:]
     assert invoke(*again, "--json", tmp_path / "again.json")[0] == 0
     assert BenchmarkReport.load(tmp_path / "again.json").settings == report.settings
