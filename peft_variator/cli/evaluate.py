@@ -237,8 +237,8 @@ def _check_bounds(job: EvaluateJob, base: PreTrainedModel, prediction: Predictio
     name = type(base).__name__
     if base.main_input_name not in ("input_ids", "pixel_values"):
         raise ValueError(
-            f"{name} takes {base.main_input_name}, and only texts and images are read here. `peft-variator bench "
-            "--adapter` measures the plugin's speed on inputs of that kind."
+            f"{name} takes {base.main_input_name}, and only texts and images are read here. Measure it on inputs of "
+            "your own with peft_variator.profiling.time_alternately, as examples/real_models/speed.py does."
         )
     if job.min_agreement is not None and prediction is None:
         raise ValueError(f"--min-agreement needs a model that predicts, and {name} has no head. Use --min-cosine.")
