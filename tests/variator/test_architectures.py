@@ -39,6 +39,7 @@ REFUSED_MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
     "convnextv2": (STAGES | {"num_stages": 2}, "width", "pwconv1"),
     "sam_vision_model": (VISION | {"global_attn_indexes": [1], "window_size": 2, "mlp_dim": 48}, "window", "mlp"),
     "sam": ({"vision_config": VISION | {"global_attn_indexes": [1], "mlp_dim": 48}}, "window", "nowhere"),
+    "git": (TEXT | {"vision_config": VISION}, "image's tokens.*inside", "encoder.layer.0.intermediate"),
     "xlnet": (
         {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
         "sequence first",

@@ -304,6 +304,7 @@ REFUSED: dict[str, str] = {
     "focalnet": _WIDTHS,
     "fsmt": _SEQUENCE_FIRST,
     "funnel": "it pools its hidden states from block to block, so the groups of one block fit no other",
+    "git": "it puts the image's tokens before the text's inside, so its call tells neither their masks nor positions",
     "glm4v_moe_vision": _IN_A_ROW,
     "glm4v_vision": _IN_A_ROW,
     "glm_ocr_vision": _IN_A_ROW,
