@@ -500,20 +500,29 @@ def check_adapter_state(
     surplus = foreign + [
         key for key in found if key not in expected and not _is_embedding(model, key, found, everything, where)
     ]
+    overwritten = [key for key in surplus if key in everything]
     missing = [key for key in expected if key not in found]
+    # By the names in the file, where those of modules that are saved whole do not have the adapter's in them.
+    shown = {key: key if whole else _as_saved(key, adapter_name) for key in (*surplus, *expected)}
+    missing_names = [shown[key] for key in missing]
     if surplus:
-        overwritten = [key for key in surplus if key in everything]
+        surplus_names = [shown[key] for key in overwritten or surplus]
         what = "are weights of the base model" if overwritten else "have no place in this model"
-        hint = f" It lacks {name_some(missing)}." if missing else ""
+        hint = f" It lacks {name_some(missing_names)}." if missing else ""
         raise AdapterStateError(
-            f"{where} brings tensors that are none of the adapter's and {what}: {name_some(overwritten or surplus)}."
+            f"{where} brings tensors that are none of the adapter's and {what}: {name_some(surplus_names)}."
             f"{hint} Load it onto the model that it was made for, or save it again with save_pretrained."
         )
     if missing:
-        raise _incomplete(where, missing)
+        raise _incomplete(where, missing_names)
     for key, wanted in expected.items():
-        _check_tensor(key, found[key], wanted, where)
+        _check_tensor(shown[key], found[key], wanted, where)
     return whole
+
+
+def _as_saved(key: str, adapter_name: str) -> str:
+    """The name in an adapter's file of a tensor in the model."""
+    return key.replace(f".modules_to_save.{adapter_name}.", ".")
 
 
 def _incomplete(where: str, missing: list[str]) -> AdapterStateError:
