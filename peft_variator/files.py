@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what killed processes leave behind stays
+    fcntl = None  # type: ignore[assignment]
 
 
 __all__ = ["check_new_file", "check_new_folder", "new_folder", "replacing", "replacing_folder", "write_text"]
 
 # Temporary names are made of the first letters of the real one, which may itself be as long as a name can be.
 PREFIX_LENGTH = 40
+# A temporary folder is locked right after it was made; younger ones may not be yet.
+_SURELY_LOCKED_SECONDS = 60.0
 
 
 @contextmanager
@@ -27,9 +37,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path: the file to write.
     """
     target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_prefix(target), dir=target.parent) as folder:
-        temporary = Path(folder, target.name)
+    with _temporary_folder(target) as folder:
+        temporary = folder / target.name
         yield temporary
         os.replace(temporary, target)
 
@@ -109,7 +118,8 @@ def _check_parents(target: Path) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, to fill; on success it gets the name `path`, else it goes away.
 
-    A process that is killed leaves only the temporary folder, `.NAME.partial-*`.
+    A process that is killed leaves only the temporary folder, `.NAME.partial-*`, which the next one that writes there
+    takes away.
 
     Args:
         path: the folder to make. Missing parents are made.
@@ -128,6 +138,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Like `new_folder`, and a folder that is at `path` stays there, whole, until the new one is.
 
+    A process that is killed between the two leaves the earlier folder as `.NAME.partial-earlier`; the next one that
+    writes there gives it its name again.
+
     Args:
         path: the folder to make or to replace.
 
@@ -136,6 +149,9 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     _check_replaceable(target)
+    earlier = target.with_name(f"{_prefix(target)}partial-earlier")
+    if earlier.is_dir() and not target.exists():
+        os.replace(earlier, target)
     if not target.is_dir():
         check_new_folder(target)
     with _temporary_folder(target) as temporary:
@@ -143,26 +159,55 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         if not target.is_dir():
             os.replace(temporary, target)
             return
-        with tempfile.TemporaryDirectory(prefix=_prefix(target), dir=target.parent) as aside:
-            earlier = Path(aside, "earlier")
-            os.replace(target, earlier)
-            try:
-                os.replace(temporary, target)
-            except BaseException:
-                os.replace(earlier, target)
-                raise
+        shutil.rmtree(earlier, ignore_errors=True)
+        os.replace(target, earlier)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            os.replace(earlier, target)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 @contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that is gone at the end, unless it was given another name."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     temporary = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}partial-", dir=target.parent))
+    lock = _lock(temporary)
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
         yield temporary
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary folders of killed processes: those of this name that are a minute old and that nobody holds."""
+    name = re.compile(re.escape(f"{_prefix(target)}partial-") + r"[a-z0-9_]{8}")
+    with suppress(OSError):  # of others, or gone meanwhile: they take room and do no harm
+        for folder in target.parent.iterdir():
+            if name.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > _SURELY_LOCKED_SECONDS:
+                lock = _lock(folder)
+                if lock is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder until the file descriptor is closed or the process ends; `None`: another holds it, or none can."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _prefix(target: Path) -> str:

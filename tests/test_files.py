@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,32 @@ def test_an_earlier_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> N
         (folder / "result").write_text("second")
     assert (tmp_path / "run" / "result").read_text() == "second"
     assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be locked there")
+def test_what_killed_processes_left_goes_away_and_nothing_else(tmp_path: Path) -> None:
+    """What another process is filling, what is new, and what only looks alike stay."""
+    killed, held, new = (tmp_path / f".out.partial-{letter * 8}" for letter in "abc")
+    others = [tmp_path / name for name in (".out.partial-backup", ".out.backup12", ".outer.partial-aaaaaaaa")]
+    for folder in (killed, held, new, *others):
+        folder.mkdir()
+        (folder / "file").touch()
+        if folder is not new:
+            os.utime(folder, (0, 0))
+    program = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program, str(held)], **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.readline()
+        with new_folder(tmp_path / "out"):
+            pass
+        process.communicate(b"\n")
+    assert names(tmp_path) == sorted(["out", *(folder.name for folder in (held, new, *others))])
+
+
+def test_an_earlier_folder_comes_back_after_a_kill_between_the_two(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-earlier").mkdir()
+    (tmp_path / ".out.partial-earlier" / "file").write_text("earlier")
+    with pytest.raises(FileNotFoundError), replacing_folder(tmp_path / "out") as folder:
+        (folder / "missing").read_text()
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "earlier"

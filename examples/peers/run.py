@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from peft_variator import VariatorConfig, calibrate, quantize_plugin
+from peft_variator import VariatorConfig, calibrate
 from peft_variator.files import replacing, write_text
 from peft_variator.profiling import count_flops, describe_environment, num_threads, share_weights
 
@@ -40,6 +40,7 @@ sys.path.append(str(HERE.parent / "real_models"))
 
 from measure import measure  # noqa: E402
 from peers import drop_layers, follow, narrow, quantize  # noqa: E402
+from peers import with_plugin as add_plugin  # noqa: E402
 from recipes import RECIPES, make_dataset  # noqa: E402
 from speed import make_inputs, speedups  # noqa: E402
 from token_merging import MergingEncoder  # noqa: E402
@@ -142,11 +143,7 @@ def with_plugin(base: nn.Module, folder: Path, ratio: int, *, sum_updates: bool 
     """
     if not (folder / "adapter_config.json").is_file():
         raise NotThere(f"no plugin in {folder}")
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
-    if any(isinstance(module, torch.ao.nn.quantized.Linear) for module in base.modules()):
-        quantize_plugin(model, sum_updates=sum_updates)
-    model.set_compression_ratio(ratio)
-    return model
+    return add_plugin(base, folder, ratio, sum_updates=sum_updates)
 
 
 def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratch: Path) -> dict[str, Build]:
@@ -155,11 +152,12 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
     Args:
         base: the model.
         smaller: loads the next-smaller model.
-        plugin: folder of a plugin.
+        plugin: folder of a plugin; one that was trained on the base in int8 is looked for beside it.
         trained: folder with the weights of contenders that need training.
         scratch: folder for ONNX files.
     """
     model: Any = base.model
+    under_int8 = plugin.with_name(f"{plugin.name}-int8")
     found: dict[str, Build] = {
         "base": lambda: model,
         "bf16": lambda: copy.deepcopy(model).to(torch.bfloat16),
@@ -172,6 +170,10 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
         found[f"int8 + plugin, updates apart, k = {ratio}"] = partial(
             lambda k: with_plugin(quantize(model), plugin, k, sum_updates=False), ratio
         )
+        if under_int8.is_dir():
+            found[f"int8 + plugin trained on it, k = {ratio}"] = partial(
+                lambda k: with_plugin(quantize(model), under_int8, k), ratio
+            )
     for name, make in untrained(model).items():
         found[name] = partial(_trained, make, trained / f"{name}.safetensors")
     if model.config.model_type in KNOWN:

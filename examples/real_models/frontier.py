@@ -296,8 +296,11 @@ def write_page(page: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> 
 def _conditions(run: dict[str, Any], shipped: bool) -> str:
     recipe, count = run["recipe"], run["parameters"]["plugin"]
     share = 100 * count / run["parameters"]["base"]
+    told = "" if shipped else "Not shipped. "
+    if "--int8" in run["command"]:
+        told += "Base and plugin are in int8 here; what they are held against is the base in float32. "
     return (
-        f"{'' if shipped else 'Not shipped. '}{count:,} parameters ({share:.1f} % of the base's), "
+        f"{told}{count:,} parameters ({share:.1f} % of the base's), "
         f"{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"
         f"```sh\n{run['command']}\n```"
     )

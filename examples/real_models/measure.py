@@ -19,7 +19,7 @@ import causal_quality
 import text_quality
 import torch
 import vision_quality
-from peft import PeftModel
+from peers import quantize, with_plugin
 from transformers.utils import logging
 from weights import WEIGHTS, Loaded, load
 
@@ -111,14 +111,6 @@ def measure(
     return results
 
 
-def _with_plugin(base: Any, folder: Path, ratio: int | None) -> PeftModel:
-    """A second model over the base's weights, with a plugin in it."""
-    plugin = PeftModel.from_pretrained(share_weights(base), str(folder)).eval()
-    if ratio is not None:
-        plugin.set_compression_ratio(ratio)
-    return plugin
-
-
 def main() -> None:
     """Measure, and write after each part."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -127,6 +119,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(WEIGHTS), required=True)
     parser.add_argument("--plugin", type=Path, help="folder of a plugin; without it the base is measured")
     parser.add_argument("--ratio", type=int, help="the plugin's compression ratio; its own if not given")
+    parser.add_argument("--int8", action="store_true", help="base and plugin in int8")
     parser.add_argument("--part", action="append", help="one part; all if not given")
     parser.add_argument("--limit", type=int, help="rows, prompts, images or utterances of a part at most")
     parser.add_argument("--threads", type=int, default=1)
@@ -141,7 +134,8 @@ def main() -> None:
         base = load(arguments.model, arguments.cache)
         model: Any = base.model
         if arguments.plugin:
-            model = _with_plugin(base.model, arguments.plugin, arguments.ratio)
+            inner = quantize(base.model) if arguments.int8 else share_weights(base.model)
+            model = with_plugin(inner, arguments.plugin, arguments.ratio)
         weights = WEIGHTS[arguments.model]
         facts = {
             "model": arguments.model,

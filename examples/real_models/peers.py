@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BertModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from peft_variator import quantize_plugin
 from peft_variator.training import DistillationConfig
 from peft_variator.training.losses import HiddenStateVariance, hidden_state_loss
 
 
-__all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize"]
+__all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize", "with_plugin"]
 
 
 def quantize(model: nn.Module) -> nn.Module:
@@ -26,6 +28,23 @@ def quantize(model: nn.Module) -> nn.Module:
         # torch points to another library for this, which the figures of int8 do not need.
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def with_plugin(base: nn.Module, folder: Path, ratio: int | None, *, sum_updates: bool = True) -> PeftModel:
+    """A base, as it is or in int8, with a plugin that is quantised alike.
+
+    Args:
+        base: the base model, which gets the plugin's layers.
+        folder: of the plugin.
+        ratio: its compression ratio; `None`: its own.
+        sum_updates: whether low-rank updates are summed into W; see `peft_variator.quantize_plugin`.
+    """
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    if any(isinstance(module, torch.ao.nn.quantized.Linear) for module in base.modules()):
+        quantize_plugin(model, sum_updates=sum_updates)
+    if ratio is not None:
+        model.set_compression_ratio(ratio)
+    return model
 
 
 def kept_layers(layers: int, kept: int) -> list[int]:

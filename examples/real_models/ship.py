@@ -104,8 +104,9 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         "A Variator plugin (Xiao et al. 2023, arXiv 2310.15724): it merges neighbouring tokens around each "
         "feed-forward network, so that the model runs faster. "
         f"{parameters['plugin']:,} parameters, {share:.1f} % of the base's.",
-        _usage(name, base_id, class_name, config.compression_ratio),
+        _usage(name, base_id, class_name, config.compression_ratio, "--int8" in run["command"]),
         "## Measured",
+        *(["Base and plugin in int8, beside the base in float32."] if "--int8" in run["command"] else []),
         quality_table(name, ratios, results),
         speed_table(name, ratios, results),
         "Measured by `measure.py` and `speed.py` in `examples/real_models`; the JSON beside them in `results/` holds "
@@ -122,14 +123,18 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
     return str(make_card(content))
 
 
-def _usage(name: str, base_id: str, class_name: str, ratio: int) -> str:
+def _usage(name: str, base_id: str, class_name: str, ratio: int, int8: bool) -> str:
+    quantize = "base = torch.ao.quantization.quantize_dynamic(base, {torch.nn.Linear}, dtype=torch.qint8)"
     lines = [
         "import peft_variator",
+        *(["import torch"] if int8 else []),
         "from peft import PeftModel",
         f"from transformers import {class_name}",
         "",
         f'base = {class_name}.from_pretrained("{base_id}")',
+        *([quantize] if int8 else []),
         f'model = PeftModel.from_pretrained(base, "examples/plugins/{name}")',
+        *(["peft_variator.quantize_plugin(model)"] if int8 else []),
         f"model.set_compression_ratio({ratio})",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"

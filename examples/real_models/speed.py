@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peers import quantize, with_plugin
 from torch import nn
 from transformers.utils import logging
 from vision_quality import PHOTOGRAPH_SIDE
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(WEIGHTS), required=True)
     parser.add_argument("--plugin", type=Path, required=True, help="folder of a plugin")
     parser.add_argument("--ratio", type=int, help="the plugin's compression ratio; its own if not given")
+    parser.add_argument("--int8", action="store_true", help="base and plugin in int8, beside the base in int8 alone")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="JSON to write")
@@ -108,12 +109,12 @@ def main() -> None:
     with num_threads(arguments.threads):
         environment = describe_environment(device)
         base: Any = load(arguments.model, arguments.cache).model
-        plugin: Any = PeftModel.from_pretrained(share_weights(base), str(arguments.plugin)).eval()
-        if arguments.ratio:
-            plugin.set_compression_ratio(arguments.ratio)
+        int8 = {"int8": quantize(base)} if arguments.int8 else {}
+        inner = quantize(base) if arguments.int8 else share_weights(base)
+        plugin: Any = with_plugin(inner, arguments.plugin, arguments.ratio)
         if kind == "audio":
             base, plugin = base.get_encoder(), plugin.get_base_model().get_encoder()
-        models = {"base": base, "plugin": plugin}
+        models = {"base": base, **int8, "plugin": plugin}
         rows = speedups(models, kind, SHAPES[kind], rounds=arguments.rounds, device=device)
     record = {
         "model": arguments.model,

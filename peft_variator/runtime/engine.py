@@ -283,6 +283,7 @@ class Engine:
 
     def _enter(self) -> float:
         """Take a call, which closing waits for from here on, and give its arrival; `_enqueue` has to follow."""
+        self._check_open()  # a process that was forked inherits the lock as it was, maybe held for good
         with self._wake:
             self._check_open()
             self._entering += 1

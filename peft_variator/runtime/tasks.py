@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -168,10 +169,15 @@ class Served:
         return cls(model, inner, tokenizer, min((each for each in most if each is not None), default=None))
 
     def encode(self, *columns: list[str], max_length: int | None = None) -> list[Encoded]:
-        """Tokens of each text, or of each pair of texts, cut to `max_length`; `None`: not cut."""
+        """Tokens of each text, or of each pair of texts, cut to `max_length` with a warning; `None`: not cut."""
         cutting = {} if max_length is None else {"truncation": True, "max_length": max_length}
         with self.lock:
             found = self.tokenizer(*columns, return_attention_mask=False, verbose=False, **cutting)
+        if any(each.overflowing for each in found.encodings or ()):  # `None` of tokenizers in Python
+            warnings.warn(
+                f"Texts of more than {max_length} tokens are cut to that: the model answers about their beginning.",
+                stacklevel=2,
+            )
         taken = inspect.signature(type(self.inner).forward).parameters
         kept = {name: rows for name, rows in found.items() if name in taken}
         return [dict(zip(kept, row, strict=True)) for row in zip(*kept.values(), strict=True)]

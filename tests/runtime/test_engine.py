@@ -102,9 +102,12 @@ def test_pooling_and_length(model: Any) -> None:
         with Engine(model, TOKENIZER, pooling=name, normalize=False) as engine:
             found = engine.embed([SENTENCES[0], SENTENCES[2]]).embeddings[1]
         torch.testing.assert_close(found, vector, atol=1e-5, rtol=0)
-    with Engine(model, TOKENIZER, max_length=5) as engine:
+    with (
+        Engine(model, TOKENIZER, max_length=5) as engine,
+        pytest.warns(UserWarning, match="more than 5 tokens"),
+    ):
         assert engine.embed(SENTENCES).lengths == [5, 5, 5, 3]
-    with Engine(model, TOKENIZER) as engine:
+    with Engine(model, TOKENIZER) as engine, pytest.warns(UserWarning, match="more than 64 tokens"):
         assert engine.embed(["a " * 500]).lengths == [64]
 
 
