@@ -49,6 +49,8 @@ __all__ = [
 ]
 
 # Modules that PEFT saves whole for a task, whatever the config says.
+# What holds the number of a neuron as well as int64 does, in less room.
+_NARROWER = (torch.int32, torch.int16)
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -560,7 +562,7 @@ def _check_tensor(key: str, found: Tensor, wanted: Tensor, where: str) -> None:
             f"{where} does not fit this model: size mismatch for {key}: {tuple(found.shape)} in the file, "
             f"{tuple(wanted.shape)} in the model. Load it onto the model, and with the config, that it was made with."
         )
-    same_kind = found.dtype == wanted.dtype
+    same_kind = found.dtype == wanted.dtype or (wanted.dtype == torch.int64 and found.dtype in _NARROWER)
     if wanted.is_floating_point():  # of eight bits it would be a quantized tensor, which needs a scale
         same_kind = found.is_floating_point() and found.dtype.itemsize > 1
     if not same_kind:

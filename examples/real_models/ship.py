@@ -68,7 +68,8 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
         made = Path(folder) / output.name
         made.mkdir()
         tensors = load_file(run / "plugin" / "adapter_model.safetensors")
-        halves = {key: v.half() if v.is_floating_point() else v for key, v in tensors.items()}
+        # Integers are numbers of neurons, far below 2**31.
+        halves = {key: v.half() if v.is_floating_point() else v.int() for key, v in tensors.items()}
         config = VariatorConfig.from_pretrained(str(run / "plugin"))
         config.base_model_name_or_path = WEIGHTS[name].hub_id
         if ratio is not None:
