@@ -44,6 +44,20 @@ def rows_of(page: str, *first: str) -> list[list[str]]:
     return [row for row in rows if row[: len(first)] == [*first]]
 
 
+def test_the_plugin_in_int8(readme: str) -> None:
+    results = EXAMPLES / "real_models" / "results"
+    speeds = record(results / "speed-all-MiniLM-L6-v2-int8-k16.json")["rows"][0]["speedup"]
+    alone, plugin = (
+        statistics.mean(
+            record(file)["parts"]["stsb"]["spearman"] for file in (results / "int8").glob(f"k{k}-run*.json")
+        )
+        for k in (1, 16)
+    )
+    told = f"{speeds['plugin']['median']:.1f} times, where int8 alone is {speeds['int8']['median']:.1f}"
+    assert told in readme
+    assert ("for another point of STS-B" in readme) == (round(alone - plugin) == 1)
+
+
 def test_the_benchmark(readme: str) -> None:
     page = "docs/benchmark.md"
     bert = rows_of(page, "bert-base", "8×128", "4")[0][5]

@@ -93,7 +93,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = sentence_transformers.SentenceTransformer(ENCODER, device="cpu")
         model.add_adapter(VariatorConfig(correction_dim=8, task_type="FEATURE_EXTRACTION"))
         model.save("my-plugin")
-        ship(BertModel.from_pretrained(ENCODER), "all-MiniLM-L6-v2")
+        for plugin in ("all-MiniLM-L6-v2", "all-MiniLM-L6-v2-int8"):
+            ship(BertModel.from_pretrained(ENCODER), plugin)
         for base, name, plugin in SHIPPED:
             model = tiny_model(base, **({"vocab_size": 64} if base == "llama" else {}))
             model.save_pretrained(name)

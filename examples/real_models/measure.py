@@ -125,17 +125,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON to write; results/base-MODEL.json if not given")
     arguments = parser.parse_args()
-    if arguments.plugin and not arguments.output:
-        parser.error("--plugin needs --output, so that the base's results are not written over.")
+    if (arguments.plugin or arguments.int8) and not arguments.output:
+        parser.error("--plugin and --int8 need --output, so that the base's results are not written over.")
     logging.disable_progress_bar()
     output = arguments.output or RESULTS / f"base-{arguments.model}.json"
     record = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
     with num_threads(arguments.threads):
         base = load(arguments.model, arguments.cache)
-        model: Any = base.model
+        model: Any = quantize(base.model) if arguments.int8 else base.model
         if arguments.plugin:
-            inner = quantize(base.model) if arguments.int8 else share_weights(base.model)
-            model = with_plugin(inner, arguments.plugin, arguments.ratio)
+            model = with_plugin(model if arguments.int8 else share_weights(model), arguments.plugin, arguments.ratio)
         weights = WEIGHTS[arguments.model]
         facts = {
             "model": arguments.model,
