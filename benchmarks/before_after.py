@@ -1,6 +1,6 @@
 """Is a checkout slower than another? A plugin's call, and a training step of both methods, in each of the two.
 
-    python benchmarks/before_after.py --before ../old --after . --output benchmarks/results/before_after.json
+    python benchmarks/before_after.py --before ../old --after . --output benchmarks/results/checkouts/before_after.json
 
 Each run is a fresh process that imports the package from one of the checkouts; the two take turns, and every second
 pair the other way round. What is measured is pinned, so that a default that changed in between changes nothing: the
