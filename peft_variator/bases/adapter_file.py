@@ -30,7 +30,6 @@ from .packing import LayoutError, pack
 
 __all__ = ["AdapterFile"]
 
-_METHOD = "SPARSE_LOW_RANK"
 _HEAD_HINT = (
     "If the adapter was made for the base with a new head, save the base once with that head, and merge into what was "
     "saved."
@@ -267,11 +266,11 @@ def _check_method(folder: Path) -> None:
             f"{path}: peft_type='VARIATOR'. A compression plugin merges hidden vectors and no weights, so there is "
             "nothing to put into the base. Load it above the base with PeftModel.from_pretrained."
         )
-    if method != _METHOD:
+    if method != SparseLoraConfig.method:
         raise CheckpointError(
-            f"{path}: peft_type={shorten(method)}, but only SparseLoRA adapters ({_METHOD!r}) are merged on files: "
-            "another update fills the zeros of the base. Train with SparseLoraConfig; or, where a dense model is what "
-            "you want, load a dense base and call PEFT's merge_and_unload()."
+            f"{path}: peft_type={shorten(method)}, but only SparseLoRA adapters ({SparseLoraConfig.method!r}) are "
+            "merged on files: another update fills the zeros of the base. Train with SparseLoraConfig; or, where a "
+            "dense model is what you want, load a dense base and call PEFT's merge_and_unload()."
         )
 
 
