@@ -17,7 +17,7 @@ from peft_variator.files import write_text
 from peft_variator.markdown import make_table, replace_between
 
 
-__all__ = ["model_of", "quality_table", "speed_table", "write_page"]
+__all__ = ["in_int8", "model_of", "quality_table", "speed_table", "write_page"]
 
 RESULTS = Path(__file__).parent / "results"
 PLUGINS = Path(__file__).parents[1] / "plugins"
@@ -141,6 +141,11 @@ def _speeds(name: str, ratios: list[int], results: Path) -> dict[int, dict[str, 
     return {k: json.loads(file.read_text()) for k, file in files.items() if file.is_file()}
 
 
+def in_int8(run: dict[str, Any]) -> bool:
+    """Whether a run trained the plugin on its base in int8."""
+    return "--int8" in run["command"]
+
+
 def speed_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
     """How many times as fast as the base a plugin is, with machine and spread; empty if it was not measured.
 
@@ -153,18 +158,23 @@ def speed_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
     if not records:
         return ""
     first = next(iter(records.values()))
+    beside_int8 = "int8" in first["rows"][0]["speedup"]
     rows = []
     for index, row in enumerate(first["rows"]):
         cells = [record["rows"][index]["speedup"]["plugin"] for record in records.values()]
+        cells = ([row["speedup"]["int8"]] if beside_int8 else []) + cells
         shown = [f"{each['median']:.2f} [{each['low']:.2f}–{each['high']:.2f}]" for each in cells]
         rows.append([_shape(row["batch"], row["length"]), *shown])
     environment = first["environment"]
     busy = any(record["environment"]["cpu_in_use"] > QUIET for record in records.values())
     return (
         f"Times as fast as the base, median and quartiles, {environment['cpu']}, {environment['threads']} thread(s), "
-        f"PyTorch {environment['torch']}, float32"
+        f"PyTorch {environment['torch']}, "
+        + ("int8 beside the base in float32" if beside_int8 else "float32")
         + (", on a machine that others were using:\n\n" if busy else ":\n\n")
-        + make_table(["batch × length", *(f"k = {k}" for k in records)], rows)
+        + make_table(
+            ["batch × length", *(["int8 alone"] if beside_int8 else []), *(f"k = {k}" for k in records)], rows
+        )
     )
 
 
@@ -297,7 +307,7 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
     recipe, count = run["recipe"], run["parameters"]["plugin"]
     share = 100 * count / run["parameters"]["base"]
     told = "" if shipped else "Not shipped. "
-    if "--int8" in run["command"]:
+    if in_int8(run):
         told += "Base and plugin are in int8 here; what they are held against is the base in float32. "
     return (
         f"{told}{count:,} parameters ({share:.1f} % of the base's), "

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from frontier import RESULTS, model_of, quality_table, speed_table
+from frontier import RESULTS, in_int8, model_of, quality_table, speed_table
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
 
@@ -105,9 +105,9 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         "A Variator plugin (Xiao et al. 2023, arXiv 2310.15724): it merges neighbouring tokens around each "
         "feed-forward network, so that the model runs faster. "
         f"{parameters['plugin']:,} parameters, {share:.1f} % of the base's.",
-        _usage(name, base_id, class_name, config.compression_ratio, "--int8" in run["command"]),
+        _usage(name, base_id, class_name, config.compression_ratio, in_int8(run)),
         "## Measured",
-        *(["Base and plugin in int8, beside the base in float32."] if "--int8" in run["command"] else []),
+        *(["Base and plugin in int8, beside the base in float32."] if in_int8(run) else []),
         quality_table(name, ratios, results),
         speed_table(name, ratios, results),
         "Measured by `measure.py` and `speed.py` in `examples/real_models`; the JSON beside them in `results/` holds "
