@@ -102,7 +102,7 @@ class BottleneckDecompression(Decompression):
             weight, outputs = up.weight.to(per_token.dtype), outputs.to(per_token.dtype)
             return expand_rows(outputs, per_token, per_row, weight, bias, groups, "tanh").view(hidden_states.shape)
         # Masked before the tanh: a token by itself, and padding, get tanh(0) = 0 and so no correction.
-        inner = torch.where(groups.is_merged, per_token + groups.spread(per_row), 0).tanh()
+        inner = groups.only_merged(per_token + groups.spread(per_row)).tanh()
         if is_quantized_map(up):
             # Its bias, if it has one, is inside, and counts for the tokens that are merged.
             def correct(inner: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class NeuronsDecompression(Decompression):
                 prologue = "plain" if of_rows is None else "difference"
                 return expand_rows(rest, unmasked, of_rows, up, None, groups, prologue).view(hidden_states.shape)
         # Masked: a token by itself, and padding, have no correction.
-        inner = torch.where(groups.is_merged, unmasked, 0)
+        inner = groups.only_merged(unmasked)
         if not neurons.is_sliced:
             # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
             rest = self._without_neurons(rest, rows.to(tokens.dtype), up, groups, modules)

@@ -126,6 +126,24 @@ class Groups:
     def _list_members(self) -> Tensor:
         raise NotImplementedError
 
+    def only_merged(self, inner: Tensor) -> Tensor:
+        """Zeros in place of the vectors of tokens that share their row with no other, and of padding.
+
+        Args:
+            inner: shape `(batch * length, width)`. Where nothing trains it is written over: a copy would cost as much
+                as reading it twice, and most tokens are merged.
+
+        Returns:
+            The shape of `inner`.
+        """
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and inner.requires_grad):
+            return torch.where(self.is_merged, inner, 0)
+        self._zero_others_(inner)
+        return inner
+
+    def _zero_others_(self, inner: Tensor) -> None:
+        raise NotImplementedError
+
     def spread(self, rows: Tensor) -> Tensor:
         """Give each token the vector of its row, and padding zeros.
 
@@ -279,6 +297,12 @@ class SharedGroups(Groups):
         padded = [torch.nn.functional.pad(each, (0, size - each.shape[-1]), value=-1) for each in members]
         return torch.cat(padded, dim=1).flatten(0, 1)
 
+    def _zero_others_(self, inner: Tensor) -> None:
+        by_sequence = inner.view(-1, sum(block.length for block in self.blocks), inner.shape[-1])
+        for block in self.blocks:
+            if block.size == 1:
+                by_sequence[:, block.start : block.start + block.length].zero_()
+
     def expand(self, rows: Tensor, inner: Tensor, up: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
         tokens = torch.nn.functional.linear(inner, up) if isinstance(up, Tensor) else up(inner)
         per_sequence = sum(block.groups for block in self.blocks)
@@ -302,11 +326,13 @@ class PackedGroups(Groups, Part):
             repeat the group's first token.
         is_member: which slots are filled; shape `(groups, k)`.
         singles: token numbers of the rows that are one token each; shape `(singles,)`.
+        others: token numbers of those that share their row with none, and of padding; `None`: `is_merged` alone tells.
     """
 
     member_of: Tensor
     is_member: Tensor
     singles: Tensor
+    others: Tensor | None = None
 
     @property
     def merges(self) -> bool:
@@ -332,6 +358,12 @@ class PackedGroups(Groups, Part):
             return tokens.flatten(0, 1).index_select(0, self.singles).unsqueeze(0)
         weights = self._weights(member_scores(self), tokens.dtype)
         return _sum_bags(tokens.flatten(0, 1), self.member_of, weights, self.singles).unsqueeze(0)
+
+    def _zero_others_(self, inner: Tensor) -> None:
+        if self.others is None:
+            inner.masked_fill_(~self.is_merged, 0)
+        else:
+            inner.index_fill_(0, self.others, 0)
 
     def _list_members(self) -> Tensor:
         singles = torch.nn.functional.pad(self.singles.unsqueeze(1), (0, self.member_of.shape[1] - 1), value=-1)

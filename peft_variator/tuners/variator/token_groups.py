@@ -407,6 +407,7 @@ def packed_groups(
         member_of=_tensor(members, device),
         is_member=_tensor(is_member, device),
         singles=_tensor(token_of[singles], device),
+        others=_tensor(np.flatnonzero(row_of >= num_merged), device),
     )
 
 
