@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from ..compat import BestModelLoader
 from ..tuners.variator import VariatorLayer
 from ..tuners.variator.neuron_selection import calibrate, needs_calibration
+from .attention import AttentionInFloat32
 from .config import DistillationConfig
 from .loss_masks import CAUSAL, HIDDEN_KEYS, prediction_of
 from .losses import EmbeddingTerm, HiddenTerm, LossSums, TaskTerm, Term, build_terms, measure_variances
@@ -288,7 +289,10 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         """Forward and backward of a micro-batch, at the ratio of its optimizer step; see `Trainer.training_step`."""
         if self.ratios is not None:
             self.ratios.set(sample_ratio(self.ratios.choices, self.args.seed, self.state.global_step))
-        return super().training_step(model, inputs, num_items_in_batch)
+        if self.args.device.type != "cpu" or self.args.torch_compile:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with AttentionInFloat32():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         """The parts of the loss of a batch, and the student's outputs without what was asked for their sake."""
