@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -68,6 +69,7 @@ __all__ = [
     "read_model_config",
     "share_weights",
     "shorten",
+    "without_loading_report",
 ]
 
 CONFIG_NAME = "config.json"
@@ -186,10 +188,8 @@ def load_config(model: str) -> PreTrainedConfig:
     except OSError as error:
         close = [name for name in SHAPES if name.startswith(model.lower())] or get_close_matches(model.lower(), SHAPES)
         if close:
-            hint = f"Did you mean {' or '.join(map(repr, close))}?"
-        else:
-            hint = f"{model!r} is no folder here, and none of the known shapes: {', '.join(SHAPES)}."
-        raise OSError(f"{error} {hint}") from error
+            raise OSError(f"Did you mean {' or '.join(map(repr, close))}? {error}") from error
+        raise OSError(f"{error} {model!r} is none of the known shapes either: {', '.join(SHAPES)}.") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -200,6 +200,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if (folder / CONFIG_NAME).is_file():
         return read_fields(folder / CONFIG_NAME)
+    if not folder.is_dir():
+        what = f"{str(folder)!r} is a file" if folder.exists() else f"There is no folder {str(folder)!r}"
+        raise CheckpointError(f"{what}. Name the folder of a model.")
     base = adapter_base(folder)
     if base is None:
         raise CheckpointError(f"{folder / CONFIG_NAME} can't be read: it is missing. Name the folder of a model.")
@@ -245,6 +248,8 @@ def read_model_config(model: str | os.PathLike[str], **hub: Any) -> PreTrainedCo
     check_reachable(str(model), **hub)
     source: Path | str = str(model)
     if not hub.get("subfolder") and (Path(model).is_dir() or Path(model).is_file()):
+        if Path(model).is_file() and Path(model).suffix != ".json":
+            raise CheckpointError(f"{str(model)!r} is a file. Name the folder of a model, or its {CONFIG_NAME}.")
         source = Path(model) / CONFIG_NAME if Path(model).is_dir() else Path(model)
         _check_fields(source, read_config(Path(model)) if Path(model).is_dir() else read_fields(source))
     try:
@@ -543,6 +548,25 @@ def check_vocabulary(processor: Any, name: str) -> None:
         )
 
 
+@contextmanager
+def without_loading_report() -> Iterator[None]:
+    """transformers' table of missing and unexpected weights is not logged, for callers that look at what is missing.
+
+    Weights of another head are expected to be unexpected; what went wrong in a conversion is still told.
+    """
+
+    def passes(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return " LOAD REPORT" not in message or "CONVERSION" in message
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
+
+
 def load_whole(automatic: Any, name: str, *, pooler: bool = True, **kwargs: Any) -> PreTrainedModel:
     """`from_pretrained` that draws no weights at random.
 
@@ -557,7 +581,7 @@ def load_whole(automatic: Any, name: str, *, pooler: bool = True, **kwargs: Any)
         ValueError: the checkpoint lacks weights.
     """
     config = kwargs.pop("config", None) or read_model_config(name)
-    with blaming_config(automatic, config, name):
+    with blaming_config(automatic, config, name), without_loading_report():
         loaded, info = automatic.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )

@@ -53,11 +53,15 @@ class Reporter:
     def check(self) -> None:
         """Raise unless what `--json` and `--png` name can be written: before the work, not after it.
 
+        With `--quiet` no bars of other libraries are drawn from here on.
+
         Raises:
             ImportError: `png` is given and matplotlib is not installed.
             OSError: a folder is there, or no file can be made there.
             ValueError: the name of a picture does not end in `.png`.
         """
+        if self.quiet:
+            _hide_other_bars()
         if self.json not in (None, "-"):
             _check_file("--json", Path(str(self.json)))
         if self.png is not None:
@@ -86,26 +90,21 @@ class Reporter:
         _console(stderr=True).print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def show_table(self, table: Table) -> None:
-        """Print a table; no number in it is broken, however narrow the terminal."""
-        from rich.cells import cell_len
+        """Print a table as wide as the terminal; what has no room in a row stands in parts below each other."""
+        from .tables import fit_table
 
-        for column in table.columns[1:]:
-            column.min_width = max(
-                (cell_len(str(cell)) for cell in column.cells if cell is not column.header), default=1
-            )
         console = self.console
-        # Names in the first column and heads may be folded, numbers not: they may be wider than the terminal.
-        least = console.measure(table, options=console.options.update(max_width=10_000)).minimum
-        console.width = max(console.width, least)
-        console.print(table)
+        for part in fit_table(table, console):
+            console.print(part)
 
     def show_figures(self, title: str, rows: Sequence[Sequence[str]], lines: Iterable[str]) -> None:
         """Print a table of figures, whose first row is its head, and plain lines below it."""
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
-        head, *body = rows
-        table = Table(title=title, box=box.SIMPLE_HEAD)
+        head, *body = ([escape(cell) for cell in row] for row in rows)
+        table = Table(title=escape(title), box=box.SIMPLE_HEAD)
         for index, name in enumerate(head):
             table.add_column(name, justify="right" if index else "left")
         for row in body:
@@ -126,7 +125,10 @@ class Reporter:
         from rich.progress import Progress
 
         console = _console(stderr=True)
-        return Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal)
+        is_shown = console.is_terminal and not self.quiet
+        if is_shown:
+            _hide_other_bars()  # they would be drawn into this one
+        return Progress(*columns, console=console, transient=True, disable=not is_shown)
 
 
 @contextmanager
@@ -137,7 +139,8 @@ def reported() -> Iterator[None]:
     """
     try:
         _register()
-        _hide_bars_in_pipes()
+        if not sys.stderr.isatty():
+            _hide_other_bars()  # nobody sees them move
         with warnings.catch_warnings():
             # PEFT asks transformers for an attribute by its old name; who types a command can do nothing about it.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -166,12 +169,14 @@ def _show_warning(
         otherwise(message, category, filename, *place)
 
 
-def _hide_bars_in_pipes() -> None:
-    """Have transformers draw no bars where nobody sees them move."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging  # only now: the command's help needs no transformers
+def _hide_other_bars() -> None:
+    """Have transformers and its Trainer, the Hub's client and datasets draw no bars."""
+    from transformers.utils import logging  # only now: the command's help needs no transformers
 
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # datasets is imported when a data set is read, if at all
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -39,6 +39,7 @@ __all__ = [
     "EvaluationData",
     "Examples",
     "TrainingData",
+    "data_words",
     "load_data",
     "load_evaluation_data",
     "warn_about_unreadable",
@@ -289,3 +290,11 @@ def warn_about_unreadable(unreadable: Sequence[str], read: int, reporter: Report
             f"Skipped {len(unreadable)} of {len(unreadable) + read} images that can't be read; the first is "
             f"{unreadable[0]}."
         )
+
+
+def data_words(data: Sequence[str], column: str, split: str) -> list[str]:
+    """The options of a command line that name some data; a column or a split only where it is not the default."""
+    words = [word for name in data for word in ("--data", name)]
+    for option, value, default in (("--text-column", column, "text"), ("--split", split, "train")):
+        words += [option, value] if value != default else []
+    return words

@@ -76,7 +76,6 @@ def _ratios(left_out: str) -> Any:
     return typer.Option(metavar="K,K", help=f"Compression ratios k, repeated or with commas; left out: {left_out}.")
 
 
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch; in training, on each process.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda:1; left out: a GPU if there is one.")]
 Json = Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the figures as JSON; -: to standard output.")]
@@ -296,14 +295,7 @@ def doctor_command(json: Json = None, quiet: Quiet = False) -> None:
 @_command("evaluate", "Say whether a plugin pays on your data.")
 def evaluate_command(
     adapter: Plugin,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE|DIR|HUB",
-            help="Your texts: a text file with one on each line, .jsonl, data set on the Hub; for vision models a "
-            "folder of images. Repeatable.",
-        ),
-    ],
+    data: Data,
     base: Base = None,
     ratio: Annotated[list[str] | None, _ratios("those it was trained for")] = None,
     min_cosine: Annotated[
@@ -512,11 +504,18 @@ def prune_command(
         list[str] | None, typer.Option(metavar="NAME", help="Module to leave dense, likewise.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help='Calibration: plain text, or .jsonl with {"text": ..., "image": path} a line.')
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|DIR|HUB",
+            help="Calibration: text file, table (.csv, .tsv, .parquet, .json), .jsonl whose lines may name an image, "
+            "data set on the Hub; for vision models a folder of images. Repeatable.",
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of text, or records, to calibrate on.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text, records or images to calibrate on.")] = 128,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
-    batch_size: BatchSize = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows or images in a batch.")] = 8,
+    text_column: TextColumn = "text",
+    split: Split = "train",
     propagate: Annotated[
         bool,
         typer.Option(
@@ -554,7 +553,20 @@ def prune_command(
         seed=seed,
     )
     publishing = Publishing(push_to_hub, license)
-    settings = PruneSettings(model, output, config, data, samples, length, batch_size, dtype, device, publishing)
+    settings = PruneSettings(
+        model=model,
+        output=output,
+        config=config,
+        data=data or [],
+        text_column=text_column,
+        split=split,
+        samples=samples,
+        length=length,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        publishing=publishing,
+    )
     prune_model(settings, Reporter(json, None, quiet))
 
 

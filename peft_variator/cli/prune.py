@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, default_data_collator
 
 from ..bases.config import pop_quantization, read_quantization
 from ..files import check_new_folder, new_folder
@@ -18,8 +18,11 @@ from ..models import check_vocabulary, find_task, load_whole, model_class, name_
 from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune
-from ..sparsity.calibration import read_batches
+from ..sparsity.calibration import read_batches, text_batches
+from ..sparsity.sequential import Batch
+from ..training.data import TABLES, ImageFolder, check_data_name, read_texts
 from .console import Reporter, next_commands
+from .examples import data_words, warn_about_unreadable
 from .publishing import Publishing
 
 
@@ -35,7 +38,9 @@ class PruneSettings:
     model: str
     output: Path
     config: PruningConfig
-    data: Path | None
+    data: list[str]
+    text_column: str
+    split: str
     samples: int
     length: int
     batch_size: int
@@ -50,28 +55,26 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
     check_new_folder(settings.output)
     reporter.check()
     settings.publishing.check()
-    if data is not None and not data.is_file():
-        raise FileNotFoundError(f"--data: there is no file {str(data)!r}.")
-    if data is None and (method.statistics is not None or config.allocation == "ecoflap"):
+    for name in data:
+        check_data_name(name)
+    if not data and (method.statistics is not None or config.allocation == "ecoflap"):
         raise ValueError(
             f"method={method.name!r} with allocation={config.allocation!r} needs calibration data: give --data."
         )
     with tempfile.TemporaryDirectory(prefix="peft-variator-offload-") as offload_folder:
         loaded = _load(settings.model, settings.dtype, settings.device, offload_folder)
         pipeline = sentence_files(settings.model)
-        processor = _load_processor(settings.model, needed=data is not None)
+        processor = _load_processor(settings.model, needed=bool(data))
         windows = {
             "samples": settings.samples,
             "length": settings.length,
             "batch_size": settings.batch_size,
             "seed": config.seed,
         }
-        # An encoder–decoder makes its decoder's inputs of them.
-        labels = loaded.can_generate() and (config.allocation == "ecoflap" or loaded.config.is_encoder_decoder)
-        limit = count_positions(loaded.config)
-        batches = None if data is None else read_batches(data, processor, labels=labels, positions=limit, **windows)
-        report = prune(loaded, config, batches)
-        report.source.update(model=settings.model, data=None if data is None else str(data), **windows)
+        batches = _calibration(settings, loaded, processor, windows, reporter) if data else None
+        report = prune(loaded, config, batches, progress=not reporter.quiet)
+        read = (data[0] if len(data) == 1 else data) if data else None
+        report.source.update(model=settings.model, data=read, **windows)
         with new_folder(settings.output) as folder:
             loaded.save_pretrained(folder)
             if processor is not None:
@@ -80,9 +83,44 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
             report.save_json(folder / REPORT_NAME)
             settings.publishing.set_license(folder)
     reporter.write_json(report.to_json())
-    can_restore = data is not None and processor is not None and _is_of_one_tower(loaded)
+    can_restore = bool(data) and processor is not None and _is_of_one_tower(loaded)
+    if loaded.main_input_name == "pixel_values":
+        can_restore &= all(Path(name).is_dir() for name in data)  # it reads images in folders alone
     _show(report, settings, processor is not None, can_restore, reporter)
     settings.publishing.push(settings.output, reporter)
+
+
+def _calibration(
+    settings: PruneSettings, model: PreTrainedModel, processor: Any, windows: dict[str, int], reporter: Reporter
+) -> list[Batch]:
+    """Batches of all data, of every file or folder as many windows, records or images."""
+    # An encoder–decoder makes its decoder's inputs of them.
+    labels = model.can_generate() and (settings.config.allocation == "ecoflap" or model.config.is_encoder_decoder)
+    how: dict[str, Any] = {"labels": labels, "positions": count_positions(model.config)}
+    batches: list[Batch] = []
+    share, over = divmod(settings.samples, len(settings.data))
+    for index, name in enumerate(settings.data):
+        path, column = Path(name), settings.text_column
+        each: dict[str, Any] = {**windows, "samples": max(1, share + (index < over))}
+        if path.is_dir() and model.main_input_name == "pixel_values":
+            batches += _image_batches(name, processor, each, reporter)
+        elif path.is_file() and path.suffix.lower() not in TABLES.keys() - {".jsonl"}:
+            batches += read_batches(path, processor, column=column, **each, **how)
+        else:
+            texts = (f"{text}\n" for text in read_texts(name, column=column, split=settings.split))
+            batches += text_batches(texts, name, processor, **each, **how)
+    return batches
+
+
+def _image_batches(folder: str, processor: Any, windows: dict[str, int], reporter: Reporter) -> list[Batch]:
+    images = ImageFolder(folder, processor)
+    drawn, unreadable = images.draw(windows["samples"], windows["seed"])
+    if not drawn:
+        raise ValueError(f"None of the {len(images)} images in {folder} can be read. Add images.")
+    warn_about_unreadable([str(path) for path in unreadable], len(drawn), reporter)
+    size = windows["batch_size"]
+    parts = (drawn[start : start + size] for start in range(0, len(drawn), size))
+    return [default_data_collator([images[index] for index in part]) for part in parts]
 
 
 def _is_of_one_tower(model: PreTrainedModel) -> bool:
@@ -164,7 +202,8 @@ def _show(
         reporter.warn("The model has no tokenizer or processor, so none was saved with it.")
     commands: list[list[object]] = [["inspect", settings.output]]
     if can_restore:
-        words = ["--data", settings.data, "--teacher", settings.model, "--output", f"{settings.output}-adapter"]
+        words = data_words(settings.data, settings.text_column, settings.split)
+        words += ["--teacher", settings.model, "--output", f"{settings.output}-adapter"]
         commands.append(["restore", settings.output, *words])
     reporter.say(
         f"Saved to {settings.output}, with the report as {REPORT_NAME}.",

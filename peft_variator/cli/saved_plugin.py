@@ -22,7 +22,15 @@ from transformers import (
 )
 
 from ..adapter_card import AUTO_CLASSES
-from ..models import ADAPTER_CONFIG_NAME, KEY_PREFIX, check_reachable, find_task, load_config, name_some
+from ..models import (
+    ADAPTER_CONFIG_NAME,
+    KEY_PREFIX,
+    check_reachable,
+    find_task,
+    load_config,
+    name_some,
+    without_loading_report,
+)
 from ..tuners.variator import VariatorConfig
 
 
@@ -56,7 +64,8 @@ class SavedPlugin:
             ValueError: neither the base nor the plugin holds all weights.
         """
         check_reachable(self.base)
-        loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
+        with without_loading_report():
+            loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
         in_adapter = {key.removeprefix(KEY_PREFIX) for key in load_peft_weights(self.name, device="cpu")}
         missing = {key for key in info["missing_keys"] if key not in in_adapter}
         pooler = {key for key in missing if "pooler." in key}

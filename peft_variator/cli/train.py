@@ -18,7 +18,7 @@ from ..training.evaluation import measure_quality
 from ..training.model_card import PluginFacts, RatioFacts, plugin_card
 from ..tuners.variator import VariatorConfig
 from .console import Reporter, next_commands
-from .examples import TrainingData
+from .examples import TrainingData, data_words
 from .training_run import (
     RunSettings,
     check_checkpoints,
@@ -213,9 +213,8 @@ def train(job: TrainJob, reporter: Reporter) -> None:
 
 def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
     size = (job.output / "adapter_model.safetensors").stat().st_size / 1e6
-    again = [word for name in job.data for word in ("--data", name)]
-    for option, value, default in (("--text-column", job.text_column, "text"), ("--split", job.split, "train")):
-        again += [option, value] if value != default else []
+    again = data_words(job.data, job.text_column, job.split)
+    again += [] if job.task is None else ["--task", job.task]
     again += ["--ratio", ",".join(str(row.ratio) for row in facts.ratios)]
     lines = [
         f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size:.2f} MB), its model card README.md, "

@@ -6,7 +6,6 @@ import fnmatch
 import json
 import os
 import shlex
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from ..files import check_new_file, check_new_folder, new_folder, write_text
 from ..models import Task, check_model_name, check_reachable
@@ -314,7 +314,7 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
             logging_steps=max(1, settings.steps // 20),
             save_strategy="no" if settings.checkpoints is None else "steps",
             save_steps=max(1, settings.steps // 10),
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=not logging.is_progress_bar_enabled(),
             report_to="none",
             dataloader_pin_memory=not on_cpu,
             # Without these, several processes on the CPU would each train for themselves.

@@ -16,7 +16,9 @@ from transformers.image_utils import load_image
 from .sequential import Batch
 
 
-__all__ = ["check_batches", "read_batches"]
+__all__ = ["check_batches", "read_batches", "text_batches"]
+
+PIECE = 1 << 16  # characters of a file that are read at once
 
 
 def _check_tensor(number: int, key: str, value: Tensor) -> None:
@@ -53,29 +55,71 @@ def check_batches(calibration: Iterable[Batch] | None) -> list[Batch]:
     return batches
 
 
-def _text_batches(path: Path, processor: Any, samples: int, length: int, batch_size: int, seed: int) -> list[Batch]:
-    """`samples` windows of `length` tokens each, drawn without overlap, in batches without padding."""
+def text_batches(
+    texts: Iterable[str],
+    source: str,
+    processor: Any,
+    *,
+    samples: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+    labels: bool,
+    positions: int | None = None,
+) -> list[Batch]:
+    """Windows of texts one after the other, drawn without overlap, in batches without padding.
+
+    Args:
+        texts: lines or documents; no more of them is read than about 16 characters a token need.
+        source: what they are read from, for messages.
+        processor: the model's tokenizer or processor.
+        samples: number of windows.
+        length: tokens in a window.
+        batch_size: windows in a batch.
+        seed: which windows are drawn.
+        labels: add `labels` equal to `input_ids`, for a language-modelling loss.
+        positions: most tokens that the model can read, None where there is no limit.
+
+    Raises:
+        ValueError: `length` is more than the model can read, the texts are shorter than a window, or the model reads
+            no text.
+    """
+    _check_length(length, positions)
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if not callable(tokenizer) or isinstance(tokenizer, (FeatureExtractionMixin, ImageProcessingMixin)):
         raise ValueError(
-            f"{path} is read as text, but the model has a {type(processor).__name__}, which reads none. Give .jsonl "
+            f"{source} is read as text, but the model has a {type(processor).__name__}, which reads none. Give .jsonl "
             'with one {"image": path} a line.'
         )
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(16 * samples * length)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as such, or name another file.") from error
+    parts, room = [], 16 * samples * length
+    for text in texts:
+        parts.append(text[:room])
+        room -= len(text)
+        if room <= 0:
+            break
     # Not verbose: the whole text is longer than the model takes, the windows are not.
-    tokens = torch.tensor(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"], dtype=torch.long)
+    found = tokenizer("".join(parts), return_attention_mask=False, verbose=False)["input_ids"]
+    tokens = torch.tensor(found, dtype=torch.long)
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     if not len(windows):
         raise ValueError(
-            f"{path}: The text has {len(tokens)} tokens, less than one window of length={length}. Lower length, or "
+            f"{source}: The text has {len(tokens)} tokens, less than one window of length={length}. Lower length, or "
             "give more text."
         )
     chosen = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
-    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in chosen.split(batch_size)]
+    batches: list[Batch] = [
+        {"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in chosen.split(batch_size)
+    ]
+    return [_with_labels(batch, source) for batch in batches] if labels else batches
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # Windows starts files with a mark
+            while piece := file.read(PIECE):
+                yield piece
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}. Save it as such, or name another file.") from error
 
 
 def _read_records(path: Path, samples: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -95,24 +139,24 @@ def _read_records(path: Path, samples: int) -> Iterator[tuple[str, dict[str, Any
             yield where, record
 
 
-def _record_batch(where: str, record: dict[str, Any], folder: Path, processor: Any, length: int) -> Batch:
-    """One record with "text", "image" (a path beside the file) or both, as the model's processor makes it."""
+def _record_batch(where: str, record: dict[str, Any], folder: Path, processor: Any, length: int, column: str) -> Batch:
+    """One record with text, "image" (a path beside the file) or both, as the model's processor makes it."""
     inputs: dict[str, Any] = {}
-    for name in ("text", "image"):
+    for name in (column, "image"):
         value = record.get(name)
         if value is not None and not (isinstance(value, str) and value):
             raise ValueError(
-                f"{where}: {name} is {value!r}. Give {'text' if name == 'text' else 'a path'} as a string."
+                f"{where}: {name} is {value!r}. Give {'a path' if name == 'image' else 'text'} as a string."
             )
     if record.get("image") is not None:
         try:
             inputs["images"] = load_image(str(folder / record["image"]))
         except (OSError, ValueError) as error:
             raise ValueError(f"{where}: the image {record['image']!r} can't be read: {error}") from error
-    if record.get("text") is not None:
-        inputs["text"] = record["text"]
+    if record.get(column) is not None:
+        inputs["text"] = record[column]
     if not inputs:
-        raise ValueError(f'{where}: A calibration record needs "text", "image" or both, but has {sorted(record)}.')
+        raise ValueError(f'{where}: A calibration record needs "{column}", "image" or both, but has {sorted(record)}.')
     # Cutting the text of a record with an image could cut image tokens.
     cut = {} if "images" in inputs else {"truncation": True, "max_length": length}
     try:
@@ -134,6 +178,7 @@ def read_batches(
     seed: int,
     labels: bool,
     positions: int | None = None,
+    column: str = "text",
 ) -> list[Batch]:
     """Calibration batches from a file.
 
@@ -146,6 +191,7 @@ def read_batches(
         seed: which windows are drawn.
         labels: add `labels` equal to `input_ids`, for a language-modelling loss.
         positions: most tokens that the model can read, None where there is no limit.
+        column: what the text is called in the records of `.jsonl`.
 
     Raises:
         OSError: the file can't be read.
@@ -153,14 +199,13 @@ def read_batches(
             used; the message names file and line.
     """
     if path.suffix != ".jsonl":
-        _check_length(length, positions)
-        batches = _text_batches(path, processor, samples, length, batch_size, seed)
-        return [_with_labels(batch, str(path)) for batch in batches] if labels else batches
+        windows = {"samples": samples, "length": length, "batch_size": batch_size, "seed": seed}
+        return text_batches(_pieces(path), str(path), processor, labels=labels, positions=positions, **windows)
     batches = []
     for where, record in _read_records(path, samples):
         if record.get("image") is None:  # else nothing is cut
             _check_length(length, positions)
-        batch = _record_batch(where, record, path.parent, processor, length)
+        batch = _record_batch(where, record, path.parent, processor, length, column)
         batches.append(_with_labels(batch, where) if labels else batch)
     if not batches:
         raise ValueError(f"{path} has no record: give one with text, image or both a line.")

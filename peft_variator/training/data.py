@@ -18,6 +18,7 @@ from transformers.image_utils import load_image
 
 __all__ = [
     "ImageFolder",
+    "check_data_name",
     "cut_documents",
     "cut_spans",
     "read_documents",
@@ -75,9 +76,7 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
     suffix = path.suffix.lower()
     if path.is_file():
         return _column(TABLES[suffix](path), column, data) if suffix in TABLES else _lines(path)
-    if suffix in (".txt", ".md", *TABLES) or data.startswith((".", "/", "~")):
-        if not path.is_dir():
-            raise FileNotFoundError(f"There is no file {data!r}. Name a text file, or a data set on the Hub.")
+    check_data_name(data)
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
@@ -91,6 +90,17 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
     except DatasetsError as error:
         raise ValueError(f"`datasets` can't read {data!r}: {error.__cause__ or error}") from error
     return _column(records, column, data)
+
+
+def check_data_name(data: str) -> None:
+    """Raise if `data` can only be a path, and nothing is there; else it may be a data set on the Hub.
+
+    Raises:
+        FileNotFoundError: nothing is at this path.
+    """
+    is_path = Path(data).suffix.lower() in (".txt", ".md", *TABLES) or data.startswith((".", "/", "~"))
+    if is_path and not Path(data).exists():
+        raise FileNotFoundError(f"There is no file {data!r}. Name a text file, or a data set on the Hub.")
 
 
 def _lines(path: Path, newline: str | None = None) -> Iterator[str]:
@@ -360,9 +370,8 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         self.paths: list[Path] = []
         for folder in [folders] if isinstance(folders, str | Path) else folders:
             if not Path(folder).is_dir():
-                raise NotADirectoryError(
-                    f"There is no folder {str(folder)!r}. Vision models train on a folder of images."
-                )
+                what = f"{str(folder)!r} is a file" if Path(folder).exists() else f"There is no folder {str(folder)!r}"
+                raise NotADirectoryError(f"{what}. Vision models take a folder of images.")
             found = [path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise ValueError(

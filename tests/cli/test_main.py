@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import typer
 from safetensors import SafetensorError
-from transformers import LlamaForCausalLM, set_seed
+from transformers import AutoModel, LlamaForCausalLM, set_seed
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import peft_variator
 from peft_variator.cli.console import Reporter, parse_ratios, reported
 from peft_variator.cli.main import app
+from peft_variator.models import load_whole
 from peft_variator.sparsity.config import SCORE_ORDERS
 from peft_variator.sparsity.methods import METHODS
 from peft_variator.tuners.variator.decompression import DECOMPRESSIONS
@@ -262,8 +264,59 @@ def test_ratios_are_repeated_or_listed() -> None:
         parse_ratios(["2", "k"])
 
 
-def test_no_number_of_a_table_is_broken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    head = ["name of the row", *(f"a long head {index}" for index in range(6))]
-    Reporter().show_figures("title", [head, ["a" * 30, *["1,234,567.89"] * 6]], ["below"])
-    assert capsys.readouterr().out.count("1,234,567.89") == 6
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_a_table_fits_and_nothing_in_it_is_broken(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("peft_variator.cli.console.PIPE_WIDTH", width)  # as a terminal of that width
+    heads = [f"agreement before head {index}" for index in range(7)]
+    figures = [f"1,234,567.8{index}\n0.1–0.2" for index in range(7)]
+    Reporter().show_figures(
+        "title", [["row", *heads], ["a.name.of.a.module", *figures], ["total", *figures]], ["below"]
+    )
+    *lines, below = capsys.readouterr().out.splitlines()
+    printed = "\n".join(lines)
+    assert (max(map(len, lines)) <= width, below) == (True, "below")
+    for index in range(7):
+        assert printed.count(f"1,234,567.8{index}") == 2
+    assert printed.count("agreement") == 7
+    assert "…" not in printed
+
+
+def test_quiet_hides_the_bars_of_other_libraries() -> None:
+    logging.enable_progress_bar()
+    try:
+        Reporter(quiet=True).check()
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
+
+
+def test_weights_of_another_head_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_model("bert-sequence", num_hidden_layers=1).save_pretrained(tmp_path)
+    logging.enable_propagation()
+    try:
+        load_whole(AutoModel, str(tmp_path), pooler=False)
+        assert "LOAD REPORT" not in caplog.text
+        AutoModel.from_pretrained(tmp_path)
+        assert "LOAD REPORT" in caplog.text
+    finally:
+        logging.disable_propagation()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["bench", "qwen2.5-0.5"], "Did you mean 'qwen2.5-0.5b'?"),
+        (["bench", "{file}"], "is a file. Name the folder"),
+        (["train", "{file}", "--data", "{file}", "-o", "out"], "is a file. Name the folder"),
+        (["pack", "{file}", "-o", "out"], "is a file. Name the folder"),
+        (["unpack", "{file}-none", "-o", "out"], "There is no folder"),
+    ],
+)
+def test_what_is_no_model_is_told(words: list[str], told: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    done = CliRunner().invoke(app, [word.format(file=tmp_path / "notes.txt") for word in words])
+    assert done.exit_code == 1
+    assert told in done.stderr

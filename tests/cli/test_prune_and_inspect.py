@@ -12,13 +12,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, CLIPImageProcessorPil, CLIPProcessor, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    CLIPImageProcessorPil,
+    CLIPProcessor,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTModel,
+)
 from typer.testing import CliRunner
 
 from peft_variator.bases import load_base
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, SparsityReport, measure_sparsity, prune
 from peft_variator.sparsity.calibration import read_batches
+from tests.cli.saved_plugins import save_base
 from tests.sparsity.cases import make
 from tests.word_tokenizer import numbered_words, word_tokenizer
 
@@ -107,6 +115,37 @@ def test_prune_takes_every_choice(base, text, tmp_path):
     assert not config["propagate"]
     assert (config["method"], config["block_size"], config["damping"]) == ("sparsegpt", 16, 0.5)
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_prune_calibrates_on_columns_of_tables(base, text, tmp_path):
+    """Windows are those of the same text in a plain file, of every file as many."""
+    words = text.read_text().split()
+    rows = [" ".join(words[start : start + 20]) for start in range(0, len(words), 20)]
+    (tmp_path / "lines.txt").write_text("".join(f"{row}\n" for row in rows))
+    (tmp_path / "table.csv").write_text("id,body\n" + "".join(f"{index},{row}\n" for index, row in enumerate(rows)))
+    settings = ["--pattern", "2:4", *DATA]
+    assert "--text-column" in refused("prune", base, "-o", tmp_path / "x", "--data", tmp_path / "table.csv", *settings)
+    settings += ["--text-column", "body"]
+    for name, files in {"plain": ["lines.txt"], "table": ["table.csv"], "both": ["lines.txt", "table.csv"]}.items():
+        data = [word for file in files for word in ("--data", tmp_path / file)]
+        told = run("prune", base, "-o", tmp_path / name, *data, *settings)
+        assert f"{data[-1]} --text-column body --teacher {base}" in told
+    plain, table = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "table"))
+    assert all(torch.equal(plain[name], table[name]) for name in plain)
+    report = SparsityReport.load_json(tmp_path / "both" / "sparsity_report.json")
+    assert report.source["data"] == [str(tmp_path / "lines.txt"), str(tmp_path / "table.csv")]
+
+
+def test_prune_calibrates_on_a_folder_of_images(tmp_path):
+    save_base(tmp_path / "vit", "vision")
+    ViTModel.from_pretrained(tmp_path / "vit").save_pretrained(tmp_path / "vit")  # with a pooler
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        Image.new("RGB", (20, 20), (40 * index, 90, 200)).save(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "images" / "damaged.png").write_bytes(b"no image")
+    told = run("prune", tmp_path / "vit", "-o", tmp_path / "out", "--data", tmp_path / "images", "--pattern", "2:4")
+    assert "Skipped 1 of 4 images" in told
+    assert f"restore {tmp_path / 'out'} --data {tmp_path / 'images'}" in told
 
 
 @pytest.fixture
