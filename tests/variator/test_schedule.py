@@ -113,6 +113,9 @@ def test_weights_that_are_tied_to_one_ratio() -> None:
     model.set_compression_ratio(2)
     with pytest.raises(ValueError, match="concat"):
         model.set_compression_ratio(8)
+    model = scheduled(ratio_schedule={4: {"layer": 2}, 2: {"layer": 8}}, compression_ratio=4, scoring="concat")
+    with pytest.raises(ValueError, match="concat"):  # though each module was trained for a ratio of 2
+        model.set_compression_ratio(2)
 
 
 @pytest.mark.parametrize(

@@ -270,14 +270,12 @@ class VariatorLayer(PluginModule):
         rule, config = self.rules[adapter_name], self.configs[adapter_name]
         if ratio is None:
             return rule
-        if config.ratio_schedule is not None:
-            own = config.ratio_of(self.name, ratio)
-            if self.scoring(adapter_name).serves_any_ratio or own in (1, rule.ratio):
-                return rule._replace(ratio=own)
-        elif ratio == 1 or self.scoring(adapter_name).serves_any_ratio:
-            return rule._replace(ratio=ratio)
+        has_rows = config.ratio_schedule is not None
+        own = config.ratio_of(self.name, ratio) if has_rows else ratio
+        if own == 1 or self.scoring(adapter_name).serves_any_ratio:
+            return rule._replace(ratio=own)
         trained = config.compression_ratio
-        if ratio not in (trained, rule.ratio):
+        if own != rule.ratio and (has_rows or ratio != trained):
             raise ValueError(
                 f"compression_ratio={ratio}: the plugin {adapter_name!r} has scoring={config.scoring!r}, whose "
                 f"weights map {rule.ratio} concatenated vectors to {rule.ratio} scores, so it serves {trained}, as it "
