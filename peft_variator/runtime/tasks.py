@@ -182,9 +182,17 @@ class Served:
         kept = {name: rows for name, rows in found.items() if name in taken}
         return [dict(zip(kept, row, strict=True)) for row in zip(*kept.values(), strict=True)]
 
+    @property
+    def pad_id(self) -> int | None:
+        """The id that the model takes for padding; `None`: it knows none."""
+        pad_id: int | None = self.inner.config.get_text_config().pad_token_id
+        return None if pad_id is None or pad_id < 0 else pad_id
+
     def padded(self, texts: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:
         """A batch on the model's device, with its attention mask."""
-        filling = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
+        # The model's own: classifiers on causal models read the last token that is not it, whatever the mask says.
+        pad_id = self.tokenizer.pad_token_id or 0 if self.pad_id is None else self.pad_id
+        filling = {"input_ids": pad_id, "token_type_ids": self.tokenizer.pad_token_type_id}
         return pad_batch(texts, filling, side, self.inner.device)
 
 
@@ -349,7 +357,10 @@ class Classify(Task):
         return _checked_not_empty(self.served.encode(texts, max_length=self.served.max_length))
 
     def run(self, texts: Sequence[Encoded]) -> list[Tensor]:
-        return list(self.served.model(**self.served.padded(texts)).logits.float().cpu())
+        # Without an id for padding such a model can't tell which token of a padded text is the last one.
+        batches = [texts] if self.served.pad_id is not None else [[text] for text in texts]
+        logits = [self.served.model(**self.served.padded(batch)).logits for batch in batches]
+        return list(torch.cat(logits).float().cpu())
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Any:
         return Classifications(_stacked(answers, self.labels), **about)

@@ -14,7 +14,7 @@ from peft_variator.runtime import Engine, FixedRatio, QueueItem
 from peft_variator.runtime.queueing import DeadlineQueue
 from tests.tiny_models import tiny_model
 
-from .models import SENTENCES, TEXT, causal, classifier, encoder, tokenizer
+from .models import SENTENCES, TEXT, causal, classifier, encoder, plugin, tokenizer
 
 
 TOKENIZER, PLAIN = tokenizer(), tokenizer(special=False)
@@ -52,6 +52,19 @@ def test_rerank(labels: int) -> None:
     torch.testing.assert_close(result.scores, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(again.scores, wanted, atol=1e-5, rtol=0)
     assert (result.ratios, empty.scores.shape) == ([4] * 4, (0,))
+
+
+@pytest.mark.parametrize("pad_id", [7, None])
+def test_classifiers_that_look_for_the_last_token(pad_id: int | None) -> None:
+    """Their padding has another id than the tokenizer's, or none: batches give what each text gives by itself."""
+    torch.manual_seed(0)
+    model = plugin(tiny_model("llama-sequence", **TEXT | {"pad_token_id": pad_id}, num_labels=3))
+    with Engine(model, TOKENIZER, policy=FixedRatio(4), slo_ms=PATIENT) as engine:
+        found = engine.classify(SENTENCES).logits
+    inputs = [TOKENIZER(text, return_tensors="pt", return_token_type_ids=False) for text in SENTENCES]
+    with torch.no_grad():
+        wanted = torch.cat([model(**each).logits for each in inputs])
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_wrong_questions_are_refused() -> None:
