@@ -31,7 +31,7 @@ from .queueing import (
     QueuedText,
     QueueFull,
     Request,
-    check_limits,
+    checked_limits,
     checked_query,
     checked_slo,
     checked_texts,
@@ -284,10 +284,11 @@ class Engine:
     def _enter(self) -> float:
         """Take a call, which closing waits for from here on, and give its arrival; `_enqueue` has to follow."""
         self._check_open()  # a process that was forked inherits the lock as it was, maybe held for good
+        arrival = self._clock()
         with self._wake:
             self._check_open()
             self._entering += 1
-        return self._clock()
+        return arrival
 
     def _leave(self) -> None:
         with self._wake:
@@ -301,16 +302,13 @@ class Engine:
         texts: Sequence[str],
         name: str,
         options: dict[str, Any] | None = None,
-        *,
-        slo_ms: float | None = None,
-        min_quality: float | None = None,
-        max_ratio: int | None = None,
+        **limits: Any,
     ) -> Future[Any]:
         """Check a call that was taken and put its texts into the queue, all or none."""
-        try:
+        try:  # whatever is wrong with the call: closing waits until it has left
             texts = checked_texts(texts, name)
-            deadline = arrival + (self.slo_ms if slo_ms is None else checked_slo(slo_ms)) / 1000
-            check_limits(min_quality, max_ratio)
+            slo_ms, min_quality, max_ratio = checked_limits(limits)
+            deadline = arrival + (self.slo_ms if slo_ms is None else slo_ms) / 1000
             task = self._task(kind)
             encoded = task.encode(texts, **(options or {})) if texts else []
             request = Request(task, len(texts))

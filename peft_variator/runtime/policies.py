@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise, takewhile
 from operator import attrgetter
@@ -33,7 +33,8 @@ __all__ = [
 MAX_BATCH = 64
 SHORTEST_CLASS = 32  # tokens; below it padding costs next to nothing
 
-_limits = attrgetter("min_quality", "max_ratio")
+_quality = attrgetter("min_quality")
+_largest_ratio = attrgetter("max_ratio")
 _length = attrgetter("length")
 _deadline = attrgetter("deadline")
 
@@ -118,13 +119,22 @@ def _first(queue: Sequence[Waiting], count: int) -> Sequence[Waiting]:
         return list(islice(queue, count))
 
 
+def _limited_alike(items: Sequence[Waiting]) -> bool:
+    """Whether all of them have the limits of the first: counted by `list.count`, which is several times as fast as
+    comparing one by one."""
+    return all(values.count(values[0]) == len(items) for values in (list(map(of, items)) for of in _LIMITS))
+
+
+_LIMITS = (_quality, _largest_ratio)
+
+
 def _take(queue: Sequence[Waiting], k: int, ratios: Sequence[int], max_batch: int) -> tuple[int, int]:
     """The first texts that run at the same ratio, k or the next smaller one that they allow."""
     if not queue:
         return 1, 0
     front = _first(queue, max_batch)
     chosen = _effective(front[0], k, ratios)
-    if len(set(map(_limits, front))) > 1:
+    if not _limited_alike(front):
         front = list(takewhile(lambda item: _effective(item, k, ratios) == chosen, front))
     return chosen, len(front)
 
@@ -191,8 +201,8 @@ def _checked_hysteresis(value: float, below: float) -> float:
 
 
 class _Front(NamedTuple):
-    """What the first text of a queue allows, and of the texts from it on that may share its batch: the longest and the
-    most urgent up to each."""
+    """What the first text of a queue allows, and lengths and deadlines of the texts from it on that may share its
+    batch."""
 
     allowed: tuple[int, ...]
     lengths: list[int]
@@ -238,23 +248,22 @@ class _Planner(Policy):
         return allowed or (1,)
 
     def _front(self, queue: Sequence[Waiting]) -> _Front:
-        allowed, front = self._allowed(queue[0]), _first(queue, self.max_batch)
-        if len(set(map(_limits, front))) > 1:
+        front = _first(queue, self.max_batch)
+        allowed = self._allowed(front[0])
+        if not _limited_alike(front):
             front = list(takewhile(lambda item: self._allowed(item) == allowed, front))
         lengths = list(map(_length, front))
         size = self._sorted_by_length(allowed[-1], lengths) if allowed[-1] in self.ratios else len(front)
-        return _Front(
-            allowed, list(accumulate(lengths[:size], max)), list(accumulate(map(_deadline, front[:size]), min))
-        )
+        return _Front(allowed, lengths[:size], list(map(_deadline, front[:size])))
 
     def _sorted_by_length(self, k: int, lengths: list[int]) -> int:
         """How many texts of about the first one's length stand at the front, if a batch of them and one of the others
         take less than one of all, which would be padded to the longest."""
         longest = max(1 << length_class(lengths[0]), SHORTEST_CLASS)
         least = longest // 2 if longest > SHORTEST_CLASS else 0
-        count = next((index for index, length in enumerate(lengths) if not least < length <= longest), len(lengths))
-        if count == len(lengths):
-            return count
+        if least < min(lengths) and max(lengths) <= longest:
+            return len(lengths)
+        count = next((index for index, length in enumerate(lengths) if not least < length <= longest))
         latency = self.table.latency
         apart = latency(k, count, max(lengths[:count])) + latency(k, len(lengths) - count, max(lengths[count:]))
         return count if apart < latency(k, len(lengths), max(lengths)) else len(lengths)
@@ -304,65 +313,85 @@ class SlackFit(_Planner):
         allowed, lengths, deadlines = front
         now += self.reserve_ms / 1000
         latency = self.table.latency
-        waiting, count = len(queue), len(lengths)
+        waiting, count, longest, newest = len(queue), len(lengths), max(lengths), queue[-1]
         if len(allowed) == 1:
             fastest = allowed[0]
         else:
-            fastest = min(allowed, key=lambda k: latency(k, count, lengths[-1]))
+            fastest = min(allowed, key=lambda k: latency(k, count, longest))
         alone = latency(fastest, 1, lengths[0])
-        if deadlines[-1] - now < alone:
-            possible = [item.deadline for item in islice(queue, count) if item.deadline >= now + alone]
-            if not possible:
+        earliest = min(deadlines)
+        if earliest - now < alone:
+            possible = next((deadline for deadline in deadlines if deadline >= now + alone), None)
+            if possible is None:
                 return fastest, count
-            deadlines = list(accumulate((max(item.deadline, possible[0]) for item in islice(queue, count)), min))
-        slack, behind = deadlines[-1] - now, waiting - count
-        last_slack = max(queue[-1].deadline - now, slack)
-        rate, allowance = _arrivals(queue)
+            deadlines = [deadline if deadline > possible else possible for deadline in deadlines]
+            earliest = possible
+        slack, behind = earliest - now, waiting - count
+        last_slack = max(newest.deadline - now, slack)
+        rate, allowance = _arrivals(waiting, queue[0], newest)
+        prefixes: _Prefixes | None = None
         rank_of_last = self._rank.get(last, 0)
         for k in allowed:
             # Only texts that wait together make a ratio sticky: a lone one finds an idle server.
             factor = 1 + self.hysteresis if waiting > 1 and self._rank[k] < rank_of_last else 1.0
-            seconds = factor * latency(k, count, lengths[-1])
+            seconds = factor * latency(k, count, longest)
             if seconds * (1 + behind / count) > last_slack:
                 continue
             if seconds <= slack:
                 coming = int(min(rate * seconds, self.max_batch))
-                if not coming or seconds + latency(fastest, coming, lengths[-1]) <= allowance:
+                if not coming or seconds + latency(fastest, coming, longest) <= allowance:
                     return k, count
                 continue
-            size = self._largest(k, count, lengths, deadlines, now, factor)
+            prefixes = prefixes or _Prefixes.of(lengths, deadlines)
+            size = self._largest(k, prefixes, now, factor)
             if not size:
                 continue
-            part = factor * latency(k, size, lengths[size - 1])
+            part = factor * latency(k, size, prefixes.longest[size - 1])
             if part + (waiting - size) * seconds / count <= last_slack and size >= rate * part:
                 return k, size
-        size = self._largest(fastest, count, lengths, deadlines, now, 1.0)
+        prefixes = prefixes or _Prefixes.of(lengths, deadlines)
+        size = self._largest(fastest, prefixes, now, 1.0)
         # Batches that are smaller than what comes meanwhile would make everybody late, not only the oldest.
-        if not size or size < rate * latency(fastest, size, lengths[size - 1]):
+        if not size or size < rate * latency(fastest, size, prefixes.longest[size - 1]):
             return fastest, count
         return fastest, size
 
-    def _largest(
-        self, k: int, count: int, lengths: list[int], deadlines: list[float], now: float, factor: float
-    ) -> int:
+    def _largest(self, k: int, prefixes: _Prefixes, now: float, factor: float) -> int:
         """The most texts from the front that end by the most urgent deadline among them, 0 if not even one does."""
-        latency = self.table.latency
-        low, high = 0, count + 1
+        latency, (longest, earliest) = self.table.latency, prefixes
+        low, high = 0, len(longest) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            if now + factor * latency(k, middle, lengths[middle - 1]) <= deadlines[middle - 1]:
+            if now + factor * latency(k, middle, longest[middle - 1]) <= earliest[middle - 1]:
                 low = middle
             else:
                 high = middle
         return low
 
 
-def _arrivals(queue: Sequence[Waiting]) -> tuple[float, float]:
+class _Prefixes(NamedTuple):
+    """Of the first texts of a batch up to each: the longest, and the most urgent deadline."""
+
+    longest: list[int]
+    earliest: list[float]
+
+    @classmethod
+    def of(cls, lengths: list[int], deadlines: list[float]) -> _Prefixes:
+        return cls(_running(max, lengths), _running(min, deadlines))
+
+
+def _running(extreme: Callable[..., Any], values: list[Any]) -> list[Any]:
+    """The largest or smallest value up to each, mostly the first: a queue stands in the order of deadlines."""
+    if extreme(values) == values[0]:
+        return values[:1] * len(values)
+    return list(accumulate(values, extreme))
+
+
+def _arrivals(waiting: int, first: Waiting, newest: Waiting) -> tuple[float, float]:
     """Texts that come in a second, as far as the queue tells, and the seconds that the newest was given."""
-    newest, oldest = queue[-1].arrival, queue[0].arrival
-    allowance = queue[-1].deadline - newest
+    passed = newest.arrival - first.arrival
     # One text, or all of them at once, tell nothing about more to come.
-    return ((len(queue) - 1) / (newest - oldest) if newest > oldest else 0.0), allowance
+    return ((waiting - 1) / passed if passed > 0 else 0.0), newest.deadline - newest.arrival
 
 
 class Oracle(_Planner):
@@ -393,8 +422,8 @@ class Oracle(_Planner):
 
     def _plan(self, now: float, queue: Sequence[Waiting], last: int, front: _Front) -> tuple[int, int]:
         allowed, lengths, _ = front
-        count = len(lengths)
-        seconds = {k: self.table.latency(k, count, lengths[-1]) for k in allowed}
+        count, longest = len(lengths), max(lengths)
+        seconds = {k: self.table.latency(k, count, longest) for k in allowed}
         fastest = min(allowed, key=lambda k: seconds[k])
         least = self._late(now, queue, count, seconds[fastest], fastest)
         for k in allowed:

@@ -8,7 +8,7 @@ import logging
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from heapq import merge
@@ -32,7 +32,7 @@ __all__ = [
     "QueueFull",
     "QueuedText",
     "Request",
-    "check_limits",
+    "checked_limits",
     "checked_query",
     "checked_slo",
     "checked_texts",
@@ -168,13 +168,18 @@ def _checked_float(name: str, value: Any) -> float:
         raise ValueError(f"{name} is an integer that is larger than every float; give a smaller number.") from error
 
 
-def check_limits(min_quality: Any, max_ratio: Any) -> None:
-    """Check what a call asks of the ratio.
+def checked_limits(limits: Mapping[str, Any]) -> tuple[float | None, float | None, int | None]:
+    """What a call asks for by the names in [`Limits`]: `slo_ms`, `min_quality` and `max_ratio`, `None` for those that
+    it leaves out.
 
     Raises:
-        TypeError: a limit is not of its type.
+        TypeError: a limit is not of its type, or there is none of its name.
         ValueError: it is out of range.
     """
+    unknown = sorted({*limits} - {*Limits.__annotations__})
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no option of a call; there are {', '.join(Limits.__annotations__)}.")
+    slo_ms, min_quality, max_ratio = (limits.get(name) for name in ("slo_ms", "min_quality", "max_ratio"))
     if min_quality is not None:
         if isinstance(min_quality, bool) or not isinstance(min_quality, Real):
             raise TypeError(f"min_quality={min_quality!r} has to be a number or None.")
@@ -185,6 +190,7 @@ def check_limits(min_quality: Any, max_ratio: Any) -> None:
             raise TypeError(f"max_ratio={max_ratio!r} has to be an integer or None.")
         if max_ratio < 1:
             raise ValueError(f"max_ratio={max_ratio} has to be at least 1, the base itself.")
+    return None if slo_ms is None else checked_slo(slo_ms), min_quality, max_ratio
 
 
 class _View(Sequence[Item]):
@@ -216,13 +222,20 @@ class _View(Sequence[Item]):
             found: list[Item] = []
             for group in self._groups:
                 if len(found) < stop:
-                    # Sorting the heads of some lanes is faster than merging them item by item.
-                    heads = (lane[: stop - len(found)] for lane in group)
-                    found += sorted(chain.from_iterable(heads), key=_deadline)[: stop - len(found)]
-            return found[start:stop]
+                    found += _heads(group, stop - len(found))
+            return found[start:stop] if start else found
         if index in (-1, self._length - 1):
             return max((lane[-1] for lane in self._groups[-1]), key=_deadline)
+        if index == 0:
+            return min((lane[0] for lane in self._groups[0]), key=_deadline)
         return next(islice(self, range(self._length)[index], None))
+
+
+def _heads(lanes: Sequence[list[Item]], count: int) -> list[Item]:
+    """The most urgent items of some lanes. Sorting their heads is faster than merging them item by item."""
+    if len(lanes) == 1:
+        return lanes[0][:count]
+    return sorted(chain.from_iterable(lane[:count] for lane in lanes), key=_deadline)[:count]
 
 
 class DeadlineQueue(Generic[Item]):
@@ -267,14 +280,20 @@ class DeadlineQueue(Generic[Item]):
     def take(self, count: int) -> list[Item]:
         """Remove the first `count` items of the view, or as many as have the limits of the first."""
         first = self._first()
-        taken = list(islice(_View([[self._lanes[first]], self._alike(first)]), count))
+        taken = self._lanes[first][:count]
+        others = _heads(self._alike(first), count - len(taken)) if len(taken) < count else []
+        self._drop(first, len(taken))
         # Every lane is in order, so what is taken of it stands at its front.
-        for level, number in Counter(length_class(item.length) for item in taken).items():
-            lane = self._lanes[first[0], level]
-            del lane[:number]
-            if not lane:
-                del self._lanes[first[0], level]
-        return taken
+        for level, number in Counter(length_class(item.length) for item in others).items():
+            self._drop((first[0], level), number)
+        return taken + others
+
+    def _drop(self, key: _Key, count: int) -> None:
+        """Remove the first items of a lane, and the lane if it is empty then."""
+        lane = self._lanes[key]
+        del lane[:count]
+        if not lane:
+            del self._lanes[key]
 
     def remove(self, unwanted: Callable[[Item], bool]) -> list[Item]:
         """Remove the items that are unwanted, and give them back."""

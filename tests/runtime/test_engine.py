@@ -148,11 +148,15 @@ def test_what_is_no_list_of_texts_is_refused(engine: Engine, texts: Any) -> None
         {"max_ratio": 0},
         {"max_ratio": 2.5},
         {"max_ratio": True},
+        {"max_k": 2},
     ],
 )
 def test_wrong_options_are_refused(engine: Engine, options: dict[str, Any]) -> None:
+    """And are no reason for closing, which the fixture does, to wait for a call that never comes."""
     with pytest.raises((TypeError, ValueError), match=next(iter(options))):
         engine.embed(["a"], **options)
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        asyncio.run(engine.aembed(["a"], **options))
     assert engine.metrics.requests == 0
 
 
