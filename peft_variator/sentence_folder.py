@@ -120,26 +120,39 @@ def read_recipe(model: str) -> EmbeddingRecipe:
     if not isinstance(modules, list):
         return EmbeddingRecipe()
     poolings: tuple[str, ...] = ()
-    normalize, unknown = False, []
+    normalize, unknown, max_length = False, [], None
     for module in modules:
         kind = module["type"].rpartition(".")[2]
         settings = _read(model, f"{module['path']}/config.json".lstrip("/")) or {}
-        if kind == "Pooling":
+        if kind == "Transformer":
+            settings = _transformer_settings(model, module["path"])
+            max_length = settings.get("max_seq_length")
+            unknown += ["Transformer(do_lower_case=True)"] if settings.get("do_lower_case") else []
+        elif kind == "Pooling":
             poolings = _poolings(settings)
             unknown += [] if settings.get("include_prompt", True) else ["Pooling(include_prompt=False)"]
             unknown += [name for name in poolings if name not in POOLINGS]
         elif kind == "Normalize":
             normalize = True
-        elif kind != "Transformer":
+        else:
             unknown.append(kind)
     general = _read(model, "config_sentence_transformers.json") or {}
     return EmbeddingRecipe(
         poolings=poolings or ("mean",),
         normalize=normalize,
-        max_length=(_read(model, "sentence_bert_config.json") or {}).get("max_seq_length"),
+        max_length=max_length,
         prompt=(general.get("prompts") or {}).get(general.get("default_prompt_name")) or "",
         unknown=tuple(unknown),
     )
+
+
+def _transformer_settings(model: str, folder: str) -> Mapping[str, Any]:
+    """What sentence-transformers keeps of a transformer: older files have the name of the architecture."""
+    names = (f"{folder}/sentence_{kind}_config.json".lstrip("/") for kind in _ARCHITECTURES)
+    return next((found for name in names if (found := _read(model, name)) is not None), {})
+
+
+_ARCHITECTURES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 
 
 def _poolings(settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ from .tasks import (
     Served,
     Task,
     has_plugin,
+    is_sentence_transformer,
     unwrap,
 )
 
@@ -156,7 +157,7 @@ class Engine:
             raise TypeError(f"max_length={max_length!r} has to be an integer or None.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} has to be at least 1.")
-        if isinstance(unwrap(self.model), nn.Sequential):  # what a SentenceTransformer is
+        if is_sentence_transformer(self.model):
             if tokenizer is not None or max_length is not None:
                 raise ValueError(
                     "A SentenceTransformer brings its own tokenizer and max_seq_length: leave out tokenizer and "

@@ -15,7 +15,7 @@ from heapq import merge
 from itertools import chain, islice
 from numbers import Real
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, cast, overload
 
 from ..field_types import is_whole
 from .policies import Policy, Waiting, length_class
@@ -179,7 +179,7 @@ def checked_limits(limits: Mapping[str, Any]) -> tuple[float | None, float | Non
     unknown = sorted({*limits} - {*Limits.__annotations__})
     if unknown:
         raise TypeError(f"{unknown[0]!r} is no option of a call; there are {', '.join(Limits.__annotations__)}.")
-    slo_ms, min_quality, max_ratio = (limits.get(name) for name in ("slo_ms", "min_quality", "max_ratio"))
+    slo_ms, min_quality, max_ratio = (cast(Any, limits.get(name)) for name in ("slo_ms", "min_quality", "max_ratio"))
     if min_quality is not None:
         if isinstance(min_quality, bool) or not isinstance(min_quality, Real):
             raise TypeError(f"min_quality={min_quality!r} has to be a number or None.")
@@ -321,9 +321,10 @@ def take_batch(policy: Policy, queue: DeadlineQueue[Item], now: float, last: int
     view = queue.view()
     first = view[0]
     ratio, count = policy.choose(now, view, last)
-    if count < 1 or (first.max_ratio is not None and ratio > first.max_ratio):
+    whole = is_whole(ratio) and is_whole(count)
+    if not whole or count < 1 or (first.max_ratio is not None and ratio > first.max_ratio):
         raise ValueError(
-            f"The policy {type(policy).__name__} chose k = {ratio} for {count} texts; it has to choose at least one "
-            f"text, and a ratio that it allows (max_ratio={first.max_ratio})."
+            f"The policy {type(policy).__name__} chose k = {ratio!r} for {count!r} texts; it has to choose integers: "
+            f"at least one text, and a ratio that it allows (max_ratio={first.max_ratio})."
         )
-    return ratio, queue.take(count)
+    return int(ratio), queue.take(int(count))

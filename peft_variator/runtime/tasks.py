@@ -6,6 +6,7 @@ Texts go in, and one answer a text comes out, whichever batch it ran in.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ __all__ = [
     "has_plugin",
     "is_causal",
     "is_one_of",
+    "is_sentence_transformer",
     "unwrap",
 ]
 
@@ -58,6 +60,24 @@ Encoded = dict[str, list[int]]
 def unwrap(model: nn.Module) -> nn.Module:
     """What a PeftModel was put around, with the plugin in it; any other model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_sentence_transformer(model: nn.Module) -> bool:
+    """Whether a model is a `SentenceTransformer`, also inside of a PeftModel.
+
+    Raises:
+        TypeError: it is another chain of modules, such as a `CrossEncoder`.
+    """
+    inside, library = unwrap(model), sys.modules.get("sentence_transformers")
+    if not isinstance(inside, nn.Sequential):
+        return False
+    if library is None or not isinstance(inside, library.SentenceTransformer):
+        raise TypeError(
+            f"{type(inside).__name__} is a chain of modules that is not served as it is. Give the model of "
+            "transformers inside of it, with its tokenizer: Engine(encoder.transformers_model, encoder.tokenizer) for "
+            "a CrossEncoder, whose scores are then logits."
+        )
+    return True
 
 
 def find_transformer(model: nn.Module) -> PreTrainedModel:
@@ -174,10 +194,7 @@ class Served:
         with self.lock:
             found = self.tokenizer(*columns, return_attention_mask=False, verbose=False, **cutting)
         if any(each.overflowing for each in found.encodings or ()):  # `None` of tokenizers in Python
-            warnings.warn(
-                f"Texts of more than {max_length} tokens are cut to that: the model answers about their beginning.",
-                stacklevel=2,
-            )
+            _warn_about_cut(cast(int, max_length))
         taken = inspect.signature(type(self.inner).forward).parameters
         kept = {name: rows for name, rows in found.items() if name in taken}
         return [dict(zip(kept, row, strict=True)) for row in zip(*kept.values(), strict=True)]
@@ -307,18 +324,36 @@ class EmbedSentences(Task):
         for row, mask in enumerate(features["attention_mask"].bool()):
             encoded.append(_SentenceEncoding({name: value[row][mask].tolist() for name, value in columns.items()}))
             encoded[-1].shared = shared
+        self._tell_if_cut(texts, encoded)
         return _checked_not_empty(encoded)
+
+    def _tell_if_cut(self, texts: list[str], encoded: Sequence[Encoded]) -> None:
+        """Look again at texts that are as long as the model takes; the library does not say which it has cut."""
+        most: int | None = self.sentences.max_seq_length
+        if most is None:
+            return
+        whole = [
+            (self.prompt or "") + text
+            for text, tokens in zip(texts, encoded, strict=True)
+            if len(tokens["input_ids"]) >= most
+        ]
+        if whole:
+            with self.served.lock:
+                found = self.served.tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+            if max(map(len, found)) > most:
+                _warn_about_cut(most)
 
     def run(self, texts: Sequence[Encoded]) -> list[Tensor]:
         shared = texts[0].shared  # type: ignore[attr-defined]
         side = getattr(self.served.tokenizer, "padding_side", "right")
         features: dict[str, Any] = {**shared, **self.served.padded(texts, side)}
         mask = features["attention_mask"]
-        if self.pooling is None and self.normalize is None:
-            return list(self.sentences(features)["sentence_embedding"].float().cpu())
-        return list(self._through_modules(features, mask).float().cpu())
+        as_they_are = self.pooling is None and self.normalize is None
+        features = self.sentences(features) if as_they_are else self._through_modules(features, mask)
+        vectors = features["sentence_embedding"][:, : self.sentences.truncate_dim]
+        return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).float().cpu())
 
-    def _through_modules(self, features: dict[str, Any], mask: Tensor) -> Tensor:
+    def _through_modules(self, features: dict[str, Any], mask: Tensor) -> dict[str, Any]:
         from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
         for module in self.sentences:
@@ -326,8 +361,7 @@ class EmbedSentences(Task):
                 features["sentence_embedding"] = pool(features["token_embeddings"], mask, self.pooling)
             elif not isinstance(module, Normalize) or self.normalize is None:
                 features = module(features)
-        vectors = features["sentence_embedding"]
-        return to_length_one(vectors, dim=-1) if self.normalize else vectors
+        return features
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
         return Embeddings(_stacked(answers, self.width or 0), **about)
@@ -443,6 +477,12 @@ class Prefill(Task):
             cache.update(keys, values, index)
         vocabulary = inner.config.get_text_config().vocab_size
         return Prefilled(_stacked([row for row, _ in answers], vocabulary), cache, mask, **about)
+
+
+def _warn_about_cut(most: int) -> None:
+    warnings.warn(
+        f"Texts of more than {most} tokens are cut to that: the model answers about their beginning.", stacklevel=3
+    )
 
 
 def _stacked(rows: list[Tensor], *shape: int) -> Tensor:

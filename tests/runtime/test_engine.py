@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +32,7 @@ from peft_variator.runtime import (
     SlackFit,
 )
 
-from .models import SENTENCES, encoder, made_table, tokenizer
+from .models import SENTENCES, classifier, encoder, made_table, tokenizer
 
 
 TOKENIZER = tokenizer()
@@ -602,3 +605,47 @@ def test_what_only_sentence_transformers_can_is_told(folder: Path) -> None:
         engine.embed(["a"])
     with Engine(model, TOKENIZER, pooling="mean", normalize=True) as engine:
         assert engine.embed(["a"]).embeddings.shape == (1, 32)
+
+
+def test_the_limits_of_a_sentence_transformer(folder: Path) -> None:
+    """It may cut texts, which is told, and vectors, before they are scaled to length 1."""
+    from sentence_transformers import SentenceTransformer
+
+    sentences = SentenceTransformer(str(folder / "cls"), device="cpu", truncate_dim=8)
+    sentences.max_seq_length = 7
+    wanted = torch.tensor(sentences.encode(SENTENCES))
+    with Engine(sentences) as engine, pytest.warns(UserWarning, match="more than 7 tokens"):
+        found = engine.embed(SENTENCES)
+    torch.testing.assert_close(found.embeddings, wanted, atol=1e-5, rtol=0)
+    assert found.lengths == [7, 7, 7, 3]
+    with Engine(sentences, normalize=True) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error")  # texts that just fit are not cut
+        found = engine.embed(SENTENCES[1::2])
+    torch.testing.assert_close(found.embeddings.norm(dim=1), torch.ones(2))
+    assert found.embeddings.shape == (2, 8)
+
+
+def test_a_cross_encoder_is_served_by_its_parts(tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    classifier(1).unload().save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    ranker = sentence_transformers.CrossEncoder(str(tmp_path), device="cpu")
+    with pytest.raises(TypeError, match=r"encoder\.transformers_model"):
+        Engine(ranker)
+    pairs = [("a b", "c d e"), ("a b", "f")]
+    with Engine(ranker.transformers_model, ranker.tokenizer) as engine:
+        scores = engine.rerank("a b", [document for _, document in pairs]).scores
+    wanted = ranker.predict(pairs, activation_fn=torch.nn.Identity(), convert_to_tensor=True)
+    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_folder_that_lowers_texts_is_for_sentence_transformers_alone(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    shutil.copytree(folder / "cls", tmp_path / "lowered")
+    settings = tmp_path / "lowered" / "sentence_bert_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": True}))
+    settings.rename(settings.with_name("sentence_roberta_config.json"))
+    model = AutoModel.from_pretrained(tmp_path / "lowered")
+    with Engine(model, TOKENIZER) as engine, pytest.raises(ValueError, match="do_lower_case"):
+        engine.embed(["A"])
