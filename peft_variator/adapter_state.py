@@ -24,13 +24,16 @@ from torch import Tensor, nn
 
 from .adapter_card import CardContent, write_card
 from .compat import (
+    adapter_folder_of_save,
     before_upload,
     check_load_maps,
+    is_saved_before_weights,
     key_mapping_while_loading,
     mark_without_adapters,
     needs_generation,
 )
 from .field_types import check_field_types, check_regex, shown
+from .files import replacing
 from .models import KEY_PREFIX as _PREFIX
 from .models import name_some
 
@@ -212,13 +215,22 @@ class SavedConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As `PeftConfig.save_pretrained`, which every way of saving an adapter calls; writes or renews the card.
 
+        The file appears whole, and last where PEFT saves the adapter: without it, an adapter can't be loaded.
+
         Raises:
             ValueError: a field was set to a value that could not be loaded again.
         """
         self.check()
         mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
-        super().save_pretrained(save_directory, **kwargs)
-        write_card(save_directory, self.card(mapping.get("base_model_class")))
+        if os.path.isfile(save_directory):
+            raise NotADirectoryError(f"{str(save_directory)!r} is a file. Name a folder to save the adapter to.")
+        if is_saved_before_weights(save_directory):
+            for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):  # of an earlier adapter, which this config is not of
+                Path(save_directory, name).unlink(missing_ok=True)
+        with replacing(Path(save_directory, ADAPTER_CONFIG_NAME)) as temporary:
+            super().save_pretrained(str(temporary.parent), **kwargs)
+            os.replace(temporary.with_name(ADAPTER_CONFIG_NAME), temporary)  # behind a link it has another name
+            write_card(save_directory, self.card(mapping.get("base_model_class")))
 
     def card(self, class_name: str | None) -> CardContent:
         """What the card of an adapter with this configuration says.
@@ -269,11 +281,21 @@ class TidyTuner(BaseTuner):
         self.peft_config = model.peft_config = NamedConfigs(self.peft_config)  # type: ignore[assignment]  # as PEFT
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """What PEFT saves of an adapter: the moment at which `push_to_hub` has asked for it."""
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """What PEFT saves of an adapter: the moment at which `push_to_hub` has asked for it.
+
+        It is also the last one before the tensors of an adapter that is in the folder are written over. Its config
+        goes, so that what a process leaves that is killed before it wrote the new one can't be loaded.
+        """
         if isinstance(model, PeftModel):
             before_upload(model, _renew_card)
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        folder = adapter_folder_of_save(adapter_name)
+        if folder is not None:
+            Path(folder, ADAPTER_CONFIG_NAME).unlink(missing_ok=True)
+        return found
 
     @contextmanager
     def injecting(self, adapter_name: str) -> Iterator[None]:

@@ -13,12 +13,16 @@ peft:
   To go when PEFT reads the file first.
 - The frames of `PeftModelForCausalLM.__init__` and `PeftModelForSeq2SeqLM.__init__`: they ask the base how it
   generates after the adapter is in, and fail with what is in it. To go when they ask first.
+- The frame of `PeftModel.save_pretrained`, and `save_directory` and `is_main_process` in it: it writes the tensors
+  over those of an adapter that was there, then the config over its config, and a process that is killed in between
+  leaves one's tensors with the other's config. To go when PEFT replaces an adapter whole.
 - The frame of `set_peft_model_state_dict`, and `state_dict`, `name` and `model` in it: it raises KeyError for a tensor
   of a module to save that is missing, before a tuner sees the tensors. To go when the tuner sees them first.
 
 transformers:
 - `transformers.PreTrainedModel._hf_peft_config_loaded`: `add_adapter` sets it before it injects anything, and leaves
   it set when that fails; to go when transformers takes it back itself.
+- The frame of `PreTrainedModel.save_pretrained`, and `save_directory` in it: as PEFT's above, with the config first.
 - `_gradient_checkpointing_func` of stacks and blocks, set by `gradient_checkpointing_enable`: what a block is computed
   with, and again with in the backward. Watch `GradientCheckpointingLayer`.
 - `Trainer._load_best_model`, overridden: transformers looks for the best adapter where one named "default" is saved,
@@ -52,6 +56,7 @@ torch:
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Collection, Mapping
 from types import CodeType, FrameType
 from typing import Any, TypeGuard
@@ -65,6 +70,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
 
 
 __all__ = [
@@ -72,6 +78,7 @@ __all__ = [
     "BestModelLoader",
     "BufferDict",
     "TorchDispatchMode",
+    "adapter_folder_of_save",
     "add_peft_type",
     "are_operators_watched",
     "backward_id",
@@ -82,6 +89,7 @@ __all__ = [
     "include_all_linear_layers",
     "is_plain_linear",
     "is_quantized_tensor",
+    "is_saved_before_weights",
     "keep_from_fused_operator",
     "keep_quantized_modules",
     "key_mapping_while_loading",
@@ -148,6 +156,21 @@ def _code_of(function: Callable[..., Any]) -> CodeType | None:
     """The code of a function or method, below what other programs may have put around it."""
     inner = inspect.unwrap(function)
     return getattr(getattr(inner, "__func__", inner), "__code__", None)
+
+
+def adapter_folder_of_save(adapter_name: str) -> str | None:
+    """The folder to which `PeftModel.save_pretrained` is about to write an adapter; `None`: this process does not."""
+    frame = _frame_of({_code_of(PeftModel.save_pretrained)})
+    if frame is None or not frame.f_locals["is_main_process"]:
+        return None
+    folder = os.fspath(frame.f_locals["save_directory"])
+    return folder if adapter_name == "default" else os.path.join(folder, adapter_name)
+
+
+def is_saved_before_weights(folder: str | os.PathLike[str]) -> bool:
+    """Whether transformers is saving an adapter to a folder: the config that is written now, and then the tensors."""
+    frame = _frame_of({_code_of(PreTrainedModel.save_pretrained)})
+    return frame is not None and os.fspath(frame.f_locals["save_directory"]) == os.fspath(folder)
 
 
 def needs_generation() -> bool:

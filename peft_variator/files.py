@@ -22,7 +22,8 @@ __all__ = ["check_new_file", "check_new_folder", "new_folder", "replacing", "rep
 
 # Temporary names are made of the first letters of the real one, which may itself be as long as a name can be.
 PREFIX_LENGTH = 40
-# A temporary folder is locked right after it was made; younger ones may not be yet.
+# A temporary folder is locked right after it was made, and then renamed to say so; one that is not may still be new.
+_LOCKED = "-locked"
 _SURELY_LOCKED_SECONDS = 60.0
 
 
@@ -106,8 +107,10 @@ def _check_parents(target: Path) -> None:
         if len(os.fsencode(name)) > longest:
             raise OSError(f"The name {name!r} is too long: at most {longest} bytes are allowed. Shorten it.")
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=parent):
-            pass  # rights alone don't tell: file systems may be full or read-only, and root may write anywhere
+        # Rights alone don't tell: file systems may be full or read-only, and root may write anywhere. The file has no
+        # name, where the system can do that, so that a kill leaves nothing.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
     except OSError as error:
         raise type(error)(
             f"{str(target)!r} can't be written: {str(parent)!r} is not yours to write to ({error.strerror})."
@@ -176,6 +179,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     _remove_leftovers(target)
     temporary = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}partial-", dir=target.parent))
     lock = _lock(temporary)
+    if lock is not None:
+        temporary = temporary.rename(f"{temporary}{_LOCKED}")
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
         yield temporary
@@ -186,11 +191,12 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary folders of killed processes: those of this name that are a minute old and that nobody holds."""
-    name = re.compile(re.escape(f"{_prefix(target)}partial-") + r"[a-z0-9_]{8}")
+    """Remove temporary folders of killed processes: those of this name that were locked and that nobody holds now."""
+    name = re.compile(re.escape(f"{_prefix(target)}partial-") + rf"[a-z0-9_]{{8}}({_LOCKED})?")
     with suppress(OSError):  # of others, or gone meanwhile: they take room and do no harm
         for folder in target.parent.iterdir():
-            if name.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > _SURELY_LOCKED_SECONDS:
+            found = name.fullmatch(folder.name)
+            if found and (found[1] or time.time() - folder.stat().st_mtime > _SURELY_LOCKED_SECONDS):
                 lock = _lock(folder)
                 if lock is not None:
                     shutil.rmtree(folder, ignore_errors=True)

@@ -91,22 +91,25 @@ def test_an_earlier_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> N
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be locked there")
 def test_what_killed_processes_left_goes_away_and_nothing_else(tmp_path: Path) -> None:
-    """What another process is filling, what is new, and what only looks alike stay."""
+    """What another process is filling, what is new and was not locked yet, and what only looks alike stay."""
     killed, held, new = (tmp_path / f".out.partial-{letter * 8}" for letter in "abc")
+    killed_now, held_now = (tmp_path / f".out.partial-{letter * 8}-locked" for letter in "de")
     others = [tmp_path / name for name in (".out.partial-backup", ".out.backup12", ".outer.partial-aaaaaaaa")]
-    for folder in (killed, held, new, *others):
+    for folder in (killed, held, new, killed_now, held_now, *others):
         folder.mkdir()
         (folder / "file").touch()
-        if folder is not new:
+        if folder not in (new, killed_now, held_now):
             os.utime(folder, (0, 0))
-    program = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); input()"
+    lock = "[fcntl.flock(os.open(path, 0), 2) for path in sys.argv[1:]]"
+    program = f"import fcntl, os, sys; {lock}; print(flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program, str(held)], **pipes) as process:  # type: ignore[call-overload]
+    words = [sys.executable, "-c", program, str(held), str(held_now)]
+    with subprocess.Popen(words, **pipes) as process:  # type: ignore[call-overload]
         process.stdout.readline()
         with new_folder(tmp_path / "out"):
             pass
         process.communicate(b"\n")
-    assert names(tmp_path) == sorted(["out", *(folder.name for folder in (held, new, *others))])
+    assert names(tmp_path) == sorted(["out", *(folder.name for folder in (held, new, held_now, *others))])
 
 
 def test_an_earlier_folder_comes_back_after_a_kill_between_the_two(tmp_path: Path) -> None:
@@ -116,3 +119,17 @@ def test_an_earlier_folder_comes_back_after_a_kill_between_the_two(tmp_path: Pat
         (folder / "missing").read_text()
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "earlier"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes cannot be killed so there")
+def test_a_process_that_is_killed_leaves_nothing_after_the_next(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nsys.argv[0] = 'peft-variator'\n"  # which imports nothing heavy
+        "from peft_variator.files import new_folder\n"
+        "with new_folder(sys.argv[1]) as folder:\n    (folder / 'half').touch()\n    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True)
+    assert len(names(tmp_path)) == 1
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert names(tmp_path) == ["out"]

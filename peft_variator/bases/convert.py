@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..adapter_card import set_license
 from ..bitmask import mask_width
 from ..files import check_new_folder, write_text
 from ..models import CONFIG_NAME, CheckpointError, build_empty, model_class, read_config, read_model_config
@@ -88,6 +89,7 @@ def pack_checkpoint(
     targets: Iterable[str] | None = None,
     ignore: Iterable[str] = (),
     on_progress: OnProgress = lambda done, total: None,
+    license: str | None = None,
 ) -> ConversionReport:
     """Pack the 2:4 linear layers of a model folder into a new folder that `from_pretrained` loads.
 
@@ -100,6 +102,7 @@ def pack_checkpoint(
         targets: layers that have to be 2:4, see `Sparse24Config`; None packs those that are.
         ignore: layers to leave as they are.
         on_progress: called with the bytes done and those there are.
+        license: identifier of the license to name in README.md; None leaves it as it is.
 
     Raises:
         CheckpointError: nothing is 2:4, something is not that has to be, or a weight is missing; the message names
@@ -118,7 +121,7 @@ def pack_checkpoint(
     pieces = [planned_piece(weight) for weight in planned if weight.action != "keep"]
     packed = (weight.module for weight in planned if weight.becomes_packed)
     config = folder.packed_config(layers_left_dense(model, folder.checkpoint, packed))
-    return rewrite(folder, output, pieces, config, {"task": "pack"}, on_progress)
+    return rewrite(folder, output, pieces, config, {"task": "pack"}, on_progress, license)
 
 
 def unpack_checkpoint(
@@ -333,6 +336,7 @@ def rewrite(
     config: dict[str, Any],
     job: dict[str, Any],
     on_progress: OnProgress,
+    license: str | None = None,
 ) -> ConversionReport:
     """Write the pieces, and all other tensors and files of the source as they are, to a new folder.
 
@@ -346,6 +350,7 @@ def rewrite(
         config: the new config.json.
         job: what else decides what is written, to tell one run from another.
         on_progress: see `OnProgress`.
+        license: identifier of the license to name in README.md; None leaves it as it is.
 
     Raises:
         FileExistsError: `output` exists and is not empty.
@@ -353,7 +358,8 @@ def rewrite(
     """
     files = [source.path / CONFIG_NAME, *source.checkpoint.files]
     pipeline = sentence_files(str(source.path))
-    stage = StagedFolder(output, {"source": file_states(files), "config": config, **job})
+    job = {"source": file_states(files), "config": config, **job} | ({"license": license} if license else {})
+    stage = StagedFolder(output, job)
     every = pieces + _copy_pieces(source.checkpoint, pieces)
     total = sum(_source_bytes(piece) for piece in every)
     done, weight_map = 0, {}
@@ -382,6 +388,8 @@ def rewrite(
         write_notice(stage.path)
     else:
         drop_notice(stage.path)
+    if license is not None:
+        set_license(stage.path, license)
     names |= {README_NAME} if (stage.path / README_NAME).exists() else set()
     write_text(stage.path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     stage.finish(names)

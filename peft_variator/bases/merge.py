@@ -61,6 +61,7 @@ def merge_checkpoint(
     output: str | os.PathLike[str],
     packed: bool | None = None,
     on_progress: OnProgress = lambda done, total: None,
+    license: str | None = None,
 ) -> MergeReport:
     """Put a SparseLoRA adapter into its base, W ← (W + s·B·A) ⊙ M (arXiv 2404.02424), in a new model folder.
 
@@ -77,6 +78,7 @@ def merge_checkpoint(
         packed: write the packed form, or the dense one, whose config.json says nothing of sparsity; None keeps the
             form of the base.
         on_progress: called with the bytes done and those there are.
+        license: identifier of the license to name in README.md; None leaves it as it is.
 
     Raises:
         CheckpointError: a file is damaged; the adapter is none of SparseLoRA, does not fit the base or was made for
@@ -102,7 +104,7 @@ def merge_checkpoint(
             )
         config = folder.packed_config(layers_left_dense(merge.model, folder.checkpoint, merge.packed_layers.values()))
     job = {"task": "merge", "adapter": file_states(located.files), "packed": packed}
-    report = rewrite(folder, output, pieces, config, job, on_progress)
+    report = rewrite(folder, output, pieces, config, job, on_progress, license)
     return MergeReport(
         **vars(report),
         merged=len(located.modules),

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from transformers import AutoConfig
 
 from ..bases import MergeReport, merge_checkpoint, pack_checkpoint, unpack_checkpoint
-from ..bases.convert import ConversionReport, OnProgress
+from ..bases.convert import ConversionReport
 from ..models import check_model_name, model_class
 from ..tuners.variator.released import convert_checkpoint
 from .console import Reporter, next_commands
@@ -37,7 +37,7 @@ def pack(
     reporter: Reporter,
 ) -> None:
     """Pack the 2:4 layers of a model on disk; see [`pack_checkpoint`]."""
-    run = partial(pack_checkpoint, source, output, target, ignore)
+    run = partial(pack_checkpoint, source, output, target, ignore, license=publishing.license)
     _convert("Packing", run, lambda report: [_NOTICE, *_describe_conversion(report, True)], publishing, reporter)
 
 
@@ -51,13 +51,13 @@ def merge(
     base: Path, adapter: Path, output: Path, packed: bool | None, publishing: Publishing, reporter: Reporter
 ) -> None:
     """Merge a SparseLoRA adapter on disk into its base on disk; see [`merge_checkpoint`]."""
-    run = partial(merge_checkpoint, base, adapter, output, packed)
+    run = partial(merge_checkpoint, base, adapter, output, packed, license=publishing.license)
     _convert("Merging", run, _describe_merge, publishing, reporter)
 
 
 def _convert(
     label: str,
-    convert: Callable[[OnProgress], Report],
+    convert: Callable[..., Report],
     describe: Callable[[Report], list[str]],
     publishing: Publishing,
     reporter: Reporter,
@@ -69,10 +69,9 @@ def _convert(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     ) as progress:
         task = progress.add_task(label, total=None)
-        report = convert(lambda done, total: progress.update(task, completed=done, total=total))
+        report = convert(on_progress=lambda done, total: progress.update(task, completed=done, total=total))
     reporter.write_json(json.dumps(asdict(report), indent=2, default=str))
     reporter.say(*describe(report))
-    publishing.set_license(report.output)
     publishing.push(report.output, reporter)
 
 
@@ -128,8 +127,7 @@ def convert_released(
     publishing.check()
     if base is not None:
         check_model_name(base)
-    report = convert_checkpoint(checkpoint, output, base, residual_scale)
-    publishing.set_license(output)
+    report = convert_checkpoint(checkpoint, output, base, residual_scale, publishing.license)
     reporter.write_json(json.dumps(asdict(report), indent=2))
     reporter.say(
         f"Wrote {report.output}: a plugin of {report.parameters:,} parameters for the encoder of a T5 with "

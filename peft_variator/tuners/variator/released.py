@@ -13,6 +13,7 @@ from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoConfig, T5Config, T5ForConditionalGeneration
 
+from ...adapter_card import set_license
 from ...files import new_folder
 from ...models import KEY_PREFIX
 from .config import VariatorConfig
@@ -82,7 +83,11 @@ class ConvertedPlugin:
 
 
 def convert_checkpoint(
-    checkpoint: str | Path, output: str | Path, base: str | None = None, residual_scale: float | None = None
+    checkpoint: str | Path,
+    output: str | Path,
+    base: str | None = None,
+    residual_scale: float | None = None,
+    license: str | None = None,
 ) -> ConvertedPlugin:
     """Convert a plugin file of the paper's authors (thunlp/Compression-Plugin) to an adapter for T5's encoder.
 
@@ -97,6 +102,7 @@ def convert_checkpoint(
         residual_scale: how many times larger the hidden states on the base's residual stream are than those of the
             model that the plugin was trained on. `None`: 100 at the sizes of t5-small, t5-base and t5-large, which
             ModelCenter divides by it, and else 1.
+        license: identifier of the license to name in the card.
 
     Raises:
         FileExistsError: a file or a folder that is not empty is at `output`.
@@ -117,6 +123,8 @@ def convert_checkpoint(
             state[f"{KEY_PREFIX}{_NETWORK.format(layer)}.{part}"] = tensor
     with new_folder(output) as folder:
         _save(state, shape, base, folder)
+        if license is not None:
+            set_license(folder, license)
     return ConvertedPlugin(
         output=str(output),
         base=base,
