@@ -96,14 +96,13 @@ class CompensatedLinear(SummedMap, PluginModule):
         if is_plain_linear(base) and self._pays_to_sum(inputs, base.weight, down, up):
             return linear(inputs, torch.addmm(base.weight, up, down), base.bias)
         output = self.base_layer(inputs, *args, **kwargs)
-        if (
-            inputs.dim() > 1
-            and inputs.dtype == output.dtype == down.dtype == up.dtype
-            and not torch.is_autocast_enabled(output.device.type)
-        ):
+        if inputs.dim() > 1 and inputs.dtype == output.dtype and not torch.is_autocast_enabled(output.device.type):
             # Of flat tensors: few operators, which is what a call on a short text consists of.
-            inner = torch.mm(inputs.flatten(0, -2), down.t())
-            return torch.addmm(output.flatten(0, -2), inner, up.t()).view(output.shape)
+            inner, flat = torch.mm(inputs.flatten(0, -2), down.t().to(inputs.dtype)), output.flatten(0, -2)
+            up = up.t().to(inputs.dtype)
+            if is_plain_linear(base) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return flat.addmm_(inner, up).view(output.shape)  # a plain map's output is nobody else's
+            return torch.addmm(flat, inner, up).view(output.shape)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
 
     def current_update(self) -> tuple[str, Tensor, Tensor] | None:
