@@ -189,7 +189,7 @@ def load_config(model: str) -> PreTrainedConfig:
         close = [name for name in SHAPES if name.startswith(model.lower())] or get_close_matches(model.lower(), SHAPES)
         if close:
             raise OSError(f"Did you mean {' or '.join(map(repr, close))}? {error}") from error
-        raise OSError(f"{error} {model!r} is none of the known shapes either: {', '.join(SHAPES)}.") from error
+        raise OSError(f"{model!r} is none of the known shapes ({', '.join(SHAPES)}). {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def convert_released(
     """Convert a released plugin file and tell; see [`convert_checkpoint`]."""
     reporter.check()
     publishing.check()
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"There is no file {str(checkpoint)!r}. Name a plugin file, saved by torch.")
     if base is not None:
         check_model_name(base)
     report = convert_checkpoint(checkpoint, output, base, residual_scale, publishing.license)

@@ -21,6 +21,7 @@ from ..few_tokens.compiled import find_compiler, load_product
 from ..profiling import describe_environment
 from ..triton_support import triton_state
 from ..tuners.variator.fused import FUSED_WIDTH
+from ..version import __version__
 from .console import Reporter
 
 
@@ -95,6 +96,12 @@ def doctor(reporter: Reporter) -> None:
     for name in outside:
         found = versions[name]
         reporter.warn(f"{name} {found.installed or 'is missing'}: outside of the tested range {found.tested}.")
+    recorded = _installed(PACKAGE)
+    if recorded not in (None, __version__):
+        reporter.warn(
+            f"{PACKAGE} was installed as {recorded} and is {__version__} now: the tested ranges above are those of "
+            f"{recorded}. Install it again, by `pip install --editable .` where it was installed so."
+        )
     facts = {
         "versions": {name: asdict(found) for name, found in versions.items()},
         "in_tested_range": not outside,
@@ -109,7 +116,7 @@ def doctor(reporter: Reporter) -> None:
 
 def _versions() -> dict[str, Version]:
     """This package and what it requires, extras left out."""
-    found = {PACKAGE: Version(_installed(PACKAGE), "", True)}
+    found = {PACKAGE: Version(__version__, "", True)}
     for text in requires(PACKAGE) or ():
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

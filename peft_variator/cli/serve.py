@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..files import check_new_file
-from ..models import load_config
+from ..models import read_model_config
 from .console import Reporter
 from .saved_plugin import open_plugin
 
@@ -42,7 +42,7 @@ def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
     for name in ("slo_ms", "timeout"):
         if not 0 < settings[name] < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {settings[name]}; it has to be above 0, and finite.")
-    load_config(settings["model"])
+    read_model_config(settings["model"])
     if settings["adapter"] is not None:
         open_plugin(settings["adapter"], settings["model"])
     if settings["table"] is not None and not Path(settings["table"]).exists():

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from peft_variator.cli import doctor
 from peft_variator.cli.main import app
 from peft_variator.few_tokens.compiled import load_product
+from peft_variator.version import __version__
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +62,11 @@ def test_a_version_outside_of_the_tested_range(monkeypatch: pytest.MonkeyPatch) 
     assert facts["in_tested_range"] is False
     assert facts["versions"]["peft"] == {"installed": "99.0", "tested": "<0.22,>=0.21.2", "in_range": False}
     assert "peft 99.0" in told
+
+
+def test_metadata_of_an_earlier_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.0.1" if name == "peft-variator" else kept(name))
+    facts, _, told = asked("--quiet")
+    assert facts["versions"]["peft-variator"]["installed"] == __version__
+    assert "0.0.1" in told
