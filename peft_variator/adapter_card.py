@@ -121,7 +121,9 @@ def pipeline_tag(class_name: str | None, task_type: str | None = None) -> str | 
     return None
 
 
-def measured(measure: str, value: float, ratio: int | None = None, task: str | None = None) -> EvalResult:
+def measured(
+    measure: str, value: float, ratio: int | None = None, task: str | None = None, name: str | None = None
+) -> EvalResult:
     """A result for the metadata of a card, measured on held-out data.
 
     Args:
@@ -129,6 +131,7 @@ def measured(measure: str, value: float, ratio: int | None = None, task: str | N
         value: what was measured.
         ratio: compression ratio k that it was measured at.
         task: the Hub's name of what the model does.
+        name: the measure in words; `None`: those of its name.
     """
     at = "" if ratio is None else f" at k = {ratio}"
     return EvalResult(
@@ -136,7 +139,7 @@ def measured(measure: str, value: float, ratio: int | None = None, task: str | N
         dataset_type=HELD_OUT,
         dataset_name="held-out examples of the training data",
         metric_type=measure,
-        metric_name=f"{measure.replace('_', ' ')}{at}",
+        metric_name=f"{name or measure.replace('_', ' ')}{at}",
         metric_value=round(float(value), 6),
     )
 

@@ -16,7 +16,12 @@ from huggingface_hub import (
     parse_safetensors_file_metadata,
     snapshot_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    SafetensorsParsingError,
+)
 from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo, validate_repo_id
 from safetensors import SafetensorError
 
@@ -138,6 +143,11 @@ def _in_folder(name: str, folder: Path, revision: str | None = None) -> ModelFil
 def _on_the_hub(name: str, revision: str | None) -> ModelFiles:
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{name!r} is no folder here, and no repository on the Hub that you may see: "
+            f"{error.server_message or error}. A private one needs `hf auth login` or HF_TOKEN."
+        ) from error
     except (HfHubHTTPError, ValueError) as error:
         if isinstance(error, ValueError) or error.response.status_code < 500:  # the Hub has answered
             raise
@@ -158,11 +168,14 @@ def _in_cache(name: str, revision: str | None, reason: Exception) -> ModelFiles:
     return _in_folder(name, Path(folder), revision)
 
 
-def check_push(repo_id: str) -> None:
+def check_push(repo_id: str) -> str:
     """Raise unless a folder can be pushed to a repository: before the work, not after it.
 
     Args:
         repo_id: name of the repository, `"user/name"`.
+
+    Returns:
+        The repository's whole name: without an owner it is of whose token it is.
 
     Raises:
         OSError: the Hub can't be reached, or refuses the token, or there is none.
@@ -170,7 +183,8 @@ def check_push(repo_id: str) -> None:
     """
     validate_repo_id(repo_id)
     with _errors_of_the_hub(f"Nothing can be pushed to {repo_id!r}"):
-        HfApi().whoami()
+        user = HfApi().whoami()["name"]
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
 def push_folder(folder: str | Path, repo_id: str, message: str) -> str:

@@ -54,6 +54,7 @@ __all__ = [
     "check_model_name",
     "check_reachable",
     "check_vocabulary",
+    "download_hint",
     "find_task",
     "has_decoder",
     "has_weights",
@@ -186,9 +187,13 @@ def load_config(model: str) -> PreTrainedConfig:
     try:
         return read_model_config(model)
     except OSError as error:
-        close = [name for name in SHAPES if name.startswith(model.lower())] or get_close_matches(model.lower(), SHAPES)
+        close = [name for name in SHAPES if name.startswith(model.lower())] or get_close_matches(
+            model.lower(), SHAPES, cutoff=0.5
+        )
         if close:
             raise OSError(f"Did you mean {' or '.join(map(repr, close))}? {error}") from error
+        if "/" in model:  # as no name of a shape
+            raise
         raise OSError(f"{model!r} is none of the known shapes ({', '.join(SHAPES)}). {error}") from error
 
 
@@ -202,11 +207,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         return read_fields(folder / CONFIG_NAME)
     if not folder.is_dir():
         what = f"{str(folder)!r} is a file" if folder.exists() else f"There is no folder {str(folder)!r}"
-        raise CheckpointError(f"{what}. Name the folder of a model.")
+        raise CheckpointError(f"{what}. Name the folder of a model.{download_hint(folder)}")
     base = adapter_base(folder)
     if base is None:
         raise CheckpointError(f"{folder / CONFIG_NAME} can't be read: it is missing. Name the folder of a model.")
     raise CheckpointError(f"{str(folder)!r} holds an adapter and no model. Name its base model{base}.")
+
+
+def download_hint(path: str | os.PathLike[str]) -> str:
+    """For what is no path here, but may be a name on the Hub: how to have it in a folder; `""` for others."""
+    parts = Path(path).parts
+    if Path(path).exists() or len(parts) != 2 or str(path).startswith((".", "~", os.sep)):
+        return ""
+    return f" One on the Hub has to be fetched first: hf download {path} --local-dir {parts[-1]}"
 
 
 def adapter_base(folder: str | os.PathLike[str]) -> str | None:

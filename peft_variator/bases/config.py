@@ -248,7 +248,7 @@ NOTICE = """
 not know the format: it warns of an "unknown quantization type" and fills the layers with **random numbers**.
 
 ```python
-import peft_variator  # pip install peft_variator
+import peft_variator  # pip install peft-variator
 from transformers import AutoModel  # or the class for your task
 
 model = AutoModel.from_pretrained("this folder")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..adapter_card import set_license
 from ..hub import check_push, push_folder
+from ..models import ADAPTER_CONFIG_NAME, read_fields
 from .console import Reporter
 
 
@@ -37,10 +38,9 @@ class Publishing:
                 "cc-by-4.0; other for any that has none."
             )
 
-    def check(self) -> None:
-        """Raise unless it can be published: before the work, not after it; see [`check_push`]."""
-        if self.repo is not None:
-            check_push(self.repo)
+    def check(self) -> str | None:
+        """The whole name of the repository; raises unless it can be published: before the work, not after it."""
+        return None if self.repo is None else check_push(self.repo)
 
     def set_license(self, folder: Path) -> None:
         """Name the license in the card of a folder."""
@@ -61,5 +61,12 @@ class Publishing:
             again = shlex.join(["hf", "upload", self.repo, str(folder)])
             raise OSError(f"{error} To push it later: {again}") from error
         reporter.say(f"Pushed to {url}.")
+        config = folder / ADAPTER_CONFIG_NAME
+        base = read_fields(config).get("base_model_name_or_path") if config.is_file() else None
+        if isinstance(base, str) and Path(base).exists():
+            reporter.warn(
+                f"The adapter names a folder of this machine as its base, {base!r}: others can't load it by that. "
+                f"Push the base, too, and put its name on the Hub into {ADAPTER_CONFIG_NAME}."
+            )
         if self.license is None:
             reporter.warn("No license is named, so nobody may use it. Name one in README.md, or with --license.")

@@ -221,6 +221,7 @@ def _show(job: RestoreJob, facts: RestoredFacts, reporter: Reporter) -> None:
 def _next_steps(job: RestoreJob, facts: RestoredFacts) -> list[str]:
     """How to merge it, which keeps every zero: the command, which reads models in folders alone, else Python."""
     if not Path(job.model).is_dir():
-        return ["Next, in Python:", *("  " + line for line in facts.code if line)]
+        here = replace(facts, name=str(job.output))
+        return ["Next, in Python:", *("  " + line for line in here.code if line)]
     merged = f"{job.output}-merged"
     return next_commands(["merge", job.model, job.output, "--output", merged], ["inspect", merged])

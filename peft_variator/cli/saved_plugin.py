@@ -106,12 +106,21 @@ def open_plugin(name: str, base: str | None = None) -> SavedPlugin:
         ValueError: it is no Variator plugin, or nothing names its base.
     """
     check_reachable(name, ADAPTER_CONFIG_NAME)
+    if Path(name).is_file():
+        raise NotADirectoryError(f"{name!r} is a file. Name the folder that a plugin was saved to.")
     if Path(name).is_dir() and not Path(name, ADAPTER_CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{name!r} has no {ADAPTER_CONFIG_NAME}. Name the folder that a plugin was saved to.")
     try:
         config = PeftConfig.from_pretrained(name)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name!r}: its adapter_config.json is no JSON: {error}.") from error
+    except ValueError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise FileNotFoundError(  # the Hub has answered that it has none
+            f"{name!r} is no folder here, and no repository on the Hub with an {ADAPTER_CONFIG_NAME} that you may "
+            "see. Name a plugin; a private repository needs `hf auth login` or HF_TOKEN."
+        ) from error
     if not isinstance(config, VariatorConfig):
         method = PeftType(config.peft_type).value
         raise ValueError(f"{name!r} has the method {method}, not a Variator plugin. Name a plugin.")

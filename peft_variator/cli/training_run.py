@@ -108,7 +108,7 @@ class RunSettings:
             )
         _check_device(self.device)
         check_reachable(self.model)  # after what needs no network
-        self.publishing.check()
+        self.push_to_hub = self.publishing.check()
 
     @property
     def publishing(self) -> Publishing:

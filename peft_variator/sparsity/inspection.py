@@ -20,6 +20,7 @@ from ..models import (
     CheckpointError,
     adapter_base,
     build_empty,
+    download_hint,
     model_class,
     read_fields,
     read_model_config,
@@ -85,7 +86,10 @@ def _files(path: Path) -> list[Path]:
     if path.is_file() and path.suffix == ".safetensors":
         return [path]
     if not path.exists():
-        raise ValueError(f"{str(path)!r} does not exist. Give a directory with safetensors files, or one such file.")
+        raise ValueError(
+            f"{str(path)!r} does not exist. Give a directory with safetensors files, or one such file."
+            f"{download_hint(path)}"
+        )
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
         names = sorted(set(read_index(indices[0]).values()))

@@ -280,7 +280,10 @@ def restored_card(facts: RestoredFacts, license: str | None = None) -> ModelCard
             pipeline_tag=task,
             license=license,
             name=f"SparseLoRA adapter for {facts.base}",
-            results=[measured(part, value, task=task) for part, value in facts.losses["restored"].items()],
+            results=[
+                measured(part, value, task=task, name=LOSS_NAMES[part])
+                for part, value in facts.losses["restored"].items()
+            ],
         )
     )
 

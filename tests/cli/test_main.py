@@ -309,6 +309,10 @@ def test_weights_of_another_head_are_not_reported(tmp_path: Path, caplog: pytest
     ("words", "told"),
     [
         (["bench", "qwen2.5-0.5"], "Did you mean 'qwen2.5-0.5b'?"),
+        (["bench", "bertt"], "Did you mean 'bert-base'"),
+        (["merge", "someone/model", "adapter", "-o", "out"], "hf download someone/model --local-dir model"),
+        (["inspect", "someone/model"], "hf download someone/model --local-dir model"),
+        (["evaluate", "{file}", "--data", "{file}"], "is a file. Name the folder"),
         (["bench", "{file}"], "is a file. Name the folder"),
         (["train", "{file}", "--data", "{file}", "-o", "out"], "is a file. Name the folder"),
         (["pack", "{file}", "-o", "out"], "is a file. Name the folder"),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.cli.saved_plugins import save_base
+
 from .server import TOKEN, Hub
 
 
@@ -220,3 +222,16 @@ def test_a_push_that_fails_keeps_the_folder_and_says_how_to_go_on(hub: Hub, tmp_
     assert done.returncode == 1
     assert f"hf upload someone/later {tmp_path / 'packed'}" in done.stderr
     assert (tmp_path / "packed" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_name_without_an_owner_is_of_who_pushes(hub: Hub, tmp_path: Path) -> None:
+    """The card names the repository as others find it; a base that they can't find is told of."""
+    save_base(tmp_path / "model", "encoder")
+    (tmp_path / "texts.txt").write_text("w1 w2 w3 w4 w5 " * 100)
+    words = ["train", tmp_path / "model", "--data", tmp_path / "texts.txt", "--steps", "1", "--max-length", "16"]
+    made = [*words, "-o", tmp_path / "plugin", "--push-to-hub", "made-here"]
+    done = attempt(hub, tmp_path / "home", "-m", "peft_variator", *made)
+    assert done.returncode == 0, done.stderr
+    assert "'someone/made-here'" in hub.files("someone/made-here")["README.md"].decode()
+    assert f"a folder of this machine as its base, '{tmp_path / 'model'}'" in done.stderr
