@@ -7,6 +7,7 @@ Modalities are read from the model's own structure: every `PreTrainedModel` insi
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,6 +205,18 @@ def _check_matched(model: nn.Module, wanted: list[str] | str, prunable: list[Pru
         )
 
 
+def _warn_of_unmatched(unwanted: list[str] | str, prunable: list[PrunableModule]) -> None:
+    """An entry of exclude_modules that leaves nothing out is a wrong name, or one that this model does not have."""
+    for item in [unwanted] if isinstance(unwanted, str) else unwanted:
+        entry: list[str] | str = item if isinstance(unwanted, str) else [item]
+        if not any(is_named(target.name, entry) for target in prunable):
+            warnings.warn(
+                f"exclude_modules: {item!r} matches no Linear or Conv1D of the model, so nothing is left out for it. A "
+                "list has whole names or their last parts; a string is a regular expression for the whole name.",
+                stacklevel=4,
+            )
+
+
 def _check_weight(target: PrunableModule) -> None:
     if isinstance(target.module, Sparse24Linear):
         raise ValueError(
@@ -258,6 +271,8 @@ def find_targets(model: nn.Module, config: PruningConfig) -> list[PrunableModule
     prunable = find_prunable(model, config.modality_modules)
     if config.target_modules is not None:
         _check_matched(model, config.target_modules, prunable)
+    if config.exclude_modules is not None:
+        _warn_of_unmatched(config.exclude_modules, prunable)
     _check_modalities(config, prunable)
     has_stacks = any(target.in_stack for target in prunable)
     wanted = [target for target in prunable if _is_wanted(target, config, has_stacks)]

@@ -246,6 +246,19 @@ def test_excluded_modules_stay_dense(exclude_modules):
     assert (model.model.layers[0].mlp.down_proj.weight != 0).all()
 
 
+def test_a_name_that_excludes_nothing_is_warned_of():
+    model, batches = make("llama")
+    config = PruningConfig("magnitude", sparsity=0.5, exclude_modules=["q_proj", "donw_proj", "layers.0"])
+    with pytest.warns(UserWarning, match="exclude_modules") as caught:
+        prune(model, config, batches, progress=False)
+    texts = [str(warning.message) for warning in caught]
+    assert [any(name in text for text in texts) for name in ("q_proj'", "donw_proj", "layers.0")] == [
+        False,
+        True,
+        True,
+    ]
+
+
 def test_the_head_is_pruned_when_named():
     model, batches = make("llama")
     report = prune(model, PruningConfig(sparsity=0.5, modalities=["head"]), batches, progress=False)
