@@ -211,8 +211,8 @@ def _warn_of_unmatched(unwanted: list[str] | str, prunable: list[PrunableModule]
         entry: list[str] | str = item if isinstance(unwanted, str) else [item]
         if not any(is_named(target.name, entry) for target in prunable):
             warnings.warn(
-                f"exclude_modules: {item!r} matches no Linear or Conv1D of the model, so nothing is left out for it. A "
-                "list has whole names or their last parts; a string is a regular expression for the whole name.",
+                f"exclude_modules: {item!r} matches no Linear or Conv1D of the model, so nothing is left out for it. "
+                "A list has whole names or their last parts; a string is a regular expression for the whole name.",
                 stacklevel=4,
             )
 
