@@ -50,9 +50,7 @@ def load_plugin(
     prefix = _prefix_of(path)
     weights = load_peft_weights(path, device="cpu")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    mapping = _find_renaming(
-        _adapted_modules(weights, prefix), {name for name, _ in base.named_modules() if name}, path
-    )
+    mapping = _find_renaming(weights, prefix, {name for name, _ in base.named_modules() if name}, path)
     with undone_on_error(model):
         if isinstance(model, PeftModel):
             model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
@@ -85,8 +83,9 @@ def _adapted_modules(names: Iterable[str], prefix: str) -> set[str]:
     return {found[1] for name in names if (found := pattern.match(name))}
 
 
-def _find_renaming(adapted: set[str], modules: set[str], path: str) -> dict[str, str]:
+def _find_renaming(keys: Iterable[str], prefix: str, modules: set[str], path: str) -> dict[str, str]:
     """What to replace at the start of the adapted modules' names, as PEFT's `key_mapping`; empty if nothing."""
+    adapted = _adapted_modules(keys, prefix)
     if adapted and adapted <= modules:
         return {}
     beginnings = {_beginnings(name, module) for name in sorted(adapted)[:1] for module in modules}
@@ -98,9 +97,10 @@ def _find_renaming(adapted: set[str], modules: set[str], path: str) -> dict[str,
     if len(fitting) != 1:
         places = "in several places: " + ", ".join(repr(new) for _, new in fitting) if fitting else "nowhere"
         unknown = min(adapted - modules, default="(none)")
+        key = next((key for key in keys if unknown in _adapted_modules([key], prefix)), "no tensor at all")
         raise ValueError(
-            f"The adapter in {path} belongs to modules such as {unknown!r}, which fit this model {places}. Load it "
-            "onto the model, or the part of a model, that it was trained with."
+            f"The adapter in {path} belongs to modules such as {unknown!r} ({key}), which fit this model {places}. "
+            "Load it onto the model, or the part of a model, that it was trained with."
         )
     old, new = fitting[0]
     # Only the adapted modules are moved: a head that was saved with the adapter keeps its name.

@@ -133,6 +133,32 @@ def test_another_base_is_refused_when_loading(tmp_path) -> None:
     assert list(base.state_dict()) == names
 
 
+class Nested(nn.Module):
+    """The name of one module is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.mlp = nn.Linear(4, 4), nn.ModuleDict({"up": nn.Linear(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp["up"](self.up(x))
+
+
+def test_each_module_gets_the_mask_that_was_made_for_it(tmp_path) -> None:
+    model = get_peft_model(Nested(), SparseLoraConfig(mask="stored", target_modules=["up"]))
+    attach_masks(model, {name: torch.rand(4, 4) > 0.5 for name in ("up", "mlp.up")})
+    x = torch.randn(2, 4)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(Nested(), tmp_path)(x), model(x))
+    tensors = load_file(tmp_path / FILE)
+    key = "base_model.model.mlp.up.sparse_low_rank_source"
+    save_file(tensors | {key: tensors[key].flip(0)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match=re.escape(key)) as raised:
+        PeftModel.from_pretrained(Nested(), tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
 def test_another_base_is_refused_with_transformers_load_adapter(tmp_path) -> None:
     make("bert").save_pretrained(tmp_path)
     model = other_base()

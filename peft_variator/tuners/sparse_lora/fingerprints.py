@@ -51,6 +51,8 @@ def matches_fingerprint(stored: torch.Tensor, weight: torch.Tensor) -> bool:
     expected = stored.cpu().view(torch.float64)
     found = fingerprint(weight).cpu().view(torch.float64)
     resolution = max(expected[0].item(), found[0].item())
+    if not 0 < resolution <= torch.finfo(torch.bfloat16).eps:
+        return False  # no dtype of a weight is coarser: the numbers are none that `fingerprint` gave
     tolerance = 1e-9 if expected[0] == found[0] else 2 * resolution
     return bool(((expected[1:] - found[1:]).abs() <= tolerance * expected[1]).all())
 

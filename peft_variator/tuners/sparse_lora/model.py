@@ -176,7 +176,7 @@ class SparseLoraModel(TidyTuner):
         with cls.loading(model, adapter_name, config):
             whole = check_adapter_state(model, adapter_name, state_dict, config.source)
             if config.mask == "stored" and not whole:
-                _check_sources(_layers_of(_base_model(model), adapter_name), adapter_name, state_dict)
+                _check_sources(_layers_of(_base_model(model), adapter_name), adapter_name, state_dict, config.source)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _layers(self) -> list[SparseLoraLayer]:
@@ -328,14 +328,22 @@ def _record_base(config: SparseLoraConfig, adapter_name: str, layers: Mapping[st
 
 
 def _check_sources(
-    layers: Mapping[str, SparseLoraLayer], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+    layers: Mapping[str, SparseLoraLayer],
+    adapter_name: str,
+    state_dict: Mapping[str, torch.Tensor],
+    folder: str | None,
 ) -> None:
     """Check that the stored masks in a state dict were made for the weights of these layers."""
     for name, layer in layers.items():
-        source = next(value for key, value in state_dict.items() if key.endswith(f"{name}.sparse_low_rank_source"))
-        if source.any() and layer.base_weight() is not None:
-            with layer._onloaded():
-                layer.check_source(adapter_name, source)
+        # The shortest: the name of one module may be the end of another's.
+        key = min((key for key in state_dict if key.endswith(f"{name}.sparse_low_rank_source")), key=len)
+        if state_dict[key].any() and layer.base_weight() is not None:
+            try:
+                with layer._onloaded():
+                    layer.check_source(adapter_name, state_dict[key])
+            except ValueError as error:
+                where = "" if folder is None else f" of the adapter in {folder}"
+                raise ValueError(f"{key}{where}: {error}") from error
 
 
 def _refuse_shared_weight(layer: SparseLoraLayer, owners: list[str]) -> None:
