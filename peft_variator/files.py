@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,10 +19,22 @@ except ImportError:  # Windows, where what killed processes leave behind stays
     fcntl = None  # type: ignore[assignment]
 
 
-__all__ = ["check_new_file", "check_new_folder", "new_folder", "replacing", "replacing_folder", "write_text"]
+__all__ = [
+    "check_new_file",
+    "check_new_folder",
+    "is_of_full_disk",
+    "naming_full_disk",
+    "new_folder",
+    "replacing",
+    "replacing_folder",
+    "replacing_with",
+    "write_text",
+]
 
 # Temporary names are made of the first letters of the real one, which may itself be as long as a name can be.
 PREFIX_LENGTH = 40
+# A full disk, a quota, and a limit of a file's size; Windows has no quotas of that name.
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 # A temporary folder is locked right after it was made, and then renamed to say so; one that is not may still be new.
 _LOCKED = "-locked"
 _SURELY_LOCKED_SECONDS = 60.0
@@ -42,6 +55,52 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary = folder / target.name
         yield temporary
         os.replace(temporary, target)
+
+
+@contextmanager
+def replacing_with(path: str | Path, others: Mapping[str, bytes]) -> Iterator[Path]:
+    """Like `replacing`, for a file that is of no use without others beside it: it is never with those of another.
+
+    Where others have to change, the file at `path` is away while they do: a process that is killed meanwhile leaves
+    none there. An error leaves all as it was.
+
+    Args:
+        path: the file to write.
+        others: contents of the other files, by name; they are in the folder of `path`.
+    """
+    target, folder = Path(os.path.realpath(path)), Path(path).absolute().parent
+    with _temporary_folder(target) as temporary:
+        new = temporary / target.name
+        yield new
+        before = {name: _content(folder / name) for name in others}
+        changed = {name: content for name, content in others.items() if before[name] != content}
+        earlier = Path(tempfile.mkdtemp(dir=temporary)) / target.name
+        try:
+            if changed and target.exists():
+                os.replace(target, earlier)
+            for name, content in changed.items():
+                _set_content(folder / name, content)
+            os.replace(new, target)
+        except BaseException:
+            if new.exists():  # else all is done
+                for name in changed:
+                    _set_content(folder / name, before[name])
+                if earlier.exists():
+                    os.replace(earlier, target)
+            raise
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _set_content(path: Path, content: bytes | None) -> None:
+    """Give a file this content, whole; `None`: there is no file."""
+    if content is None:
+        path.unlink(missing_ok=True)
+    elif _content(path) != content:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -109,11 +168,11 @@ def _check_parents(target: Path) -> None:
     try:
         # Rights alone don't tell: file systems may be full or read-only, and root may write anywhere. The file has no
         # name, where the system can do that, so that a kill leaves nothing.
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(b"1")
     except OSError as error:
         raise type(error)(
-            f"{str(target)!r} can't be written: {str(parent)!r} is not yours to write to ({error.strerror})."
+            f"{str(target)!r} can't be written: no file can be made in {str(parent)!r} ({error.strerror})"
         ) from error
 
 
@@ -172,6 +231,39 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
 
 
+def is_of_full_disk(error: BaseException) -> bool:
+    """Whether an error came of a full disk, a quota or a limit of sizes, in whatever library it was raised."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    # Libraries in Rust and C++ have the number, or what it means, in their text alone; torch says that a write failed.
+    text = str(error)
+    told = any(f"os error {number})" in text or os.strerror(number) in text for number in _FULL)
+    return told or any(sign in text for sign in ("PytorchStreamWriter", "iostream error", "unexpected pos"))
+
+
+@contextmanager
+def naming_full_disk(target: str | Path, inside: str | Path, kept: str = "") -> Iterator[None]:
+    """Have an error of a full disk say what could not be written, by the name that it was to have.
+
+    Args:
+        target: what is being written.
+        inside: the folder that it is written in; a file elsewhere that did not fit keeps its own name.
+        kept: what else to say.
+
+    Raises:
+        OSError: in the place of the error of a full disk, with its number and `target`.
+    """
+    try:
+        yield
+    except Exception as error:
+        named = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy the second
+        is_path = isinstance(named, str | bytes | os.PathLike)
+        if not is_of_full_disk(error) or (is_path and not Path(os.fsdecode(named)).is_relative_to(inside)):
+            raise
+        number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.ENOSPC
+        raise OSError(number, f"{os.strerror(number)}{kept}", str(target)) from error
+
+
 @contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that is gone at the end, unless it was given another name."""
@@ -183,7 +275,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
         temporary = temporary.rename(f"{temporary}{_LOCKED}")
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
-        yield temporary
+        with naming_full_disk(target, temporary):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:

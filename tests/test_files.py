@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from peft_variator.files import check_new_file, check_new_folder, new_folder, replacing_folder, write_text
+from peft_variator.files import (
+    check_new_file,
+    check_new_folder,
+    new_folder,
+    replacing_folder,
+    replacing_with,
+    write_text,
+)
 
 
 LONG = "n" * 250
@@ -133,3 +143,61 @@ def test_a_process_that_is_killed_leaves_nothing_after_the_next(tmp_path: Path) 
     with new_folder(tmp_path / "out") as folder:
         (folder / "whole").touch()
     assert names(tmp_path) == ["out"]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def write_model(folder: Path, model: str, others: dict[str, bytes]) -> None:
+    with replacing_with(folder / "model", others) as file:
+        file.write_text(model)
+
+
+OLD = {"a": b"old", "b": b"old", "same": b"same"}
+NEW = {"a": b"new", "b": b"new", "same": b"same", "c": b"new"}
+
+
+@pytest.mark.parametrize("interrupted", range(6))
+def test_a_file_is_never_beside_the_others_of_another(
+    interrupted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each rename, which is what a kill leaves, and when an error comes after the n-th of 5; 0: none comes."""
+    write_model(tmp_path, "old", OLD)
+    (tmp_path / "mine").write_text("mine")
+    whole, seen, replace = contents(tmp_path), [], os.replace
+
+    def looking(source: Path, target: Path) -> None:
+        replace(source, target)
+        seen.append(contents(tmp_path))
+        if len(seen) == interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", looking)
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        write_model(tmp_path, "new", NEW)
+    if interrupted in (0, 5):
+        assert len(seen) == 5
+        whole = {name: content.decode() for name, content in NEW.items()} | {"mine": "mine", "model": "new"}
+    assert contents(tmp_path) == whole
+    assert names(tmp_path) == sorted(whole)
+    assert all("model" not in files or files == seen[-1] for files in seen)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 384 vs 320"),
+    ],
+)
+def test_a_full_disk_is_told_by_the_name_of_what_was_written(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as raised, new_folder(tmp_path / "out"):
+        raise error
+    assert raised.value.filename == str(tmp_path / "out")
+    elsewhere = OSError(errno.ENOSPC, "No space left on device", "/another/disk")
+    with pytest.raises(OSError, match="No space left") as raised, new_folder(tmp_path / "out"):
+        raise elsewhere
+    assert raised.value is elsewhere
+    assert names(tmp_path) == []

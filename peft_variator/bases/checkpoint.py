@@ -271,18 +271,21 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        complete = error is None and not self._pending
-        with self._file:
-            if complete:
-                self._file.seek(0)
-                self._file.write(self._header())
-                self._file.flush()
-                os.fsync(self._file.fileno())
+        complete = False
+        try:
+            with self._file:
+                if error is None and not self._pending:
+                    self._file.seek(0)
+                    self._file.write(self._header())
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    complete = True
+        finally:  # closing writes what is left, which may fail
+            if not complete:
+                self._temporary.unlink()
         if complete:
             os.replace(self._temporary, self._path)
-            return
-        self._temporary.unlink()
-        if error is None:
+        elif error is None:
             raise ValueError(f"{sorted(self._pending)[0]} of {self._path} was announced and not written.")
 
     def _header(self) -> bytes:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter_card import set_license
 from ..bitmask import mask_width
-from ..files import check_new_folder, write_text
+from ..files import check_new_folder, naming_full_disk, write_text
 from ..models import CONFIG_NAME, CheckpointError, build_empty, model_class, read_config, read_model_config
 from ..sentence_folder import copy_files, sentence_files
 from .checkpoint import INDEX_NAME, Checkpoint, ShardWriter, StoredTensor, TensorSpec
@@ -355,7 +355,22 @@ def rewrite(
     Raises:
         FileExistsError: `output` exists and is not empty.
         CheckpointError: a piece can't be made.
+        OSError: it can't be written, as where the disk is full.
     """
+    stage = _stage_of(output)
+    with naming_full_disk(output, stage, f"; what is complete stays in {str(stage)!r} for the same run to go on with"):
+        return _rewrite(source, output, pieces, config, job, on_progress, license)
+
+
+def _rewrite(
+    source: ModelFolder,
+    output: str | os.PathLike[str],
+    pieces: list[Piece],
+    config: dict[str, Any],
+    job: dict[str, Any],
+    on_progress: OnProgress,
+    license: str | None,
+) -> ConversionReport:
     files = [source.path / CONFIG_NAME, *source.checkpoint.files]
     pipeline = sentence_files(str(source.path))
     job = {"source": file_states(files), "config": config, **job} | ({"license": license} if license else {})
@@ -424,6 +439,11 @@ def _copy_other_files(source: Path, target: Path, pipeline: Mapping[str, Path]) 
     return names | {PurePosixPath(name).parts[0] for name in pipeline}
 
 
+def _stage_of(output: str | os.PathLike[str]) -> Path:
+    path = Path(output).absolute()
+    return path.with_name(f".{path.name}.partial")
+
+
 class StagedFolder:
     """The folder `.NAME.partial` beside the folder NAME to make. A run that was killed is taken up where it stopped.
 
@@ -434,7 +454,7 @@ class StagedFolder:
     def __init__(self, output: str | os.PathLike[str], job: dict[str, Any]) -> None:
         self.output = Path(output).absolute()
         check_new_folder(self.output)
-        self.path = self.output.with_name(f".{self.output.name}.partial")
+        self.path = _stage_of(output)
         description = json.dumps(job, sort_keys=True, indent=1)
         if self._read_state() != description:
             shutil.rmtree(self.path, ignore_errors=True)

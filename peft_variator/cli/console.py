@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .. import _register
-from ..files import check_new_file, write_text
+from ..files import check_new_file, is_of_full_disk, write_text
 
 
 if TYPE_CHECKING:  # rich is imported when something is shown: help needs none of it
@@ -32,8 +31,10 @@ __all__ = ["Reporter", "default_device", "next_commands", "option_words", "parse
 PIPE_WIDTH = 160
 PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-# A full disk, a quota, and a limit of a file's size; Windows has no quotas of that name.
-FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+class FiguresError(OSError):
+    """Figures were not written, after all else was."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,23 @@ class Reporter:
         self.say(*lines)
 
     def write_json(self, text: str) -> None:
-        """Write figures to where `--json` says, if it does, and name the file."""
+        """Write figures to where `--json` says, if it does, and name the file.
+
+        Raises:
+            FiguresError: the file can't be written. The figures, which took a whole run, are on standard output then.
+        """
+        text = text.rstrip("\n") + "\n"
         if self.json == "-":
-            sys.stdout.write(text.rstrip("\n") + "\n")
+            sys.stdout.write(text)
         elif self.json is not None:
-            write_text(self.json, text.rstrip("\n") + "\n")
+            try:
+                write_text(self.json, text)
+            except OSError as error:
+                sys.stdout.write(text)
+                raise FiguresError(
+                    f"--json: {self.json!r} was not written ({error.strerror or error}). The figures are on standard "
+                    "output instead, and all else that the command makes is whole."
+                ) from error
             self.say(f"Wrote {self.json}.")
 
     def progress(self, *columns: ProgressColumn) -> Progress:
@@ -195,18 +208,12 @@ def _is_failed_write(error: Exception) -> bool:
     """Whether a full disk, or a file that is none, raised what is no OSError: safetensors' and torch's own errors."""
     from safetensors import SafetensorError
 
-    return isinstance(error, SafetensorError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("PytorchStreamWriter", "iostream"))
-    )
+    return isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and is_of_full_disk(error))
 
 
 def _advice(error: Exception) -> str:
     """What to do about an error that came of a full disk, a quota or a limit of sizes; else nothing."""
-    # Libraries in Rust and C++ have the number, or what it means, in their text alone.
-    told = isinstance(error, OSError) and error.errno in FULL
-    told = told or "PytorchStreamWriter" in str(error)
-    told = told or any(f"os error {number})" in str(error) or os.strerror(number) in str(error) for number in FULL)
-    if not told:
+    if isinstance(error, FiguresError) or not is_of_full_disk(error):
         return ""
     return (
         ". Nothing was written under the name of the output: free space there, or name an output on another disk, and "

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from ..files import check_new_file, replacing
-from ..models import find_task, load_tokenizer
+from ..files import check_new_file, replacing_with
+from ..models import find_task, load_tokenizer, name_some
 from ..training import load_plugin
 from ..tuners.variator import VariatorConfig
 from ..version import __version__
@@ -98,9 +97,10 @@ def export(adapter: str, output: Path, ratio: int | None, base: str | None, repo
     plugin = load_plugin(model, adapter, is_trainable=False).eval()
     if ratio is not None:
         plugin.set_compression_ratio(ratio)
-    processor = _load_processor(saved.base, model)
+    beside = _processor_files(saved.base, model)
+    _check_beside(output, beside)
     origin = saved.base, adapter, ratio or saved.config.compression_ratio
-    report = _write(plugin, output, processor, without_pooler, origin)
+    report = _write(plugin, output, beside, without_pooler, origin)
     reporter.write_json(json.dumps(asdict(report), indent=2))
     reporter.say(
         f"Wrote {report.output} ({report.bytes / 1e6:,.1f} MB): {report.base} with its plugin at k = {report.ratio}.",
@@ -134,14 +134,32 @@ def _load_base(saved: SavedPlugin) -> tuple[PreTrainedModel, bool]:
     return model, without_pooler
 
 
-def _load_processor(name: str, model: PreTrainedModel) -> Any:
-    """The base's tokenizer or image processor, or `None` if it has none."""
+def _processor_files(name: str, model: PreTrainedModel) -> dict[str, bytes]:
+    """The files of the base's tokenizer or image processor, by name; none if it has none."""
     try:
+        processor: Any
         if model.main_input_name == "pixel_values":
-            return AutoImageProcessor.from_pretrained(name)
-        return load_tokenizer(name)
+            processor = AutoImageProcessor.from_pretrained(name)
+        else:
+            processor = load_tokenizer(name)
     except (OSError, ValueError):
-        return None
+        return {}
+    with tempfile.TemporaryDirectory(prefix="peft-variator-processor-") as folder:
+        processor.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def _check_beside(output: Path, beside: Mapping[str, bytes]) -> None:
+    """Raise where the tokenizer or image processor would take the place of another one, which other files need."""
+    folder = output.absolute().parent
+    others = [file.name for file in folder.glob("*.onnx") if file.name != output.name]
+    for name, content in beside.items():
+        file = folder / name
+        if others and file.is_file() and file.read_bytes() != content:
+            raise ValueError(
+                f"{str(folder)!r} holds {name_some(others)}, and a {name} that is not this model's. Name a file in "
+                "another folder with --output: each has the files beside it that its inputs are made with."
+            )
 
 
 # The file
@@ -176,7 +194,7 @@ def _examples(model: PreTrainedModel, config: VariatorConfig) -> list[dict[str, 
 
 @torch.no_grad()
 def _write(
-    plugin: PeftModel, output: Path, processor: Any, without_pooler: bool, origin: tuple[str, str, int]
+    plugin: PeftModel, output: Path, beside: Mapping[str, bytes], without_pooler: bool, origin: tuple[str, str, int]
 ) -> ExportReport:
     """Write the file and what belongs beside it, once it has been checked."""
     import onnx
@@ -216,11 +234,9 @@ def _write(
         "version": __version__,
     }
     onnx.helper.set_model_props(proto, {f"peft_variator.{name}": value for name, value in told.items()})
-    with replacing(output) as temporary:
+    with replacing_with(output, beside) as temporary:
         onnx.save_model(proto, str(temporary))
         difference = _check_file(temporary, wrapped, examples)
-        if processor is not None:
-            _save_beside(processor, output)
     return ExportReport(str(output), base, adapter, ratio, inputs, outputs, difference, output.stat().st_size)
 
 
@@ -262,11 +278,3 @@ def _check_file(path: Path, model: TensorOutputs, examples: list[dict[str, Tenso
                 )
             largest = max(largest, difference)
     return largest
-
-
-def _save_beside(processor: Any, output: Path) -> None:
-    """Write a tokenizer or an image processor into the folder of the file; each of its files appears whole."""
-    with tempfile.TemporaryDirectory(prefix=".processor.", dir=output.absolute().parent) as folder:
-        processor.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, output.absolute().parent / file.name)

@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..files import check_new_file, check_new_folder, new_folder, write_text
+from ..files import check_new_file, check_new_folder, naming_full_disk, new_folder, write_text
 from ..models import Task, check_model_name, check_reachable
 from ..profiling import build_model, count_positions, find_device, has_weights, load_config
 from ..sentence_folder import copy_files
@@ -196,7 +196,9 @@ def train_or_resume(trainer: Trainer, settings: RunSettings, reporter: Reporter)
     last = _last_whole_checkpoint(trainer, settings, reporter)
     if settings.checkpoints is not None and trainer.is_world_process_zero():
         write_text(settings.checkpoints / SETTINGS_NAME, json.dumps(_facts(settings), indent=2) + "\n")
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    place = str(trainer.args.output_dir)
+    with naming_full_disk(place, place):
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 def _checkpoints(settings: RunSettings) -> list[Path]:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.cli.commands import run_command
 from tests.cli.saved_plugins import save_plugin
+from tests.word_tokenizer import word_tokenizer
 
 
 invoke = partial(run_command, "export")
@@ -37,6 +38,15 @@ def test_a_file_that_runs_without_torch(tmp_path: Path) -> None:
     states = session.run(["last_hidden_state"], {name: texts[name] for name in ("input_ids", "attention_mask")})[0]
     assert states.shape == (2, 7, 16)
     assert {path.name for path in output.parent.iterdir()} == {"model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    # Another model's file needs another tokenizer.
+    other = save_plugin(tmp_path / "other", layers=1)
+    words = word_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "w0"], "[CLS] $A [SEP]", cls_token="[CLS]")
+    words.save_pretrained(tmp_path / "other" / "model")
+    before = (output.parent / "tokenizer.json").read_bytes()
+    status, _, err = invoke(other, "--output", output.with_name("other.onnx"))
+    assert status == 1
+    assert "model.onnx" in err
+    assert (output.parent / "tokenizer.json").read_bytes() == before
 
 
 def test_what_can_t_be_exported(tmp_path: Path) -> None:

@@ -205,6 +205,24 @@ def test_what_ends_a_command_is_a_line(error: BaseException, code: int, capsys: 
     assert ("free space" in told) is (code == 1)
 
 
+def test_figures_that_fit_nowhere_are_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "figures.json").write_text("old")
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(typer.Exit), reported():
+        Reporter(str(tmp_path / "figures.json")).write_json('{"k": 2}')
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"k": 2}
+    assert str(tmp_path / "figures.json") in told.err
+    assert "run the command again" not in told.err
+    assert (tmp_path / "figures.json").read_text() == "old"
+
+
 def test_other_errors_speak_of_no_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
     for error in (FileNotFoundError(2, "No such file", "model"), SafetensorError("header too large")):
         with pytest.raises(typer.Exit), reported():
