@@ -256,9 +256,9 @@ def naming_full_disk(target: str | Path, inside: str | Path, kept: str = "") -> 
     try:
         yield
     except Exception as error:
-        named = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy the second
-        is_path = isinstance(named, str | bytes | os.PathLike)
-        if not is_of_full_disk(error) or (is_path and not Path(os.fsdecode(named)).is_relative_to(inside)):
+        named = isinstance(error, OSError) and (error.filename2 or error.filename)  # of a copy the second
+        elsewhere = isinstance(named, str | bytes) and not Path(os.fsdecode(named)).is_relative_to(inside)
+        if not is_of_full_disk(error) or elsewhere:
             raise
         number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.ENOSPC
         raise OSError(number, f"{os.strerror(number)}{kept}", str(target)) from error
