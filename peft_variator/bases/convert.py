@@ -358,7 +358,8 @@ def rewrite(
         OSError: it can't be written, as where the disk is full.
     """
     stage = _stage_of(output)
-    with naming_full_disk(Path(output), stage, f"; what is complete stays in {str(stage)!r} for the same run to go on with"):
+    kept = f"; what is complete stays in {str(stage)!r} for the same run to go on with"
+    with naming_full_disk(Path(output), stage, kept):
         return _rewrite(source, output, pieces, config, job, on_progress, license)
 
 
