@@ -80,9 +80,10 @@ class ServedRequest(EmbeddingRequest):
     """OpenAI's request, with what the engine can be asked for besides (`extra_body` of OpenAI's client)."""
 
     model: str = ""
-    slo_ms: float | None = Field(default=None, gt=0)
-    min_quality: float | None = None
-    max_ratio: int | None = Field(default=None, ge=1)
+    # Strict: "2" and true are no numbers.
+    slo_ms: float | None = Field(default=None, gt=0, strict=True)
+    min_quality: float | None = Field(default=None, strict=True)
+    max_ratio: int | None = Field(default=None, ge=1, strict=True)
 
 
 class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
@@ -93,6 +94,7 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
         self.settings = settings
         self.started = int(time.time())
         self.add_endpoint("/v1/models", self.models_endpoint, ["GET"])
+        self.add_endpoint("/v1/models/{name:path}", self.model_endpoint, ["GET"])
         self.add_endpoint("/metrics", self.metrics_endpoint, ["GET"])
 
     @cached_property
@@ -132,8 +134,21 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
 
     async def models_endpoint(self) -> dict[str, Any]:
         """Answer `GET /v1/models`."""
-        model = {"id": self.settings.served_name, "object": "model", "created": self.started}
-        return {"object": "list", "data": [model | {"owned_by": "peft-variator"}]}
+        return {"object": "list", "data": [self._model()]}
+
+    async def model_endpoint(self, name: str) -> dict[str, Any]:
+        """Answer `GET /v1/models/NAME`, of the one that is served."""
+        if name != self.settings.served_name:
+            raise HTTPException(404, f"There is no model {name!r}; {self.settings.served_name!r} is served.")
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.served_name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "peft-variator",
+        }
 
     async def metrics_endpoint(self) -> Response:
         """Answer `GET /metrics`."""
@@ -167,6 +182,11 @@ def _summary(error: RequestValidationError) -> str:
     return " ".join(f"{name}: {message}." for name, message in found.items())
 
 
+def _log_warning(message: Warning | str, *place: Any) -> None:
+    """Where in the code a warning was raised tells nothing to who started a server."""
+    logger.warning("Warning: %s", message)
+
+
 class EngineAPI(litserve.LitAPI):
     """The engine of a worker process."""
 
@@ -181,6 +201,7 @@ class EngineAPI(litserve.LitAPI):
             transformers_logging.disable_progress_bar()
         # PEFT asks transformers for an attribute by its old name; who starts a server can do nothing about it.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.showwarning = _log_warning
         self.metrics = Metrics()
         try:
             self.engine = make_engine(self.settings, self.metrics.record)
@@ -283,6 +304,11 @@ class EngineLoop(LitLoop):
                 self._refuse(lit_api, transport, request_id, 500, f"The batch failed: {type(error).__name__}.")
             return
         result = future.result()
+        if not result.embeddings.isfinite().all():  # JSON has no such numbers, and nobody could use them
+            logger.error("An embedding holds values that are not finite.")
+            if self._open.pop(request_id, None) is not None:
+                self._refuse(lit_api, transport, request_id, 500, "The model gave values that are not finite.")
+            return
         tokens = sum(result.lengths)
         answer = {"embeddings": result.embeddings.numpy(), "prompt_tokens": tokens, "total_tokens": tokens}
         lit_api.sender.submit(self._send, transport, request_id, answer, LitAPIStatus.OK)

@@ -215,6 +215,16 @@ def test_the_loop_refuses_and_goes_on(asked: Asked, monkeypatch: pytest.MonkeyPa
         assert (found, error.status_code) == ("failed", 500)
     finally:
         handle.remove()
+    words = asked.api.engine.model.get_base_model().embeddings.word_embeddings.weight.data
+    kept = words.clone()
+    words[tokenizer().convert_tokens_to_ids("z")] = float("nan")
+    try:
+        asked.put("no number", ["a", "z"])
+        found, error = asked.answer()
+        assert (found, error.status_code) == ("no number", 500)
+        assert "finite" in error.detail
+    finally:
+        words.copy_(kept)
     asked.put("fine", ["a"])
     assert asked.answer()[0] == "fine"
     assert asked.answers.queue.empty()
@@ -248,6 +258,9 @@ def test_openai_s_client(server: Server, folder: Path) -> None:
     assert [item.index for item in answer.data] == [0, 1, 2, 3]
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(wanted.lengths)
     assert answer.model == str(folder / "base") == server.client.models.list().data[0].id
+    assert server.client.models.retrieve(str(folder / "base")).id == str(folder / "base")
+    with pytest.raises(openai.NotFoundError, match="other"):
+        server.client.models.retrieve("other")
     single = server.client.embeddings.create(input=SENTENCES[1], model="any")
     np.testing.assert_allclose(vectors(single), wanted.embeddings[1:2].numpy(), atol=1e-5)
 
@@ -278,6 +291,8 @@ def test_limits_and_wrong_input(server: Server) -> None:
         ({"input": "a", "dimensions": 8}, 422),
         ({"input": "a", "slo_ms": 0}, 422),
         ({"input": "a", "max_ratio": 0}, 422),
+        ({"input": "a", "max_ratio": True}, 422),
+        ({"input": "a", "slo_ms": "5"}, 422),
         ({"input": "a", "encoding_format": "hex"}, 422),
         ({"input": ["a"] * 13}, 413),
         ({"input": "a " * 20_000}, 413),
