@@ -29,6 +29,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTextEncoding,
     AutoTokenizer,
     PreTrainedConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "read_model_config",
     "share_weights",
     "shorten",
+    "takes_sound",
     "without_loading_report",
 ]
 
@@ -333,6 +335,13 @@ def find_task(model: str, config: PreTrainedConfig) -> Task:
     )
 
 
+def takes_sound(config: PreTrainedConfig) -> bool:
+    """Whether the main input of a configuration's model is sound, as features or as samples."""
+    if type(config) not in MODEL_MAPPING:
+        return False
+    return MODEL_MAPPING[type(config)].main_input_name in ("input_features", "input_values")
+
+
 def head_of(model: nn.Module) -> Head | None:
     """What a transformers model predicts, by its class; `None` where its head is not known or there is none.
 
@@ -403,6 +412,8 @@ def _is_configuration(model: str) -> bool:
 
 
 def _automatic_class(task: Task, config: PreTrainedConfig) -> Any:
+    if task == "seq2seq" and takes_sound(config):
+        return AutoModelForSpeechSeq2Seq
     if task == "encoder" and config.is_encoder_decoder:
         return AutoModelForTextEncoding
     return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}.get(task, AutoModel)

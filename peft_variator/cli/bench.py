@@ -77,11 +77,19 @@ def _run(settings: BenchmarkSettings, reporter: Reporter) -> BenchmarkReport:
 def _show(report: BenchmarkReport, reporter: Reporter) -> None:
     reporter.show_table(make_table(report))
     _show_packed_layers(report.packed_layers, reporter)
+    if report.float_corrections:
+        names = report.float_corrections
+        reporter.warn(
+            f"The base is quantised, and the plugin's correction runs in floating point in {len(names)} layers: "
+            f"{', '.join(names)}. In Python peft_variator.quantize_plugin quantises it."
+        )
     for plugin in report.plugins:
         if not report.pays(plugin):
+            saved = report.flops_saved(plugin)
+            work = f"{saved:.1%} of the FLOPs saved" if saved > 0 else f"{-saved:.1%} more FLOPs"
             reporter.warn(
                 f"At {plugin.name} it does not pay here: {report.speedup(plugin).median:.2f} times as fast as the "
-                f"base, with {report.flops_saved(plugin):.1%} of the FLOPs saved. Try a larger k, or longer inputs."
+                f"base, with {work}. Try a larger k, longer inputs, or a narrower correction."
             )
     warn_about_load(report.environment, reporter)
     model, adapter = report.settings["model"], report.settings["adapter"]

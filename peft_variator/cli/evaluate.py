@@ -209,7 +209,8 @@ def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, report
         )
         for ratio in ratios
     ]
-    largest, pays, verdict = judge(results, job.bounds)
+    base_quality = {name: value for name, value in quality[1].items() if name == "nll"}
+    largest, pays, verdict = judge(results, job.bounds, base_quality)
     return Evaluation(
         adapter=saved.name,
         base=saved.base,
@@ -222,7 +223,7 @@ def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, report
         batch_size=job.batch_size,
         environment=environment,
         base_seconds=seconds[None],
-        base_quality={name: value for name, value in quality[1].items() if name == "nll"},
+        base_quality=base_quality,
         bounds=job.bounds,
         ratios=results,
         largest_ratio=largest,
@@ -300,12 +301,17 @@ def _holds(quality: Mapping[str, float], bounds: Mapping[str, float]) -> bool:
     return True
 
 
-def judge(results: Sequence[RatioResult], bounds: Mapping[str, float]) -> tuple[int | None, bool, str]:
+def judge(
+    results: Sequence[RatioResult],
+    bounds: Mapping[str, float],
+    base_quality: Mapping[str, float] = {},  # noqa: B006
+) -> tuple[int | None, bool, str]:
     """The largest ratio that is as good as asked, whether a plugin pays, and both in a line.
 
     Args:
         results: what was measured, at least one.
         bounds: what is asked of each measure; empty: nothing.
+        base_quality: the base's own `nll`, where it has one.
 
     Returns:
         tuple: that ratio (`None`: none is, or nothing was asked), whether it or a smaller one that is as good as asked
@@ -326,6 +332,9 @@ def judge(results: Sequence[RatioResult], bounds: Mapping[str, float]) -> tuple[
         )
     asked = " and ".join(f"{name} {'≤' if name == 'nll' else '≥'} {bound:g}" for name, bound in bounds.items())
     holding = [each for each in results if each.holds]
+    if not holding and base_quality.get("nll", -math.inf) > bounds.get("nll", math.inf):
+        told = f"and the base does not either: its nll is {base_quality['nll']:.4f}"
+        return None, False, f"It does not pay: no k keeps {asked}, {told}. Allow a larger one."
     if not holding:
         return None, False, f"It does not pay: no k keeps {asked}. The smallest measured: {_described(results[0])}."
     largest = max(holding, key=lambda each: each.ratio)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import check_new_file, check_new_folder, naming_full_disk, new_folder, write_text
-from ..models import Task, check_model_name, check_reachable
+from ..models import Task, check_model_name, check_reachable, takes_sound
 from ..profiling import build_model, count_positions, find_device, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig, DistillationTrainer
@@ -274,9 +274,14 @@ def load_run_data(settings: RunSettings, task: Task, reporter: Reporter) -> Trai
     """As much data as all processes of the run need; see [`load_data`]. Images that can't be read are told of.
 
     Raises:
-        ValueError: examples would be longer than the model can read.
+        ValueError: examples would be longer than the model can read, or it takes sound.
     """
     _check_length(settings)
+    if takes_sound(load_config(settings.model)):
+        raise ValueError(
+            f"{settings.model} takes sound, and only texts and images are read here. Train it in Python with "
+            "DistillationTrainer, as examples/real_models does for Whisper."
+        )
     batch = settings.batch_size * settings.accumulation * _processes()
     data = load_data(
         settings.model,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..bases import Sparse24Linear, describe_paths
-from ..models import Task, build_model, find_task, has_weights, load_config, on_device, share_weights
+from ..models import Task, build_model, find_task, has_weights, load_config, on_device, share_weights, takes_sound
 from ..tuners.variator import VariatorConfig
+from ..tuners.variator.quantization import float_corrections
 from .flops import count_flops
 from .inputs import Lengths, make_inputs, make_lengths, without_padding
 from .memory import peak_memory
@@ -35,8 +36,8 @@ class BenchmarkSettings:
     Args:
         model: a name in `SHAPES`, the path of a `config.json`, a folder with a model, or a model's name on the Hub.
         ratios: compression ratios k of the plugin.
-        batch: sequences or images.
-        length: tokens of the longest sequence, 128 if `None`; images have none.
+        batch: sequences, images or recordings.
+        length: tokens of the longest sequence, 128 if `None`; images and sound have none.
         lengths: `"even"`, or `"uneven"` for lengths from a quarter of `length` up, padded.
         dtype: name of a torch dtype, of weights and activations.
         device: name of a torch device.
@@ -70,18 +71,25 @@ class BenchmarkSettings:
         """These settings with `task` and `length` filled in, and whether weights are drawn.
 
         Raises:
-            ValueError: a length was given for images, or the task is not known.
+            ValueError: a length was given for images or sound, the task is not known, or not that of the sound.
         """
-        task = self.task or find_task(self.model, config)
+        task, fixed = self._task(config), "images, whose number of patches follows from the model's image size"
+        if takes_sound(config):
+            fixed = "sound, of which each recording is as long as the model takes it"
         found = replace(self, task=task, random_weights=self.random_weights or not has_weights(self.model))
-        if task != "vision":
+        if task != "vision" and not takes_sound(config):
             return replace(found, length=DEFAULT_LENGTH if self.length is None else self.length)
         if self.length is not None or self.lengths != "even":
-            raise ValueError(
-                f"{self.model} takes images, whose number of patches follows from the model's image size. Leave "
-                "length and lengths out."
-            )
+            raise ValueError(f"{self.model} takes {fixed}. Leave length and lengths out.")
         return found
+
+    def _task(self, config: PreTrainedConfig) -> Task:
+        if not takes_sound(config):
+            return self.task or find_task(self.model, config)
+        task: Task = "seq2seq" if config.is_encoder_decoder else "encoder"
+        if self.task not in (None, task):
+            raise ValueError(f"{self.model} takes sound and is measured as {task!r}, not as {self.task!r}.")
+        return task
 
 
 def count_steps(settings: BenchmarkSettings) -> int:
@@ -139,6 +147,7 @@ def run_benchmark(
         base=measured[0],
         plugins=measured[1:],
         packed_layers=describe_paths(base),
+        float_corrections=float_corrections(plugin),
     )
 
 

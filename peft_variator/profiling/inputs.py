@@ -7,14 +7,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig
 
-from ..models import Task
+from ..models import Task, takes_sound
 
 
 __all__ = ["Lengths", "count_positions", "make_inputs", "make_lengths", "without_padding"]
 
 Lengths = Literal["even", "uneven"]
+
+SAMPLES = 160_000  # of a recording for models that take samples: ten seconds at their 16 kHz
 
 
 def count_positions(config: PreTrainedConfig) -> int | None:
@@ -70,28 +72,47 @@ def make_inputs(
     Text is drawn uniformly from the vocabulary without its special tokens and comes with an attention mask, as from a
     tokenizer; padding is on the right, for causal models on the left. A causal model is asked for what `generate` asks
     for in its first step: the cache and the logits of the last position. A sequence-to-sequence model is asked for the
-    first decoder step.
+    first decoder step. Sound is as long as Whisper takes it, 30 seconds; samples are those of ten seconds.
 
     Args:
         config: the model's configuration.
         task: how it is used.
-        lengths: number of real tokens of each sequence, shape (batch,); of images only the batch counts.
-        dtype: type of images.
+        lengths: number of real tokens of each sequence, shape (batch,); of images and sound only the batch counts.
+        dtype: type of images and sound.
         generator: source of randomness.
 
     Raises:
-        ValueError: the longest sequence is longer than the model's positions.
+        ValueError: the longest sequence is longer than the model's positions, or nothing tells what the features of
+            sound look like.
     """
     if task == "vision":
         height, width = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
         pixels = torch.randn(len(lengths), config.num_channels, height, width, generator=generator)
         return {"pixel_values": pixels.to(dtype)}
-    inputs: dict[str, Any] = dict(_make_text(config, lengths, generator, left=task == "causal"))
+    inputs: dict[str, Any]
+    if takes_sound(config):
+        inputs = {name: sound.to(dtype) for name, sound in _make_sound(config, len(lengths), generator).items()}
+    else:
+        inputs = dict(_make_text(config, lengths, generator, left=task == "causal"))
     if task == "causal":
         inputs |= {"use_cache": True, "logits_to_keep": 1}
     if task == "seq2seq":
         inputs["decoder_input_ids"] = torch.zeros(len(lengths), 1, dtype=torch.long)
     return inputs
+
+
+def _make_sound(config: PreTrainedConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Noise as `input_features` of shape (batch, mel bins, frames), or as `input_values`, shape (batch, samples)."""
+    name = MODEL_MAPPING[type(config)].main_input_name
+    if name == "input_values":
+        return {name: torch.randn(batch, SAMPLES, generator=generator)}
+    bins, frames = (getattr(config, field, None) for field in ("num_mel_bins", "max_source_positions"))
+    if bins is None or frames is None:
+        raise ValueError(
+            f"What the features of sound look like for {config.model_type!r} is not known. Measure it on inputs of "
+            "your own with peft_variator.profiling.compare."
+        )
+    return {name: torch.randn(batch, bins, 2 * frames, generator=generator)}  # the first convolutions halve them
 
 
 def _make_text(

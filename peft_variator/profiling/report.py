@@ -55,6 +55,8 @@ class BenchmarkReport:
         base: the base.
         plugins: the plugin, one entry a ratio.
         packed_layers: name of every packed 2:4 layer of the base -> the product that it runs, and why.
+        float_corrections: names of the plugin's layers whose correction runs in floating point on a network that is
+            quantised.
     """
 
     model: str
@@ -66,12 +68,14 @@ class BenchmarkReport:
     base: Measurement
     plugins: list[Measurement]
     packed_layers: dict[str, str] = field(default_factory=dict)
+    float_corrections: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         """What was measured, in a few words: `bert-base, encoder, 8×128, float32`."""
         batch, length = self.settings["batch"], self.settings["length"]
-        shape = f"{batch} images" if length is None else f"{batch}×{length}"
+        inputs = "images" if self.settings["task"] == "vision" else "recordings"
+        shape = f"{batch} {inputs}" if length is None else f"{batch}×{length}"
         uneven = " with uneven lengths" if self.settings["lengths"] == "uneven" else ""
         return f"{self.model}, {self.settings['task']}, {shape}{uneven}, {self.settings['dtype']}"
 

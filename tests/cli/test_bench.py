@@ -11,12 +11,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertModel
 
+from peft_variator import VariatorConfig
 from peft_variator.bases import pack_checkpoint
 from peft_variator.cli import bench as bench_module
 from peft_variator.profiling import BenchmarkReport
 from peft_variator.sparsity import PruningConfig, prune
 from tests.cli.commands import run_command
 from tests.cli.saved_plugins import save_plugin
+from tests.tiny_models import tiny_model
 
 
 TEXT = {
@@ -164,6 +166,24 @@ def test_a_model_that_is_not_there(tmp_path):
     status, _, err = invoke(tmp_path / "nothing", *QUICK)
     assert status == 1
     assert f"Error: There is no folder '{tmp_path / 'nothing'}'" in err
+
+
+@pytest.mark.parametrize("architecture", ["whisper", "wav2vec2"])
+def test_sound(tmp_path, architecture, monkeypatch):
+    monkeypatch.setattr("peft_variator.profiling.inputs.SAMPLES", 4000)
+    base = tiny_model(architecture)
+    base.save_pretrained(tmp_path / "model")
+    base = type(base).from_pretrained(tmp_path / "model")
+    get_peft_model(base, VariatorConfig(init_weights=False)).save_pretrained(tmp_path / "plugin")
+    plugin = ["--adapter", tmp_path / "plugin"]
+    status, out, err = invoke(*plugin, *QUICK, "--json", tmp_path / "out.json")
+    assert status == 0, err
+    report = BenchmarkReport.load(tmp_path / "out.json")
+    assert "2 recordings" in out
+    assert report.plugins[0].flops < report.base.flops
+    for options in (["--length", 4], ["--task", "vision"]):
+        status, _, err = invoke(*plugin, *QUICK, *options)
+        assert (status, "takes sound" in err) == (1, True), err
 
 
 def test_a_ratio_that_is_named_twice_is_measured_once(config):

@@ -216,3 +216,14 @@ def test_verdicts(rows: list[Any], bound: float | None, largest: int | None, pay
     assert "\n" not in found[2]
     if largest is not None:
         assert f"k = {largest}" in found[2]
+
+
+def test_a_base_that_misses_what_is_asked_is_told() -> None:
+    quality = {"cosine": 0.9, "nll": 3.7}
+    speed = {"low": 1.2, "median": 1.3, "high": 1.4}
+    results = [RatioResult(2, quality, 0.3, [], speed, False)]
+    found = judge(results, {"nll": 3.0}, {"nll": 3.6})
+    assert found[:2] == (None, False)
+    assert "its nll is 3.6000" in found[2]
+    assert "its nll" not in judge(results, {"nll": 3.65}, {"nll": 3.6})[2]
+    assert "its nll" not in judge(results, {"cosine": 0.99}, {"nll": 3.6})[2]

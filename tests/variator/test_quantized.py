@@ -17,6 +17,7 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
 from peft_variator import VariatorConfig, quantize_plugin
 from peft_variator.tuners.variator.compensation import CompensatedLinear
+from peft_variator.tuners.variator.quantization import float_corrections
 from tests.tiny_models import BERT, LLAMA, Case, by_name, outputs_of
 
 
@@ -317,3 +318,15 @@ def test_quantised_sums_move_with_the_model(form: str, tmp_path: Path) -> None:
     model.half()
     assert made
     assert all(module.moved.dtype == torch.float16 for module in made)
+
+
+@pytest.mark.parametrize("form", ["neurons", "rank", "bottleneck"])
+def test_corrections_that_stay_in_floating_point_are_named(form: str) -> None:
+    """Those on a quantised network, until they are quantised, too."""
+    assert float_corrections(with_plugin(BERT, form)) == []
+    torch.manual_seed(1)
+    base = quantized(BERT.build())
+    model = get_peft_model(base, VariatorConfig(init_weights=False, **FORMS[form])).eval()
+    assert float_corrections(model) == ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate"]
+    quantize_plugin(model)
+    assert float_corrections(model) == []

@@ -24,7 +24,7 @@ from .network import bias_of, unwrapped, weight_of
 from .ratios import layers_of
 
 
-__all__ = ["float_state", "quantize_plugin", "quantized_parts"]
+__all__ = ["float_corrections", "float_state", "quantize_plugin", "quantized_parts"]
 
 Quantize = Callable[[nn.Module], object]
 
@@ -72,6 +72,27 @@ def quantize_plugin(
 def quantized_parts(model: nn.Module, adapter_name: str) -> list[str]:
     """Full names of a plugin's maps that are quantised, so that no floating-point weights can be loaded into them."""
     return [name for name, _ in _parts(model, adapter_name)]
+
+
+def float_corrections(model: nn.Module, adapter_name: str | None = None) -> list[str]:
+    """Names of a plugin's layers whose correction runs in floating point, though their network is quantised.
+
+    Args:
+        model: a model with a plugin.
+        adapter_name: which plugin; `None`: the active one.
+    """
+    return [
+        layer.name
+        for layer, name in layers_of(model, adapter_name)
+        if _quantized_maps(layer) and any(map(_is_float, layer.modules_of(name).values()))
+    ]
+
+
+def _is_float(module: nn.Module) -> bool:
+    """Whether a map of a correction could be quantised and is not."""
+    if isinstance(module, UpdatedRows):
+        return not module.quantized
+    return isinstance(module, nn.Linear) and not is_quantized_map(module)
 
 
 def float_state(model: nn.Module, adapter_name: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,9 +147,7 @@ def _quantized(linear: nn.Linear, way: Quantize) -> nn.Module:
 
 
 def _way_of(layer: VariatorLayer) -> Quantize:
-    network = layer.network()
-    maps = () if network is None else (network.into, network.out)
-    quantized = [module for module in map(unwrapped, maps) if is_quantized_map(module)]
+    quantized = _quantized_maps(layer)
     if not quantized:
         raise ValueError(
             f"The base network of {layer.name!r} is not quantised, or its inside is not known, so there is nothing to "
@@ -143,6 +162,13 @@ def _way_of(layer: VariatorLayer) -> Quantize:
             "quantises the nn.Linear layers of a module, or leave the plugin in floating point, where it works too."
         )
     return way
+
+
+def _quantized_maps(layer: VariatorLayer) -> list[Any]:
+    """The quantised ones of a layer's network, of its first and its last map."""
+    network = layer.network()
+    maps = () if network is None else (network.into, network.out)
+    return [module for module in map(unwrapped, maps) if is_quantized_map(module)]
 
 
 def _like(module: Any) -> Quantize | None:
