@@ -19,7 +19,7 @@ from huggingface_hub import file_exists, hf_hub_download, snapshot_download, try
 from .pooling import POOLINGS
 
 
-__all__ = ["MODULES", "EmbeddingRecipe", "copy_files", "read_recipe", "sentence_files"]
+__all__ = ["MODULES", "EmbeddingRecipe", "copy_files", "loading_class", "read_recipe", "sentence_files"]
 
 MODULES = "modules.json"
 # Settings of the whole and of the transformer, the latter under the names of today and of before.
@@ -89,6 +89,17 @@ def _module_folders(listed: Path) -> list[str]:
         if not isinstance(folder, str) or PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
             raise ValueError(f"{listed} names the folder {folder!r}, which has to be one inside of its own.")
     return [folder for folder in folders if folder not in ("", ".")]
+
+
+def loading_class(folder: Path) -> str | None:
+    """The class of sentence-transformers that loads a folder; `None`: it is none of its models.
+
+    Before version 5 the library did not write it down, and had modules for `SentenceTransformer` alone.
+    """
+    if not (folder / MODULES).is_file():
+        return None
+    settings = _read(str(folder), "config_sentence_transformers.json") or {}
+    return settings.get("model_type") or "SentenceTransformer"
 
 
 @dataclass(frozen=True)

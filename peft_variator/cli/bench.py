@@ -98,6 +98,8 @@ def _show(report: BenchmarkReport, reporter: Reporter) -> None:
     reporter.say(
         f"Base and plugin ran in turn in one process. The plugin's weights were {weights}.", f"Again: {report.command}"
     )
+    if report.settings["length"] is None and report.settings["task"] != "vision":
+        return  # sound, which the other commands do not read
     if adapter is not None:
         named = [] if open_plugin(adapter).base == model else ["--base", model]
         evaluating = shlex.join(["peft-variator", "evaluate", adapter, *named, "--ratio", ratios])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
 from ..profiling import allocate, count_flops, find_task, load_config
-from ..sentence_folder import MODULES, sentence_files
+from ..sentence_folder import loading_class, sentence_files
 from ..training import DistillationTrainer, load_plugin
 from ..training.evaluation import measure_quality
 from ..training.model_card import PluginFacts, RatioFacts, plugin_card
@@ -34,7 +34,6 @@ from .training_run import (
 
 __all__ = ["TrainJob", "train"]
 
-IMPORT = "from sentence_transformers import SentenceTransformer"
 # Hidden states are followed in any case; a causal language model is judged by its predictions, too.
 LOGITS_WEIGHTS: dict[Task, float] = {"causal": 1.0, "seq2seq": 0.0, "encoder": 0.0, "vision": 0.0}
 
@@ -231,7 +230,12 @@ def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
 
 
 def _in_sentence_transformers(job: TrainJob) -> list[str]:
-    if not (job.output / MODULES).is_file():
+    name = loading_class(job.output)
+    if name is None:
         return []
-    load = f"model = SentenceTransformer({str(job.output)!r})"
-    return ["In Python:", *("  " + line for line in ("import peft_variator", IMPORT, load))]
+    lines = (
+        "import peft_variator",
+        f"from sentence_transformers import {name}",
+        f"model = {name}({str(job.output)!r})",
+    )
+    return ["In Python:", *("  " + line for line in lines)]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import litserve
 import prometheus_client
@@ -182,7 +182,14 @@ def _summary(error: RequestValidationError) -> str:
     return " ".join(f"{name}: {message}." for name, message in found.items())
 
 
-def _log_warning(message: Warning | str, *place: Any) -> None:
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Where in the code a warning was raised tells nothing to who started a server."""
     logger.warning("Warning: %s", message)
 

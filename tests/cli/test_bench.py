@@ -180,6 +180,7 @@ def test_sound(tmp_path, architecture, monkeypatch):
     assert status == 0, err
     report = BenchmarkReport.load(tmp_path / "out.json")
     assert "2 recordings" in out
+    assert "evaluate" not in out  # which reads no sound
     assert report.plugins[0].flops < report.base.flops
     for options in (["--length", 4], ["--task", "vision"]):
         status, _, err = invoke(*plugin, *QUICK, *options)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 from test_train import QUICK, SMALL, invoke, save_data, save_model
-from transformers import BertModel, PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
+from peft_variator import load_plugin
 from peft_variator.sentence_folder import sentence_files
 
 
@@ -50,6 +51,30 @@ def test_the_plugin_s_folder_loads_by_itself(base: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(found, torch.nn.functional.normalize(first, dim=-1).numpy(), atol=1e-5)
     alone = sentence_transformers.SentenceTransformer(str(base), device="cpu").encode(TEXTS)
     assert np.abs(found - alone).max() > 1e-3
+
+
+def test_a_cross_encoder_s_plugin_loads_under_its_head(base: Path, tmp_path: Path) -> None:
+    """It is trained on the encoder alone, and is really on below the head."""
+    torch.manual_seed(0)
+    config = BertModel.from_pretrained(base).config
+    config.update({"num_labels": 1, "initializer_range": 0.5})
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "head")
+    PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(tmp_path / "head")
+    ranker = sentence_transformers.CrossEncoder(str(tmp_path / "head"), device="cpu")
+    ranker.save(str(tmp_path / "ranker"))
+    data, output = save_data(tmp_path / "data", "encoder"), tmp_path / "plugin"
+    options = ["--output", output, "--ratio", 4, "--lr", 0.1, *QUICK, *SMALL]
+    status, out, err = invoke(tmp_path / "ranker", "--data", data, *options)
+    assert status == 0, err
+    assert f"CrossEncoder('{output}')" in out
+    plugin = load_plugin(BertForSequenceClassification.from_pretrained(tmp_path / "head"), output, is_trainable=False)
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[1], TEXTS[1])]
+    inputs = ranker.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        wanted = plugin.eval()(**inputs).logits.sigmoid().squeeze(-1)
+    found = sentence_transformers.CrossEncoder(str(output), device="cpu").predict(pairs)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
+    assert np.abs(found - ranker.predict(pairs)).max() > 1e-3
 
 
 @pytest.mark.parametrize("content", ['[{"path": "../../secrets"}]', '[{"path": "/etc"}]', '{"a": 1}', "no JSON"])
