@@ -26,7 +26,7 @@ from torch import Tensor
 from ..bitmask import mask_width, unpack_mask
 from ..models import CheckpointError
 from .checkpoint import StoredTensor
-from .packing import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack
+from .packing import LayoutError, PackedWeight, check_packed, check_packed_sizes, gather_kept, pack, unpack
 
 
 __all__ = ["CODECS", "Parts", "StoredWeight", "WeightCodec", "find_stored_weights"]
@@ -75,12 +75,9 @@ class WeightCodec(ABC):
         Raises:
             LayoutError: naming the tensor, as a part of `name`, and, where there is one, the row.
         """
-        values = parts[self.parts[0]]
-        if values.dtype not in (*_FLOATING_DTYPES, *_QUANTIZED_DTYPES):
-            raise LayoutError(f"{name}.{self.parts[0]} is {values.dtype}, which is no dtype of a weight.")
-        if "shape" in parts and parts["shape"].dtype != torch.int64:
-            raise LayoutError(f"{name}.shape is {parts['shape'].dtype}, but sizes are torch.int64.")
+        self.check_sizes(parts, name)
         self.check_structure(parts, name)
+        values = parts[self.parts[0]]
         if values.dtype in _QUANTIZED_DTYPES and "weight_scale" not in parts:
             raise LayoutError(f"{name} holds 8-bit values, but {name}.weight_scale is missing.")
         zero_point = parts.get("weight_zero_point")
@@ -90,6 +87,18 @@ class WeightCodec(ABC):
                 f"{name}.weight_zero_point, row {int(rows.nonzero()[0])}: it is not 0, so the weights that pruning "
                 "removed would not be 0."
             )
+
+    def check_sizes(self, parts: Mapping[str, Tensor | StoredTensor], name: str) -> None:
+        """The part of `check` for which no values are read but those of `shape`, a tensor where there is one.
+
+        Raises:
+            LayoutError: naming the tensor, as a part of `name`.
+        """
+        values = parts[self.parts[0]]
+        if values.dtype not in (*_FLOATING_DTYPES, *_QUANTIZED_DTYPES):
+            raise LayoutError(f"{name}.{self.parts[0]} is {values.dtype}, which is no dtype of a weight.")
+        if "shape" in parts and parts["shape"].dtype != torch.int64:
+            raise LayoutError(f"{name}.shape is {parts['shape'].dtype}, but sizes are torch.int64.")
 
     def decode_packed(self, parts: Parts, dtype: torch.dtype, name: str) -> PackedWeight:
         """The packed weight in `dtype`; a product with a scale is rounded once, to `dtype`.
@@ -122,6 +131,14 @@ class Sparse24Codec(WeightCodec):
     def recognises(self, parts: Mapping[str, StoredTensor]) -> bool:
         """Any part of a bitmask, but values in one row."""
         return bool({*self.parts, "row_offsets"} & parts.keys())
+
+    def check_sizes(self, parts: Mapping[str, Tensor | StoredTensor], name: str) -> None:
+        """The three tensors belong together."""
+        super().check_sizes(parts, name)
+        size, bitmask = parts["shape"], parts["bitmask"]
+        if not isinstance(size, Tensor):
+            raise TypeError(f"{name}.shape is {size}, not a tensor.")
+        check_packed_sizes(size, parts["compressed"].shape, bitmask.shape, bitmask.dtype, name)
 
     def check_structure(self, parts: Parts, name: str) -> None:
         """See `check_packed`."""
@@ -297,6 +314,16 @@ class StoredWeight:
         """
         with self._naming_file():
             self.codec.check(self.read(), self.prefix)
+
+    def check_sizes(self) -> None:
+        """Check what headers and sizes tell of it; `check` does so, too.
+
+        Raises:
+            CheckpointError: naming file and tensor.
+        """
+        sizes = {"shape": self.parts["shape"].read()} if "shape" in self.parts else {}
+        with self._naming_file():
+            self.codec.check_sizes({**self.parts, **sizes}, self.prefix)
 
     def read_packed(self, dtype: torch.dtype) -> PackedWeight:
         """The packed weight in `dtype`.

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
 from ..models import CheckpointError, name_some
-from .checkpoint import Checkpoint
+from .checkpoint import BackgroundChecks, Checkpoint
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import Rules, names_layer
 from .packing import is_two_four
@@ -106,7 +106,11 @@ class PlannedWeight:
 
 
 def plan_weights(
-    model: PreTrainedModel, checkpoint: Checkpoint, rules: Rules, dtype: torch.dtype
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    rules: Rules,
+    dtype: torch.dtype,
+    checks: BackgroundChecks | None = None,
 ) -> list[PlannedWeight]:
     """Plan every weight of `checkpoint` that has to be packed, unpacked or rescaled; plain dense ones are left out.
 
@@ -115,6 +119,8 @@ def plan_weights(
         checkpoint: its files.
         rules: which layers are packed.
         dtype: the model's dtype.
+        checks: where the bitmasks of weights that are kept as they are get checked, beside; without it all is checked
+            here.
 
     Raises:
         CheckpointError: a weight is not 2:4 where it has to be, is damaged, or has another shape than the model's; the
@@ -122,7 +128,7 @@ def plan_weights(
     """
     names = KeyNames(model)
     weights = find_stored_weights(checkpoint.tensors).values()
-    candidates = (plan_weight(model, names, stored, rules, dtype) for stored in weights)
+    candidates = (plan_weight(model, names, stored, rules, dtype, checks) for stored in weights)
     planned = [weight for weight in candidates if weight is not None]
     if rules.pack_dense and rules.targets is not None:
         _check_targets(model, names, weights, rules.targets)
@@ -148,7 +154,12 @@ def _check_targets(
 
 
 def plan_weight(
-    model: PreTrainedModel, names: KeyNames, stored: StoredWeight, rules: Rules, dtype: torch.dtype
+    model: PreTrainedModel,
+    names: KeyNames,
+    stored: StoredWeight,
+    rules: Rules,
+    dtype: torch.dtype,
+    checks: BackgroundChecks | None = None,
 ) -> PlannedWeight | None:
     """Plan one weight; None if it stays plain and dense, or the model has no use for it. See `plan_weights`."""
     parameter = _find_parameter(stored, names)
@@ -159,7 +170,11 @@ def plan_weight(
     if action is None:
         return None
     check_size(stored, model, parameter)
-    stored.check()
+    if checks is not None and action == "keep":
+        stored.check_sizes()
+        checks.start(stored.check)
+    else:
+        stored.check()
     return PlannedWeight(stored, parameter, action, _dtype_of(model, parameter, dtype))
 
 

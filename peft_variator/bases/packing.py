@@ -29,6 +29,7 @@ __all__ = [
     "PackedWeight",
     "check_bitmask",
     "check_packed",
+    "check_packed_sizes",
     "gather_kept",
     "is_two_four",
     "pack",
@@ -131,19 +132,34 @@ def is_two_four(weight: Tensor) -> bool:
 
 def check_packed(packed: PackedWeight, name: str) -> None:
     """Raise LayoutError unless the three tensors follow the layout; `name` is the module that they belong to."""
-    compressed, bitmask, size = packed.compressed, packed.bitmask, packed.shape.flatten().tolist()
+    compressed, bitmask = packed.compressed, packed.bitmask
+    check_packed_sizes(packed.shape, compressed.shape, bitmask.shape, bitmask.dtype, name)
+    check_bitmask(bitmask, 2 * compressed.shape[1], f"{name}.bitmask")
+
+
+def check_packed_sizes(
+    shape: Tensor, compressed: tuple[int, ...], bitmask: tuple[int, ...], bitmask_dtype: torch.dtype, name: str
+) -> None:
+    """Raise LayoutError unless tensors of these shapes are the parts of a packed weight; see `check_packed`.
+
+    Args:
+        shape: the part with the two sizes of the dense weight.
+        compressed: shape of the kept values.
+        bitmask: shape of the bitmask.
+        bitmask_dtype: dtype of the bitmask.
+        name: the module that they belong to.
+    """
+    size = shape.flatten().tolist()
     if len(size) != 2 or min(size) < 0 or size[1] == 0 or size[1] % 4:
         raise LayoutError(f"{name}.shape holds {size}, but a packed weight has two sizes, the second a multiple of 4.")
-    if bitmask.dtype != torch.uint8:
-        raise LayoutError(f"{name}.bitmask is {bitmask.dtype}, but a bitmask is torch.uint8.")
+    if bitmask_dtype != torch.uint8:
+        raise LayoutError(f"{name}.bitmask is {bitmask_dtype}, but a bitmask is torch.uint8.")
     wanted = {"compressed": (size[0], size[1] // 2), "bitmask": (size[0], mask_width(size[1]))}
-    for part, tensor in (("compressed", compressed), ("bitmask", bitmask)):
-        if tuple(tensor.shape) != wanted[part]:
+    for part, found in (("compressed", compressed), ("bitmask", bitmask)):
+        if tuple(found) != wanted[part]:
             raise LayoutError(
-                f"{name}.{part} has shape {tuple(tensor.shape)}, but a 2:4 weight of {size[0]}×{size[1]} has "
-                f"{wanted[part]}."
+                f"{name}.{part} has shape {tuple(found)}, but a 2:4 weight of {size[0]}×{size[1]} has {wanted[part]}."
             )
-    check_bitmask(bitmask, size[1], f"{name}.bitmask")
 
 
 def check_bitmask(bitmask: Tensor, in_features: int, name: str = "bitmask") -> None:
@@ -154,7 +170,7 @@ def check_bitmask(bitmask: Tensor, in_features: int, name: str = "bitmask") -> N
         in_features: inputs of the weight, a multiple of four.
         name: what to call the tensor in the error, which also names the row.
     """
-    for rows in row_blocks(len(bitmask), in_features, weights_at_once=1 << 23):
+    for rows in row_blocks(len(bitmask), in_features, weights_at_once=1 << 20):  # temporaries stay in the cache
         wrong = _malformed_bytes(bitmask[rows], in_features)
         if wrong.any():
             row = rows.start + int(wrong.any(dim=1).nonzero()[0])

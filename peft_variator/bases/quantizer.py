@@ -25,7 +25,15 @@ from transformers.quantizers.auto import (
 from ..compat import before_upload
 from ..files import new_folder
 from ..models import CheckpointError, blaming_config, build_empty, read_model_config
-from .checkpoint import CHECKSUM_METADATA, INDEX_NAME, WEIGHTS_NAME, Checkpoint, checksum, read_index
+from .checkpoint import (
+    CHECKSUM_METADATA,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    BackgroundChecks,
+    Checkpoint,
+    checksum,
+    read_index,
+)
 from .config import (
     METHOD,
     Sparse24Config,
@@ -121,8 +129,9 @@ def save_base(model: PreTrainedModel, output: str | os.PathLike[str], **kwargs: 
 class Sparse24Quantizer(HfQuantizer):
     """Makes the layers whose weights are 2:4 into `Sparse24Linear` before loading, and checks the files first.
 
-    All that can be wrong with a checkpoint is found before anything is loaded, and raised as a `CheckpointError`;
-    transformers itself would fill what does not fit with random numbers and log it.
+    All that can be wrong with a checkpoint is found before anyone gets the model, and raised as a `CheckpointError`;
+    transformers itself would fill what does not fit with random numbers and log it. What headers and sizes tell is
+    checked first. Checksums and bitmasks, for which every byte is read, are checked in threads beside the loading.
     """
 
     quantization_config: Sparse24Config
@@ -131,6 +140,7 @@ class Sparse24Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Sparse24Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._converters: list[WeightConverter] = []
+        self._checks: BackgroundChecks | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -140,19 +150,24 @@ class Sparse24Quantizer(HfQuantizer):
         # In a thread of its own, since the meta device, on which transformers builds the model, is the default of this
         # one: every operation on the tensors of the files would have to get past it.
         with ThreadPoolExecutor(max_workers=1) as thread:
-            planned = thread.submit(self._plan, model, checkpoint_files, torch.get_default_dtype()).result()
+            thread.submit(self._prepare, model, checkpoint_files, torch.get_default_dtype()).result()
+
+    def _prepare(self, model: PreTrainedModel, files: list[str], dtype: torch.dtype) -> None:
+        """Check the files, or begin to, decide what becomes of their weights, and make the model ready for it."""
+        checkpoint = Checkpoint.from_files(files)
+        self._checks = checks = BackgroundChecks()
+        if self.pre_quantized and self.quantization_config.checksums:
+            checkpoint.start_checksums(checks)
+        rules = self.quantization_config.rules(self.pre_quantized)
+        try:
+            planned = plan_weights(model, checkpoint, rules, dtype, checks)
+            check_complete(model, checkpoint, (weight.stored for weight in planned))
+        except CheckpointError:
+            checks.finish()  # a damaged size is told as the damage that it is
+            raise
         names = KeyNames(model)
         self._converters = [make_converter(weight, names) for weight in planned if weight.action != "keep"]
         _replace_layers(model, planned, self.quantization_config)
-
-    def _plan(self, model: PreTrainedModel, files: list[str], dtype: torch.dtype) -> list[PlannedWeight]:
-        """Check the files and decide what becomes of their weights."""
-        checkpoint = Checkpoint.from_files(files)
-        if self.pre_quantized and self.quantization_config.checksums:
-            checkpoint.check_checksums()
-        planned = plan_weights(model, checkpoint, self.quantization_config.rules(self.pre_quantized), dtype)
-        check_complete(model, checkpoint, (weight.stored for weight in planned))
-        return planned
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """A converter for each weight that is not stored as the model has it."""
@@ -166,6 +181,9 @@ class Sparse24Quantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self._checks is not None:
+            checks, self._checks = self._checks, None
+            checks.finish()
         self._converters = []
         layers = [module for module in model.modules() if isinstance(module, Sparse24Linear)]
         for layer in layers:

@@ -7,10 +7,12 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from examples.packed_faults.damages import DAMAGES
 from peft_variator.bases import CheckpointError, load_base
+from peft_variator.bases.checkpoint import checksum
 
 from .models import logits, tiny_llama
 
@@ -38,6 +40,16 @@ def test_a_flipped_value_names_its_tensor(packed_dir):
     data[8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0] + 5] ^= 1
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"tensor {name}: its values do not match their checksum"):
+        AutoModelForCausalLM.from_pretrained(packed_dir)
+
+
+def test_a_bitmask_that_is_none_though_its_checksum_is_right(packed_dir):
+    file = packed_dir / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.bitmask"][3, 1] = 0x37
+    checksums = {key: checksum(tensor) for key, tensor in tensors.items()}
+    save_file(tensors, file, {"format": "pt", "crc32": json.dumps(checksums)})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name}\.bitmask, row 3: columns 8 to 11 keep 3"):
         AutoModelForCausalLM.from_pretrained(packed_dir)
 
 
