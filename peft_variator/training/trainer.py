@@ -274,10 +274,11 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         if not self.is_fsdp_enabled:
             return None
         parts = self.model.state_dict()
-        if isinstance(self.model, PeftModel):
+        configs = getattr(self.model, "peft_config", None)  # also of a model that transformers added adapters to
+        if configs:
             kept = {
                 id(part)
-                for name in self.model.peft_config
+                for name in configs
                 for part in get_peft_model_state_dict(self.model, state_dict=parts, adapter_name=name).values()
             }
             parts = {key: part for key, part in parts.items() if id(part) in kept}

@@ -82,10 +82,17 @@ def test_an_adapter_that_transformers_added(trainer, tmp_path: Path) -> None:
     moved = {name for name, value in base.named_parameters() if not value.equal(before[name])}
     assert moved == {name for name in before if "variator_" in name}
     build_base("llama").save_pretrained(tmp_path / "base")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    loaded.load_adapter(tmp_path / "checkpoint-4")
-    for name, value in loaded.named_parameters():
-        assert value.equal(dict(base.named_parameters())[name])
+    # Of a model that FSDP has spread over processes the adapters alone are gathered, and saved the same.
+    run.is_fsdp_enabled = True
+    gathered = run.gather_adapters()
+    assert gathered is not None
+    assert gathered.keys() == {name for name in base.state_dict() if "variator_" in name}
+    base.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    for folder in ("checkpoint-4", "gathered"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        loaded.load_adapter(tmp_path / folder)
+        for name, value in loaded.named_parameters():
+            assert value.equal(dict(base.named_parameters())[name])
 
 
 @pytest.mark.filterwarnings("ignore")
