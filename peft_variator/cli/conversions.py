@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from transformers import AutoConfig
 
@@ -84,10 +85,8 @@ def _describe_conversion(report: ConversionReport, is_packed: bool) -> list[str]
 def _describe_sizes(report: ConversionReport) -> str:
     """How large the tensors were and are, and where they are."""
     ratio = report.bytes_after / max(report.bytes_before, 1)
-    return (
-        f"{report.bytes_before / 1e6:,.1f} → {report.bytes_after / 1e6:,.1f} MB ({ratio:.1%}). Saved to "
-        f"{report.output}."
-    )
+    sizes = f"{decimal(report.bytes_before)} → {decimal(report.bytes_after)}"
+    return f"{sizes} ({ratio:.1%}). Saved to {report.output}."
 
 
 def _next_steps(output: Path, *, is_packed: bool) -> list[str]:

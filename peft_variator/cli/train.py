@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 from peft import PeftModel, PeftType, get_peft_model
+from rich.filesize import decimal
 from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
@@ -211,12 +212,12 @@ def train(job: TrainJob, reporter: Reporter) -> None:
 
 
 def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
-    size = (job.output / "adapter_model.safetensors").stat().st_size / 1e6
+    size = decimal((job.output / "adapter_model.safetensors").stat().st_size)
     again = data_words(job.data, job.text_column, job.split)
     again += [] if job.task is None else ["--task", job.task]
     again += ["--ratio", ",".join(str(row.ratio) for row in facts.ratios)]
     lines = [
-        f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size:.2f} MB), its model card README.md, "
+        f"Wrote {job.output}: the plugin ({facts.parameters:,} parameters, {size}), its model card README.md, "
         "and training.json with the losses.",
         *next_commands(
             ["bench", "--adapter", job.output],

@@ -198,6 +198,11 @@ TABLES: dict[str, Callable[[Path], Iterator[Record]]] = {
 def _column(records: Iterable[Record], column: str, data: str) -> Iterator[str]:
     for number, record in enumerate(records, start=1):
         if column not in record:
+            if "image" in record:
+                raise ValueError(
+                    f"{data} holds images and no column {column!r}, and this model reads text. Name a text file, a "
+                    "table or a data set with texts, or a vision model."
+                )
             raise ValueError(
                 f"{data} has no column {column!r}, only {', '.join(map(str, record))}. Name the one with the text by "
                 "--text-column."
