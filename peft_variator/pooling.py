@@ -67,11 +67,14 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """One vector for each input, shape (batch, d); means over real tokens as in Reimers and Gurevych 2019
     (https://arxiv.org/abs/1908.10084, section 3).
 
+    Sums are made in float32 or better: in half precision they are infinite for texts of a few hundred tokens.
+
     Args:
         hidden: hidden states, shape (batch, length, d). What stands at padding does not count, NaN neither.
-        attention_mask: 1 or True for real tokens, of which each input has one at least, 0 or False for padding, shape
-            (batch, length), on either side.
+        attention_mask: 0 or False for padding, anything else for real tokens, of which each input has one at least,
+            shape (batch, length), on either side.
         pooling: a name in `POOLINGS`.
     """
-    mask = attention_mask.unsqueeze(-1)
-    return POOLINGS[pooling](hidden.masked_fill(mask == 0, 0), mask.to(hidden.dtype))
+    real = (attention_mask != 0).unsqueeze(-1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return POOLINGS[pooling](hidden.to(wide).masked_fill(~real, 0), real.to(wide)).to(hidden.dtype)

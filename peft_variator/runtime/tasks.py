@@ -290,7 +290,8 @@ class Embed(Task):
         outputs = self.served.model(**batch, **self.asks)
         hidden = outputs.hidden_states[-1] if self.asks else outputs.last_hidden_state
         vectors = torch.cat([pool(hidden, batch["attention_mask"], name) for name in self.poolings], dim=-1)
-        return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).float().cpu())
+        vectors = vectors.float()
+        return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).cpu())
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
         return Embeddings(_stacked(answers, self.width), **about)
@@ -351,7 +352,8 @@ class EmbedSentences(Task):
         as_they_are = self.pooling is None and self.normalize is None
         features = self.sentences(features) if as_they_are else self._through_modules(features, mask)
         vectors = features["sentence_embedding"][:, : self.sentences.truncate_dim]
-        return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).float().cpu())
+        vectors = vectors.float()
+        return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).cpu())
 
     def _through_modules(self, features: dict[str, Any], mask: Tensor) -> dict[str, Any]:
         from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
