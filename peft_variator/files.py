@@ -269,18 +269,29 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that is gone at the end, unless it was given another name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}partial-", dir=target.parent))
-    lock = _lock(temporary)
-    if lock is not None:
-        temporary = temporary.rename(f"{temporary}{_LOCKED}")
+    made, lock = Path(tempfile.mkdtemp(prefix=f"{_prefix(target)}partial-", dir=target.parent)), None
+    locked = Path(f"{made}{_LOCKED}")
     try:
+        lock = _lock(made)
+        temporary = made if lock is None else made.rename(locked)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
         with naming_full_disk(target, temporary):
             yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(made, locked)
         if lock is not None:
             os.close(lock)
+
+
+def _remove(*folders: Path) -> None:
+    """Remove folders that are there, also where Ctrl-C comes meanwhile."""
+    try:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _remove_leftovers(target: Path) -> None:

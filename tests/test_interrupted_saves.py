@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM, modeling_utils
 
-from peft_variator import SparseLoraConfig, VariatorConfig
+from peft_variator import DistillationConfig, DistillationTrainer, SparseLoraConfig, VariatorConfig
 from tests.tiny_models import tiny_model
 
 
@@ -87,3 +87,25 @@ def test_a_config_saved_alone_takes_no_tensors_away(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     model.peft_config["default"].save_pretrained(tmp_path)
     PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=1), tmp_path)
+
+
+def test_no_run_goes_on_from_a_mix_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint over one of an earlier run: the new adapter beside the old optimizer."""
+
+    def run() -> DistillationTrainer:
+        plugin = get_peft_model(tiny_model("bert", num_hidden_layers=1), VariatorConfig(bottleneck_dim=2))
+        args = DistillationConfig(str(tmp_path), max_steps=1, save_steps=1, report_to="none", disable_tqdm=True)
+        return DistillationTrainer(plugin, args, train_dataset=[{"input_ids": torch.arange(3, 19)}] * 8)
+
+    def save(thing: Any, path: str) -> None:
+        if Path(path).name == "optimizer.pt":
+            raise Killed
+
+    run().train()
+    run().train(resume_from_checkpoint=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(Killed):
+            run().train()
+    with pytest.raises((OSError, ValueError), match=r"trainer_state\.json"):
+        run().train(resume_from_checkpoint=True)

@@ -33,6 +33,12 @@ PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
+class Interrupted(typer.Exit):
+    """The end of a command by Ctrl-C, once that was said."""
+
+    told = True
+
+
 class FiguresError(OSError):
     """Figures were not written, after all else was."""
 
@@ -161,7 +167,7 @@ def reported() -> Iterator[None]:
             yield
     except KeyboardInterrupt as error:
         _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
-        raise typer.Exit(INTERRUPTED) from error
+        raise Interrupted(INTERRUPTED) from error
     except (ImportError, OSError, ValueError) as error:
         _tell("Error:", f"{error}{_advice(error)}")
         raise typer.Exit(1) from error

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
 
 from ..compat import BestModelLoader
@@ -255,7 +257,13 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             self.adapters.load(self.model, str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapters whole; see `Trainer.save_model`, which writes none where FSDP saves shards."""
+        """Save the adapters whole; see `Trainer.save_model`, which writes none where FSDP saves shards.
+
+        A checkpoint of an earlier run that is written over is marked as not whole: no run goes on from what a killed
+        process leaves of both.
+        """
+        if _internal_call and output_dir is not None and self.args.should_save:
+            Path(output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)  # written again as the last file
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             adapters = self.gather_adapters()
             self.model.save_pretrained(

@@ -18,6 +18,8 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 import peft_variator
+import peft_variator.cli.prune
+from peft_variator.__main__ import main
 from peft_variator.cli.console import Reporter, parse_ratios, reported
 from peft_variator.cli.main import app
 from peft_variator.models import load_whole
@@ -254,6 +256,25 @@ runpy.run_module("peft_variator", run_name="__main__")
     assert "Traceback" not in done.stderr
     assert done.returncode == 130
     assert "Interrupted" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["peft_variator.cli.main.Command.parse_args", "peft_variator.cli.prune.inspect"])
+def test_an_interrupt_is_told_once(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While options are read, and while a command runs."""
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    monkeypatch.setattr(sys, "argv", ["peft-variator", "inspect", os.devnull])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 130
+    told = capsys.readouterr().err
+    assert told.count("Interrupted") == 1
+    assert len(told.strip().splitlines()) == 1
 
 
 def test_json_goes_to_standard_output_and_text_leaves_it(tmp_path: Path) -> None:
