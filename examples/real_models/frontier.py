@@ -17,7 +17,7 @@ from peft_variator.files import write_text
 from peft_variator.markdown import make_table, replace_between
 
 
-__all__ = ["in_int8", "model_of", "quality_table", "speed_table", "write_page"]
+__all__ = ["in_int8", "measured_values", "model_of", "quality_table", "speed_table", "write_page"]
 
 RESULTS = Path(__file__).parent / "results"
 PLUGINS = Path(__file__).parents[1] / "plugins"
@@ -130,6 +130,24 @@ def quality_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
         if _comparable(figure, columns)
     ]
     return make_table(["", *columns], rows) if rows else ""
+
+
+def measured_values(name: str, ratios: list[int], results: Path = RESULTS) -> list[tuple[Figure, int, float]]:
+    """What was measured of the plugin, as in [`quality_table`]: figure, ratio and value.
+
+    Args:
+        name: name of the plugin's folder; see [`model_of`].
+        ratios: the plugin's.
+        results: folder of what was measured.
+    """
+    columns = _measured(name, ratios, results)
+    return [
+        (figure, ratio, round(float(columns[f"k = {ratio}"][figure.part][figure.key]), figure.digits))
+        for figure in figures_of(name)
+        if _comparable(figure, columns)
+        for ratio in ratios
+        if f"k = {ratio}" in columns
+    ]
 
 
 def _title(figure: Figure) -> str:

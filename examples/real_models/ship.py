@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from frontier import RESULTS, in_int8, model_of, quality_table, speed_table
+from frontier import RESULTS, in_int8, measured_values, model_of, quality_table, speed_table
+from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
 
@@ -29,6 +30,13 @@ TEXT = (
     "MASC, WikiText-2 validation, TinyStories, SQuAD articles that are not measured on, and docstrings of installed "
     "packages"
 )
+# The Hub's names of what each kind of model does.
+PIPELINES = {
+    "text": "feature-extraction",
+    "causal": "text-generation",
+    "vision": "image-feature-extraction",
+    "audio": "automatic-speech-recognition",
+}
 # Of each kind of model: its class, what a step is made of, and what it was trained on.
 KINDS = {
     "text": ("AutoModel", "texts", f"{TEXT}; nothing of STS-B, MRPC or SICK"),
@@ -120,8 +128,34 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         f"- Licence: {weights.licence}, that of the weights.",
     ]
     body = "\n\n".join(line for line in lines if line)
-    content = CardContent(body, base_id, PLUGIN_TAGS, license=weights.licence.lower(), name=f"plugin for {model}")
-    return str(make_card(content))
+    return metadata(name, body, base_id, ratios, results)
+
+
+def metadata(name: str, body: str, base_id: str, ratios: list[int], results: Path = RESULTS) -> str:
+    """A card with its metadata for the Hub.
+
+    Args:
+        name: name of the plugin's folder.
+        body: what the card says.
+        base_id: the base's name on the Hub.
+        ratios: the plugin's.
+        results: folder of what was measured.
+    """
+    weights = WEIGHTS[str(model_of(name))]
+    task = PIPELINES[weights.kind]
+    found = [
+        EvalResult(
+            task_type=task,
+            dataset_type=figure.part,
+            dataset_name=figure.title.partition(",")[0],
+            metric_type=figure.key,
+            metric_name=f"{figure.title} at k = {ratio}",
+            metric_value=value,
+        )
+        for figure, ratio, value in measured_values(name, ratios, results)
+    ]
+    title, licence = f"Compression plugin for {model_of(name)}", weights.licence.lower()
+    return str(make_card(CardContent(body, base_id, PLUGIN_TAGS, task, licence, title, found)))
 
 
 def _usage(name: str, base_id: str, class_name: str, ratio: int, int8: bool) -> str:

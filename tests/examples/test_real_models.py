@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -230,6 +231,11 @@ def test_what_is_shipped_is_whole(folder, scripts):
         scripts("weights").WEIGHTS[scripts("frontier").model_of(folder.name)].sha256
         in (folder / "README.md").read_text()
     )
+    card = ModelCard.load(folder / "README.md").data
+    assert card.pipeline_tag
+    found = [(result.metric_type, result.metric_value) for result in card.eval_results]
+    wanted = scripts("frontier").measured_values(folder.name, config["trained_ratios"])
+    assert sorted(found) == sorted((figure.key, value) for figure, _, value in wanted)
 
 
 def test_what_is_shipped_is_small():
