@@ -323,16 +323,22 @@ def test_threads_share_a_compiled_model() -> None:
     assert not faults
 
 
-def test_a_traced_model_takes_other_values() -> None:
-    model = with_plugin(BERT, keep_token_ids=KEPT)
-    inputs = padded(BERT.inputs(2, 12), [12, 7])
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [(BERT, {"keep_token_ids": KEPT}), (BERT, {"correction_form": "sliced"}), (VIT, {})],
+    ids=["text", "sliced", "images"],
+)
+def test_a_traced_model_takes_other_values(case: Case, fields: dict[str, Any]) -> None:
+    model = with_plugin(case, **fields)
+    inputs, other = case.inputs(2, 12), case.inputs(2, 12, seed=3)
+    if case is BERT:
+        inputs, other = padded(inputs, [12, 7]), padded(other, [4, 12])
     base = model.get_base_model()
     base.config.return_dict = False
     with torch.no_grad():
         traced = torch.jit.trace(base, tuple(inputs.values()), check_trace=False)
-        other = padded(BERT.inputs(2, 12, seed=3), [4, 12])
         found, expected = traced(*other.values())[0], base(**other)[0]
-    real = other["attention_mask"].bool()
+    real = other["attention_mask"].bool() if case is BERT else slice(None)
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 

@@ -249,7 +249,8 @@ class SharedGroups(Groups):
         row_of, is_merged, first = [], [], 0
         for block in blocks:
             row_of.append(block.rows(first, device))
-            is_merged.append(torch.full((block.length,), block.size > 1, device=device))
+            # An int: torch.jit.trace has no operator that fills with a bool.
+            is_merged.append(torch.full((block.length,), int(block.size > 1), dtype=torch.bool, device=device))
             first += block.groups
         offsets = torch.arange(batch, device=device).unsqueeze(1) * rows_per_sequence
         return cls(

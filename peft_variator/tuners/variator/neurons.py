@@ -69,7 +69,7 @@ class NeuronIndex(nn.Module):
     def flags(self, width: int) -> Tensor:
         """Which neurons of a network of `width` are copied, shape `(width,)`."""
         none = torch.zeros(width, dtype=torch.bool, device=self.index.device)
-        return none.index_fill(0, self.index, True)
+        return none.index_fill(0, self.index, 1)  # an int: torch.jit.trace has no such operator for a bool
 
     def has_read(self) -> bool:
         """Whether the base model's rows were read for these neurons."""
