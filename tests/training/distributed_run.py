@@ -1,7 +1,7 @@
 """Training runs to be started on several processes: `distributed_run.py OUTPUT_DIR BATCH_SIZE [HOW]`.
 
-HOW is the type of state dict that FSDP2 saves, and the weights are sharded; or `die`: the second process ends in the
-middle. The first process writes what happened to `OUTPUT_DIR/results.pt`.
+HOW is the type of state dict that FSDP2 saves, and the weights are sharded; or `die MODEL`, and such a type after it:
+the second process ends in the middle. The first process writes what happened to `OUTPUT_DIR/results.pt`.
 """
 
 from __future__ import annotations
@@ -159,15 +159,16 @@ class Death(TrainerCallback):
             os._exit(7)
 
 
-def main(output: Path, batch_size: int, how: str | None = None) -> None:
-    """Train each of the models, and sharded ones and one more a second time from the middle."""
+def main(output: Path, batch_size: int, how: str | None = None, *dying: str) -> None:
+    """Train each of the models, and a second time from the middle."""
     if how == "die":
-        train(output / "gpt2", "gpt2", batch_size, callbacks=[Death()])
+        name, *sharded = dying
+        train(output / name, name, batch_size, state_dict_type=next(iter(sharded), None), callbacks=[Death()])
         return
     results = {}
     for name in MODELS:
         results[name] = train(output / name, name, batch_size, state_dict_type=how)
-        if how or name == "gpt2":
+        if how or name != "bert-classifier":  # which has the method of the next one
             middle = output / name / "checkpoint-2"
             results[f"{name}, resumed"] = train(output / name, name, batch_size, middle, how)
     if int(os.environ.get("RANK", "0")) == 0:

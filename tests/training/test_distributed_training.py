@@ -105,13 +105,15 @@ def test_two_processes_do_what_one_does(run: Callable[[Path], dict[str, Any]], t
         one, two = train(tmp_path / "one" / name, name, 8), results[name]
         check_same(one, two)
         assert two["share"] == 1
+        check_saved(tmp_path / name / "adapter", name, two)
         if name == "llama":
             continue
         ratios = two["ratios"][0]
         assert ratios == two["ratios"][1]
         assert ratios[::2] == ratios[1::2] == one["ratios"][0]
         assert set(ratios) == {2, 4}
-    check_resumed(results["gpt2"], results["gpt2, resumed"])
+    for name in ("gpt2", "llama"):
+        check_resumed(results[name], results[f"{name}, resumed"])
 
 
 @pytest.mark.slow
@@ -131,12 +133,15 @@ def test_sharded_weights_do_what_whole_ones_do(tmp_path: Path, state_dict_type: 
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_job(tmp_path: Path) -> None:
-    """The other one waits for its gradients, and is not left waiting."""
+@pytest.mark.parametrize(
+    "words", [("gpt2",), ("llama", "SHARDED_STATE_DICT")], ids=["plugin, DDP", "SparseLoRA, FSDP2"]
+)
+def test_a_process_that_dies_ends_the_job(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """The other one waits for its gradients, or its share of the weights, and is not left waiting."""
     start = time.monotonic()
-    done = launch(str(tmp_path), "2", "die")
+    done = launch(str(tmp_path), "2", "die", *words)
     assert done.returncode != 0
     assert "exitcode  : 7" in done.stderr
     assert time.monotonic() - start < 120
     assert not (tmp_path / "results.pt").exists()
-    assert not (tmp_path / "gpt2" / "adapter").exists()
+    assert not (tmp_path / words[0] / "adapter").exists()
