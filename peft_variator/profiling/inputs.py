@@ -30,8 +30,9 @@ def count_positions(config: PreTrainedConfig) -> int | None:
     """
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None)
-    if positions is None:
-        return None
+    # Of some towers only transformers' class of the whole is known; none of them numbers positions from the padding's.
+    if positions is None or type(text) not in MODEL_MAPPING:
+        return positions
     with torch.device("meta"):
         modules = AutoModel.from_config(text).named_modules()
     reserved = [

@@ -26,7 +26,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..models import head_of
 from ..pooling import pool
 from ..profiling import count_positions
 from ..sentence_folder import read_recipe
@@ -185,8 +187,10 @@ class Served:
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Served:
         """Find the model of transformers, and the most tokens that it, its tokenizer and the user allow."""
         inner = find_transformer(model)
+        # Tokenizers that have no limit say 10 ** 30, which they do not take themselves.
         most = [count_positions(inner.config), tokenizer.model_max_length, max_length]
-        return cls(model, inner, tokenizer, min((each for each in most if each is not None), default=None))
+        known = [each for each in most if each is not None and each <= sys.maxsize]
+        return cls(model, inner, tokenizer, min(known, default=None))
 
     def encode(self, *columns: list[str], max_length: int | None = None) -> list[Encoded]:
         """Tokens of each text, or of each pair of texts, cut to `max_length` with a warning; `None`: not cut."""
@@ -278,8 +282,10 @@ class Embed(Task):
         most = [each for each in (served.max_length, recipe.max_length) if each is not None]
         self.max_length = min(most, default=None)
         self.width = served.inner.config.get_text_config().hidden_size * len(self.poolings)
-        # A head keeps its hidden states to itself unless it is asked for them.
-        self.asks = {} if served.inner.base_model is served.inner else {"output_hidden_states": True}
+        # Without the head, which would compute logits of every token for nothing.
+        self.has_body = served.inner.base_model is not served.inner
+        # Some models name none, and a head keeps its hidden states to itself unless it is asked for them.
+        self.asks = {"output_hidden_states": True} if not self.has_body and head_of(served.inner) else {}
 
     def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
         encoded = self.served.encode([self.prompt + text for text in texts], max_length=self.max_length)
@@ -287,7 +293,8 @@ class Embed(Task):
 
     def run(self, texts: Sequence[Encoded]) -> list[Tensor]:
         batch = self.served.padded(texts)
-        outputs = self.served.model(**batch, **self.asks)
+        model = self.served.inner.base_model if self.has_body else self.served.model
+        outputs = model(**batch, **self.asks)
         hidden = outputs.hidden_states[-1] if self.asks else outputs.last_hidden_state
         vectors = torch.cat([pool(hidden, batch["attention_mask"], name) for name in self.poolings], dim=-1)
         vectors = vectors.float()
@@ -429,11 +436,14 @@ class Prefill(Task):
             raise ValueError(
                 f"prefill needs a causal language model; {type(served.inner).__name__} predicts no next token."
             )
-        kinds = {type(layer).__name__ for layer in DynamicCache(config=served.inner.config).layers} - {"DynamicLayer"}
+        config = served.inner.config
+        known = (DynamicLayer, DynamicSlidingWindowLayer)
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in known}
+        kinds |= {"chunked_attention"} & {*(getattr(config.get_text_config(), "layer_types", None) or ())}
         if kinds:
             raise ValueError(
-                f"prefill serves models that keep keys and values of every token; {type(served.inner).__name__} has "
-                f"caches of other kinds: {', '.join(sorted(kinds))}."
+                "prefill serves models that keep keys and values of every token, or of a sliding window's; "
+                f"{type(served.inner).__name__} has caches of other kinds: {', '.join(sorted(kinds))}."
             )
         self.served = served
 
@@ -455,7 +465,7 @@ class Prefill(Task):
         rows = []
         for row, text in enumerate(texts):
             own = len(text["input_ids"])
-            # Copies: a view would keep the cache of the whole batch alive.
+            # Copies: a view would keep the cache of the whole batch alive. A sliding window holds fewer than its own.
             layers = [
                 (layer.keys[row : row + 1, :, -own:].clone(), layer.values[row : row + 1, :, -own:].clone())
                 for layer in outputs.past_key_values.layers
@@ -473,10 +483,14 @@ class Prefill(Task):
         ).reshape(len(lengths), longest)
         for index in range(len(answers[0][1]) if answers else 0):
             parts = [[layers[index][part] for _, layers in answers] for part in (0, 1)]
+            held = max(states.shape[-2] for states in parts[0])
             keys, values = (
-                torch.cat([pad(states, (0, 0, longest - states.shape[-2], 0)) for states in part]) for part in parts
+                torch.cat([pad(states, (0, 0, held - states.shape[-2], 0)) for states in part]) for part in parts
             )
             cache.update(keys, values, index)
+            layer = cache.layers[index]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = longest  # what it has seen, of which it holds the end
         vocabulary = inner.config.get_text_config().vocab_size
         return Prefilled(_stacked([row for row, _ in answers], vocabulary), cache, mask, **about)
 

@@ -148,10 +148,54 @@ def test_prompts_are_not_cut_and_nothing_is_none() -> None:
         assert engine.prefill(["a " * 64]).lengths == [64]
 
 
-def test_caches_of_other_kinds_are_refused() -> None:
-    with Engine(tiny_model("mistral", **TEXT, sliding_window=4), PLAIN) as engine:
+@pytest.mark.parametrize("name", ["t5-encoder", "siglip-text", "gemma3n", "llama4"])
+def test_models_that_tell_little_about_themselves_embed(name: str) -> None:
+    """No number of positions, no class of their own, hidden states of another shape, or a head that hides its body."""
+    torch.manual_seed(0)
+    model = plugin(tiny_model(name), ratio=2)
+    with Engine(model, PLAIN, slo_ms=PATIENT) as engine:
+        found = engine.embed(SENTENCES).embeddings
+        for row, text in enumerate(SENTENCES):
+            torch.testing.assert_close(found[row : row + 1], engine.embed([text]).embeddings, atol=1e-5, rtol=0)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ["lfm2", "llama4"])
+def test_caches_of_other_kinds_are_refused(name: str) -> None:
+    with Engine(tiny_model(name), PLAIN) as engine:
         with pytest.raises(ValueError, match="caches of other kinds"):
             engine.prefill(["a"])
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_sliding_windows(name: str) -> None:
+    """Prompts longer and shorter than the window: the cache is that of the prompt alone, and goes on like it."""
+    torch.manual_seed(0)
+    model = plugin(tiny_model(name, **TEXT, sliding_window=6), ratio=2)
+    prompts = ["a b c d e f g h i j k l", "m n o", "p q r s t u v"]
+    with Engine(model, PLAIN, slo_ms=PATIENT) as engine:
+        result = engine.prefill(prompts)
+    steps = [5, 6, 7]
+    mask, found = result.attention_mask, []
+    for step in steps:
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+        positions = mask.sum(1, keepdim=True) - 1
+        with torch.no_grad(), using_ratio(model, 2):
+            outputs = model(
+                input_ids=torch.full((3, 1), step),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=result.past_key_values,
+            )
+        found.append(outputs.logits[:, -1])
+    for row, prompt in enumerate(prompts):
+        with torch.no_grad(), using_ratio(model, 2):
+            outputs = model(**PLAIN(prompt, return_tensors="pt"), use_cache=True, logits_to_keep=1)
+            torch.testing.assert_close(result.logits[row], outputs.logits[0, -1], atol=1e-5, rtol=0)
+            for step, logits in zip(steps, found, strict=True):
+                outputs = model(input_ids=torch.tensor([[step]]), past_key_values=outputs.past_key_values)
+                torch.testing.assert_close(logits[row], outputs.logits[0, -1], atol=1e-5, rtol=0)
 
 
 def test_the_queue_keeps_the_urgent_first_and_the_alike_together() -> None:
