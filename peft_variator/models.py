@@ -60,6 +60,7 @@ __all__ = [
     "has_decoder",
     "has_weights",
     "head_of",
+    "is_pooler",
     "load_config",
     "load_tokenizer",
     "load_whole",
@@ -208,8 +209,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (folder / CONFIG_NAME).is_file():
         return read_fields(folder / CONFIG_NAME)
     if not folder.is_dir():
-        what = f"{str(folder)!r} is a file" if folder.exists() else f"There is no folder {str(folder)!r}"
-        raise CheckpointError(f"{what}. Name the folder of a model.{download_hint(folder)}")
+        what = f"{str(folder)!r} is a file" if folder.exists() else f"there is no folder {str(folder)!r}"
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} can't be read: {what}. Name the folder of a model.{download_hint(folder)}"
+        )
     base = adapter_base(folder)
     if base is None:
         raise CheckpointError(f"{folder / CONFIG_NAME} can't be read: it is missing. Name the folder of a model.")
@@ -572,6 +575,11 @@ def check_vocabulary(processor: Any, name: str) -> None:
         )
 
 
+def is_pooler(name: str) -> bool:
+    """Whether a parameter is one of a pooler: checkpoints that were saved without it lack it, and little needs it."""
+    return _POOLER.search(name) is not None
+
+
 @contextmanager
 def without_loading_report() -> Iterator[None]:
     """transformers' table of missing and unexpected weights is not logged, for callers that look at what is missing.
@@ -615,7 +623,7 @@ def load_whole(automatic: Any, name: str, *, pooler: bool = True, **kwargs: Any)
             f"{name!r}: {key} has shape {tuple(found)}, but a {type(loaded).__name__} of its config.json has "
             f"{tuple(wanted)}. Weights and config.json are of different models."
         )
-    missing = sorted(key for key in info["missing_keys"] if pooler or not _POOLER.search(key))
+    missing = sorted(key for key in info["missing_keys"] if pooler or not is_pooler(key))
     if missing:
         raise ValueError(
             f"{name!r} does not hold all weights of a {type(loaded).__name__}: {name_some(missing)} are missing and "

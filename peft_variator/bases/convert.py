@@ -217,7 +217,7 @@ class ModelFolder:
         if model is None:
             return
         check_sizes(model, self.checkpoint)
-        check_complete(model, self.checkpoint, decoded)
+        check_complete(model, self.checkpoint, decoded, pooler=False)
 
     def skeleton(self, architecture: str | None = None) -> PreTrainedModel:
         """The model that config.json describes, dense and without weights.

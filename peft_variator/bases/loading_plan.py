@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
-from ..models import CheckpointError, name_some
+from ..models import CheckpointError, is_pooler, name_some
 from .checkpoint import BackgroundChecks, Checkpoint
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import Rules, names_layer
@@ -251,7 +251,9 @@ def _dtype_of(model: PreTrainedModel, parameter: str, dtype: torch.dtype) -> tor
     return next((own for pattern, own in kept if re.search(pattern.replace("*", ".*"), parameter)), dtype)
 
 
-def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, stored: Iterable[StoredWeight]) -> None:
+def check_complete(
+    model: PreTrainedModel, checkpoint: Checkpoint, stored: Iterable[StoredWeight], *, pooler: bool = True
+) -> None:
     """Check that no parameter would be left without weights, or get numbers of another kind.
 
     A new head is no error: a layer may be missing where the checkpoint was saved from another class, if all of it is.
@@ -260,6 +262,7 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, stored: Itera
         model: dense model.
         checkpoint: its files.
         stored: the weights that are not stored as plain dense tensors.
+        pooler: whether a pooler has to be there.
 
     Raises:
         CheckpointError: naming the parameters.
@@ -270,13 +273,19 @@ def check_complete(model: PreTrainedModel, checkpoint: Checkpoint, stored: Itera
     keys = {*checkpoint.tensors, *(weight.name for weight in stored)}
     loaded = {target for key in keys for target in names.targets(key)}
     missing = _missing(model, loaded)
-    if type(model).__name__ not in (model.config.architectures or ()):
-        layers_with_weights = {name.rpartition(".")[0] for name in loaded}
-        missing = [name for name in missing if name.rpartition(".")[0] in layers_with_weights]
+    layers_with_weights = {name.rpartition(".")[0] for name in loaded}
+    is_new_head = type(model).__name__ not in (model.config.architectures or ())
+    missing = [
+        name
+        for name in missing
+        if name.rpartition(".")[0] in layers_with_weights or not (is_new_head or (is_pooler(name) and not pooler))
+    ]
     if missing:
+        advice = " To leave out a pooler, pass add_pooling_layer=False." if all(map(is_pooler, missing)) else ""
         raise CheckpointError(
             f"{', '.join(map(str, checkpoint.files))}: {name_some(missing)} of {type(model).__name__} missing. The "
             "checkpoint is incomplete, or config.json describes a larger model; the parameters would be random."
+            f"{advice}"
         )
 
 

@@ -7,16 +7,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TypeVar
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..bases import MergeReport, merge_checkpoint, pack_checkpoint, unpack_checkpoint
 from ..bases.convert import ConversionReport
-from ..models import check_model_name, model_class
+from ..hub import open_files
+from ..models import check_model_name, is_pooler, model_class
 from ..tuners.variator.released import convert_checkpoint
 from .console import Reporter, next_commands
 from .publishing import Publishing
@@ -94,8 +96,16 @@ def _next_steps(output: Path, *, is_packed: bool) -> list[str]:
     cls = model_class(AutoConfig.from_pretrained(output))
     name = "AutoModel" if cls is None else cls.__name__
     first = ["  import peft_variator"] if is_packed else []
-    load = [f"  from transformers import {name}", f"  model = {name}.from_pretrained({str(output)!r})"]
+    without = ", add_pooling_layer=False" if _lacks_pooler(cls, output) else ""
+    load = [f"  from transformers import {name}", f"  model = {name}.from_pretrained({str(output)!r}{without})"]
     return [*next_commands(["inspect", output]), "In Python:", *first, *load]
+
+
+def _lacks_pooler(cls: type[PreTrainedModel] | None, folder: Path) -> bool:
+    """Whether a model was saved without the pooler that its class makes unless it is told not to."""
+    if cls is None or "add_pooling_layer" not in signature(cls.__init__).parameters:
+        return False
+    return not any(map(is_pooler, open_files(str(folder)).weights("*.safetensors")))
 
 
 def _describe_merge(report: MergeReport) -> list[str]:

@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,13 @@ def _load(model: str, dtype: str, device_map: str, offload_folder: str) -> PreTr
             "transformers. Load the model in Python and call peft_variator.sparsity.prune on it."
         )
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    return load_whole(cls, model, config=config, dtype=wanted, device_map=device_map, offload_folder=offload_folder)
+    how = {"config": config, "dtype": wanted, "device_map": device_map, "offload_folder": offload_folder}
+    try:
+        return load_whole(cls, model, **how)
+    except ValueError:
+        if "add_pooling_layer" not in signature(cls.__init__).parameters:
+            raise
+        return load_whole(cls, model, add_pooling_layer=False, **how)  # it may have been saved without one
 
 
 def _check_dense(model: str, config: PreTrainedConfig) -> None:

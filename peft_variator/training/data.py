@@ -68,6 +68,7 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
         split: which split of a data set is read.
 
     Raises:
+        ConnectionError: `data` is no file, and the Hub can't be reached.
         FileNotFoundError: `data` looks like a file and there is none.
         ImportError: `data` is no file and `datasets` is not installed.
         ValueError: there is no such column, or the file can't be read.
@@ -88,7 +89,13 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
     try:
         records = load_dataset(data, split=split)
     except DatasetsError as error:
-        raise ValueError(f"`datasets` can't read {data!r}: {error.__cause__ or error}") from error
+        here = "" if path.exists() else f"There is no file {data!r} here. "
+        raise ValueError(f"{here}`datasets` can't read {data!r}: {error.__cause__ or error}") from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"There is no file {data!r} here, and no data set of that name can be fetched: {error}. Name a text file "
+            "or a table, or fetch the data set where there is a network."
+        ) from error
     return _column(records, column, data)
 
 

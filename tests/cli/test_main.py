@@ -355,7 +355,7 @@ def test_weights_of_another_head_are_not_reported(tmp_path: Path, caplog: pytest
         (["bench", "{file}"], "is a file. Name the folder"),
         (["train", "{file}", "--data", "{file}", "-o", "out"], "is a file. Name the folder"),
         (["pack", "{file}", "-o", "out"], "is a file. Name the folder"),
-        (["unpack", "{file}-none", "-o", "out"], "There is no folder"),
+        (["unpack", "{file}-none", "-o", "out"], "there is no folder"),
     ],
 )
 def test_what_is_no_model_is_told(words: list[str], told: str, tmp_path: Path) -> None:

@@ -137,8 +137,8 @@ def test_prune_calibrates_on_columns_of_tables(base, text, tmp_path):
 
 
 def test_prune_calibrates_on_a_folder_of_images(tmp_path):
+    """A model that was saved without its pooler gets none of random numbers."""
     save_base(tmp_path / "vit", "vision")
-    ViTModel.from_pretrained(tmp_path / "vit").save_pretrained(tmp_path / "vit")  # with a pooler
     (tmp_path / "images").mkdir()
     for index in range(3):
         Image.new("RGB", (20, 20), (40 * index, 90, 200)).save(tmp_path / "images" / f"{index}.png")
@@ -146,6 +146,15 @@ def test_prune_calibrates_on_a_folder_of_images(tmp_path):
     told = run("prune", tmp_path / "vit", "-o", tmp_path / "out", "--data", tmp_path / "images", "--pattern", "2:4")
     assert "Skipped 1 of 4 images" in told
     assert f"restore {tmp_path / 'out'} --data {tmp_path / 'images'}" in told
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys()
+        == load_file(tmp_path / "vit" / "model.safetensors").keys()
+    )
+    told = run("pack", tmp_path / "out", "-o", tmp_path / "packed")
+    assert f"ViTModel.from_pretrained('{tmp_path / 'packed'}', add_pooling_layer=False)" in told
+    ViTModel.from_pretrained(tmp_path / "packed", add_pooling_layer=False)
+    with pytest.raises(ValueError, match="add_pooling_layer=False"):
+        ViTModel.from_pretrained(tmp_path / "packed")
 
 
 @pytest.fixture

@@ -262,3 +262,14 @@ def test_folders_without_images_are_named(tmp_path: Path) -> None:
         ImageFolder(tmp_path / "missing", None)
     with pytest.raises(ValueError, match=r"There is no image in .*\.png"):
         ImageFolder(tmp_path, None)
+
+
+def test_a_name_that_is_neither_a_file_nor_to_be_fetched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'my_texts' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(OSError, match="no file 'my_texts' here"):
+        read_texts("my_texts")
