@@ -2,9 +2,9 @@
 
 One token needs every weight once: a product that reads the packed form as it lies moves 0.5625 of the bytes of a dense
 one in 16 bits. Under an update, (W + B·A) ⊙ M is summed a tile at a time in registers, from what A and B are in this
-very call: nothing of it is kept, so nothing can be stale. With more tokens making the weight once pays. Which is
-faster on this machine is measured at the first call of each shape and remembered while the process runs. Without a
-compiler everything runs as before.
+very call, or, for a token or two on a packed W, as a sum beside the product of W: nothing of it is kept, so nothing
+can be stale. With more tokens making the weight once pays. Which is faster on this machine is measured at the first
+call of each shape and remembered while the process runs. Without a compiler everything runs as before.
 """
 
 from __future__ import annotations

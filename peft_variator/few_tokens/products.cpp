@@ -36,6 +36,9 @@ struct Task {
     const float* a;        // (rank, columns)
     const float* b;        // (rows, rank)
     long rank;
+    const float* columns_of_a; // A as `Eight`s, (ranks / 8, stride, 8); null: the masked product goes by tiles
+    float* updates;            // what is added to the product, (tokens, rows); null: nothing
+    void (*packed_rows)(const Task&, long, long); // the product of the packed form
     long width() const { return (columns + 7) / 8; }
 };
 
@@ -60,6 +63,7 @@ inline void narrow(float value, uint16_t& out) {
 
 template <class T>
 inline void store(const Task& task, long token, long row, float sum) {
+    if (task.updates) sum += task.updates[token * task.rows + row];
     if (task.bias) sum += widen(static_cast<const T*>(task.bias)[row]);
     narrow(sum, static_cast<T*>(task.out)[token * task.rows + row]);
 }
@@ -233,8 +237,14 @@ AVX512BF16 void avx512_bf16_rows(const Task& task, long begin, long end) {
 
 #endif
 
-// The masked product. A tile of rows and columns of W + B·A exists in registers alone: its share of B·A is summed over the
-// rank, W is added and M applied, and all tokens are multiplied with it. Nothing is kept from one call to the next.
+// The masked product, in one of two ways. Nothing is kept from one call to the next.
+//
+// By tiles: a tile of rows and columns of W + B·A exists in registers alone: its share of B·A is summed over the rank, W is
+// added and M applied, and all tokens are multiplied with it.
+//
+// By tables, for the fewest tokens, where M is the places of a packed W: x·Wᵀ is the product of the packed form, and the
+// update adds B_i·s to row i, where s is the sum of x_j·A_j over the columns j that the row keeps. A byte of its bits has
+// one of 36 patterns: their sums, which all rows share, stand in a table in the nearest cache, where a row looks them up.
 
 #define INLINE inline __attribute__((always_inline))
 typedef float Floats __attribute__((vector_size(64)));
@@ -356,7 +366,7 @@ INLINE void add_tile(const Task& task, const float* factors, const Row<T>* rows,
 }
 
 template <class Set, class T, bool PACKED>
-INLINE void masked_rows(const Task& task, long begin, long end) {
+INLINE void rows_by_tiles(const Task& task, long begin, long end) {
     constexpr int R = Set::ROWS;
     constexpr long COLUMNS = LANES * Set::VECTORS;
     const long whole = task.columns / COLUMNS * COLUMNS, rest = task.columns - whole;
@@ -387,6 +397,87 @@ INLINE void masked_rows(const Task& task, long begin, long end) {
                 for (int lane = 0; lane < LANES; ++lane) sum += sums[(token * R + r) * LANES + lane];
                 store<T>(task, token, row + r, sum);
             }
+    }
+}
+
+typedef float Eight __attribute__((vector_size(32)));
+constexpr long EIGHT = 8;         // ranks at a time
+constexpr long CHUNK = 512;       // rows that share a table
+constexpr long BYTES = 16;        // of a row's bits in a table, which takes 18 KiB
+constexpr int PAIRS = 6, PATTERNS = PAIRS * PAIRS;
+constexpr uint8_t PAIR_BITS[PAIRS] = {3, 5, 9, 6, 10, 12};
+
+// Where in a table the sum of a byte's columns stands, in floats; the last byte may have a lower half alone.
+struct Offsets {
+    uint16_t of_byte[256] = {};
+    Offsets() {
+        for (int low = 0; low < PAIRS; ++low) {
+            of_byte[PAIR_BITS[low]] = static_cast<uint16_t>(EIGHT * low);
+            for (int high = 0; high < PAIRS; ++high)
+                of_byte[PAIR_BITS[low] | PAIR_BITS[high] << 4] = static_cast<uint16_t>(EIGHT * (PAIRS * high + low));
+        }
+    }
+};
+const Offsets OFFSETS;
+
+// The sums of x_j·A_j over the two columns of each pair in four.
+INLINE void sum_pairs(const float* x, const float* columns_of_a, Eight* pairs) {
+    Eight products[4];
+    for (int column = 0; column < 4; ++column) products[column] = x[column] * load<Eight>(columns_of_a + EIGHT * column);
+    for (int pair = 0, first = 0; first < 4; ++first)
+        for (int second = first + 1; second < 4; ++second) pairs[pair++] = products[first] + products[second];
+}
+
+INLINE void add_updates_by_tables(const Task& task, long begin, long end) {
+    const long width = task.width();
+    Eight table[BYTES][PATTERNS], sums[CHUNK];
+    for (long token = 0; token < task.tokens; ++token)
+        for (long k = 0; k < task.rank; k += EIGHT) {
+            std::memset(static_cast<void*>(sums), 0, sizeof sums);
+            for (long byte = 0; byte < width; byte += BYTES) {
+                const long bytes = width - byte < BYTES ? width - byte : BYTES;
+                for (long index = 0; index < bytes; ++index) {
+                    const long column = 8 * (byte + index);
+                    const float* x = task.wide + token * task.stride + column;  // zeros after the last column
+                    const float* a = task.columns_of_a + (k / EIGHT * task.stride + column) * EIGHT;
+                    Eight low[PAIRS], high[PAIRS];
+                    sum_pairs(x, a, low);
+                    sum_pairs(x + 4, a + 4 * EIGHT, high);
+                    for (int above = 0; above < PAIRS; ++above)
+                        for (int below = 0; below < PAIRS; ++below)
+                            table[index][PAIRS * above + below] = low[below] + high[above];
+                }
+                for (long row = begin; row < end; ++row) {
+                    const uint8_t* bits = task.bits + row * width + byte;
+                    const auto look_up = [&](long index, uint8_t pattern) __attribute__((always_inline)) {
+                        return load<Eight>(reinterpret_cast<const float*>(table[index]) + OFFSETS.of_byte[pattern]);
+                    };
+                    Eight parts[4] = {sums[row - begin]};
+                    long index = 0;
+                    for (; index + 8 <= bytes; index += 8) {
+                        const uint64_t eight = load<uint64_t>(bits + index);
+                        for (int each = 0; each < 8; ++each)
+                            parts[each % 4] += look_up(index + each, static_cast<uint8_t>(eight >> 8 * each));
+                    }
+                    for (; index < bytes; ++index) parts[0] += look_up(index, bits[index]);
+                    sums[row - begin] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+                }
+            }
+            for (long row = begin; row < end; ++row) {
+                float* update = task.updates + token * task.rows + row;
+                for (long index = 0; index < EIGHT && k + index < task.rank; ++index)
+                    *update += task.b[row * task.rank + k + index] * sums[row - begin][index];
+            }
+        }
+}
+
+template <class Set, class T, bool PACKED>
+INLINE void masked_rows(const Task& task, long begin, long end) {
+    if (!task.columns_of_a) return rows_by_tiles<Set, T, PACKED>(task, begin, end);
+    for (long first = begin; first < end; first += CHUNK) {
+        const long last = end - first < CHUNK ? end : first + CHUNK;
+        add_updates_by_tables(task, first, last);
+        task.packed_rows(task, first, last);
     }
 }
 
@@ -437,10 +528,22 @@ template <class T>
 void run(const Task& given, int level, int threads) {
     Task task = given;
     const bool masked = task.a != nullptr;
-    std::vector<float> wide, a;
+    // By measurement. Without AVX-512 tiles took 3 to 16 times as long for up to four tokens.
+    const bool fewest = level < WITH_AVX512 || task.tokens <= (task.rank < EIGHT ? 1 : 2);
+    const bool by_tables = masked && task.bits && !task.mask && fewest;
+    std::vector<float> wide, a, updates;
     task.stride = masked ? (task.columns + STRIDE - 1) / STRIDE * STRIDE : task.columns;
     task.wide = strided(static_cast<const T*>(task.x), task.tokens, task.columns, task.stride, wide);
-    if (masked) task.a = strided(given.a, task.rank, task.columns, task.stride, a);
+    if (by_tables) {
+        a.resize((task.rank + EIGHT - 1) / EIGHT * EIGHT * task.stride);
+        for (long k = 0; k < task.rank; ++k)
+            for (long column = 0; column < task.columns; ++column)
+                a[(k / EIGHT * task.stride + column) * EIGHT + k % EIGHT] = given.a[k * task.columns + column];
+        updates.resize(task.tokens * task.rows);
+        task.columns_of_a = a.data();
+        task.updates = updates.data();
+        task.packed_rows = rows_at<T>(level, false);
+    } else if (masked) task.a = strided(given.a, task.rank, task.columns, task.stride, a);
     const Rows rows = rows_at<T>(level, masked);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int share = 0; share < threads; ++share)
@@ -469,7 +572,7 @@ int best_level() {
 void few_tokens_linear(const void* x, const void* values, const uint8_t* bits, const uint8_t* mask, const float* a,
                        const float* b, const void* bias, void* out, long tokens, long rows, long columns, long rank,
                        int bytes, int level, int threads) {
-    const Task task{x, nullptr, values, bits, bias, out, tokens, rows, columns, 0, mask, a, b, rank};
+    const Task task{x, nullptr, values, bits, bias, out, tokens, rows, columns, 0, mask, a, b, rank, nullptr, nullptr, nullptr};
     bytes == 2 ? run<uint16_t>(task, level, threads) : run<float>(task, level, threads);
 }
 }
