@@ -198,6 +198,14 @@ def _hide_other_bars() -> None:
         sys.modules["datasets"].disable_progress_bars()
 
 
+def _close_other_bars() -> None:
+    """Take away the bars of other libraries that an error has cut off, which would be drawn once more, below it."""
+    if "tqdm.std" in sys.modules:
+        for bar in list(sys.modules["tqdm.std"].tqdm._instances):
+            bar.leave = False
+            bar.close()
+
+
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     from rich.console import Console
 
@@ -207,6 +215,7 @@ def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
 def _tell(head: str, message: str) -> None:
     from rich.markup import escape
 
+    _close_other_bars()
     _console(stderr=True).print(f"[bold red]{head}[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 

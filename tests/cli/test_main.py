@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import AutoModel, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -205,6 +206,20 @@ def test_what_ends_a_command_is_a_line(error: BaseException, code: int, capsys: 
     assert str(error) in told
     assert len(told.strip().splitlines()) == 1
     assert ("free space" in told) is (code == 1)
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()])
+def test_a_bar_that_an_error_cuts_off_is_not_drawn_below_it(
+    error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = tqdm(total=3, file=sys.stderr)
+    bar.update()
+    with pytest.raises(typer.Exit), reported():
+        raise error
+    told = capsys.readouterr().err
+    assert told.rpartition("\r")[2].startswith(("Error", "Interrupted"))
+    bar.close()  # as when it is collected
+    assert capsys.readouterr().err == ""
 
 
 def test_figures_that_fit_nowhere_are_not_lost(
