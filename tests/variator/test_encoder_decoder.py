@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
-from tests.tiny_models import ALL, FIRST_WORD, SEQ2SEQ, Case, by_name
+from tests.tiny_models import ALL, BY_NAME, FIRST_WORD, SEQ2SEQ, Case, by_name
 
 from .reference import watch
 
@@ -107,3 +107,29 @@ def test_models_put_together_from_two(encoder: str, decoder: str) -> None:
     inputs = case.inputs(2, 14) | {"labels": torch.randint(FIRST_WORD, 99, (2, 14))}
     rows = 2 * (5 if encoder == "bert" else 10)
     assert [seen.rows for seen in watch(model, lambda: model(**inputs))] == [rows] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("t5", {"target_modules": r"decoder\.block\.\d+\.layer\.2\.DenseReluDense"}),
+        ("bart", {"target_modules": r".*decoder\.layers\.\d+\.fc1", "end_module": "fc2"}),
+    ],
+)
+def test_predictions_of_a_decoder_that_have_a_label_see_no_later_token(name: str, fields: dict[str, str]) -> None:
+    """A plugin can be put into a decoder by naming its networks; position t predicts label t there."""
+    torch.manual_seed(1)
+    case = BY_NAME[name]
+    config = VariatorConfig(init_weights=False, keep_first_tokens=0, keep_last_tokens=0, **fields)
+    model = get_peft_model(case.build(), config).eval()
+    inputs = {"input_ids": case.inputs(2, 9)["input_ids"], "decoder_input_ids": case.inputs(2, 14, 1)["input_ids"]}
+    inputs["labels"] = torch.full((2, 14), -100)
+    inputs["labels"][:, [3, 9]] = FIRST_WORD
+    other = inputs["decoder_input_ids"].clone()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for at in (3, 9):
+            other[:, at + 1 :] = FIRST_WORD + 1
+            changed = model(**inputs | {"decoder_input_ids": other}).logits
+            torch.testing.assert_close(changed[:, at], logits[:, at], rtol=0, atol=1e-5)
+            other = inputs["decoder_input_ids"].clone()

@@ -351,6 +351,9 @@ def gather_facts(stack: nn.Module, kind: StackKind, own: dict[str, Any], names: 
     asked = set(names) - set(OF_HEADS)
     arguments = {name: value for name, value in known.items() if name not in asked} | own
     surrounding = [call.module for call in around]
+    if kind == "causal" and "labels" in arguments and any(map(_is_encoder_decoder, surrounding)):
+        # Position t of a decoder predicts label t: what it reads was shifted, not what it is held against.
+        arguments["shift_labels"] = arguments.pop("labels")
     image_ids = _image_ids(surrounding)
     past = arguments.get("past_key_values") if kind == "causal" else None
     by_embedding = kind == "causal" and image_ids and "input_ids" not in arguments
@@ -414,6 +417,10 @@ def _uses_every_prediction(facts: CallFacts) -> bool:
     order = TokenOrder(real, None, token_ranks(mask, real, shape, facts.past_length, labels.device))
     is_free = (labels == IGNORED_LABEL) & ~order.last(1)
     return not bool((is_free if real is None else is_free & real).any())
+
+
+def _is_encoder_decoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def _has_language_head(module: nn.Module) -> bool:
