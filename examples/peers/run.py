@@ -166,6 +166,10 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
     for ratio in RATIOS:
         found[f"plugin, k = {ratio}"] = partial(lambda k: with_plugin(share_weights(model), plugin, k), ratio)
     for ratio in RATIOS:
+        found[f"bf16 + plugin, k = {ratio}"] = partial(
+            lambda k: with_plugin(copy.deepcopy(model).to(torch.bfloat16), plugin, k), ratio
+        )
+    for ratio in RATIOS:
         found[f"int8 + plugin, k = {ratio}"] = partial(lambda k: with_plugin(quantize(model), plugin, k), ratio)
         found[f"int8 + plugin, updates apart, k = {ratio}"] = partial(
             lambda k: with_plugin(quantize(model), plugin, k, sum_updates=False), ratio
