@@ -146,6 +146,11 @@ def with_plugin(base: nn.Module, folder: Path, ratio: int, *, sum_updates: bool 
     return add_plugin(base, folder, ratio, sum_updates=sum_updates)
 
 
+def _plugin_to_onnx(base: nn.Module, folder: Path, ratio: int, scratch: Path, int8: bool) -> OnnxModel:
+    model: Any = with_plugin(share_weights(base), folder, ratio)
+    return to_onnx(model.get_base_model(), scratch / f"plugin-{ratio}.onnx", int8)
+
+
 def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratch: Path) -> dict[str, Build]:
     """What is compared, by name; each is made when it is asked for.
 
@@ -187,6 +192,9 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
         found[f"token merging, {share:.0%} a layer"] = partial(_merging, model, share)
     found["ONNX Runtime"] = lambda: to_onnx(model, scratch / "model.onnx", int8=False)
     found["ONNX Runtime, int8"] = lambda: to_onnx(model, scratch / "model.onnx", int8=True)
+    for ratio in RATIOS:
+        for name, int8 in (("ONNX Runtime", False), ("ONNX Runtime, int8", True)):
+            found[f"{name} + plugin, k = {ratio}"] = partial(_plugin_to_onnx, model, plugin, ratio, scratch, int8)
     found["next-smaller model"] = smaller
     return found
 
