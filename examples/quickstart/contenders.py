@@ -20,7 +20,7 @@ from peft_variator import quantize_plugin
 
 __all__ = ["Contender", "Kind", "make_contenders", "to_int8"]
 
-Kind = Literal["base", "plugin", "untrained", "bf16", "int8", "int8 + plugin"]
+Kind = Literal["base", "plugin", "untrained", "bf16", "bf16 + plugin", "int8", "int8 + plugin"]
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,32 @@ class Contender:
         yield
 
 
-def make_contenders(
-    base: PreTrainedModel, plugin: PeftModel, ratios: Sequence[int], int8_ratio: int
-) -> list[Contender]:
-    """The base, the plugin at each ratio, then bfloat16, int8, and the plugin over int8.
+def make_contenders(base: PreTrainedModel, plugin: PeftModel, ratios: Sequence[int], chosen: int) -> list[Contender]:
+    """The base, the plugin at each ratio, then bfloat16 and int8, each alone and with the plugin over it.
 
     Args:
         base: the untouched model.
         plugin: the same weights with a trained plugin.
         ratios: compression ratios.
-        int8_ratio: the ratio of the plugin over int8.
+        chosen: the ratio of the plugin over bfloat16 and int8.
     """
     with tempfile.TemporaryDirectory() as folder:
         plugin.save_pretrained(folder)
+        over_bf16 = PeftModel.from_pretrained(_to_bf16(base), folder)
         over_int8 = PeftModel.from_pretrained(to_int8(base), folder)
     quantize_plugin(over_int8)
     return [
         Contender("base", "base", base),
         *(Contender(f"k = {ratio}", "plugin", plugin, ratio) for ratio in ratios),
-        Contender("bf16", "bf16", copy.deepcopy(base).to(torch.bfloat16)),
+        Contender("bf16", "bf16", _to_bf16(base)),
+        Contender(f"bf16, k = {chosen}", "bf16 + plugin", over_bf16.eval(), chosen),
         Contender("int8", "int8", to_int8(base)),
-        Contender(f"int8, k = {int8_ratio}", "int8 + plugin", over_int8.eval(), int8_ratio),
+        Contender(f"int8, k = {chosen}", "int8 + plugin", over_int8.eval(), chosen),
     ]
+
+
+def _to_bf16(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).to(torch.bfloat16)
 
 
 def to_int8(model: nn.Module) -> nn.Module:

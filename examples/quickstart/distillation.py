@@ -76,6 +76,7 @@ def distil(
     steps: int,
     batch_size: int,
     seed: int,
+    bf16: bool,
     console: Console,
 ) -> list[dict[str, float]]:
     """Train the plugin to give every layer's output of the model without it (Xiao et al. 2023, section 3.3).
@@ -88,6 +89,7 @@ def distil(
         steps: optimizer steps.
         batch_size: passages a step.
         seed: of passages, their order and the ratios.
+        bf16: whether products of matrices are in bfloat16.
         console: where progress is shown.
 
     Returns:
@@ -97,17 +99,21 @@ def distil(
     with tempfile.TemporaryDirectory() as scratch:
         trainer = DistillationTrainer(
             plugin,
-            _arguments(scratch, ratios, steps, batch_size, seed),
+            _arguments(scratch, ratios, steps, batch_size, seed, bf16),
             train_dataset=make_examples(paragraphs, tokenizer, steps * batch_size, MAX_TOKENS, seed),
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[ProgressBar(console)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        # What is measured and saved computes in its own precision again.
+        trainer.accelerator.unwrap_model(plugin, keep_fp32_wrapper=False)
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def _arguments(scratch: str, ratios: list[int], steps: int, batch_size: int, seed: int) -> DistillationConfig:
+def _arguments(
+    scratch: str, ratios: list[int], steps: int, batch_size: int, seed: int, bf16: bool
+) -> DistillationConfig:
     return DistillationConfig(
         output_dir=scratch,
         ratios=ratios,
@@ -120,5 +126,6 @@ def _arguments(scratch: str, ratios: list[int], steps: int, batch_size: int, see
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        bf16=bf16,
         seed=seed,
     )

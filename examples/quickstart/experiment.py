@@ -26,11 +26,11 @@ from peft_variator.profiling import Measurement, describe_environment, share_wei
 
 __all__ = ["Experiment", "Settings"]
 
-TRAINED_RATIOS = [4, 8, 16]
+TRAINED_RATIOS = [4, 16, 32]
 RATIOS = [1, *TRAINED_RATIOS]
 # What a token gets back comes from the copied neurons at any k, so the largest costs little more than the smallest.
-CHOSEN_RATIO = 16
-NEURONS = 512  # a third of the network's inner width
+CHOSEN_RATIO = 32
+NEURONS = 384  # a quarter of the network's inner width
 COMPENSATION_RANK = 16
 
 
@@ -45,6 +45,7 @@ class Settings:
         held_out_paragraphs: at most this many are measured on; `None`: all.
         timed_batch: sequences in the batch that is timed.
         rounds: timed samples of each ratio.
+        bf16: whether the products of training are in bfloat16.
     """
 
     steps: int
@@ -53,6 +54,7 @@ class Settings:
     held_out_paragraphs: int | None = None
     timed_batch: int = 32
     rounds: int = 10
+    bf16: bool = False
 
 
 class Experiment:
@@ -125,6 +127,7 @@ class Experiment:
             steps=self.settings.steps,
             batch_size=self.settings.batch_size,
             seed=self.settings.seed,
+            bf16=self.settings.bf16,
             console=self.console,
         )
         return log, time.perf_counter() - start

@@ -19,6 +19,7 @@ __all__ = ["save_plot"]
 STYLES: dict[Kind, tuple[str, str]] = {
     "plugin": ("#2f6690", "o"),
     "int8 + plugin": ("#7a5195", "D"),
+    "bf16 + plugin": ("#bc5090", "D"),
     "int8": ("#555555", "s"),
     "bf16": ("#555555", "s"),
 }

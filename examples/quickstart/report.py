@@ -23,7 +23,7 @@ CARD = """---
 
 # Variator plugin for {base}
 
-One compression plugin ([Xiao et al. 2023](https://arxiv.org/abs/2310.15724)) for the ratios k = 4, 8 and 16, made by
+One compression plugin ([Xiao et al. 2023](https://arxiv.org/abs/2310.15724)) for the ratios k = 4, 16 and 32, made by
 the quickstart of peft-variator from Python's own documentation. It is a demonstration: train longer, on text like
 yours.
 
@@ -40,7 +40,7 @@ from transformers import AutoModel
 
 model = AutoModel.from_pretrained("{base}")
 model = PeftModel.from_pretrained(model, "outputs/quickstart/plugin")
-model.set_compression_ratio(4)  # 1 is the base itself; 16, unless set
+model.set_compression_ratio(4)  # 1 is the base itself; 32, unless set
 ```
 """
 
@@ -100,6 +100,7 @@ def make_notes(results: Results) -> list[str]:
         *([] if results.stsb is None else [_about_stsb(results)]),
         f"Plugin: {parameters['plugin']:,} parameters beside {parameters['base']:,} of the base; "
         f"{settings['steps']} steps of {settings['batch_size']} passages, seed {settings['seed']}, "
+        f"products in {'bfloat16' if settings['bf16'] else 'float32'}, "
         f"{seconds['training']:.0f} s of training in a run of {seconds['total']:.0f} s.",
         *_machine_notes(results.environment),
         f"Command: {results.command}",

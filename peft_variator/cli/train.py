@@ -101,6 +101,8 @@ class TrainJob(RunSettings):
                 trainer.calibrate()  # or nothing could be merged yet
             before = self._qualities(plugin, ratios, data)
             train_or_resume(trainer, self, reporter)
+            # As it will be called, and was before: without the autocast that the accelerator puts around it.
+            trainer.accelerator.unwrap_model(plugin, keep_fp32_wrapper=False)
             after = self._qualities(plugin, ratios, data)
             flops = self._flops(plugin, task, [1, *ratios], data)
             rows = [RatioFacts(k, flops[1], flops[k], before[k], after[k]) for k in ratios]

