@@ -327,10 +327,13 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
     told = "" if shipped else "Not shipped. "
     if in_int8(run):
         told += "Base and plugin are in int8 here; what they are held against is the base in float32. "
+    before = run.get("before")
+    commands = ([] if before is None else [before["command"]]) + [run["command"]]
+    steps = "" if before is None else f"{before['steps']} and then "
     return (
         f"{told}{count:,} parameters ({share:.1f} % of the base's), "
-        f"{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"
-        f"```sh\n{run['command']}\n```"
+        f"{steps}{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"
+        "```sh\n" + "\n".join(commands) + "\n```"
     )
 
 

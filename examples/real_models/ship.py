@@ -124,6 +124,7 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         f"- Weights: {weights.attribution}. SHA-256 of their file: `{run['weights_sha256']}`.",
         f"- Trained for k = {', '.join(map(str, ratios))} by distillation from the base without "
         f"plugin: {recipe['steps']} steps of {recipe['batch_size']} {unit}, one seed, on {trained_on}.",
+        *([f"- Begun with {before['steps']} steps by `{before['command']}`"] if (before := run.get("before")) else []),
         f"- Command: `{run['command']}`",
         f"- Licence: {weights.licence}, that of the weights.",
     ]

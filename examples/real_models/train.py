@@ -176,6 +176,10 @@ def main() -> None:
         # Of the last start only, where a run was stopped and went on.
         "seconds": round(time.perf_counter() - start, 1),
     }
+    first = None if arguments.start is None else arguments.start.parent / "run.json"
+    if first is not None and first.is_file():
+        before = json.loads(first.read_text())
+        record["before"] = {"command": before["command"], "steps": before["recipe"]["steps"]}
     write_text(result, json.dumps(record | figures, indent=2) + "\n")
 
 
