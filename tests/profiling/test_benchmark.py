@@ -210,11 +210,11 @@ def test_names_are_no_markup():
     assert "models/[bold]x, encoder" in render(replace(make_report(), model="models/[bold]x"), 80)
 
 
-def test_title_of_images():
+def test_title_of_images_and_sound():
     report = make_report()
-    assert (
-        replace(report, settings={**report.settings, "length": None}).title == "some-model, encoder, 8 images, float32"
-    )
+    for task, inputs in (("vision", "images"), ("encoder", "recordings")):
+        settings = {**report.settings, "task": task, "length": None}
+        assert replace(report, settings=settings).title == f"some-model, {task}, 8 {inputs}, float32"
     assert replace(report, environment={**report.environment, "gpu": "a GPU"}).machine == "a GPU"
 
 
