@@ -10,7 +10,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -357,59 +358,53 @@ def rewrite(
         CheckpointError: a piece can't be made.
         OSError: it can't be written, as where the disk is full.
     """
-    stage = _stage_of(output)
-    kept = f"; what is complete stays in {str(stage)!r} for the same run to go on with"
-    with naming_full_disk(Path(output), stage, kept):
-        return _rewrite(source, output, pieces, config, job, on_progress, license)
-
-
-def _rewrite(
-    source: ModelFolder,
-    output: str | os.PathLike[str],
-    pieces: list[Piece],
-    config: dict[str, Any],
-    job: dict[str, Any],
-    on_progress: OnProgress,
-    license: str | None,
-) -> ConversionReport:
     files = [source.path / CONFIG_NAME, *source.checkpoint.files]
     pipeline = sentence_files(str(source.path))
     job = {"source": file_states(files), "config": config, **job} | ({"license": license} if license else {})
-    stage = StagedFolder(output, job)
     every = pieces + _copy_pieces(source.checkpoint, pieces)
-    total = sum(_source_bytes(piece) for piece in every)
+    after = sum(spec.nbytes for piece in every for spec in piece.specs.values())
+    stage = StagedFolder(output, job)
+    with stage.opened():
+        weight_map = _write_shards(source.checkpoint, every, stage.path, on_progress)
+        names = set(weight_map.values()) | {CONFIG_NAME}
+        if (source.path / INDEX_NAME).exists():
+            index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
+            write_text(stage.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+            names.add(INDEX_NAME)
+        names |= _copy_other_files(source.path, stage.path, pipeline)
+        if "quantization_config" in config:
+            write_notice(stage.path)
+        else:
+            drop_notice(stage.path)
+        if license is not None:
+            set_license(stage.path, license)
+        names |= {README_NAME} if (stage.path / README_NAME).exists() else set()
+        write_text(stage.path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        stage.finish(names)
+    return ConversionReport(stage.output, len(pieces), sum(map(_source_bytes, every)), after)
+
+
+def _write_shards(
+    checkpoint: Checkpoint, pieces: list[Piece], folder: Path, on_progress: OnProgress
+) -> dict[str, str]:
+    """Write the files of weights that are not there yet; returns the file of every tensor."""
+    total = sum(map(_source_bytes, pieces))
     done, weight_map = 0, {}
-    for file in source.checkpoint.files:
-        own = [piece for piece in every if piece.sources[0].file == file]
+    for file in checkpoint.files:
+        own = [piece for piece in pieces if piece.sources[0].file == file]
         specs = {name: spec for piece in own for name, spec in piece.specs.items()}
         weight_map.update(dict.fromkeys(specs, file.name))
-        if own and not (stage.path / file.name).exists():
-            with ShardWriter(stage.path / file.name, specs) as writer:
+        if own and not (folder / file.name).exists():
+            with ShardWriter(folder / file.name, specs) as writer:
                 for piece in own:
                     for name, tensor in piece.make().items():
                         writer.write(name, tensor)
                     done += _source_bytes(piece)
                     on_progress(done, total)
         else:
-            done += sum(_source_bytes(piece) for piece in own)
+            done += sum(map(_source_bytes, own))
             on_progress(done, total)
-    after = sum(spec.nbytes for piece in every for spec in piece.specs.values())
-    names = set(weight_map.values()) | {CONFIG_NAME}
-    if (source.path / INDEX_NAME).exists():
-        index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(stage.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-        names.add(INDEX_NAME)
-    names |= _copy_other_files(source.path, stage.path, pipeline)
-    if "quantization_config" in config:
-        write_notice(stage.path)
-    else:
-        drop_notice(stage.path)
-    if license is not None:
-        set_license(stage.path, license)
-    names |= {README_NAME} if (stage.path / README_NAME).exists() else set()
-    write_text(stage.path / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    stage.finish(names)
-    return ConversionReport(stage.output, len(pieces), total, after)
+    return weight_map
 
 
 def _source_bytes(piece: Piece) -> int:
@@ -440,11 +435,6 @@ def _copy_other_files(source: Path, target: Path, pipeline: Mapping[str, Path]) 
     return names | {PurePosixPath(name).parts[0] for name in pipeline}
 
 
-def _stage_of(output: str | os.PathLike[str]) -> Path:
-    path = Path(output).absolute()
-    return path.with_name(f".{path.name}.partial")
-
-
 class StagedFolder:
     """The folder `.NAME.partial` beside the folder NAME to make. A run that was killed is taken up where it stopped.
 
@@ -455,12 +445,19 @@ class StagedFolder:
     def __init__(self, output: str | os.PathLike[str], job: dict[str, Any]) -> None:
         self.output = Path(output).absolute()
         check_new_folder(self.output)
-        self.path = _stage_of(output)
-        description = json.dumps(job, sort_keys=True, indent=1)
-        if self._read_state() != description:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
-            write_text(self.path / _STATE_NAME, description)
+        self.path = self.output.with_name(f".{self.output.name}.partial")
+        self._named, self._job = Path(output), json.dumps(job, sort_keys=True, indent=1)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Where it is there, to be filled; an error of a full disk names the folder to make, and what is left."""
+        kept = f"; what is complete stays in {str(self.path)!r} for the same run to go on with"
+        with naming_full_disk(self._named, self.path, kept):
+            if self._read_state() != self._job:
+                shutil.rmtree(self.path, ignore_errors=True)
+                self.path.mkdir(parents=True)
+                write_text(self.path / _STATE_NAME, self._job)
+            yield
 
     def _read_state(self) -> str | None:
         state = self.path / _STATE_NAME

@@ -27,6 +27,7 @@ from ..models import (
     KEY_PREFIX,
     check_reachable,
     find_task,
+    is_pooler,
     load_config,
     name_some,
     without_loading_report,
@@ -68,7 +69,7 @@ class SavedPlugin:
             loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
         in_adapter = {key.removeprefix(KEY_PREFIX) for key in load_peft_weights(self.name, device="cpu")}
         missing = {key for key in info["missing_keys"] if key not in in_adapter}
-        pooler = {key for key in missing if "pooler." in key}
+        pooler = set(filter(is_pooler, missing))
         if missing - pooler:
             raise ValueError(
                 f"Neither {self.base!r} nor {self.name!r} holds {name_some(missing - pooler)} of a "

@@ -33,8 +33,7 @@ __all__ = [
 MAX_BATCH = 64
 SHORTEST_CLASS = 32  # tokens; below it padding costs next to nothing
 
-_quality = attrgetter("min_quality")
-_largest_ratio = attrgetter("max_ratio")
+_LIMITS = attrgetter("min_quality"), attrgetter("max_ratio")
 _length = attrgetter("length")
 _deadline = attrgetter("deadline")
 
@@ -123,9 +122,6 @@ def _limited_alike(items: Sequence[Waiting]) -> bool:
     """Whether all of them have the limits of the first: counted by `list.count`, which is several times as fast as
     comparing one by one."""
     return all(values.count(values[0]) == len(items) for values in (list(map(of, items)) for of in _LIMITS))
-
-
-_LIMITS = (_quality, _largest_ratio)
 
 
 def _take(queue: Sequence[Waiting], k: int, ratios: Sequence[int], max_batch: int) -> tuple[int, int]:

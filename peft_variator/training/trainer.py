@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -298,9 +298,8 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         """Forward and backward of a micro-batch, at the ratio of its optimizer step; see `Trainer.training_step`."""
         if self.ratios is not None:
             self.ratios.set(sample_ratio(self.ratios.choices, self.args.seed, self.state.global_step))
-        if self.args.device.type != "cpu" or self.args.torch_compile:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with AttentionInFloat32():
+        on_cpu = self.args.device.type == "cpu" and not self.args.torch_compile
+        with AttentionInFloat32() if on_cpu else nullcontext():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
