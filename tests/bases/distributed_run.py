@@ -6,7 +6,6 @@ Every process sees its half of each batch; `train_alone` sees all of it, in a pl
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,16 +135,7 @@ def run_in_bfloat16(folder: Path) -> dict[str, Tensor]:
 
 def work(rank: int, folder: str, output: str) -> None:
     """All runs, one after the other; the first process writes what they gave."""
-    # Accelerate wants to be told, though the processes have found each other by then
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-    }
-    torch.set_num_threads(1)
     packed = Path(folder)
-    torch.distributed.init_process_group("gloo", f"file://{output}/rendezvous", rank=rank, world_size=PROCESSES)
     results = {("ddp", method): train_ddp(packed, method) for method in CONFIGS}
     results |= {("fsdp", method): train_fsdp(packed, method, efficient=False) for method in CONFIGS}
     results["fsdp", "sparse_lora, loaded by one process"] = train_fsdp(packed, "sparse_lora", efficient=True)
@@ -153,4 +143,3 @@ def work(rank: int, folder: str, output: str) -> None:
     results["fsdp", "bfloat16"] = run_in_bfloat16(packed)
     if rank == 0:
         torch.save(results, Path(output, "results.pt"))
-    torch.distributed.destroy_process_group()

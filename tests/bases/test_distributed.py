@@ -7,13 +7,13 @@ import torch
 
 from tests.processes import run_processes
 
-from .distributed_run import CONFIGS, batches, build, train_alone, work
+from .distributed_run import CONFIGS, PROCESSES, batches, build, train_alone, work
 
 
 @pytest.fixture(scope="module")
 def results(packed_source, tmp_path_factory):
     output = tmp_path_factory.mktemp("distributed")
-    run_processes(work, str(packed_source), str(output))
+    run_processes(work, str(packed_source), str(output), count=PROCESSES)
     return torch.load(output / "results.pt", weights_only=True)
 
 

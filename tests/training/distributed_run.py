@@ -173,17 +173,14 @@ def main(output: Path, batch_size: int, how: str | None = None, *dying: str) -> 
             results[f"{name}, resumed"] = train(output / name, name, batch_size, middle, how)
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(results, output / "results.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
-def work(rank: int, output: str, port: int) -> None:
-    """The runs in one of two processes that no launcher has started, told what a launcher tells."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in told.items()}
-    torch.set_num_threads(1)
+def work(_rank: int, output: str) -> None:
+    """The runs in one of two processes that no launcher has started."""
     main(Path(output), 2)
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -54,7 +54,7 @@ def run_launched(folder: Path, *words: str) -> dict[str, Any]:
 
 def run_forked(folder: Path) -> dict[str, Any]:
     """The same in processes that a launcher has not started."""
-    run_processes(work, str(folder), free_port())
+    run_processes(work, str(folder))
     return torch.load(folder / "results.pt")
 
 
