@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from texts import SAMPLING_RATE, cifar10, digit_utterances, photographs, spoken_sentences, training_text
+from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
-from vision_quality import PHOTOGRAPH_SIDE, pixels
+from transformers import PreTrainedModel, default_data_collator
+from vision_quality import CIFAR_SIDE, PHOTOGRAPH_SIDE, pixels
 from weights import WEIGHTS, Loaded
 
 from peft_variator import VariatorConfig
@@ -22,7 +23,15 @@ from peft_variator.files import replacing
 from peft_variator.training.data import cut_spans, split_spans, surroundings, tokenize
 
 
-__all__ = ["RECIPES", "Recipe", "make_dataset", "name_for_whole_model", "plugin_config", "trained_part"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "collate_photographs",
+    "make_dataset",
+    "name_for_whole_model",
+    "plugin_config",
+    "trained_part",
+]
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,14 @@ class Photographs(Dataset[dict[str, torch.Tensor]]):
             left, top = (generator.randint(0, length - side) for length in image.size)
             image = image.crop((left, top, left + side, top + side))
         return {"pixel_values": pixels([image], PHOTOGRAPH_SIDE)[0]}
+
+
+def collate_photographs(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch, half of them made as small as the images that a probe sees: a plugin learns the length it is shown."""
+    batch = default_data_collator(examples)
+    if torch.rand(()) < 0.5:
+        batch["pixel_values"] = interpolate(batch["pixel_values"], CIFAR_SIDE, mode="bicubic", antialias=True)
+    return batch
 
 
 class Spectrograms(Dataset[dict[str, torch.Tensor]]):

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from peers import quantize
 from peft import PeftModel, get_peft_model
-from recipes import RECIPES, Recipe, make_dataset, name_for_whole_model, plugin_config, trained_part
+from recipes import (
+    RECIPES,
+    Recipe,
+    collate_photographs,
+    make_dataset,
+    name_for_whole_model,
+    plugin_config,
+    trained_part,
+)
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -109,7 +117,9 @@ def training_arguments(recipe: Recipe, output: Path, seed: int, device: str) -> 
 
 def collator(kind: str, base: Loaded) -> Any:
     """What makes batches of examples for a kind of model."""
-    if kind in ("vision", "audio"):
+    if kind == "vision":
+        return collate_photographs
+    if kind == "audio":
         return default_data_collator
     if base.tokenizer.pad_token is None:
         base.tokenizer.pad_token = base.tokenizer.eos_token
