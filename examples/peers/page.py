@@ -10,9 +10,15 @@ from peft_variator.files import replacing, write_text
 from peft_variator.markdown import make_table, replace_between
 
 
-__all__ = ["advice", "table", "trained_alike", "write_page"]
+__all__ = ["advice", "equally_fast", "table", "trained_alike", "write_page"]
 
 NOT_YET = "not measured yet"
+# What is measured, the first one of a model being that by which its contenders are ranked: part, key and heading.
+FIGURES = (
+    ("stsb", "spearman", "STS-B, Spearman × 100"),
+    ("sst2", "accuracy", "SST-2, accuracy %"),
+    ("cifar10", "accuracy", "CIFAR-10, accuracy %"),
+)
 
 
 def write_page(results: Path, docs: Path) -> None:
@@ -29,6 +35,8 @@ def write_page(results: Path, docs: Path) -> None:
         speed_file = results / f"speed-{name}.json"
         speed = json.loads(speed_file.read_text(encoding="utf-8")) if speed_file.is_file() else {}
         body.append(f"## {name}\n\n{table(quality, speed)}")
+        if some := limits(quality):
+            body.append(some)
         if speed.get("rows"):
             where, row = speed["environment"], speed["rows"][0]
             body.append(
@@ -39,25 +47,50 @@ def write_page(results: Path, docs: Path) -> None:
             body.append(f"![Speed and quality of {name} and its peers](images/peers-{name}.svg)")
         if alike := trained_alike(quality, speed, sorted(results.glob(f"trained-{name}-*.json"))):
             body.append(alike)
-        body.append(
-            "### Which should I use?\n\n" + "\n".join(f"{n}. {s}" for n, s in enumerate(advice(quality, speed), 1))
-        )
+        lines = equally_fast(quality, speed) if of_pictures(quality) else advice(quality, speed)
+        body.append("### Which should I use?\n\n" + "\n".join(f"{n}. {line}" for n, line in enumerate(lines, 1)))
     page = docs / "peers.md"
     write_text(page, replace_between(page.read_text(encoding="utf-8"), "peers", "\n\n".join(body)))
 
 
+def of_pictures(quality: dict[str, Any]) -> bool:
+    """Whether these are contenders of a vision encoder."""
+    return any("cifar10" in entry.get("parts", {}) for entry in quality["contenders"].values())
+
+
 def table(quality: dict[str, Any], speed: dict[str, Any]) -> str:
-    """One row a contender: quality, and how many times as fast as the base it is at each shape."""
+    """One row a contender: quality, FLOPs where counted, and how many times as fast as the base at each shape."""
     names = list(quality["contenders"])
     shapes = [(row["batch"], row["length"]) for row in speed.get("rows", [])]
-    head = ["", "STS-B, Spearman × 100", "SST-2, accuracy %", *[f"{b}×{n}, times as fast" for b, n in shapes]]
+    figures = FIGURES[2:] if of_pictures(quality) else FIGURES[:2]
+    head = ["", *[title for *_, title in figures], *(["FLOPs of the base's"] if of_pictures(quality) else [])]
     rows = []
     for name in names:
         missing = quality["contenders"][name].get("missing")
-        cells = [f"{value:.2f}" if value is not None else "–" for value in scores(quality, name)]
+        values = scores(quality, name)
+        cells = [f"{value:.2f}" if value is not None else "–" for value in values[: len(figures)]]
+        if of_pictures(quality):
+            share = flops_share(quality, name)
+            cells.append("–" if share is None else f"{share:.0%}")
         times = [_times(row, name) for row in speed.get("rows", [])]
         rows.append([f"{name} ({missing})" if missing else name, *cells, *times])
-    return make_table(head, rows)
+    return make_table([*head, *[f"{b}×{n}, times as fast" for b, n in shapes]], rows)
+
+
+def limits(quality: dict[str, Any]) -> str:
+    """Of how many rows the figures are that are not of all; "" if all are."""
+    counts: dict[str, set[tuple[int, int]]] = {}
+    for entry in quality["contenders"].values():
+        for part, found in entry.get("parts", {}).items():
+            if found.get("limit") is not None:
+                rows = found.get("test", found.get("pairs"))
+                counts.setdefault(part, set()).add((found.get("train", 0), rows))
+    titles = {part: title.partition(",")[0] for part, _, title in FIGURES}
+    told = []
+    for part, some in counts.items():
+        each = [(f"{train} rows to train the probe and " if train else "") + f"{rows} to test" for train, rows in some]
+        told.append(f"{titles[part]}: {', or '.join(sorted(each))}")
+    return f"Not of all rows: {'; '.join(told)}." if told else ""
 
 
 def trained_alike(quality: dict[str, Any], speed: dict[str, Any], files: list[Path]) -> str:
@@ -99,10 +132,17 @@ def trained_alike(quality: dict[str, Any], speed: dict[str, Any], files: list[Pa
     return "\n\n".join(lines)
 
 
-def scores(quality: dict[str, Any], name: str) -> tuple[float | None, float | None]:
-    """STS-B and SST-2 of a contender; `None`: not measured."""
+def scores(quality: dict[str, Any], name: str) -> tuple[float | None, ...]:
+    """The figures of a contender, the one by which it is ranked first; `None`: not measured."""
     parts = quality["contenders"].get(name, {}).get("parts", {})
-    return parts.get("stsb", {}).get("spearman"), parts.get("sst2", {}).get("accuracy")
+    chosen = FIGURES[2:] if of_pictures(quality) else FIGURES[:2]
+    return tuple(parts.get(part, {}).get(key) for part, key, _ in chosen)
+
+
+def flops_share(quality: dict[str, Any], name: str) -> float | None:
+    """FLOPs of a contender ÷ the base's; `None`: not counted."""
+    found, base = (quality["contenders"].get(each, {}).get("flops") for each in (name, "base"))
+    return found / base if found and base else None
 
 
 def _times(row: dict[str, Any], name: str) -> str:
@@ -121,49 +161,95 @@ def _median(speed: dict[str, Any], name: str) -> float | None:
 
 def advice(quality: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     """Five lines with the measured figures; what was not measured is said."""
+    base = scores(quality, "base")[0]
+
+    def loss(name: str) -> float | None:
+        found = scores(quality, name)[0]
+        return None if found is None or base is None else found - base
 
     def figures(name: str) -> str:
-        found, times, base = scores(quality, name)[0], _median(speed, name), scores(quality, "base")[0]
-        loss = NOT_YET if found is None or base is None else f"{found - base:+.2f} points of STS-B"
-        return f"{'speed ' + NOT_YET if times is None else f'{times:.2f}×'}, {loss}"
+        times, points = _median(speed, name), loss(name)
+        told = NOT_YET if points is None else f"{points:+.2f} points of STS-B"
+        return f"{'speed ' + NOT_YET if times is None else f'{times:.2f}×'}, {told}"
 
-    def best(prefix: str) -> str:
-        names = [name for name in quality["contenders"] if name.startswith(prefix)]
-        named = [name for name in names if "parts" in quality["contenders"][name]]
-        if not named:
-            return f"{prefix} ({NOT_YET})"
-        chosen = max(named, key=lambda name: (_median(speed, name) or 0, scores(quality, name)[0] or 0))
-        return f"{chosen} ({figures(chosen)})"
+    def best(*prefixes: str, within: float = 1.0) -> str | None:
+        """The fastest that loses a point at most, or else the one that loses least."""
+        named = {name: loss(name) for name in quality["contenders"] if name.startswith(prefixes)}
+        kept = {name: points for name, points in named.items() if points is not None}
+        close = [name for name, points in kept.items() if points >= -within]
+        if close:
+            return max(close, key=lambda name: (_median(speed, name) or 0, kept[name]))
+        return max(kept, key=lambda name: kept[name]) if kept else None
 
-    base = scores(quality, "base")[0]
+    def told(*prefixes: str) -> str:
+        name = best(*prefixes)
+        return f"{name} ({figures(name)})" if name else f"{prefixes[0]} ({NOT_YET})"
+
+    def on_top(form: str) -> str:
+        """The fastest plugin on a base in another number format, beside that base alone."""
+        rows = [name for name in quality["contenders"] if name.startswith(f"{form} + plugin")]
+        timed = [name for name in rows if _median(speed, name) is not None and loss(name) is not None]
+        alone, under = _median(speed, form), loss(form)
+        if not timed or alone is None or under is None:
+            return f"of {form}: speed {NOT_YET}"
+        name = max(timed, key=lambda each: _median(speed, each) or 0)
+        times, points = (_median(speed, name) or 0) / alone, (loss(name) or 0) - under
+        verdict = "" if times > 1 else ", which gains nothing"
+        return f"of {form}: {name} is {times:.2f} times as fast as {form} alone, {points:+.2f} points{verdict}"
+
     close = [
         (times, name)
         for name in quality["contenders"]
-        if (times := _median(speed, name)) is not None
-        and base is not None
-        and (found := scores(quality, name)[0]) is not None
-        and found >= base - 1
+        if (times := _median(speed, name)) is not None and (points := loss(name)) is not None and points >= -1
     ]
     winner = f"{max(close)[1]} ({figures(max(close)[1])})" if close and speed.get("rows") else NOT_YET
     return [
-        f"Nothing to be trained, one line: int8 ({figures('int8')}).",
-        f"More than int8 gives, with a plugin trained once: {best('int8 + plugin')}.",
-        f"Floating point has to stay, or k has to change by load: {best('plugin')}; without training "
-        f"{best('token merging')}.",
-        f"Another runtime is no problem: {best('ONNX Runtime')}; another model is none: {best('next-smaller')}.",
+        f"Nothing to be trained, one line: bf16 ({figures('bf16')}), where the processor multiplies in it; "
+        f"int8 ({figures('int8')}).",
+        f"A plugin, trained once, on top {on_top('bf16')}; {on_top('int8')}.",
+        f"float32 has to stay: {told('plugin')}, whose k changes by load; without training {told('token merging')}.",
+        f"Another runtime is no problem: {told('ONNX Runtime')}; another model is none: {told('next-smaller')}.",
         f"The fastest of all within one point of the base: {winner}.",
     ]
 
 
+def equally_fast(quality: dict[str, Any], speed: dict[str, Any]) -> list[str]:
+    """Each plugin beside the merging of patches closest to its speed, or to its FLOPs until that is timed."""
+
+    def cost(name: str) -> float | None:
+        share = flops_share(quality, name)
+        return _median(speed, name) if speed.get("rows") else 1 / share if share else None
+
+    def told(name: str) -> str:
+        share = flops_share(quality, name)
+        how = f"{cost(name):.2f}×" if speed.get("rows") else f"{share:.0%} of the FLOPs"
+        return f"{name} ({how}, {scores(quality, name)[0]:.2f} %)"
+
+    def known(prefix: str) -> list[str]:
+        names = [name for name in quality["contenders"] if name.startswith(prefix)]
+        return [name for name in names if cost(name) is not None and scores(quality, name)[0] is not None]
+
+    merged, lines = known("patch merging"), []
+    for name in known("plugin") if merged else ():
+        pace, own = cost(name) or 0, scores(quality, name)[0] or 0
+        peer = min(merged, key=lambda each: abs((cost(each) or 0) - pace))
+        ahead = own - (scores(quality, peer)[0] or 0)
+        better = "the plugin" if ahead >= 0 else "merging patches"
+        verdict = f"{better} keeps {abs(ahead):.2f} points more"
+        lines.append(f"{told(name)} beside {told(peer)}: {verdict}.")
+    return lines or [f"A plugin beside the merging of patches at equal speed: {NOT_YET}."]
+
+
 def plot(quality: dict[str, Any], speed: dict[str, Any], path: Path, name: str) -> None:
-    """Speed against STS-B, with the line of those that no other beats in both."""
+    """Speed against the first figure, with the line of those that no other beats in both."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = name
     from matplotlib import pyplot as plt
 
-    row = speed["rows"][0]
+    row, unit = speed["rows"][0], "pixels a side" if of_pictures(quality) else "tokens"
+    figure_title = FIGURES[2 if of_pictures(quality) else 0][2]
     points = {}
     for contender in quality["contenders"]:
         times, score = _median(speed, contender), scores(quality, contender)[0]
@@ -178,9 +264,9 @@ def plot(quality: dict[str, Any], speed: dict[str, Any], path: Path, name: str) 
         axes.scatter(times, score, color="tab:orange" if "plugin" in contender else "tab:blue")
         axes.annotate(contender, (times, score), xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set(
-        title=f"{name}, {row['batch']}×{row['length']} tokens: up and to the right is better",
+        title=f"{name}, {row['batch']}×{row['length']} {unit}: up and to the right is better",
         xlabel="times as fast as the base",
-        ylabel="STS-B test, Spearman × 100",
+        ylabel=figure_title,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

@@ -4,13 +4,15 @@ python examples/peers/run.py quality --data DATA --cache CACHE
 python examples/peers/run.py speed --cache CACHE --threads 1
 python examples/peers/run.py page
 
-Each stage writes JSON after each contender, and passes over what is there; `--model` chooses the base.
+Each stage writes JSON after each contender, and passes over what is there, unless it was made of other weights than
+are there now or `--again` is given; `--model` chooses the base.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import shlex
 import sys
@@ -18,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "real_models"))
 
 from measure import measure  # noqa: E402
+from patch_merging import MergingViT  # noqa: E402
 from peers import drop_layers, follow, narrow, quantize  # noqa: E402
 from peers import with_plugin as add_plugin  # noqa: E402
 from recipes import RECIPES, make_dataset  # noqa: E402
@@ -46,21 +49,47 @@ from speed import make_inputs, speedups  # noqa: E402
 from token_merging import MergingEncoder  # noqa: E402
 from train import collator, training_arguments  # noqa: E402
 from train import train as train_plugin  # noqa: E402
-from weights import Loaded, load  # noqa: E402
+from weights import WEIGHTS, Loaded, load  # noqa: E402
 
 
-__all__ = ["NotThere", "as_cheap", "contenders", "quality", "speed", "train"]
+__all__ = ["Contender", "NotThere", "as_cheap", "contenders", "picture_contenders", "quality", "speed", "train"]
 
-BASES = ("all-MiniLM-L6-v2", "all-mpnet-base-v2")
+BASES = ("all-MiniLM-L6-v2", "all-mpnet-base-v2", "dinov2-vit-s14")
 SMALLER = {"all-MiniLM-L6-v2": "paraphrase-MiniLM-L3", "all-mpnet-base-v2": "all-MiniLM-L6-v2"}
-RATIOS = (4, 8, 16)
 SHARES = (0.05, 0.1, 0.2)
-SHAPES = ((32, 128), (8, 128))
+# Of a picture's patches, how many go in each block: whole numbers of the 64 at 112 pixels and of the 256 at 224.
+PATCH_SHARES = (1 / 32, 3 / 64, 1 / 16, 5 / 64)
+# Of each kind of model: batch × length, or × pixels a side; what is measured; rows at most (none named: all).
+SHAPES = {"text": ((32, 128), (8, 128)), "vision": ((8, 224), (8, 112))}
+PARTS = {"text": ("stsb", "sst2"), "vision": ("cifar10",)}
+LIMITS = {"sst2": 1000, "cifar10": 1000}
 KNOWN = ("bert", "mpnet")  # the architectures that are narrowed, shortened and merged
 # The plugin of those that are trained alike, and the ratio at which it is compared: its form is the shipped one's.
-TRAINED_PLUGIN, RATIO = "trained alike: plugin", 16
+TRAINED_PLUGIN, RATIO, TRAINED_RATIOS = "trained alike: plugin", 16, (4, 8, 16)
 CALIBRATED = 64  # examples
 Build = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is compared: called, it is made.
+
+    Args:
+        make: makes the model.
+        weights: file with the weights that it has besides the base's, if it has any.
+    """
+
+    make: Build
+    weights: Path | None = None
+
+    def __call__(self) -> Any:
+        return self.make()
+
+    def digest(self) -> str | None:
+        """SHA-256 of the weights; `None` where there are none."""
+        if self.weights is None or not self.weights.is_file():
+            return None
+        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
 
 
 class NotThere(RuntimeError):
@@ -151,8 +180,16 @@ def _plugin_to_onnx(base: nn.Module, folder: Path, ratio: int, scratch: Path, in
     return to_onnx(model.get_base_model(), scratch / f"plugin-{ratio}.onnx", int8)
 
 
-def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratch: Path) -> dict[str, Build]:
-    """What is compared, by name; each is made when it is asked for.
+def ratios(plugin: Path) -> list[int]:
+    """The three highest compression ratios that a plugin was trained for."""
+    if not (plugin / "adapter_config.json").is_file():
+        return [8, 16, 32]
+    config = VariatorConfig.from_pretrained(str(plugin))
+    return sorted(config.trained_ratios or [config.compression_ratio])[-3:]
+
+
+def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratch: Path) -> dict[str, Contender]:
+    """What a text encoder is compared with, by name.
 
     Args:
         base: the model.
@@ -162,41 +199,74 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
         scratch: folder for ONNX files.
     """
     model: Any = base.model
+    found = _numbers(model) | _with_plugins(model, plugin)
     under_int8 = plugin.with_name(f"{plugin.name}-int8")
-    found: dict[str, Build] = {
-        "base": lambda: model,
-        "bf16": lambda: copy.deepcopy(model).to(torch.bfloat16),
-        "int8": lambda: quantize(model),
-    }
-    for ratio in RATIOS:
-        found[f"plugin, k = {ratio}"] = partial(lambda k: with_plugin(share_weights(model), plugin, k), ratio)
-    for ratio in RATIOS:
-        found[f"bf16 + plugin, k = {ratio}"] = partial(
-            lambda k: with_plugin(copy.deepcopy(model).to(torch.bfloat16), plugin, k), ratio
+    found[f"int8 + plugin, updates apart, k = {RATIO}"] = Contender(
+        lambda: with_plugin(quantize(model), plugin, RATIO, sum_updates=False), _weights(plugin)
+    )
+    for ratio in ratios(under_int8) if under_int8.is_dir() else ():
+        found[f"int8 + plugin trained on it, k = {ratio}"] = Contender(
+            partial(lambda k: with_plugin(quantize(model), under_int8, k), ratio), _weights(under_int8)
         )
-    for ratio in RATIOS:
-        found[f"int8 + plugin, k = {ratio}"] = partial(lambda k: with_plugin(quantize(model), plugin, k), ratio)
-        found[f"int8 + plugin, updates apart, k = {ratio}"] = partial(
-            lambda k: with_plugin(quantize(model), plugin, k, sum_updates=False), ratio
-        )
-        if under_int8.is_dir():
-            found[f"int8 + plugin trained on it, k = {ratio}"] = partial(
-                lambda k: with_plugin(quantize(model), under_int8, k), ratio
-            )
     for name, make in untrained(model).items():
-        found[name] = partial(_trained, make, trained / f"{name}.safetensors")
+        file = trained / f"{name}.safetensors"
+        found[name] = Contender(partial(_trained, make, file), file)
     if model.config.model_type in KNOWN:
         folder = trained / TRAINED_PLUGIN.split()[-1] / "plugin"
-        found[f"{TRAINED_PLUGIN}, k = {RATIO}"] = lambda: with_plugin(share_weights(model), folder, RATIO)
+        found[f"{TRAINED_PLUGIN}, k = {RATIO}"] = Contender(
+            lambda: with_plugin(share_weights(model), folder, RATIO), _weights(folder)
+        )
     for share in SHARES:
-        found[f"token merging, {share:.0%} a layer"] = partial(_merging, model, share)
-    found["ONNX Runtime"] = lambda: to_onnx(model, scratch / "model.onnx", int8=False)
-    found["ONNX Runtime, int8"] = lambda: to_onnx(model, scratch / "model.onnx", int8=True)
-    for ratio in RATIOS:
-        for name, int8 in (("ONNX Runtime", False), ("ONNX Runtime, int8", True)):
-            found[f"{name} + plugin, k = {ratio}"] = partial(_plugin_to_onnx, model, plugin, ratio, scratch, int8)
-    found["next-smaller model"] = smaller
+        found[f"token merging, {share:.0%} a layer"] = Contender(partial(_merging, model, share))
+    for name, int8 in (("ONNX Runtime", False), ("ONNX Runtime, int8", True)):
+        found[name] = Contender(partial(to_onnx, model, scratch / "model.onnx", int8=int8))
+        for ratio in ratios(plugin):
+            make = partial(_plugin_to_onnx, model, plugin, ratio, scratch, int8)
+            found[f"{name} + plugin, k = {ratio}"] = Contender(make, _weights(plugin))
+    found["next-smaller model"] = Contender(smaller)
     return found
+
+
+def picture_contenders(model: Any, plugin: Path) -> dict[str, Contender]:
+    """What a vision transformer is compared with, by name.
+
+    Args:
+        model: the base.
+        plugin: folder of a plugin.
+    """
+    merged = {
+        f"patch merging, {share * 64:g} of 64 a layer": Contender(partial(MergingViT, model, share))
+        for share in PATCH_SHARES
+    }
+    return _numbers(model) | _with_plugins(model, plugin) | merged
+
+
+def _numbers(model: Any) -> dict[str, Contender]:
+    return {
+        "base": Contender(lambda: model),
+        "bf16": Contender(lambda: copy.deepcopy(model).to(torch.bfloat16)),
+        "int8": Contender(lambda: quantize(model)),
+    }
+
+
+def _with_plugins(model: Any, plugin: Path) -> dict[str, Contender]:
+    """The plugin at each ratio, on the base in each form."""
+    forms: dict[str, Build] = {
+        "plugin": lambda: share_weights(model),
+        "bf16 + plugin": lambda: copy.deepcopy(model).to(torch.bfloat16),
+        "int8 + plugin": lambda: quantize(model),
+    }
+    return {
+        f"{name}, k = {ratio}": Contender(
+            partial(lambda make, k: with_plugin(make(), plugin, k), make, ratio), _weights(plugin)
+        )
+        for name, make in forms.items()
+        for ratio in ratios(plugin)
+    }
+
+
+def _weights(plugin: Path) -> Path:
+    return plugin / "adapter_model.safetensors"
 
 
 def untrained(model: Any) -> dict[str, Build]:
@@ -272,40 +342,81 @@ def _merging(model: Any, share: float) -> MergingEncoder:
 
 
 def quality(
-    base: Loaded, made: Mapping[str, Build], data: Path, output: Path, parts: list[str], limit: int | None
+    base: Loaded,
+    made: Mapping[str, Contender],
+    data: Path,
+    output: Path,
+    parts: Sequence[str],
+    limit: int | None,
+    *,
+    kind: str = "text",
+    wanted: Callable[[str], bool] = lambda name: True,
+    again: bool = False,
 ) -> dict[str, Any]:
-    """Measure what has not been measured, and write after each contender."""
+    """Measure what has not been measured, or was with other weights, and write after each contender.
+
+    Args:
+        base: the model.
+        made: all contenders; figures of any others are dropped.
+        data: the data folder.
+        output: the JSON.
+        parts: what is measured.
+        limit: rows of a part at most; `LIMITS` says how many if `None`.
+        kind: of the model.
+        wanted: whether the contender of that name is measured.
+        again: measure what has been, too.
+    """
     record = _read(output)
-    for name, build in made.items():
-        entry = record.setdefault("contenders", {}).get(name, {})
-        if all(part in entry.get("parts", {}) for part in parts):
+    before = record.get("contenders", {})
+    record["contenders"] = {name: before[name] for name in made if name in before}
+    for name, contender in made.items():
+        entry, digest = before.get(name, {}), contender.digest()
+        done = {} if again or (digest and digest != entry.get("weights_sha256")) else entry.get("parts", {})
+        if not wanted(name) or all(part in done for part in parts):
             continue
         try:
-            model = build().eval()
+            model = contender().eval()
         except NotThere as error:
-            record["contenders"][name] = {"missing": str(error)}
+            entry = {"missing": str(error)}
         else:
-            done = entry.get("parts")
-            facts = measure(model, base, "text", data, limit=limit, parts=parts, done=done)
-            record["contenders"][name] = {"parts": facts}
+            for part in parts:
+                rows = limit or LIMITS.get(part)
+                done = measure(model, base, kind, data, limit=rows, parts=[part], done=done)
+            entry = {"parts": done} | ({"weights_sha256": digest} if digest else {})
+            if kind == "vision":
+                entry["flops"] = count_flops(model, make_inputs(kind, model, 1, SHAPES[kind][-1][1]))
+        record["contenders"] = {each: record["contenders"].get(each) for each in made} | {name: entry}
+        record["contenders"] = {each: entry for each, entry in record["contenders"].items() if entry}
         _write(output, record)
         print(name, json.dumps(record["contenders"][name])[:200], flush=True)
     return record
 
 
-def speed(made: Mapping[str, Build], output: Path, shapes: Any, rounds: int) -> dict[str, Any]:
-    """Time all contenders in turn, and write after each shape."""
-    record, models = _read(output), {}
+def speed(
+    made: Mapping[str, Build], output: Path, shapes: Any, rounds: int, *, kind: str = "text", again: bool = False
+) -> dict[str, Any]:
+    """Time all contenders in turn, and write after each shape.
+
+    Args:
+        made: the contenders, the base first.
+        output: the JSON.
+        shapes: batch and length, or pixels a side.
+        rounds: timed samples of each.
+        kind: of the model.
+        again: time what has been timed, too.
+    """
+    record, models, missing = {} if again else _read(output), {}, {}
     for name, build in made.items():
         try:
             models[name] = build().eval()
         except NotThere as error:
-            record.setdefault("missing", {})[name] = str(error)
+            missing[name] = str(error)
+    record["missing"] = missing
     rows = record.setdefault("rows", [])
     for shape in shapes:
         if any((row["batch"], row["length"]) == tuple(shape) for row in rows):
             continue
-        rows += speedups(models, "text", [shape], rounds=rounds, device=torch.device("cpu"))
+        rows += speedups(models, kind, [shape], rounds=rounds, device=torch.device("cpu"))
         _write(output, record)
         print(json.dumps(rows[-1]), flush=True)
     return record
@@ -334,7 +445,7 @@ def train(
     if record_file.is_file():
         return
     start, whole = time.perf_counter(), flops(model)
-    recipe = replace(RECIPES[name], steps=steps, bf16=True, ratios=RATIOS, plugin=plugin_fields(model))
+    recipe = replace(RECIPES[name], steps=steps, bf16=True, ratios=TRAINED_RATIOS, plugin=plugin_fields(model))
     if contender == TRAINED_PLUGIN:
         found = train_plugin(name, replace(base, model=share_weights(model)), data, output / short, recipe, 0, "cpu")
         trained, log = found["parameters"]["plugin"], found["log"]
@@ -391,8 +502,10 @@ def main() -> None:
     parser.add_argument("--plugin", type=Path, help="folder of a plugin; the shipped one if not given")
     parser.add_argument("--trained", type=Path, default=Path("outputs/peers"), help="folder of what `train` makes")
     parser.add_argument("--only", action="append", help="contenders whose name has this in it, besides the base")
-    parser.add_argument("--part", action="append", help="parts of the quality: stsb, sst2; both if not given")
-    parser.add_argument("--limit", type=int, help="rows of a part at most")
+    parser.add_argument("--without", action="append", default=[], help="not contenders whose name has this in it")
+    parser.add_argument("--part", action="append", help="parts of the quality; all of the model's kind if not given")
+    parser.add_argument("--limit", type=int, help="rows of a part at most; 1000 where not all are used if not given")
+    parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
     parser.add_argument("--steps", type=int, default=300, help="steps of `train`")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--rounds", type=int, default=6)
@@ -409,20 +522,25 @@ def main() -> None:
         parser.error("name --cache, and for train and quality --data")
     name = arguments.model
     plugin = arguments.plugin or HERE.parent / "plugins" / name
+    kind = WEIGHTS[name].kind
+
+    def wanted(each: str) -> bool:
+        chosen = not arguments.only or each == "base" or any(part in each for part in arguments.only)
+        return chosen and not any(part in each for part in arguments.without)
+
     with num_threads(arguments.threads), tempfile.TemporaryDirectory() as scratch:
         base = load(name, arguments.cache)
-        made = contenders(
-            base,
-            lambda: load(SMALLER[name], arguments.cache).model,
-            plugin,
-            arguments.trained / name,
-            Path(scratch),
+        made = (
+            picture_contenders(base.model, plugin)
+            if kind == "vision"
+            else contenders(
+                base,
+                lambda: load(SMALLER[name], arguments.cache).model,
+                plugin,
+                arguments.trained / name,
+                Path(scratch),
+            )
         )
-        wanted = {
-            each: build
-            for each, build in made.items()
-            if not arguments.only or each == "base" or any(part in each for part in arguments.only)
-        }
         if arguments.stage == "train":
             output, rate = arguments.trained / name, arguments.learning_rate
             output.mkdir(parents=True, exist_ok=True)
@@ -430,10 +548,12 @@ def main() -> None:
                 if not arguments.only or any(part in each for part in arguments.only):
                     train(name, base, each, arguments.data, output, arguments.results, arguments.steps, rate)
         elif arguments.stage == "quality":
-            output = arguments.results / f"quality-{name}.json"
-            quality(base, wanted, arguments.data, output, arguments.part or ["stsb", "sst2"], arguments.limit)
+            output, parts = arguments.results / f"quality-{name}.json", arguments.part or PARTS[kind]
+            choice = {"kind": kind, "wanted": wanted, "again": arguments.again}
+            quality(base, made, arguments.data, output, parts, arguments.limit, **choice)
         else:
-            speed(wanted, arguments.results / f"speed-{name}.json", SHAPES, arguments.rounds)
+            output, some = arguments.results / f"speed-{name}.json", {n: b for n, b in made.items() if wanted(n)}
+            speed(some, output, SHAPES[kind], arguments.rounds, kind=kind, again=arguments.again)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 
 
 def make_inputs(kind: str, model: Any, batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs without padding: what is in them does not change the time."""
+    """Inputs without padding: what is in them does not change the time; a picture's length is its side in pixels."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "vision":
-        return {"pixel_values": torch.randn(batch, 3, PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE, generator=generator)}
+        side = length or PHOTOGRAPH_SIDE
+        return {"pixel_values": torch.randn(batch, 3, side, side, generator=generator)}
     if kind == "audio":
         return {"input_features": torch.randn(batch, 80, 3000, generator=generator)}
     # The first thousand ids hold most special tokens, which a plugin treats apart.

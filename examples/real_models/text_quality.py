@@ -67,12 +67,17 @@ def similarity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path,
 
 
 def probe(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None) -> dict[str, Any]:
-    """Accuracy, in percent, of logistic regression on the embeddings of SST-2's sentences."""
-    sets = []
-    for name in ("train", "test"):
-        rows = read_rows(data / "sst2" / f"{name}.tsv", header=False)[:limit]
-        sets.append((embed(model, tokenizer, [row[0] for row in rows]), [row[1] for row in rows]))
-    return _accuracy(*sets)
+    """Accuracy, in percent, of logistic regression on the embeddings of SST-2's sentences.
+
+    Sentences of its whole test set are not trained on: the files share some.
+    """
+    train, test = (read_rows(data / "sst2" / f"{name}.tsv", header=False) for name in ("train", "test"))
+    tested = {row[0] for row in test}
+    sets = [
+        (embed(model, tokenizer, [row[0] for row in rows]), [row[1] for row in rows])
+        for rows in ([row for row in train if row[0] not in tested][:limit], test[:limit])
+    ]
+    return _accuracy(sets[0], sets[1])
 
 
 def probe_pairs(

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, default_data_collator
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    MPNetConfig,
+    MPNetModel,
+    default_data_collator,
+)
 
 from peft_variator import VariatorConfig
 
@@ -62,6 +71,65 @@ def test_mpnet_has_its_contenders(scripts):
         assert make().eval()(input_ids=ids, attention_mask=mask).last_hidden_state.shape == expected.shape
 
 
+@torch.no_grad()
+def test_patch_merging_is_the_base_until_it_merges(scripts):
+    """r = 0 changes nothing, patches are counted once, and the class token and equal patches stay what they are."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    model = Dinov2Model(Dinov2Config(initializer_range=0.3, **sizes)).eval()
+    module = scripts("patch_merging")
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = model(pixels).last_hidden_state
+    assert module.MergingViT(model, 0.0)(pixels).last_hidden_state.equal(expected)
+    merged = module.MergingViT(model, 1 / 4)(pixels)
+    assert merged.last_hidden_state.shape == (2, 17 - 3 * 4, 16)
+    assert merged.sizes.sum(1).tolist() == [17, 17]
+    assert merged.sizes[:, 0].tolist() == [1, 1]
+    assert not merged.last_hidden_state[:, 0].allclose(expected[:, 0])
+    # Each pair that goes is a mean weighted by sizes: the sum over patches is kept, and the most similar go first.
+    states, weights = torch.randn(1, 7, 4), torch.tensor([[1.0, 2, 1, 3, 1, 1, 1]])
+    keys = torch.eye(7)[None].clone()
+    keys[0, 4] = keys[0, 3]
+    found, summed = module.merge_patches(states, keys, weights, 1)
+    torch.testing.assert_close((found * summed[..., None]).sum(1), (states * weights[..., None]).sum(1))
+    torch.testing.assert_close(found[0, 4], (3 * states[0, 3] + states[0, 4]) / 4)
+    assert found[0, 0].equal(states[0, 0])
+    assert module.merge_patches(states, keys, weights, 100)[0].shape[1] == 4
+    with pytest.raises(ValueError, match="share"):
+        module.MergingViT(model, 0.6)
+
+
+def test_pictures_are_ranked_at_equal_cost(scripts):
+    page = scripts("page")
+    rows = {"base": (90, 100), "plugin, k = 4": (80, 70), "patch merging, 2": (85, 72), "patch merging, 4": (70, 40)}
+    quality = {
+        "contenders": {
+            name: {"parts": {"cifar10": {"accuracy": float(accuracy), "limit": 9, "test": 9}}, "flops": flops}
+            for name, (accuracy, flops) in rows.items()
+        }
+    }
+    (line,) = page.equally_fast(quality, {})
+    assert "patch merging, 2 (72% of the FLOPs, 85.00 %): merging patches keeps 5.00 points more" in line
+    speedups = {"plugin, k = 4": 2.0, "patch merging, 2": 1.2, "patch merging, 4": 1.9}
+    speed = {"rows": [{"speedup": {name: {"median": value} for name, value in speedups.items()}}]}
+    (line,) = page.equally_fast(quality, speed)
+    assert "patch merging, 4 (1.90×, 70.00 %): the plugin keeps 10.00 points more" in line
+    assert "| plugin, k = 4 | 80.00 | 70% |" in page.table(quality, {})
+    assert page.limits(quality) == "Not of all rows: CIFAR-10: 9 to test."
+
+
+def test_advice_holds_a_plugin_against_the_format_under_it(scripts):
+    page = scripts("page")
+    figures = {"base": (1.0, 82.0), "bf16": (2.5, 82.0), "bf16 + plugin, k = 8": (3.0, 81.5), "int8": (1.5, 80.0)}
+    quality = {"contenders": {name: {"parts": {"stsb": {"spearman": score}}} for name, (_, score) in figures.items()}}
+    speedups = {name: {"median": times} for name, (times, _) in figures.items() if name != "base"}
+    lines = page.advice(quality, {"rows": [{"speedup": speedups}]})
+    assert "bf16 + plugin, k = 8 is 1.20 times as fast as bf16 alone, -0.50 points;" in lines[1]
+    assert "of int8: speed not measured yet" in lines[1]
+    speedups["bf16 + plugin, k = 8"]["median"] = 2.0
+    assert "which gains nothing" in page.advice(quality, {"rows": [{"speedup": speedups}]})[1]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypatch):
@@ -87,9 +155,17 @@ def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypa
     narrowed = f"networks of {run.as_cheap(encoder)}"
     assert missing == {"2 of 3 layers", "1 of 3 layers", "networks of 10", narrowed, "trained alike: plugin, k = 16"}
     assert len(measured) == len(made) - len(missing)
-    few = {name: made[name] for name in ("base", "int8", "int8 + plugin, k = 8", "2 of 3 layers")}
+    # Another plugin: what was measured with the first one is measured anew, and nothing else.
+    count, weights_file = len(measured), tmp_path / "plugin" / "adapter_model.safetensors"
+    state = load_file(weights_file)
+    save_file({key: value + 1 if value.is_floating_point() else value for key, value in state.items()}, weights_file)
+    runtime = {name for name in made if name.startswith("ONNX")}
+    fields = {"wanted": lambda name: name not in runtime}
+    run.quality(weights.Loaded(encoder), made, tmp_path, results / "quality-x.json", ["stsb"], None, **fields)
+    assert len(measured) - count == sum("plugin, " in name for name in {*made} - runtime - missing)
+    few = {name: made[name] for name in ("base", "int8", "int8 + plugin, k = 4", "2 of 3 layers")}
     speed = run.speed(few, results / "speed-x.json", [(1, 8)], rounds=2)
-    assert set(speed["rows"][0]["speedup"]) == {"int8", "int8 + plugin, k = 8"}
+    assert set(speed["rows"][0]["speedup"]) == {"int8", "int8 + plugin, k = 4"}
     assert set(speed["missing"]) == {"2 of 3 layers"}
     (tmp_path / "peers.md").write_text("<!-- peers -->\n<!-- /peers -->\n")
     page.write_page(results, tmp_path)

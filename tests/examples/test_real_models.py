@@ -296,3 +296,20 @@ def test_a_plugin_of_an_encoder_alone_is_saved_for_the_whole_model(scripts, tmp_
         found, base = loaded.get_base_model().get_encoder()(sound)[0], whole.get_encoder()(sound)[0]
         torch.testing.assert_close(found, alone(sound)[0])
     assert not torch.allclose(found, base)
+
+
+def test_a_probe_trains_on_nothing_that_it_tests_on(scripts, tmp_path, monkeypatch):
+    """Not even on sentences of the part of the test set that a limit leaves out."""
+    module = scripts("text_quality")
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "train.tsv").write_text("a\t0\nz\t1\nb\t1\nc\t0\n")
+    (tmp_path / "sst2" / "test.tsv").write_text("x\t0\ny\t1\nz\t1\n")
+    seen = []
+
+    def embed(model, tokenizer, texts):
+        seen.append(texts)
+        return torch.eye(len(texts)).numpy()
+
+    monkeypatch.setattr(module, "embed", embed)
+    assert module.probe(None, None, tmp_path, 2)["train"] == 2
+    assert seen == [["a", "b"], ["x", "y"]]
