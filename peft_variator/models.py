@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import transformers
@@ -75,6 +75,8 @@ __all__ = [
     "takes_sound",
     "without_loading_report",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -422,7 +424,7 @@ def _automatic_class(task: Task, config: PreTrainedConfig) -> Any:
     return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}.get(task, AutoModel)
 
 
-def share_weights(model: nn.Module) -> nn.Module:
+def share_weights(model: Model) -> Model:
     """A second model with modules of its own and the same parameters and buffers, so that it takes no memory.
 
     What is put into one (a plugin, say) leaves the other untouched, and both can be timed in turn.

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from peft_variator import VariatorConfig, calibrate
+from peft_variator import VariatorConfig, calibrate, fold_updates
 from peft_variator.files import replacing, write_text
 from peft_variator.profiling import count_flops, describe_environment, num_threads, share_weights
 
@@ -177,7 +177,7 @@ def with_plugin(base: nn.Module, folder: Path, ratio: int, *, sum_updates: bool 
 
 def _plugin_to_onnx(base: nn.Module, folder: Path, ratio: int, scratch: Path, int8: bool) -> OnnxModel:
     model: Any = with_plugin(share_weights(base), folder, ratio)
-    return to_onnx(model.get_base_model(), scratch / f"plugin-{ratio}.onnx", int8)
+    return to_onnx(fold_updates(model.get_base_model()), scratch / f"plugin-{ratio}.onnx", int8)
 
 
 def ratios(plugin: Path) -> list[int]:

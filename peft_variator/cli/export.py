@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from ..files import check_new_file, replacing_with
 from ..models import find_task, load_tokenizer, name_some
 from ..training import load_plugin
-from ..tuners.variator import VariatorConfig
+from ..tuners.variator import VariatorConfig, fold_updates
 from ..version import __version__
 from .console import Reporter
 from .saved_plugin import SavedPlugin, open_plugin
@@ -213,10 +213,9 @@ def _write(
     ]
     inputs = list(examples[0])
     free = [{0: "batch"} if name == "pixel_values" else {0: "batch", 1: "length"} for name in inputs]
-    wrapped = TensorOutputs(model, inputs, outputs)
     with _quiet_exporter():
         program = torch.onnx.export(
-            wrapped,
+            TensorOutputs(fold_updates(model), inputs, outputs),
             tuple(examples[0].values()),
             input_names=inputs,
             output_names=outputs,
@@ -236,7 +235,7 @@ def _write(
     onnx.helper.set_model_props(proto, {f"peft_variator.{name}": value for name, value in told.items()})
     with replacing_with(output, beside) as temporary:
         onnx.save_model(proto, str(temporary))
-        difference = _check_file(temporary, wrapped, examples)
+        difference = _check_file(temporary, TensorOutputs(model, inputs, outputs), examples)
     return ExportReport(str(output), base, adapter, ratio, inputs, outputs, difference, output.stat().st_size)
 
 

@@ -2,6 +2,7 @@
 
 from ...registration import register_tuner
 from .config import VariatorConfig
+from .folding import fold_updates
 from .layer import VariatorLayer
 from .model import VariatorModel
 from .neuron_selection import calibrate
@@ -14,6 +15,7 @@ __all__ = [
     "VariatorLayer",
     "VariatorModel",
     "calibrate",
+    "fold_updates",
     "quantize_plugin",
     "set_compression_ratio",
     "using_ratio",

@@ -18,7 +18,7 @@ from ...field_types import check_memory
 from .architectures import Placement
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
-from .linear_maps import FloatLinear, SummedMap, apply_linear
+from .linear_maps import FloatLinear, SummedMap, apply_linear, as_linear
 from .network import bias_of, features_of, is_map, weight_of
 
 
@@ -48,16 +48,19 @@ class CompensatedLinear(SummedMap, PluginModule):
         """The plugins that have an update here."""
         return set(getattr(self, self.adapter_layer_names[0]))
 
-    def summed(self, adapter_name: str) -> nn.Linear:
-        """W + B·A of a plugin as a map in floating point."""
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A, shape `(rank, in_features)`, and B, shape `(out_features, rank)`, of a plugin's update."""
         down, up = (getattr(self, part)[adapter_name].weight for part in self.adapter_layer_names)
+        return down, up
+
+    def summed(self, adapter_name: str) -> nn.Linear:
+        """W + B·A of a plugin as a map in floating point, in float32 or better."""
+        down, up = self.factors(adapter_name)
         weight, bias = weight_of(self.base_layer), bias_of(self.base_layer)
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device=up.device)
+        dtype = torch.promote_types(up.dtype, torch.float32)
         with torch.no_grad():
-            linear.weight.copy_(torch.addmm(weight.to(up), up, down))
-            if bias is not None:
-                linear.bias.copy_(bias)
-        return linear
+            weight = torch.addmm(weight.to(up), up, down).to(dtype)
+            return as_linear(weight, None if bias is None else bias.to(weight))
 
     def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
         """Add the update of a plugin, or make it anew."""
@@ -109,10 +112,9 @@ class CompensatedLinear(SummedMap, PluginModule):
         """Name, A and B of the plugin that merges in the call under way; `None`: none does, or it has no update."""
         call = None if self.stack is None else self.stack.current_groups()
         choice = None if call is None else call.choices.get(self.network_name)
-        downs, ups = (getattr(self, part) for part in self.adapter_layer_names)
-        if choice is None or choice[0] not in downs:
+        if choice is None or choice[0] not in self.adapters():
             return None
-        return choice[0], downs[choice[0]].weight, ups[choice[0]].weight
+        return choice[0], *self.factors(choice[0])
 
     def _pays_to_sum(self, *tensors: Tensor) -> bool:
         """Whether W + B·A is less work than B·(A·x): where there are tokens enough and nothing trains.

@@ -142,6 +142,8 @@ class StackForward(WrappedForward):
         self._layers: list[VariatorLayer] = []
         self._blocks: list[nn.Module] = []
         self._has_named_ends = False
+        self.fixed_choices: dict[str, tuple[str, MergeRule]] | None = None
+        """What `choices` has to give in every call, where weights were made for it; `None`: it may be anything."""
         super().__init__(module, ratios)
 
     def refresh(self, surroundings: list[SurroundingForward]) -> None:
@@ -254,11 +256,18 @@ class StackForward(WrappedForward):
             self._warn_about_losses(groups)
         return groups
 
+    def fix_choices(self) -> None:
+        """Have all calls use the plugins and ratios that are chosen now, or raise."""
+        self.fixed_choices = self.choices(self.ratios.chosen)
+
     def choices(self, chosen: Mapping[str, int]) -> dict[str, tuple[str, MergeRule]]:
         """The plugin and its rule of every layer that merges, by the layer's name.
 
         Args:
             chosen: the ratio that was set at run time, by plugin.
+
+        Raises:
+            RuntimeError: the weights were made for other choices.
         """
         selection, found = selection_of(self.ratios), {}
         for layer in self._layers:
@@ -272,6 +281,13 @@ class StackForward(WrappedForward):
                     rule = rule._replace(outliers=None)
                 if rule.ratio > 1 or layer.observes_all:
                     found[layer.name] = (plugin, rule)
+        if self.fixed_choices is not None and found != self.fixed_choices:
+            ratios = sorted({rule.ratio for _, rule in self.fixed_choices.values()}) or [1]
+            raise RuntimeError(
+                f"fold_updates made this model's weights for the plugin and ratio that were chosen then (k = "
+                f"{', '.join(map(str, ratios))}), and it is called with others. Choose them on the model that it was "
+                "made from, and call fold_updates again."
+            )
         return found
 
     def _warn_about_losses(self, groups: StackGroups) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "SummedMap",
     "UpdatedRows",
     "apply_linear",
+    "as_linear",
     "is_quantized_map",
     "is_torch_quantized",
     "pass_gradients",
@@ -109,6 +110,15 @@ class UpdatedRows(SummedMap):
         """Take W_S anew; a sum with the old one is forgotten."""
         self.rows = rows.to(self.B.device).clone()
         self.quantized.clear()
+
+
+def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain map with copies of a weight, shape `(out_features, in_features)`, and a bias; nothing trains it."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear
 
 
 def is_torch_quantized(module: object) -> TypeGuard[TorchQuantizedLinear]:

@@ -9,7 +9,7 @@ from operator import setitem
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.ao.quantization.qconfig import (
     QConfig,
@@ -19,7 +19,7 @@ from torch.ao.quantization.qconfig import (
 
 from .compensation import CompensatedLinear
 from .layer import VariatorLayer
-from .linear_maps import UpdatedRows, is_quantized_map, is_torch_quantized
+from .linear_maps import UpdatedRows, as_linear, is_quantized_map, is_torch_quantized
 from .network import bias_of, unwrapped, weight_of
 from .ratios import layers_of
 
@@ -121,18 +121,10 @@ def _quantize_layer(layer: VariatorLayer, adapter_name: str, way: Quantize) -> I
     layer.read_base(adapter_name)
     for part, module in layer.modules_of(adapter_name).items():
         if isinstance(module, UpdatedRows):
-            yield partial(setitem, module.quantized, "rows", _quantized(_as_linear(module.weight, module.bias), way))
+            yield partial(setitem, module.quantized, "rows", _quantized(as_linear(module.weight, module.bias), way))
         elif isinstance(module, nn.Linear) and not is_quantized_map(module):
-            quantized = _quantized(_as_linear(module.weight, module.bias), way)
+            quantized = _quantized(as_linear(module.weight, module.bias), way)
             yield partial(setitem, getattr(layer, part), adapter_name, quantized)
-
-
-def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return linear
 
 
 def _quantized(linear: nn.Linear, way: Quantize) -> nn.Module:

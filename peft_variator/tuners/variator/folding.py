@@ -1,0 +1,104 @@
+"""A plugin whose low-rank updates are part of the weights: for files and programs, whose ratio is fixed anyway.
+
+A call of the model itself leaves W and B·A apart, since its next call may be the base model's; see
+[`CompensatedLinear`]. What is exported has one ratio, and would multiply with B and A for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ...compat import is_plain_linear
+from ...models import share_weights
+from .compensation import CompensatedLinear
+from .forward_context import selection_of
+from .hooks import StackForward, forward_of
+from .layer import VariatorLayer, plugin_layers
+from .linear_maps import UpdatedRows, as_linear
+
+
+__all__ = ["fold_updates"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def fold_updates(model: Model) -> Model:
+    """A copy of a model to export, in which a plugin's low-rank updates are summed into the weights they belong to.
+
+    With `compensation_rank` these are the maps of blocks whose plugin merges, W + B·A, and with `correction_rank` the
+    base model's rows in the correction, W_S + B·A. The copy shares all other weights with the model, which stays as
+    it is, and has its plugin and ratio for good: it raises an error where another one is chosen. At k = 1 there is
+    nothing to sum.
+
+    Left apart are updates of maps that are quantised, packed, in half precision (where the sum would round the update
+    away) or under another adapter, and those of causal models, whose single tokens are the base model's.
+
+    Args:
+        model: a model with a Variator plugin, from `get_peft_model`, `get_base_model` or `load_adapter`.
+
+    Returns:
+        The copy, to be exported and not to be saved or trained.
+
+    Raises:
+        ValueError: the model has no plugin, or the call stands inside of a `using_ratio` block.
+    """
+    layers = list(plugin_layers(model))
+    if not layers:
+        raise ValueError(f"A {type(model).__name__} without a Variator plugin has no updates to sum up.")
+    if any(selection_of(layer.ratios) is not None for layer in layers):
+        raise ValueError(
+            "fold_updates stands inside of a using_ratio block, and a ratio for good is no choice of one thread. "
+            "Choose it with set_compression_ratio, outside of the block."
+        )
+    copied = share_weights(model)
+    for module in copied.modules():
+        forward = forward_of(module)
+        if isinstance(forward, StackForward):
+            forward.fix_choices()
+    sums: dict[int, nn.Module] = {}
+    for name, module in list(copied.named_modules(remove_duplicate=False)):
+        if isinstance(module, CompensatedLinear):
+            if id(module) not in sums:
+                sums[id(module)] = _summed(module)
+            copied.set_submodule(name, sums[id(module)])
+    for layer in plugin_layers(copied):
+        _fold_correction(layer)
+    return copied
+
+
+def _summed(module: CompensatedLinear) -> nn.Module:
+    """What takes the place of a map with an update; the map itself where its update has to stay apart."""
+    stack = module.stack
+    if not isinstance(stack, StackForward) or stack.kind == "causal":
+        return module
+    choice = stack.fixed_choices.get(module.network_name) if stack.fixed_choices else None
+    if choice is None or choice[0] not in module.adapters():
+        return module
+    name, (down, up) = choice[0], module.factors(choice[0])
+    quantized = module.quantized_sum(name, up)
+    if quantized is not None:
+        return quantized
+    base = module.base_layer
+    if not is_plain_linear(base) or base.weight.dtype not in (torch.float32, torch.float64):
+        return module
+    if not base.weight.dtype == down.dtype == up.dtype or base.weight.is_meta:
+        return module
+    return module.summed(name).train(module.training)
+
+
+def _fold_correction(layer: VariatorLayer) -> None:
+    """Have the correction of the plugin that a layer merges with consist of plain maps."""
+    stack = layer.stack
+    choice = stack.fixed_choices.get(layer.name) if isinstance(stack, StackForward) and stack.fixed_choices else None
+    if choice is None:
+        return
+    name = choice[0]
+    layer.read_base(name)
+    for part, module in layer.modules_of(name).items():
+        if isinstance(module, UpdatedRows):
+            getattr(layer, part)[name] = module.quantized_map() or as_linear(module.weight, module.bias)
+    layer.find_plain_network(name)  # whose maps may be others now
