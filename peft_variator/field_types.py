@@ -33,7 +33,7 @@ FLOAT_LIMIT = float(np.finfo(np.float32).max)  # beyond it a number is infinite 
 ENTRIES_LIMIT = 2**24
 """How many numbers a module may get because of a field whose value is larger than is of use."""
 CONFIG_LIBRARIES = ("transformers", "accelerate")  # which make objects of dicts that they are given
-SHOWN_CHARACTERS = 80
+SHOWN_CHARACTERS = 200
 
 
 def check_field_types(config: Any, inherited_from: type | None = None) -> None:
@@ -300,9 +300,9 @@ def _described(hint: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """What to show of a value, whatever it is and however long."""
+    """What to show of a value or an error, whatever it is and however long."""
     try:
-        text = repr(value)
-    except Exception:  # integers of more digits than Python writes out, objects with a broken repr
+        text = str(value) if isinstance(value, Exception) else repr(value)
+    except Exception:  # integers of more digits than Python writes out, nested too deeply, a broken repr
         return f"<{type(value).__name__}>"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

@@ -38,6 +38,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from .field_types import shown
+
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
@@ -77,6 +79,9 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+shorten = shown
+"""The name that `field_types.shown` has here."""
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -234,7 +239,7 @@ def adapter_base(folder: str | os.PathLike[str]) -> str | None:
     if not Path(folder, ADAPTER_CONFIG_NAME).is_file() or Path(folder, CONFIG_NAME).is_file():
         return None
     name = read_fields(Path(folder, ADAPTER_CONFIG_NAME)).get("base_model_name_or_path")
-    return f", {shorten(name)}" if name else ""
+    return f", {shown(name)}" if name else ""
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -247,9 +252,9 @@ def read_fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read: {shorten(error)}") from error
+        raise CheckpointError(f"{path} can't be read: {shown(error)}") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} holds {shorten(fields)}, which is a {type(fields).__name__} and no fields.")
+        raise CheckpointError(f"{path} holds {shown(fields)}, which is a {type(fields).__name__} and no fields.")
     return fields
 
 
@@ -278,7 +283,7 @@ def read_model_config(model: str | os.PathLike[str], **hub: Any) -> PreTrainedCo
         raise  # not there, or the Hub can't be reached: transformers says what to do
     # what a config raises at a value of another kind is up to each model
     except Exception as error:
-        raise CheckpointError(f"{source} describes no model that transformers can read: {shorten(error)}") from error
+        raise CheckpointError(f"{source} describes no model that transformers can read: {shown(error)}") from error
 
 
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
@@ -287,24 +292,15 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
-        raise CheckpointError(f"{path}: architectures={shorten(architectures)} is no list of names of classes.")
+        raise CheckpointError(f"{path}: architectures={shown(architectures)} is no list of names of classes.")
     for name in ("dtype", "torch_dtype"):
         dtypes = fields.get(name)
         for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:  # a dict: one for each sub-model
             known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
             if dtype is not None and not known:
                 raise CheckpointError(
-                    f"{path}: {name}={shorten(dtypes)} is no name of a torch dtype, such as 'bfloat16'."
+                    f"{path}: {name}={shown(dtypes)} is no name of a torch dtype, such as 'bfloat16'."
                 )
-
-
-def shorten(value: object) -> str:
-    """What to show of a value or an error of any length."""
-    try:
-        text = str(value) if isinstance(value, Exception) else repr(value)
-    except Exception:  # nested too deeply, or an integer of more digits than Python writes out
-        return f"<{type(value).__name__}>"
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def name_some(names: Iterable[str]) -> str:
@@ -477,7 +473,7 @@ def build_empty(cls: Any, config: PreTrainedConfig, source: str | os.PathLike[st
     # what a constructor raises at sizes that are none is up to each model
     except Exception as error:
         where = Path(source, CONFIG_NAME) if Path(source).is_dir() else source
-        raise CheckpointError(f"{where}: no {cls.__name__} can be built from it: {shorten(error)}") from error
+        raise CheckpointError(f"{where}: no {cls.__name__} can be built from it: {shown(error)}") from error
 
 
 @contextmanager
@@ -552,7 +548,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     # which files are missing, transformers says in many ways, of converters that it lacks, too
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name!r} has no tokenizer that can be read: {shorten(error)}") from error
+        raise ValueError(f"{name!r} has no tokenizer that can be read: {shown(error)}") from error
     check_vocabulary(tokenizer, name)
     return tokenizer
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
-from ..models import ADAPTER_CONFIG_NAME, KEY_PREFIX, CheckpointError, name_some, read_fields, shorten
+from ..field_types import shown
+from ..models import ADAPTER_CONFIG_NAME, KEY_PREFIX, CheckpointError, name_some, read_fields
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, WeightLayout
 from ..tuners.sparse_lora.fingerprints import matches_fingerprint
 from ..tuners.sparse_lora.functional import merge_update, sum_updates
@@ -268,7 +269,7 @@ def _check_method(folder: Path) -> None:
         )
     if method != SparseLoraConfig.method:
         raise CheckpointError(
-            f"{path}: peft_type={shorten(method)}, but only SparseLoRA adapters ({SparseLoraConfig.method!r}) are "
+            f"{path}: peft_type={shown(method)}, but only SparseLoRA adapters ({SparseLoraConfig.method!r}) are "
             "merged on files: another update fills the zeros of the base. Train with SparseLoraConfig; or, where a "
             "dense model is what you want, load a dense base and call PEFT's merge_and_unload()."
         )

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
-from ..models import CheckpointError, read_fields, shorten
+from ..field_types import shown
+from ..models import CheckpointError, read_fields
 
 
 try:  # the same numbers, five times as fast; not built for every processor
@@ -228,7 +229,7 @@ def _read_checksums(file: Path, metadata: dict[str, str] | None) -> dict[str, st
     try:
         checksums = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: the checksums in its metadata are not JSON: {shorten(error)}") from error
+        raise CheckpointError(f"{file}: the checksums in its metadata are not JSON: {shown(error)}") from error
     if not isinstance(checksums, dict):
         raise CheckpointError(f"{file}: the checksums in its metadata are a {type(checksums).__name__}, not a dict.")
     return checksums

@@ -11,8 +11,8 @@ from typing import Any, get_args
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..field_types import shown
 from ..files import write_text
-from ..models import shorten
 from .compressed_tensors import CODECS, Sparse24Codec
 from .linear import Unpacked
 
@@ -103,11 +103,11 @@ class Sparse24Config(QuantizationConfigMixin):
         self.format = format
         self.checksums = checksums
         if not isinstance(checksums, bool):
-            raise ValueError(f"checksums={shorten(checksums)} is neither True nor False.")
+            raise ValueError(f"checksums={shown(checksums)} is neither True nor False.")
         if not isinstance(unpacked, str) or unpacked not in get_args(Unpacked):
-            raise ValueError(f"unpacked={shorten(unpacked)} is not one of {get_args(Unpacked)}.")
+            raise ValueError(f"unpacked={shown(unpacked)} is not one of {get_args(Unpacked)}.")
         if not isinstance(format, str) or format not in CODECS:
-            raise ValueError(f"format={shorten(format)} can't be read. These can: {', '.join(CODECS)}.")
+            raise ValueError(f"format={shown(format)} can't be read. These can: {', '.join(CODECS)}.")
 
     def rules(self, pre_quantized: bool = True) -> Rules:
         """Which layers are, or become, packed.
@@ -171,7 +171,7 @@ def pop_quantization(config: dict[str, Any]) -> dict[str, Any] | None:
     entries = {name: config.pop(name, None) for name in ("quantization_config", "compression_config")}
     for name, entry in entries.items():
         if entry and not isinstance(entry, dict):
-            raise ValueError(f"{name}={shorten(entry)} in config.json is no dict of fields.")
+            raise ValueError(f"{name}={shown(entry)} in config.json is no dict of fields.")
     return next((entry for entry in entries.values() if entry), None)
 
 
@@ -189,7 +189,7 @@ def _sparsity_of(entry: dict[str, Any]) -> dict[str, Any]:
     """A copy of the `sparsity_config` of an entry of config.json; empty if there is none."""
     fields = entry.get("sparsity_config") or {}
     if not isinstance(fields, dict):
-        raise ValueError(f"sparsity_config={shorten(fields)} in config.json is no dict of fields.")
+        raise ValueError(f"sparsity_config={shown(fields)} in config.json is no dict of fields.")
     return dict(fields)
 
 
@@ -198,7 +198,7 @@ def _names(field: str, values: Any) -> list[str]:
     names = None if isinstance(values, str) or not isinstance(values, Iterable) else list(values)
     if names is None or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"{field}={shorten(values)} is no list of texts: names of layers, classes, or 're:' and an expression."
+            f"{field}={shown(values)} is no list of texts: names of layers, classes, or 're:' and an expression."
         )
     return names
 

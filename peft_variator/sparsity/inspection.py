@@ -15,6 +15,7 @@ from torch import Tensor
 from ..bases.checkpoint import read_index
 from ..bases.loading_plan import KeyNames
 from ..bitmask import mask_width, unpack_mask
+from ..field_types import shown
 from ..models import (
     CONFIG_NAME,
     CheckpointError,
@@ -24,7 +25,6 @@ from ..models import (
     model_class,
     read_fields,
     read_model_config,
-    shorten,
 )
 from .modules import WHOLE_MODEL, find_prunable
 from .patterns import Pattern
@@ -62,7 +62,7 @@ def _place_by_config(folder: Path) -> PlaceOf | str:
     config = read_model_config(folder)
     cls = model_class(config)
     if cls is None:
-        return f"config.json has architectures={shorten(config.architectures)}, which names no model of transformers"
+        return f"config.json has architectures={shown(config.architectures)}, which names no model of transformers"
     model = build_empty(cls, config, folder)
     names = KeyNames(model)
     places = {
