@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,9 +26,9 @@ from .training_run import (
     load_run_data,
     load_weights,
     show_only_a_bar,
+    tell_of_run,
     train_or_resume,
     training_arguments,
-    warn_about_little_data,
     write_adapter,
 )
 
@@ -201,10 +200,7 @@ def restore(job: RestoreJob, reporter: Reporter) -> None:
     reporter.check()
     facts, is_first = job.run(reporter)
     if is_first:
-        reporter.write_json(json.dumps(asdict(facts), indent=2))
-        _show(job, facts, reporter)
-        warn_about_little_data(job, facts.held_out, reporter)
-        job.publishing.push(job.output, reporter)
+        tell_of_run(job, facts, _show, reporter)
 
 
 def _show(job: RestoreJob, facts: RestoredFacts, reporter: Reporter) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -26,9 +25,9 @@ from .training_run import (
     load_run_data,
     load_weights,
     show_only_a_bar,
+    tell_of_run,
     train_or_resume,
     training_arguments,
-    warn_about_little_data,
     write_adapter,
 )
 
@@ -205,12 +204,7 @@ def train(job: TrainJob, reporter: Reporter) -> None:
     reporter.check()
     facts, is_first = job.run(reporter)
     if is_first:
-        reporter.write_json(json.dumps(asdict(facts), indent=2))
-        _show(job, facts, reporter)
-        if facts.verdict is not None:
-            reporter.warn(facts.verdict)
-        warn_about_little_data(job, facts.held_out, reporter)
-        job.publishing.push(job.output, reporter)
+        tell_of_run(job, facts, _show, reporter)
 
 
 def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
@@ -230,6 +224,8 @@ def _show(job: TrainJob, facts: PluginFacts, reporter: Reporter) -> None:
         *_in_sentence_transformers(job),
     ]
     reporter.show_figures(f"Fidelity to {facts.base} on {facts.held_out} held-out examples", facts.rows(), lines)
+    if facts.verdict is not None:
+        reporter.warn(facts.verdict)
 
 
 def _in_sentence_transformers(job: TrainJob) -> list[str]:

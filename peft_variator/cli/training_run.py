@@ -46,6 +46,7 @@ __all__ = [
     "load_run_data",
     "load_weights",
     "show_only_a_bar",
+    "tell_of_run",
     "train_or_resume",
     "training_arguments",
     "warn_about_little_data",
@@ -346,6 +347,7 @@ def warn_about_little_data(settings: RunSettings, held_out: int, reporter: Repor
 
 
 Facts = TypeVar("Facts", PluginFacts, RestoredFacts)
+Job = TypeVar("Job", bound=RunSettings)
 
 
 def write_adapter(
@@ -381,6 +383,14 @@ def write_adapter(
         record = {"facts": asdict(facts), "log": trainer.state.log_history}
         write_text(folder / "training.json", json.dumps(record, indent=2) + "\n")
     return True
+
+
+def tell_of_run(job: Job, facts: Facts, show: Callable[[Job, Facts, Reporter], None], reporter: Reporter) -> None:
+    """Give the figures of a run whose adapter is written to programs and, by `show`, to people; then publish it."""
+    reporter.write_json(json.dumps(asdict(facts), indent=2))
+    show(job, facts, reporter)
+    warn_about_little_data(job, facts.held_out, reporter)
+    job.publishing.push(job.output, reporter)
 
 
 def _processes() -> int:
