@@ -51,9 +51,9 @@ __all__ = [
     "undone_on_error",
 ]
 
-# Modules that PEFT saves whole for a task, whatever the config says.
 # What holds the number of a neuron as well as int64 does, in less room.
 _NARROWER = (torch.int32, torch.int16)
+# Modules that PEFT saves whole for a task, whatever the config says.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -527,10 +527,10 @@ def check_adapter_state(
     overwritten = [key for key in surplus if key in everything]
     missing = [key for key in expected if key not in found]
     # By the names in the file, where those of modules that are saved whole do not have the adapter's in them.
-    shown = {key: key if whole else _as_saved(key, adapter_name) for key in (*surplus, *expected)}
-    missing_names = [shown[key] for key in missing]
+    named = {key: key if whole else _as_saved(key, adapter_name) for key in (*surplus, *expected)}
+    missing_names = [named[key] for key in missing]
     if surplus:
-        surplus_names = [shown[key] for key in overwritten or surplus]
+        surplus_names = [named[key] for key in overwritten or surplus]
         what = "are weights of the base model" if overwritten else "have no place in this model"
         hint = f" It lacks {name_some(missing_names)}." if missing else ""
         raise AdapterStateError(
@@ -540,7 +540,7 @@ def check_adapter_state(
     if missing:
         raise _incomplete(where, missing_names)
     for key, wanted in expected.items():
-        _check_tensor(shown[key], found[key], wanted, where)
+        _check_tensor(named[key], found[key], wanted, where)
     return whole
 
 
