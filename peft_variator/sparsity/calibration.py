@@ -72,13 +72,7 @@ def text_batches(
     Args:
         texts: lines or documents; no more of them is read than about 16 characters a token need.
         source: what they are read from, for messages.
-        processor: the model's tokenizer or processor.
-        samples: number of windows.
-        length: tokens in a window.
-        batch_size: windows in a batch.
-        seed: which windows are drawn.
-        labels: add `labels` equal to `input_ids`, for a language-modelling loss.
-        positions: most tokens that the model can read, None where there is no limit.
+        processor, samples, length, batch_size, seed, labels, positions: as in `read_batches`.
 
     Raises:
         ValueError: `length` is more than the model can read, the texts are shorter than a window, or the model reads
