@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import warnings
@@ -20,6 +21,13 @@ IMPORTED = ["accelerate", "peft", "peft_variator.training", "torch", "transforme
 
 SECONDS = 120
 """How long all of it may take; it takes a tenth of that."""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def run_processes(work: Callable[..., None], *args: Any, count: int = 2) -> None:

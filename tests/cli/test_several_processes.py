@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 
 from peft_variator.cli.main import app
 from peft_variator.sparsity import PruningConfig, prune
+from tests.processes import free_port
 from tests.tiny_models import tiny_model
 from tests.word_tokenizer import numbered_words, word_tokenizer
 
@@ -52,10 +52,7 @@ MODULES = {"accelerate": ["accelerate.commands.accelerate_cli"], "torchrun": ["t
 def launch_two(*words: str) -> None:
     """Start two processes on the CPU, by accelerate's launcher or torch's own."""
     program, *options = LAUNCHERS[words[0]]
-    with socket.socket() as connection:
-        connection.bind(("127.0.0.1", 0))
-        port = connection.getsockname()[1]
-    options += ["--main_process_port" if program == "accelerate" else "--master-port", str(port)]
+    options += ["--main_process_port" if program == "accelerate" else "--master-port", str(free_port())]
     done = subprocess.run(
         [sys.executable, "-m", *MODULES[program], *options, "-m", "peft_variator", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import free_port
 from tests.runtime.models import encoder, made_table, tokenizer
 
 
@@ -24,12 +24,9 @@ def test_replicas_answer_and_end(tmp_path):
     model.unload().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     made_table(ratios=(1, 2, 8)).save(tmp_path / "table.json")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folders = [tmp_path / "base", "--adapter", tmp_path / "adapter", "--table", tmp_path / "table.json"]
     # Nobody's deadline can be met, so all are answered at the fastest ratio but those that name another.
-    options = ["--slo-ms", "1e-6", "--port", port, "--ask", "a b c"]
+    options = ["--slo-ms", "1e-6", "--port", free_port(), "--ask", "a b c"]
     done = subprocess.run(
         [sys.executable, SCRIPT, *map(str, [*folders, *options])], capture_output=True, text=True, timeout=300
     )

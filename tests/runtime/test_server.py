@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from peft_variator.runtime import Engine, FixedRatio, LatencyTable
+from tests.processes import free_port
 
 from .models import SENTENCES, encoder, made_table, tokenizer
 
@@ -59,12 +60,6 @@ class Server:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,17 +15,11 @@ import torch
 from distributed_run import MODELS, base_of, train, work
 from peft import PeftModel
 
-from tests.processes import run_processes
+from tests.processes import free_port, run_processes
 
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as connection:
-        connection.bind(("127.0.0.1", 0))
-        return connection.getsockname()[1]
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
