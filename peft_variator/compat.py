@@ -41,6 +41,9 @@ torch:
   None if not. From torch 2.8.
 - `torch._C._len_torch_dispatch_stack` and `torch._C._functorch.peek_interpreter_stack`: whether someone sees the
   operators of a call, and would miss a product that is none (a FLOP counter, `vmap`).
+- `torch.fx.traceback.annotate`, and `preserve_node_meta` without which `torch.export` passes over it: the only notes
+  on an exported program that `torch.export.save` writes, as `meta["custom"]` of its nodes. No private names, but
+  marked as such that may change.
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own
   documentation of extending it sends users here.
 - `_load_from_state_dict` of a module: torch's quantised modules raise KeyError for a state dict that has nothing of
@@ -57,7 +60,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, TypeGuard
 
@@ -68,6 +72,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear_layers
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.traceback import annotate, preserve_node_meta
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
@@ -80,11 +87,13 @@ __all__ = [
     "TorchDispatchMode",
     "adapter_folder_of_save",
     "add_peft_type",
+    "annotate_export",
     "are_operators_watched",
     "backward_id",
     "before_upload",
     "check_load_maps",
     "checkpoint_function",
+    "export_annotation",
     "forward_slot",
     "include_all_linear_layers",
     "is_plain_linear",
@@ -303,6 +312,22 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 def are_operators_watched() -> bool:
     """Whether a dispatch mode or a function transform is at work in this thread."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def annotate_export(key: str, value: object) -> Iterator[None]:
+    """Have a program that is being exported know something of what runs inside of the block: a value of JSON."""
+    with preserve_node_meta(), annotate({key: value}):
+        yield
+
+
+def export_annotation(program: ExportedProgram | GraphModule, key: str) -> Any | None:
+    """What [`annotate_export`] noted of an exported program, or of its `module()`, under a key; `None`: nothing."""
+    for node in program.graph.nodes:
+        found = node.meta.get("custom", {}).get(key)
+        if found is not None:
+            return found
+    return None
 
 
 def make_wrapper_subclass(cls: type[Tensor], shape: tuple[int, ...], like: Tensor) -> Any:

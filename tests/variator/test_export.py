@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 
-from peft_variator import VariatorConfig, using_ratio
+from peft_variator import VariatorConfig, exported_ratio, set_compression_ratio, using_ratio
 from tests.tiny_models import BY_NAME, Case, by_name
 
 
@@ -63,11 +64,29 @@ def assert_same_at_real_tokens(found: Tensor, expected: Tensor, inputs: dict[str
 def test_batch_and_length_stay_free(case: Case) -> None:
     model = with_plugin(case, keep_token_ids=KEPT)
     program = exported(model.get_base_model()).module()
+    assert exported_ratio(program) == 4
     with torch.no_grad():
         for batch, length in ((1, 5), (3, 33), (2, 12)):
             inputs = text(batch, length, seed=length)
             expected = model(**inputs).last_hidden_state
             assert_same_at_real_tokens(program(**inputs).last_hidden_state, expected, inputs)
+
+
+@pytest.mark.slow
+def test_a_program_knows_its_ratio() -> None:
+    model = with_plugin(BERT, compression_ratio=8)
+    model.set_compression_ratio(3)
+    program = exported(model.get_base_model())
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    for each in (program, program.module(), loaded, loaded.module()):
+        assert exported_ratio(each) == 3
+        with pytest.raises((TypeError, ValueError), match="k = 3"), using_ratio(each, 3):
+            pass
+        with pytest.raises((TypeError, ValueError), match="k = 3"):
+            set_compression_ratio(each, 2)
 
 
 @pytest.mark.slow

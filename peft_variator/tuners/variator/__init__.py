@@ -7,7 +7,7 @@ from .layer import VariatorLayer
 from .model import VariatorModel
 from .neuron_selection import calibrate
 from .quantization import quantize_plugin
-from .ratios import set_compression_ratio, using_ratio
+from .ratios import exported_ratio, set_compression_ratio, using_ratio
 
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "VariatorLayer",
     "VariatorModel",
     "calibrate",
+    "exported_ratio",
     "fold_updates",
     "quantize_plugin",
     "set_compression_ratio",

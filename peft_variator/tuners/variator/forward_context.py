@@ -25,6 +25,7 @@ from .attention_mask import CUMULATIVE_LENGTHS, SEQUENCE_NUMBERS, TokenOrder, la
 
 __all__ = [
     "IGNORED_LABEL",
+    "RATIO_NOTE",
     "CallFacts",
     "ForwardCall",
     "PluginRatios",
@@ -49,6 +50,7 @@ StackKind = Literal["encoder", "causal", "vision", "audio"]
 Result = TypeVar("Result")
 
 IGNORED_LABEL = -100
+RATIO_NOTE = "peft_variator.compression_ratio"  # on the nodes of an exported program
 # What a head knows and its stack does not; the ids too, which a vision-language model turns into embeddings.
 OF_HEADS = ("input_ids", "labels", "logits_to_keep", "shift_labels")
 OF_STACKS = (

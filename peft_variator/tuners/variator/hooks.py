@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from ...compat import FORWARD_SLOTS, checkpoint_function, forward_slot, set_checkpoint_function
+from ...compat import FORWARD_SLOTS, annotate_export, checkpoint_function, forward_slot, set_checkpoint_function
 from .attention_mask import TokenOrder, real_tokens, single_mask, token_ranks
 from .forward_context import (
     IGNORED_LABEL,
     OF_HEADS,
+    RATIO_NOTE,
     CallFacts,
     ForwardCall,
     PluginRatios,
@@ -190,14 +191,29 @@ class StackForward(WrappedForward):
         call = self.begin(recorded_arguments(self.names, args, kwargs))
         calls = (*open_calls(), call)
         if not torch.is_grad_enabled():
-            return run_inside(calls, self._forward, *args, **kwargs)
+            return self._run_inside(calls, *args, **kwargs)
         self._keep_calls_for_checkpoints()
         if call.groups.choices and not torch.compiler.is_compiling():
             pass_gradients(self._outermost)
-        output = run_inside(calls, self._forward, *args, **kwargs)
+        output = self._run_inside(calls, *args, **kwargs)
         if call.groups.choices:
             tie(output, calls)
         return output
+
+    def _run_inside(self, calls: tuple[ForwardCall, ...], *args: Any, **kwargs: Any) -> Any:
+        ratio = self._plugin_ratio(calls[-1].chosen) if torch.compiler.is_exporting() else None
+        if ratio is None:
+            return run_inside(calls, self._forward, *args, **kwargs)
+        with annotate_export(RATIO_NOTE, ratio):
+            return run_inside(calls, self._forward, *args, **kwargs)
+
+    def _plugin_ratio(self, chosen: Mapping[str, int]) -> int | None:
+        """The compression ratio of the plugin that is active, as [`set_compression_ratio`] takes it."""
+        for layer in self._layers:
+            plugin = layer.active_plugin
+            if plugin is not None:
+                return chosen.get(plugin, layer.configs[plugin].compression_ratio)
+        return None
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._has_named_ends:

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
+from ...compat import export_annotation
 from ...field_types import whole_number
-from .forward_context import Selection, selected
+from .forward_context import RATIO_NOTE, Selection, selected
 from .layer import VariatorLayer, plugin_layers
 
 
-__all__ = ["compression_ratio_of", "layers_of", "set_compression_ratio", "using_ratio"]
+__all__ = ["compression_ratio_of", "exported_ratio", "layers_of", "set_compression_ratio", "using_ratio"]
 
 
 def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
@@ -78,6 +81,21 @@ def compression_ratio_of(model: nn.Module, adapter_name: str | None = None) -> i
     return layer.ratios.chosen.get(name, layer.configs[name].compression_ratio)
 
 
+def exported_ratio(program: ExportedProgram | GraphModule) -> int | None:
+    """The compression ratio k that a program was exported with.
+
+    It stands in the metadata of the program's nodes, `node.meta["custom"]["peft_variator.compression_ratio"]`, which
+    `torch.export.save` writes.
+
+    Args:
+        program: from `torch.export.export` or `torch.export.load`, or its `module()`.
+
+    Returns:
+        k; `None`: no plugin was on.
+    """
+    return export_annotation(program, RATIO_NOTE)
+
+
 def _chosen(model: nn.Module, k: int, adapter_name: str | None) -> list[tuple[VariatorLayer, str]]:
     """The layers of a plugin, each with the plugin's name, if all of them can take the ratio."""
     chosen = layers_of(model, adapter_name)
@@ -99,6 +117,14 @@ def layers_of(model: nn.Module, adapter_name: str | None) -> list[tuple[Variator
         TypeError: it is no model.
         ValueError: it has no such plugin.
     """
+    if isinstance(model, ExportedProgram | GraphModule):
+        ratio = exported_ratio(model)
+        told = "has the one ratio that it was exported with" if ratio is None else f"has k = {ratio} for good"
+        kind = TypeError if isinstance(model, ExportedProgram) else ValueError
+        raise kind(
+            f"This {type(model).__name__} {told}. Choose another ratio with set_compression_ratio on the model that "
+            "it was made from, and export that again."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"A {type(model).__name__} has no Variator plugin whose ratio could be chosen: name the model that it was "
