@@ -365,12 +365,11 @@ class Engine:
 
     def _next_batch(self) -> tuple[list[QueuedText], int, BaseException | None]:
         """What the policy chooses; if it fails, or breaks its contract, all that it was shown, with the error."""
-        view = self._queue.view()
         try:
             ratio, texts = take_batch(self.policy, self._queue, self._clock(), self._last)
             return texts, ratio, None
         except BaseException as error:
-            return self._queue.remove(set(view).__contains__), 1, error
+            return self._queue.remove(set(self._queue.view()).__contains__), 1, error
 
     def _run(self, texts: list[QueuedText], ratio: int) -> None:
         started = self._clock()

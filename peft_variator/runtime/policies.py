@@ -97,6 +97,19 @@ class Policy:
         """
         raise NotImplementedError
 
+    def least_seconds(self, length: int, waiting: int) -> float:
+        """Seconds that the answer to a text takes at least. One that is due earlier is given up: it stands behind
+        those that can be in time, fills their batches where there is room, and is answered when none of them waits.
+
+        Args:
+            length: its tokens.
+            waiting: the texts that wait, itself included.
+
+        Returns:
+            The seconds; minus infinity where the policy knows none, and gives no text up.
+        """
+        return -math.inf
+
 
 def length_class(length: int) -> int:
     """Texts of one class waste less than half of a batch on padding: up to 32 tokens, up to 64, up to 128 …"""
@@ -226,6 +239,12 @@ class _Planner(Policy):
         if front.allowed[0] not in self.ratios:
             return 1, len(front.lengths)  # the base, of which the table does not tell what it takes
         return self._plan(now, queue, last, front)
+
+    def least_seconds(self, length: int, waiting: int) -> float:
+        """Those of a batch at the fastest ratio, of as many texts of its length as wait and a batch holds: a smaller
+        batch might save one text, and would cost many of those that wait behind it their time."""
+        batch = min(waiting, self.max_batch)
+        return min(self.table.latency(k, batch, length) for k in self.ratios)
 
     def _plan(self, now: float, queue: Sequence[Waiting], last: int, front: _Front) -> tuple[int, int]:
         """What to run next, of a queue that is not empty."""

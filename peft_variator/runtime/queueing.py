@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item", bound=Waiting)
 
 _deadline = attrgetter("deadline")
-_Key = tuple[tuple[object, float | None, int | None], int]
-"""Kind and limits, and class of lengths."""
+_Key = tuple[bool, tuple[object, float | None, int | None], int]
+"""Whether given up, kind and limits, and class of lengths."""
 
 
 class EngineClosed(RuntimeError):
@@ -240,7 +240,7 @@ def _heads(lanes: Sequence[list[Item]], count: int) -> list[Item]:
 
 class DeadlineQueue(Generic[Item]):
     """A queue with one lane for each set of limits and class of lengths, so that a batch can be filled with texts that
-    run alike and need little padding.
+    run alike and need little padding. Items that were given up have lanes of their own, behind all others.
 
     Args:
         kind: what may not share a batch, besides texts with other limits: the task, say.
@@ -259,34 +259,66 @@ class DeadlineQueue(Generic[Item]):
 
     def add(self, item: Item) -> None:
         """Put an item behind all of its lane that are at least as urgent."""
-        key = ((self._kind(item), item.min_quality, item.max_ratio), length_class(item.length))
+        limits = self._kind(item), item.min_quality, item.max_ratio
+        self._put((False, limits, length_class(item.length)), item)
+
+    def _put(self, key: _Key, item: Item) -> None:
         lane = self._lanes.setdefault(key, [])
         if not lane or item.deadline >= lane[-1].deadline:
             lane.append(item)
         else:
             insort(lane, item, key=_deadline)
 
+    def give_up(self, now: float, least_seconds: Callable[[int, int], float]) -> None:
+        """Put items that can no longer be in time behind all others.
+
+        Args:
+            now: the time, in seconds.
+            least_seconds: seconds that an answer takes at least, by the tokens of a text and the texts that wait.
+        """
+        waiting = len(self)
+        for key, lane in list(self._lanes.items()):
+            gone, limits, level = key
+            if gone:
+                continue
+            due = now + least_seconds(lane[0].length, waiting)
+            if lane[0].deadline < due:
+                lost = lane[: bisect_left(lane, due, key=_deadline)]
+                self._drop(key, len(lost))
+                for item in lost:
+                    self._put((True, limits, level), item)
+
     def view(self) -> Sequence[Item]:
-        """What a policy sees: the lane of the most urgent item, then those with its limits and other lengths, then all
-        others of its kind. Empty if none waits."""
+        """What a policy sees: the lane of the most urgent item, then those with its limits and other lengths, then
+        what was given up of those, then all others of its kind. Empty if none waits."""
         if not self._lanes:
             return ()
         first = self._first()
         if len(self._lanes) == 1:
             return self._lanes[first]
-        others = [lane for key, lane in self._lanes.items() if key[0] != first[0] and key[0][0] == first[0][0]]
-        return _View([[self._lanes[first]], self._alike(first), others])
+        (_, limits, _), groups = first, self._groups(first)
+        for gone in (False, True):
+            groups.append(
+                [
+                    lane
+                    for key, lane in self._lanes.items()
+                    if key[0] is gone and key[1] != limits and key[1][0] == limits[0]
+                ]
+            )
+        return _View(groups)
 
     def take(self, count: int) -> list[Item]:
         """Remove the first `count` items of the view, or as many as have the limits of the first."""
-        first = self._first()
-        taken = self._lanes[first][:count]
-        others = _heads(self._alike(first), count - len(taken)) if len(taken) < count else []
-        self._drop(first, len(taken))
-        # Every lane is in order, so what is taken of it stands at its front.
-        for level, number in Counter(length_class(item.length) for item in others).items():
-            self._drop((first[0], level), number)
-        return taken + others
+        first, taken = self._first(), list[Item]()
+        for group, gone in zip(self._groups(first), (first[0], first[0], True), strict=True):
+            if len(taken) == count:
+                break
+            heads = _heads(group, count - len(taken)) if group else []
+            # Every lane is in order, so what is taken of it stands at its front.
+            for level, number in Counter(length_class(item.length) for item in heads).items():
+                self._drop((gone, first[1], level), number)
+            taken += heads
+        return taken
 
     def _drop(self, key: _Key, count: int) -> None:
         """Remove the first items of a lane, and the lane if it is empty then."""
@@ -305,11 +337,14 @@ class DeadlineQueue(Generic[Item]):
     def _first(self) -> _Key:
         if len(self._lanes) == 1:
             return next(iter(self._lanes))
-        return min(self._lanes, key=lambda key: self._lanes[key][0].deadline)
+        return min(self._lanes, key=lambda key: (key[0], self._lanes[key][0].deadline))
 
-    def _alike(self, first: _Key) -> list[list[Item]]:
-        """Lanes with the limits of this one, and other lengths."""
-        return [lane for key, lane in self._lanes.items() if key[0] == first[0] and key != first]
+    def _groups(self, first: _Key) -> list[list[list[Item]]]:
+        """Lanes that may share a batch with this one: itself, those of other lengths, and what was given up."""
+        gone, limits, level = first
+        alike = [(key, lane) for key, lane in self._lanes.items() if key[1] == limits and key != first]
+        same = [lane for key, lane in alike if key[0] is gone]
+        return [[self._lanes[first]], same, [] if gone else [lane for key, lane in alike if key[0]]]
 
 
 def take_batch(policy: Policy, queue: DeadlineQueue[Item], now: float, last: int) -> tuple[int, list[Item]]:
@@ -318,6 +353,8 @@ def take_batch(policy: Policy, queue: DeadlineQueue[Item], now: float, last: int
     Raises:
         ValueError: it chose no text, or a ratio that the first one does not allow.
     """
+    if isinstance(policy, Policy):  # and not only something with its `choose`
+        queue.give_up(now, policy.least_seconds)
     view = queue.view()
     first = view[0]
     ratio, count = policy.choose(now, view, last)

@@ -101,6 +101,26 @@ def test_an_hour_takes_seconds(policy: Any) -> None:
     assert (time.process_time() - started) / len(items) < 1e-3
 
 
+def test_a_burst_costs_only_those_that_no_batch_can_answer_in_time() -> None:
+    """What is lost stands behind what is not: else each text that comes after a burst would be late, too."""
+
+    class InOrder(Policy):
+        def __init__(self, policy: Policy) -> None:
+            self.choose = policy.choose  # type: ignore[method-assign]
+
+    slo, batch = 0.2, 16
+    burst = [QueueItem(0.0, 16, slo)] * (3 * int(batch * slo / TABLE.latency(8, batch, 16)))
+    later = [
+        QueueItem(now, 16, now + slo)
+        for now in (0.9 * each * TABLE.latency(1, batch, 16) / batch for each in range(1500))
+    ]
+    items = sorted([*burst, *later], key=lambda item: item.arrival)
+    for policy in (SlackFit(TABLE, max_batch=batch), Oracle(TABLE, items, batch)):
+        result, in_order = simulate(policy, items, TABLE), simulate(InOrder(policy), items, TABLE)
+        assert result.texts == in_order.texts == len(items)
+        assert 0 < result.late < len(burst) < in_order.late
+
+
 def test_recorded_latencies_are_those_of_the_batches() -> None:
     factors = (0.5, 1.0, 3.0)
     records = [BatchRecord(2, 4, 16, (0.0,) * 4, each * TABLE.latency(2, 4, 16), 0, False) for each in factors]
@@ -142,6 +162,9 @@ class InStep(Policy):
     def choose(self, now: float, queue: Sequence[Waiting], last: int) -> tuple[int, int]:
         self.ratio, count = self.policy.choose(now, queue, last)
         return self.ratio, count
+
+    def least_seconds(self, length: int, waiting: int) -> float:
+        return self.policy.least_seconds(length, waiting)
 
     def compute(self, module: Any, args: Any, kwargs: Any) -> None:
         ended = self.now + self.table.latency(self.ratio, *kwargs["input_ids"].shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -228,4 +229,21 @@ def test_the_queue_puts_texts_of_about_one_length_together() -> None:
     assert [item.deadline for item in queue.view()] == [2.5, 3, 4, 6]
     assert [item.deadline for item in queue.take(9)] == [2.5]
     assert [item.deadline for item in queue.take(9)] == [3, 6, 4]
+    assert len(queue) == 0
+
+
+def test_what_is_given_up_stands_behind_what_can_be_in_time() -> None:
+    queue: DeadlineQueue[QueueItem] = DeadlineQueue()
+    for deadline, length, limit in [(1, 8, None), (2, 100, None), (3, 8, 2), (5, 8, None), (6, 100, None), (9, 8, 2)]:
+        queue.add(QueueItem(0, length, deadline, max_ratio=limit))
+    queue.give_up(0.0, lambda length, waiting: -math.inf)
+    assert [item.deadline for item in queue.view()] == [1, 5, 2, 6, 3, 9]
+    queue.give_up(3.0, lambda length, waiting: 0.5 if waiting == 6 else math.nan)
+    expected = [5, 6, 1, 2, 9, 3]
+    assert [item.deadline for item in queue.view()] == expected
+    assert [queue.view()[index].deadline for index in range(6)] == expected
+    assert (len(queue), sorted(item.deadline for item in queue)) == (6, [1, 2, 3, 5, 6, 9])
+    assert [item.deadline for item in queue.take(3)] == [5, 6, 1]
+    assert [item.deadline for item in queue.take(3)] == [9, 3]
+    assert [item.deadline for item in queue.take(3)] == [2]
     assert len(queue) == 0
