@@ -47,10 +47,19 @@ def write_page(results: Path, docs: Path) -> None:
             body.append(f"![Speed and quality of {name} and its peers](images/peers-{name}.svg)")
         if alike := trained_alike(quality, speed, sorted(results.glob(f"trained-{name}-*.json"))):
             body.append(alike)
-        lines = equally_fast(quality, speed) if of_pictures(quality) else advice(quality, speed)
-        body.append("### Which should I use?\n\n" + "\n".join(f"{n}. {line}" for n, line in enumerate(lines, 1)))
+        if of_pictures(quality):
+            told = "A plugin is trained, and merging is not; FLOPs are of 112 pixels a side."
+            body.append(f"### At equal cost\n\n{told}\n\n{_numbered(equally_fast(quality, speed))}")
+        elif speed.get("rows"):
+            body.append("### Which should I use?\n\n" + _numbered(advice(quality, speed)))
+        else:
+            body.append(f"Speed: {NOT_YET}, so that nothing is advised.")
     page = docs / "peers.md"
     write_text(page, replace_between(page.read_text(encoding="utf-8"), "peers", "\n\n".join(body)))
+
+
+def _numbered(lines: list[str]) -> str:
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
 
 
 def of_pictures(quality: dict[str, Any]) -> bool:
@@ -80,17 +89,20 @@ def table(quality: dict[str, Any], speed: dict[str, Any]) -> str:
 def limits(quality: dict[str, Any]) -> str:
     """Of how many rows the figures are that are not of all; "" if all are."""
     counts: dict[str, set[tuple[int, int]]] = {}
+    fewest: list[int] = []
     for entry in quality["contenders"].values():
         for part, found in entry.get("parts", {}).items():
             if found.get("limit") is not None:
                 rows = found.get("test", found.get("pairs"))
                 counts.setdefault(part, set()).add((found.get("train", 0), rows))
+                fewest += [rows] if "test" in found else []
     titles = {part: title.partition(",")[0] for part, _, title in FIGURES}
     told = []
     for part, some in counts.items():
         each = [(f"{train} rows to train the probe and " if train else "") + f"{rows} to test" for train, rows in some]
         told.append(f"{titles[part]}: {', or '.join(sorted(each))}")
-    return f"Not of all rows: {'; '.join(told)}." if told else ""
+    error = f" The standard error of an accuracy is {50 / min(fewest) ** 0.5:.1f} points at most." if fewest else ""
+    return f"Not of all rows: {'; '.join(told)}.{error}" if told else ""
 
 
 def trained_alike(quality: dict[str, Any], speed: dict[str, Any], files: list[Path]) -> str:
