@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from peft_variator import VariatorConfig
 from peft_variator.tuners.variator.layer import FeedForwardEnd, VariatorLayer
 from tests.tiny_models import Case, outputs_of
 
@@ -142,6 +143,12 @@ def watch(model: nn.Module, call: Callable[[], Any]) -> list[Seen]:
 def layers_of(model: nn.Module) -> list[VariatorLayer]:
     """The layers of a model that have plugins."""
     return [module for module in model.modules() if isinstance(module, VariatorLayer)]
+
+
+def with_plugin(case: Case, **fields: Any) -> PeftModel:
+    """The model of a case with a plugin of random weights, in evaluation mode."""
+    torch.manual_seed(1)
+    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

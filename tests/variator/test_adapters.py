@@ -17,17 +17,12 @@ from peft_variator.tuners.variator.forward_context import open_calls, single_blo
 from tests.processes import run_processes
 from tests.tiny_models import ALL, BERT, LLAMA, SEQ2SEQ, TASK_HEADS, Case, by_name, outputs_of
 
-from .reference import watch
+from .reference import watch, with_plugin
 
 
 T5 = SEQ2SEQ[0]
 BERT_CLASSES = next(case for case in TASK_HEADS if case.name == "bert-sequence")
 SOME = [BERT, LLAMA, T5, *(case for case in ALL if case.name in ("albert", "opt", "vit", "llava"))]
-
-
-def with_plugin(case: Case, **fields: Any) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def first_output(model: nn.Module, case: Case, **options: Any) -> Tensor:

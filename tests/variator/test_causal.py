@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from peft_variator import VariatorConfig
 from tests.tiny_models import CAUSAL, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name, tiny_model
 
-from .reference import watch
+from .reference import watch, with_plugin
 
 
 TOKEN_CLASSES, SEQUENCE_CLASSES = (
@@ -34,11 +34,6 @@ LABELLED = {
 
 
 BERT_DECODER = Case("bert-decoder", "bert", AutoModelForCausalLM, TEXT | {"is_decoder": True}, "causal")
-
-
-def with_plugin(case: Case, **fields: Any) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def labels_at(ids: Tensor, positions: Any) -> Tensor:

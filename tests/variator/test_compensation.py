@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 from peft_variator import VariatorConfig
-from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
-from .reference import assert_the_plugin_alone_learns
+from .reference import assert_the_plugin_alone_learns, first
 
 
 T5 = next(case for case in ALL if case.name == "t5")
@@ -28,11 +28,6 @@ def compensated(case: Case, **fields: Any) -> PeftModel:
     torch.manual_seed(1)
     fields = {"compensation_rank": 3} | fields
     return get_peft_model(case.build(), VariatorConfig(**fields)).eval()
-
-
-def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return next(iter(outputs_of(model, inputs).values()))
 
 
 def updates_of(model: nn.Module) -> set[str]:

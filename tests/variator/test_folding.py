@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_variator import VariatorConfig, fold_updates, using_ratio
+from peft_variator import fold_updates, using_ratio
 from peft_variator.tuners.variator.compensation import CompensatedLinear
 from peft_variator.tuners.variator.linear_maps import UpdatedRows
 from tests.tiny_models import BY_NAME, Case, by_name
+
+from .reference import with_plugin
 
 
 FORMS: list[dict[str, Any]] = [
@@ -22,11 +23,6 @@ FORMS: list[dict[str, Any]] = [
     {"compensation_rank": 2, "decompression": "neurons", "correction_dim": 8, "correction_rank": 3},
     {"compensation_rank": 2, "decompression": "neurons", "correction_dim": 8, "correction_form": "sliced"},
 ]
-
-
-def with_plugin(case: Case, **fields: Any) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -9,20 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 
 from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
+from .reference import with_plugin
+
 
 T5 = next(case for case in ALL if case.name == "t5")
-
-
-def with_plugin(case: Case, **fields: Any) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def first(output: Any) -> torch.Tensor:

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache
 
-from peft_variator import VariatorConfig
 from peft_variator.tuners.variator.attention_mask import (
     TokenOrder,
     real_tokens,
@@ -23,16 +21,11 @@ from peft_variator.tuners.variator.forward_context import CallFacts
 from peft_variator.tuners.variator.token_groups import MergeRule, StackGroups
 from tests.tiny_models import ALL, BERT, CAUSAL, ENCODERS, LLAMA, Case, by_name, outputs_of
 
-from .reference import watch
+from .reference import watch, with_plugin
 
 
 LOWEST = torch.finfo(torch.float32).min
 FORMS = ["2-D", "additive", "keys"]
-
-
-def with_plugin(case: Case, **fields: Any) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def additive(allowed: Tensor) -> Tensor:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from peft_variator import VariatorConfig
 from tests.tiny_models import FIRST_WORD, LLAVA, TASK_HEADS, TEXT_CASES, VOCABULARY, Case, by_name
 
-from .reference import watch
+from .reference import watch, with_plugin
 
 
 # Their base models classify the vector at position 0, whether or not that is padding.
 WITHOUT_LEFT_PADDING = {"bert-sequence", "modernbert-sequence"}
 CASES = [*TEXT_CASES, *(case for case in TASK_HEADS if case.kind != "vision")]
 LENGTHS = (3, 12, 1, 7)
-
-
-def with_plugin(case: Case, **fields: Any) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def sequences() -> list[Tensor]:

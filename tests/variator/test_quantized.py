@@ -18,7 +18,9 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from peft_variator import VariatorConfig, quantize_plugin
 from peft_variator.tuners.variator.compensation import CompensatedLinear
 from peft_variator.tuners.variator.quantization import float_corrections
-from tests.tiny_models import BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import BERT, LLAMA, Case, by_name
+
+from .reference import first
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -38,11 +40,6 @@ def quantized(model: nn.Module, dtype: torch.dtype = torch.qint8) -> nn.Module:
 def with_plugin(case: Case, form: str = "neurons") -> PeftModel:
     torch.manual_seed(1)
     return get_peft_model(case.build(), VariatorConfig(init_weights=False, **FORMS[form])).eval()
-
-
-@torch.no_grad()
-def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return next(iter(outputs_of(model, inputs).values()))
 
 
 def inputs_of(case: Case) -> dict[str, Tensor]:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate, using_ratio
 from peft_variator.tuners.variator import VariatorLayer
-from tests.tiny_models import BERT, LLAMA, outputs_of
+from tests.tiny_models import BERT, LLAMA
+
+from .reference import first
 
 
 FIRST, SECOND = "encoder.layer.0.intermediate", "encoder.layer.1.intermediate"
@@ -31,11 +32,6 @@ def patterned(row: dict[str, int]) -> PeftModel:
     base = BERT.build()
     torch.manual_seed(1)
     return get_peft_model(base, VariatorConfig(ratio_pattern=row, init_weights=False)).eval()
-
-
-def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return next(iter(outputs_of(model, inputs).values()))
 
 
 def test_a_row_is_what_a_pattern_would_be() -> None:

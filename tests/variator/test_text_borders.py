@@ -7,23 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 
-from peft_variator import VariatorConfig
 from peft_variator.tuners.variator import VariatorLayer
 from tests.tiny_models import BERT, CAUSAL, LLAMA, Case, by_name
+
+from .reference import with_plugin
 
 
 LENGTHS = (7, 1, 9, 4, 12)
 LOWEST = torch.finfo(torch.float32).min
 # Learned positions are looked up where they are told to; these take texts apart from position ids alone.
 ROTARY = [case for case in CAUSAL if case.name in ("llama", "qwen2", "mistral", "gemma", "qwen3")]
-
-
-def with_plugin(case: Case, **fields: Any) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(case.build(), VariatorConfig(init_weights=False, **fields)).eval()
 
 
 def texts_of(case: Case, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
