@@ -201,7 +201,8 @@ def _hide_other_bars() -> None:
 def _close_other_bars() -> None:
     """Take away the bars of other libraries that an error has cut off, which would be drawn once more, below it."""
     if "tqdm.std" in sys.modules:
-        for bar in list(sys.modules["tqdm.std"].tqdm._instances):
+        # tqdm has no public way to them, and itself asks for them so; not in compat, which takes seconds to import.
+        for bar in list(getattr(sys.modules["tqdm.std"].tqdm, "_instances", ())):
             bar.leave = False
             bar.close()
 
