@@ -43,7 +43,7 @@ torch:
   operators of a call, and would miss a product that is none (a FLOP counter, `vmap`).
 - `torch.fx.traceback.annotate`, and `preserve_node_meta` without which `torch.export` passes over it: the only notes
   on an exported program that `torch.export.save` writes, as `meta["custom"]` of its nodes. No private names, but
-  marked as such that may change.
+  marked as such that may change; torch 2.8 lacks the first, and its programs have no notes.
 - `torch.utils._python_dispatch.TorchDispatchMode`: sees every operator of a call, to count its FLOPs; torch's own
   documentation of extending it sends users here.
 - `_load_from_state_dict` of a module: torch's quantised modules raise KeyError for a state dict that has nothing of
@@ -61,7 +61,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType, FrameType
 from typing import Any, TypeGuard
 
@@ -74,7 +74,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.traceback import annotate, preserve_node_meta
+from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
@@ -317,7 +317,8 @@ def are_operators_watched() -> bool:
 @contextmanager
 def annotate_export(key: str, value: object) -> Iterator[None]:
     """Have a program that is being exported know something of what runs inside of the block: a value of JSON."""
-    with preserve_node_meta(), annotate({key: value}):
+    annotate = getattr(torch.fx.traceback, "annotate", None)
+    with preserve_node_meta(), nullcontext() if annotate is None else annotate({key: value}):
         yield
 
 

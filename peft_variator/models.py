@@ -73,15 +73,11 @@ __all__ = [
     "read_fields",
     "read_model_config",
     "share_weights",
-    "shorten",
     "takes_sound",
     "without_loading_report",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-shorten = shown
-"""The name that `field_types.shown` has here."""
 
 CONFIG_NAME = "config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"

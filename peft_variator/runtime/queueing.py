@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item", bound=Waiting)
 
+PATIENCE = 10.0
+"""Seconds after its deadline when a text that was given up is answered before all others: none waits for good."""
+
 _deadline = attrgetter("deadline")
 _Key = tuple[bool, tuple[object, float | None, int | None], int]
 """Whether given up, kind and limits, and class of lengths."""
@@ -270,23 +273,27 @@ class DeadlineQueue(Generic[Item]):
             insort(lane, item, key=_deadline)
 
     def give_up(self, now: float, least_seconds: Callable[[int, int], float]) -> None:
-        """Put items that can no longer be in time behind all others.
+        """Put items that can no longer be in time behind all others, and those that are `PATIENCE` late back.
 
         Args:
             now: the time, in seconds.
             least_seconds: seconds that an answer takes at least, by the tokens of a text and the texts that wait.
         """
-        waiting = len(self)
+        waiting, long_ago = len(self), now - PATIENCE
         for key, lane in list(self._lanes.items()):
             gone, limits, level = key
             if gone:
-                continue
-            due = now + least_seconds(lane[0].length, waiting)
-            if lane[0].deadline < due:
-                lost = lane[: bisect_left(lane, due, key=_deadline)]
-                self._drop(key, len(lost))
-                for item in lost:
-                    self._put((True, limits, level), item)
+                moved = lane[: bisect_left(lane, long_ago, key=_deadline)]
+                del lane[: len(moved)]
+            else:
+                due = now + least_seconds(lane[0].length, waiting)
+                start, end = (bisect_left(lane, time, key=_deadline) for time in (long_ago, due))
+                moved = lane[start:end]
+                del lane[start:end]
+            if not lane:
+                del self._lanes[key]
+            for item in moved:
+                self._put((not gone, limits, level), item)
 
     def view(self) -> Sequence[Item]:
         """What a policy sees: the lane of the most urgent item, then those with its limits and other lengths, then

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from peft_variator import using_ratio
 from peft_variator.runtime import Engine, FixedRatio, QueueItem
-from peft_variator.runtime.queueing import DeadlineQueue
+from peft_variator.runtime.queueing import PATIENCE, DeadlineQueue
 from tests.tiny_models import tiny_model
 
 from .models import SENTENCES, TEXT, causal, classifier, encoder, plugin, tokenizer
@@ -247,3 +247,13 @@ def test_what_is_given_up_stands_behind_what_can_be_in_time() -> None:
     assert [item.deadline for item in queue.take(3)] == [9, 3]
     assert [item.deadline for item in queue.take(3)] == [2]
     assert len(queue) == 0
+
+
+def test_what_was_given_up_long_ago_comes_first() -> None:
+    queue: DeadlineQueue[QueueItem] = DeadlineQueue()
+    for deadline, length in [(1, 8), (2, 100), (3, 8), (5, 8), (6, 100)]:
+        queue.add(QueueItem(0, length, deadline))
+    for now, expected in [(4.0, [5, 6, 1, 2, 3]), (2.5 + PATIENCE, [1, 2, 3, 5, 6]), (3.5 + PATIENCE, [1, 3, 2, 5, 6])]:
+        queue.give_up(now, lambda length, waiting: 0.5)
+        assert [item.deadline for item in queue.view()] == expected
+    assert (len(queue), len(queue.take(9)), len(queue)) == (5, 5, 0)

@@ -22,6 +22,7 @@ BERT, VIT = (
 )
 T5 = replace(BY_NAME["t5-encoder"], config=BY_NAME["t5-encoder"].config | {"num_layers": 1})
 KEPT = [20, 21]
+HAS_NOTES = hasattr(torch.fx.traceback, "annotate")  # which torch 2.8 has not
 TEXT_SHAPE = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 
 
@@ -64,7 +65,7 @@ def assert_same_at_real_tokens(found: Tensor, expected: Tensor, inputs: dict[str
 def test_batch_and_length_stay_free(case: Case) -> None:
     model = with_plugin(case, keep_token_ids=KEPT)
     program = exported(model.get_base_model()).module()
-    assert exported_ratio(program) == 4
+    assert exported_ratio(program) == (4 if HAS_NOTES else None)
     with torch.no_grad():
         for batch, length in ((1, 5), (3, 33), (2, 12)):
             inputs = text(batch, length, seed=length)
@@ -72,6 +73,7 @@ def test_batch_and_length_stay_free(case: Case) -> None:
             assert_same_at_real_tokens(program(**inputs).last_hidden_state, expected, inputs)
 
 
+@pytest.mark.skipif(not HAS_NOTES, reason="this torch writes no notes on programs")
 @pytest.mark.slow
 def test_a_program_knows_its_ratio() -> None:
     model = with_plugin(BERT, compression_ratio=8)

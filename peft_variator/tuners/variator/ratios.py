@@ -91,7 +91,7 @@ def exported_ratio(program: ExportedProgram | GraphModule) -> int | None:
         program: from `torch.export.export` or `torch.export.load`, or its `module()`.
 
     Returns:
-        k; `None`: no plugin was on.
+        k; `None`: no plugin was on, or the program was made by torch 2.8, which writes no such notes.
     """
     return export_annotation(program, RATIO_NOTE)
 
