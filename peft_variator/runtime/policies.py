@@ -100,7 +100,7 @@ class Policy:
     def least_seconds(self, length: int, waiting: int) -> float:
         """Seconds that the answer to a text takes at least. One that is due earlier is given up: it stands behind
         those that can be in time, fills their batches where there is room, and is answered when none of them waits, or
-        ten seconds after it was due.
+        25 seconds after it was due.
 
         Args:
             length: its tokens.

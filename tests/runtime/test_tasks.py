@@ -253,7 +253,11 @@ def test_what_was_given_up_long_ago_comes_first() -> None:
     queue: DeadlineQueue[QueueItem] = DeadlineQueue()
     for deadline, length in [(1, 8), (2, 100), (3, 8), (5, 8), (6, 100)]:
         queue.add(QueueItem(0, length, deadline))
-    for now, expected in [(4.0, [5, 6, 1, 2, 3]), (2.5 + PATIENCE, [1, 2, 3, 5, 6]), (3.5 + PATIENCE, [1, 3, 2, 5, 6])]:
+    for now, expected in [
+        (4.0, [5, 6, 1, 2, 3]),
+        (2.5 + PATIENCE, [1, 2, 3, 5, 6]),
+        (3.5 + PATIENCE, [1, 3, 2, 5, 6]),
+    ]:
         queue.give_up(now, lambda length, waiting: 0.5)
         assert [item.deadline for item in queue.view()] == expected
     assert (len(queue), len(queue.take(9)), len(queue)) == (5, 5, 0)
