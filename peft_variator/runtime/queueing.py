@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item", bound=Waiting)
 
 PATIENCE = 25.0
-"""Seconds after its deadline when a text that was given up is answered before all others: none waits for good, and none
-until a server's timeout, 30 s unless it is told another. Less would let a burst make all that follows late again."""
+"""Seconds after its deadline when a text that was given up is answered before all others: none waits for good, nor for
+the 30 s after which a server gives a request up. Less would let a burst make all that follows late again."""
 
 _deadline = attrgetter("deadline")
 _Key = tuple[bool, tuple[object, float | None, int | None], int]
