@@ -20,6 +20,7 @@ from peft_variator.markdown import make_table, replace_between
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
 RATIOS = (2, 4, 8)
+SHIPPED_RATIOS = (4, 8, 16)
 Run = dict[str, Any]
 
 
@@ -51,36 +52,50 @@ def _by_task(runs: list[Run]) -> dict[str, list[Run]]:
     return by_task
 
 
-def _mean_drops(by_task: dict[str, list[Run]]) -> list[str]:
-    drops = {
-        ratio: [statistics.fmean(_drop(run, ratio) for run in group) for group in by_task.values()] for ratio in RATIOS
-    }
-    return [f"**{statistics.fmean(drops[ratio]):+.2f}**" for ratio in RATIOS]
+def _mean_drops(by_task: dict[str, list[Run]], ratios: tuple[int, ...]) -> list[str]:
+    drops = [[statistics.fmean(_drop(run, ratio) for run in group) for group in by_task.values()] for ratio in ratios]
+    return [f"**{statistics.fmean(each):+.2f}**" for each in drops]
 
 
 def main_table(runs: list[Run], speeds: dict[str, dict[int, dict[str, float]]]) -> str:
     """Score of the base and loss of points, FLOPs saved and speed-up at each ratio, a row a task."""
     by_task = _by_task(runs)
     rows = [_task_row(name, group, speeds.get(name, {})) for name, group in by_task.items()]
-    mean = ["**mean**", "", "", *_mean_drops(by_task), "", "", ""]
+    mean = ["**mean**", "", "", *_mean_drops(by_task, RATIOS), "", "", ""]
     head = ["task", "metric", "base", *(f"lost at k = {ratio}" for ratio in RATIOS)]
     head += ["FLOPs saved at 2 / 4 / 8", "speed-up at 2 / 4 / 8", "seeds"]
     return make_table(head, [*rows, mean])
 
 
-def unlabelled_table(runs: list[Run]) -> str:
-    """Loss of points of the plugins that were adapted without labels, a row a task."""
+def unlabelled_table(runs: list[Run], ratios: tuple[int, ...]) -> str:
+    """Base, loss of points and FLOPs saved of the plugins that were adapted without labels, a row a task."""
     by_task = _by_task(runs)
     rows = [
-        [name, *(_with_spread([_drop(run, ratio) for run in group]) for ratio in RATIOS), str(len(group))]
+        [
+            name,
+            f"{_row(group[0], 1)['score']:.2f}",
+            *(_with_spread([_drop(run, ratio) for run in group]) for ratio in ratios),
+            _all_saved(group[0], ratios),
+            str(len(group)),
+        ]
         for name, group in by_task.items()
     ]
-    head = ["task", *(f"lost at k = {ratio}" for ratio in RATIOS), "seeds"]
-    return make_table(head, [*rows, ["**mean**", *_mean_drops(by_task), ""]])
+    head = [
+        "task",
+        "base",
+        *(f"lost at k = {ratio}" for ratio in ratios),
+        "FLOPs saved at " + " / ".join(map(str, ratios)),
+        "seeds",
+    ]
+    return make_table(head, [*rows, ["**mean**", "", *_mean_drops(by_task, ratios), "", ""]])
+
+
+def _all_saved(run: Run, ratios: tuple[int, ...]) -> str:
+    return " / ".join(f"{_saved(run, ratio):.0f} %" for ratio in ratios)
 
 
 def _task_row(name: str, runs: list[Run], speed: dict[int, dict[str, float]]) -> list[str]:
-    saved = " / ".join(f"{_saved(runs[0], ratio):.0f} %" for ratio in RATIOS)
+    saved = _all_saved(runs[0], RATIOS)
     faster = " / ".join(f"{speed[ratio]['median']:.2f}×" for ratio in RATIOS) if speed else "not measured"
     lost = [_with_spread([_drop(run, ratio) for run in runs]) for ratio in RATIOS]
     base = f"{_row(runs[0], 1)['score']:.2f}"
@@ -173,7 +188,11 @@ def main(
     text = page.read_text(encoding="utf-8")
     text = replace_between(text, "results", f"{main_table(main_runs, speeds)}\n\n{speed_note(timed)}".rstrip())
     unlabelled = [run for run in runs if run["variant"] == "no-task-loss"]
-    text = replace_between(text, "unlabelled", unlabelled_table(unlabelled))
+    text = replace_between(text, "unlabelled", unlabelled_table(unlabelled, RATIOS))
+    shipped = [run for run in runs if run["variant"] == "neurons"]
+    if shipped:
+        text = replace_between(text, "neurons", unlabelled_table(shipped, SHIPPED_RATIOS))
+        runs = [run for run in runs if run["variant"] != "neurons"]  # other ratios, another stage one
     text = replace_between(text, "ablation", ablation_table(runs))
     write_text(page, text)
     plot(main_runs, unlabelled, DOCS / "images" / "glue.png")

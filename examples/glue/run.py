@@ -28,6 +28,7 @@ from peft_variator.profiling import count_flops, describe_environment
 
 
 RESULTS = Path(__file__).parent / "results"
+PLUGINS = Path(__file__).parents[1] / "plugins"
 NAMES = [*TASKS, "squad"]
 # The task itself is learned once; the seeds of a run are those of the plugin's adaptation.
 TASK_SEED = 0
@@ -61,6 +62,8 @@ class Runs:
         """Folder of the plugin of stage one, made on first use; `None` for the variant that has no stage one."""
         if not variant.is_pretrained:
             return None
+        if variant.shipped:
+            return PLUGINS / variant.shipped
         # Variants that differ in the adaptation alone share it.
         shared = next(name for name, other in VARIANTS.items() if other.stage_one == variant.stage_one)
         folder = self.work / "plugins" / shared
@@ -96,7 +99,8 @@ def run(runs: Runs, name: str, variant_name: str, seed: int) -> dict[str, Any]:
         "added_parameters": model.get_nb_trainable_parameters()[0],
         "base_parameters": sum(parameter.numel() for parameter in problem.load(runs.base).parameters()),
         "steps": runs.steps,
-        "pretraining_steps": runs.pretraining_steps if variant.is_pretrained else 0,
+        "shipped_plugin": variant.shipped,
+        "pretraining_steps": runs.pretraining_steps if variant.is_pretrained and not variant.shipped else 0,
         "rows": [_measure(runs, model, problem, ratio) for ratio in (1, *variant.ratios)],
         "minutes": (time.monotonic() - start) / 60,
         "environment": describe_environment(torch.device("cpu")),

@@ -92,7 +92,7 @@ def adapt(
         model = load_plugin(task_model, plugin)
     arguments = DistillationConfig(
         max_steps=steps,
-        learning_rate=2e-3,
+        learning_rate=variant.learning_rate,
         hidden_loss=variant.hidden_loss,
         logits_weight=0.0 if task_model.config.num_labels == 1 else 1.0,
         task_weight=variant.task_weight,

@@ -24,6 +24,8 @@ class Variant:
         fields: further fields of the plugin's configuration.
         is_pretrained: whether it has seen plain text before the task.
         task_weight: weight of the task's own loss in the adaptation, beside the teacher's hidden states and logits.
+        shipped: name of the plugin in `examples/plugins` that has seen plain text already; `None`: one is made here.
+        learning_rate: the peak of the adaptation.
     """
 
     ratios: tuple[int, ...] = (2, 4, 8)
@@ -32,11 +34,13 @@ class Variant:
     fields: dict[str, Any] = field(default_factory=dict)
     is_pretrained: bool = True
     task_weight: float = 1.0
+    shipped: str | None = None
+    learning_rate: float = 2e-3
 
     @property
     def stage_one(self) -> Variant:
         """What decides how the plugin is distilled on plain text."""
-        return replace(self, task_weight=0.0)
+        return replace(self, task_weight=0.0, learning_rate=2e-3)
 
     def config(self, tokenizer: PreTrainedTokenizerBase) -> VariatorConfig:
         """The plugin's configuration."""
@@ -52,6 +56,8 @@ VARIANTS: dict[str, Variant] = {
     "last-layer-loss": Variant(hidden_loss="last"),
     "no-pretraining": Variant(is_pretrained=False),
     "no-task-loss": Variant(task_weight=0.0),
+    # The default form, as it is shipped: copied neurons, with compensation.
+    "neurons": Variant(ratios=(4, 8, 16), task_weight=0.0, shipped="all-MiniLM-L6-v2", learning_rate=1e-3),
     "one-ratio": Variant(ratios=(4,)),
     "one-ratio-concat": Variant(ratios=(4,), fields={"scoring": "concat"}),
 }
