@@ -76,6 +76,7 @@ class Settings:
     min_seconds: float
     threads: int | None
     quick: bool
+    rows: tuple[str, ...]
 
 
 def measure_row(home: Path, row: Row, settings: Settings) -> dict[str, float]:
@@ -131,16 +132,18 @@ def command_of(model: str, settings: Settings) -> str:
     for name in ("length", "rank", "rounds", "samples", "threads"):
         if (value := getattr(settings, name)) is not None and not settings.quick:
             words += [f"--{name}", str(value)]
+    if settings.rows != tuple(ROWS):
+        words += [word for name in settings.rows for word in ("--row", name)]
     return shlex.join(["python", "examples/packed_base/bench.py", *words, *["--quick"] * settings.quick])
 
 
 def measure(model: str, work: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     """All rows of a model."""
-    bar = progress.add_task(f"{model}: making the models", total=settings.rounds * len(ROWS))
+    bar = progress.add_task(f"{model}: making the models", total=settings.rounds * len(settings.rows))
     home = make_folders(model, work, settings.quick)
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in settings.rows}
     for number in range(settings.rounds):
-        for name in reversed(ROWS) if number % 2 else ROWS:
+        for name in reversed(settings.rows) if number % 2 else settings.rows:
             progress.update(bar, description=f"{model}: {name}")
             samples[name].append(measure_row(home, ROWS[name], settings))
             progress.advance(bar)
@@ -158,14 +161,20 @@ def main(
     rounds: Annotated[int, typer.Option(min=2, help="Processes of each row.")] = 5,
     samples: Annotated[int, typer.Option(min=2, help="Timed samples in a process.")] = 3,
     threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help=f"Rows, besides their references: {'; '.join(ROWS)}.")] = None,
     work: Annotated[Path | None, typer.Option(help="Keeps the models (17 GB); else they go when it is done.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures, a file a model.")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="One tiny model, 16 tokens, 2 rounds.")] = False,
 ) -> None:
     """Measure every row in turn and write the figures."""
-    settings = Settings(length, rank, rounds, samples, 0.2, threads, quick)
+    for name in row or ():
+        if name not in ROWS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(map(repr, ROWS))}.")
+    wanted = {*(row or ROWS), *(ROWS[name].reference for name in row or ())}
+    rows = tuple(name for name in ROWS if name in wanted)
+    settings = Settings(length, rank, rounds, samples, 0.2, threads, quick, rows)
     if quick:
-        settings, model = Settings(16, rank, 2, 2, 0.0, threads, quick), model[:1]
+        settings, model = Settings(16, rank, 2, 2, 0.0, threads, quick, rows), model[:1]
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     with reported(), num_threads(threads), tempfile.TemporaryDirectory() as scratch:
         for name in model:

@@ -67,19 +67,20 @@ def _cell(figure: Record | None, unit: float) -> str:
 
 def _figures(rows: Record, columns: tuple[tuple[str, str, float], ...]) -> str:
     chosen = {name: row for name, row in rows.items() if columns[0][1] in row}
+    if not chosen:
+        return ""
     body = [[name, *(_cell(row.get(figure), unit) for _, figure, unit in columns)] for name, row in chosen.items()]
     return make_table(["", *(heading for heading, _, _ in columns)], body)
 
 
 def bench(report: Record) -> str:
-    """Two tables of a model: loading and running, and training."""
+    """Two tables of a model: loading and running, and training; one where only that was measured."""
     files, rows, settings = report["file_bytes"], report["rows"], report["settings"]
     packed, dense = files["packed-bfloat16"], files["dense-bfloat16"]
     peak = rows["packed bfloat16"]["load_resident"]["quartiles"]["median"]
     parts = [
         f"### {report['model']}, 1×{settings['length']}",
-        _figures(rows, INFERENCE),
-        _figures(rows, TRAINING),
+        *filter(None, (_figures(rows, INFERENCE), _figures(rows, TRAINING))),
         f"Files: {dense / 1e6:.0f} MB dense in bfloat16, {packed / 1e6:.0f} MB packed ({packed / dense:.3f}). "
         f"Loading the packed one held {peak / packed:.2f}× its files at the peak.",
         f"`{report['command']}`: {settings['rounds']} processes a row, {settings['samples']} samples in each, rank "
