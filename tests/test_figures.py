@@ -58,6 +58,20 @@ def test_the_plugin_in_int8(readme: str) -> None:
     assert ("for another point of STS-B" in readme) == (round(alone - plugin) == 1)
 
 
+def test_the_plugin_in_bfloat16(readme: str) -> None:
+    results = EXAMPLES / "peers" / "results"
+    speeds = record(results / "speed-all-MiniLM-L6-v2.json")["rows"][0]["speedup"]
+    found = record(results / "quality-all-MiniLM-L6-v2.json")["contenders"]
+    alone, both, plugin = (speeds[name]["median"] for name in ("bf16", "bf16 + plugin, k = 32", "plugin, k = 32"))
+    assert f"that alone made all-MiniLM-L6-v2 {alone:.1f} times as fast" in readme
+    assert f"in bfloat16: {both:.1f} times, where bfloat16 alone is {alone:.1f}, for the same loss" in readme
+    assert plugin < alone < both
+    of_bf16, of_float32 = (
+        found[name]["parts"]["stsb"]["spearman"] for name in ("bf16 + plugin, k = 32", "plugin, k = 32")
+    )
+    assert of_bf16 == pytest.approx(of_float32, abs=0.05)
+
+
 def test_the_benchmark(readme: str) -> None:
     page = "docs/benchmark.md"
     bert = rows_of(page, "bert-base", "8×128", "4")[0][5]
