@@ -66,9 +66,8 @@ def test_the_plugin_in_bfloat16(readme: str) -> None:
     assert f"that alone made all-MiniLM-L6-v2 {alone:.1f} times as fast" in readme
     assert f"in bfloat16: {both:.1f} times, where bfloat16 alone is {alone:.1f}, for the same loss" in readme
     assert plugin < alone < both
-    of_bf16, of_float32 = (
-        found[name]["parts"]["stsb"]["spearman"] for name in ("bf16 + plugin, k = 32", "plugin, k = 32")
-    )
+    names = ("bf16 + plugin, k = 32", "plugin, k = 32")
+    of_bf16, of_float32 = (found[name]["parts"]["stsb"]["spearman"] for name in names)
     assert of_bf16 == pytest.approx(of_float32, abs=0.05)
 
 
