@@ -63,7 +63,6 @@ def test_the_plugin_in_bfloat16(readme: str) -> None:
     speeds = record(results / "speed-all-MiniLM-L6-v2.json")["rows"][0]["speedup"]
     found = record(results / "quality-all-MiniLM-L6-v2.json")["contenders"]
     alone, both, plugin = (speeds[name]["median"] for name in ("bf16", "bf16 + plugin, k = 32", "plugin, k = 32"))
-    assert f"that alone made all-MiniLM-L6-v2 {alone:.1f} times as fast" in readme
     assert f"in bfloat16: {both:.1f} times, where bfloat16 alone is {alone:.1f}, for the same loss" in readme
     assert plugin < alone < both
     names = ("bf16 + plugin, k = 32", "plugin, k = 32")
@@ -131,8 +130,6 @@ def test_what_bfloat16_gives(page: str) -> None:
 
 def test_packed_bases(readme: str) -> None:
     (_, llama) = rows_of("docs/packed_bases.md", "packed bfloat16")[:2]
-    memory, disk = (re.search(r", ([\d.]+)×", cell) for cell in (llama[4], llama[3]))
-    assert memory is not None
-    assert disk is not None
-    assert f"{memory[1]} of the memory" in readme
-    assert ("about half of the time to load from disk" in readme) == (round(float(disk[1]), 1) == 0.5)
+    memory, prompt, token = (cell.rpartition(", ")[2].rstrip("×") for cell in llama[4:7])
+    assert f"{memory} of the memory of a dense Llama-3.2-1B shape" in readme
+    assert f"a token in {token} of its time, a prompt of 512 tokens in {prompt} times as much" in readme

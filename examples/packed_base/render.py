@@ -73,20 +73,30 @@ def _figures(rows: Record, columns: tuple[tuple[str, str, float], ...]) -> str:
     return make_table(["", *(heading for heading, _, _ in columns)], body)
 
 
-def bench(report: Record) -> str:
-    """Two tables of a model: loading and running, and training; one where only that was measured."""
-    files, rows, settings = report["file_bytes"], report["rows"], report["settings"]
+def bench(report: Record, earlier: Record | None = None) -> str:
+    """Two tables of a model: loading and running, and training, of an earlier run where this one has none."""
+    files, rows = report["file_bytes"], report["rows"]
     packed, dense = files["packed-bfloat16"], files["dense-bfloat16"]
     peak = rows["packed bfloat16"]["load_resident"]["quartiles"]["median"]
     parts = [
-        f"### {report['model']}, 1×{settings['length']}",
-        *filter(None, (_figures(rows, INFERENCE), _figures(rows, TRAINING))),
+        f"### {report['model']}, 1×{report['settings']['length']}",
+        _figures(rows, INFERENCE),
+        _figures(rows, TRAINING),
         f"Files: {dense / 1e6:.0f} MB dense in bfloat16, {packed / 1e6:.0f} MB packed ({packed / dense:.3f}). "
         f"Loading the packed one held {peak / packed:.2f}× its files at the peak.",
-        f"`{report['command']}`: {settings['rounds']} processes a row, {settings['samples']} samples in each, rank "
-        f"{settings['rank']}. {_machine(report['environment'])}",
+        _run(report),
     ]
-    return "\n\n".join(parts)
+    if earlier is not None and not parts[2]:
+        parts += ["Training, measured at an earlier state:", _figures(earlier["rows"], TRAINING), _run(earlier)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _run(report: Record) -> str:
+    settings = report["settings"]
+    return (
+        f"`{report['command']}`: {settings['rounds']} processes a row, {settings['samples']} samples in each, rank "
+        f"{settings['rank']}. {_machine(report['environment'])}"
+    )
 
 
 def few_tokens(report: Record) -> str:
@@ -107,13 +117,21 @@ def few_tokens(report: Record) -> str:
     return f"{table}\n\n{facts}"
 
 
+def _reports(folder: Path, name: str) -> list[Record]:
+    return [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob(f"{name}*.json"), reverse=True)]
+
+
 def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write the tables of what has been run."""
     text = page.read_text("utf-8")
-    for name, render in (("end-to-end", end_to_end), ("bench", bench), ("few-tokens", few_tokens)):
-        reports = [json.loads(file.read_text("utf-8")) for file in sorted(results.glob(f"{name}*.json"), reverse=True)]
+    for name, render in (("end-to-end", end_to_end), ("few-tokens", few_tokens)):
+        reports = _reports(results, name)
         if reports:
-            text = replace_between(text, name, "\n\n".join(render(report) for report in reports))
+            text = replace_between(text, name, "\n\n".join(map(render, reports)))
+    earlier = {report["model"]: report for report in _reports(results / "earlier", "bench")}
+    parts = [bench(report, earlier.get(report["model"])) for report in _reports(results, "bench")]
+    if parts:
+        text = replace_between(text, "bench", "\n\n".join(parts))
     write_text(page, text)
 
 

@@ -272,7 +272,7 @@ def measure(
     *,
     results: dict[str, Any],
     keep: Callable[[], object],
-    rounds: int = 3,
+    rounds: int = 7,
 ) -> None:
     """What takes a quiet machine: the latency tables of one model, and its live runs.
 
@@ -323,9 +323,7 @@ def measure(
 
 
 def _tables(subject: Subject, rounds: int) -> dict[str, Any]:
-    profile = partial(
-        profile_latency, batch_sizes=subject.batch_sizes, lengths=subject.lengths, rounds=rounds, min_seconds=0.02
-    )
+    profile = partial(profile_latency, batch_sizes=subject.batch_sizes, lengths=subject.lengths, rounds=rounds)
     table = profile(subject.model, subject.ratios, quality=subject.quality)
     tables = {"table": table}
     if subject.smaller is not None:
@@ -490,7 +488,9 @@ def encoder(cache: Path, slo_ms: float) -> Subject:
     quality = {k: spearman(f"plugin-{NAME}-k{k}" if k > 1 else f"base-{NAME}") for k in ratios}
     smaller = (load(SMALLER, cache).model, spearman(f"base-{SMALLER}"))
     model = load_plugin(loaded.model, str(plugin), is_trainable=False).eval()
-    return Subject(NAME, model, loaded.tokenizer, ratios, (1, 4, 16), (16, 64, 128, 256), 2, slo_ms, quality, smaller)
+    return Subject(
+        NAME, model, loaded.tokenizer, ratios, (1, 4, 16, 32), (16, 64, 128, 256), 2, slo_ms, quality, smaller
+    )
 
 
 def causal(cache: Path, slo_ms: float) -> Subject:
