@@ -76,7 +76,7 @@ class Settings:
     min_seconds: float
     threads: int | None
     quick: bool
-    rows: tuple[str, ...]
+    rows: tuple[str, ...] = tuple(ROWS)
 
 
 def measure_row(home: Path, row: Row, settings: Settings) -> dict[str, float]:
