@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from peft_variator.markdown import make_table, replace_between
 __all__ = ["advice", "equally_fast", "table", "trained_alike", "write_page"]
 
 NOT_YET = "not measured yet"
+MUCH = 4.5
+"""Points below the base down to which the picture goes where some contenders lose many more."""
 # What is measured, the first one of a model being that by which its contenders are ranked: part, key and heading.
 FIGURES = (
     ("stsb", "spearman", "STS-B, Spearman × 100"),
@@ -267,14 +270,31 @@ def plot(quality: dict[str, Any], speed: dict[str, Any], path: Path, name: str) 
         times, score = _median(speed, contender), scores(quality, contender)[0]
         if times is not None and score is not None:
             points[contender] = (times, score)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    families: dict[str, dict[str, tuple[float, float]]] = {}
+    for contender, point in points.items():
+        family, _, setting = (
+            contender.rpartition(", ") if re.search(r", (k = )?\d", contender) else (contender, "", "")
+        )
+        families.setdefault(family, {})[setting] = point
+    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
     front = sorted(
         p for p in points.values() if not any(o != p and o[0] >= p[0] and o[1] >= p[1] for o in points.values())
     )
-    axes.plot(*zip(*front, strict=True), color="0.75", zorder=0)
-    for contender, (times, score) in points.items():
-        axes.scatter(times, score, color="tab:orange" if "plugin" in contender else "tab:blue")
-        axes.annotate(contender, (times, score), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axes.plot(*zip(*front, strict=True), color="0.8", linewidth=6, zorder=0, label="none is better in both")
+    base = points["base"][1]
+    lowest = min(score for _, score in points.values())
+    if lowest < base - MUCH:
+        axes.set_ylim(base - MUCH, max(score for _, score in points.values()) + 0.3)
+    for number, (family, settings) in enumerate(families.items()):
+        hidden = [f"{setting}: {score:.1f}" for setting, (_, score) in settings.items() if score < base - MUCH]
+        label = f"{family}\n(below: {'; '.join(hidden)})" if hidden and lowest < base - MUCH else family
+        marker, colour = "^" if "plugin" in family else "o", plt.get_cmap("tab20")(number * 2 % 20 + number // 10)
+        axes.plot(*zip(*settings.values(), strict=True), f"{marker}-", color=colour, linewidth=1, label=label)
+        for setting, point in settings.items():
+            where = {"xytext": (4, 3), "textcoords": "offset points", "annotation_clip": True}
+            axes.annotate(setting.removeprefix("k = "), point, fontsize=7, color=colour, **where)
+    axes.axhline(base, color="0.6", linewidth=0.8, linestyle="--")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     axes.set(
         title=f"{name}, {row['batch']}×{row['length']} {unit}: up and to the right is better",
         xlabel="times as fast as the base",
