@@ -40,7 +40,7 @@ class Variant:
     @property
     def stage_one(self) -> Variant:
         """What decides how the plugin is distilled on plain text."""
-        return replace(self, task_weight=0.0, learning_rate=2e-3)
+        return replace(self, task_weight=0.0)
 
     def config(self, tokenizer: PreTrainedTokenizerBase) -> VariatorConfig:
         """The plugin's configuration."""

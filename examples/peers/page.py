@@ -287,7 +287,7 @@ def plot(quality: dict[str, Any], speed: dict[str, Any], path: Path, name: str) 
         axes.set_ylim(base - MUCH, max(score for _, score in points.values()) + 0.3)
     for number, (family, settings) in enumerate(families.items()):
         hidden = [f"{setting}: {score:.1f}" for setting, (_, score) in settings.items() if score < base - MUCH]
-        label = f"{family}\n(below: {'; '.join(hidden)})" if hidden and lowest < base - MUCH else family
+        label = f"{family}\n(below: {'; '.join(hidden)})" if hidden else family
         marker, colour = "^" if "plugin" in family else "o", plt.get_cmap("tab20")(number * 2 % 20 + number // 10)
         axes.plot(*zip(*settings.values(), strict=True), f"{marker}-", color=colour, linewidth=1, label=label)
         for setting, point in settings.items():

@@ -70,15 +70,19 @@ def fold_updates(model: Model) -> Model:
     return copied
 
 
+def _plugin_of(stack: object, network: str) -> str | None:
+    """The plugin that a network merges with for good; `None`: it merges nothing."""
+    choices = stack.fixed_choices if isinstance(stack, StackForward) else None
+    return choices[network][0] if choices and network in choices else None
+
+
 def _summed(module: CompensatedLinear) -> nn.Module:
     """What takes the place of a map with an update; the map itself where its update has to stay apart."""
     stack = module.stack
-    if not isinstance(stack, StackForward) or stack.kind == "causal":
+    name = _plugin_of(stack, module.network_name)
+    if name not in module.adapters() or (isinstance(stack, StackForward) and stack.kind == "causal"):
         return module
-    choice = stack.fixed_choices.get(module.network_name) if stack.fixed_choices else None
-    if choice is None or choice[0] not in module.adapters():
-        return module
-    name, (down, up) = choice[0], module.factors(choice[0])
+    down, up = module.factors(name)
     quantized = module.quantized_sum(name, up)
     if quantized is not None:
         return quantized
@@ -92,11 +96,9 @@ def _summed(module: CompensatedLinear) -> nn.Module:
 
 def _fold_correction(layer: VariatorLayer) -> None:
     """Have the correction of the plugin that a layer merges with consist of plain maps."""
-    stack = layer.stack
-    choice = stack.fixed_choices.get(layer.name) if isinstance(stack, StackForward) and stack.fixed_choices else None
-    if choice is None:
+    name = _plugin_of(layer.stack, layer.name)
+    if name is None:
         return
-    name = choice[0]
     layer.read_base(name)
     for part, module in layer.modules_of(name).items():
         if isinstance(module, UpdatedRows):
