@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ..bitmask import mask_width, pack_mask, row_blocks, unpack_mask
+from ..few_tokens.product import MIN_WEIGHTS
+from ..few_tokens.unpacking import can_unpack, unpack_into
 
 
 __all__ = [
@@ -92,6 +94,9 @@ def unpack(compressed: Tensor, bitmask: Tensor, in_features: int, out: Tensor | 
     """
     if out is None:
         out = compressed.new_empty(compressed.shape[0], in_features)
+    if out.numel() >= MIN_WEIGHTS and can_unpack(compressed, bitmask, out):
+        unpack_into(compressed, bitmask, out)
+        return out
     # Bits are moved instead of numbers: it is the same for every dtype, and copies of bfloat16 may rewrite NaNs.
     integer = _INTEGER_OF_SIZE[compressed.element_size()]
     source, target = compressed.contiguous().view(integer), out.view(integer)

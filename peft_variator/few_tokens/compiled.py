@@ -36,12 +36,14 @@ class LoadedProduct:
     Args:
         level: index into `LEVELS` of the best instruction set of this processor; -1: the product can't be used.
         reason: why, in one clause.
-        function: the C function; `None`: the product can't be used.
+        function: the C function of the products; `None`: nothing of it can be used.
+        unpack: the C function that unpacks.
     """
 
     level: int
     reason: str
     function: Any = None
+    unpack: Any = None
 
 
 def find_compiler() -> str | None:
@@ -67,8 +69,11 @@ def load_product() -> LoadedProduct:
     function = library.few_tokens_linear
     function.restype = None
     function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 4 + [ctypes.c_int] * 3
+    unpack = library.unpack_two_four
+    unpack.restype = None
+    unpack.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_int] * 3
     level = library.best_level()
-    return LoadedProduct(level, f"compiled by {compiler} for {LEVELS[level]}", function)
+    return LoadedProduct(level, f"compiled by {compiler} for {LEVELS[level]}", function, unpack)
 
 
 def _compiled(compiler: str) -> Path:

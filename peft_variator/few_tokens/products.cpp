@@ -1,5 +1,6 @@
 // Products of a few tokens and a weight that is never made in memory: x·Wᵀ + b for a packed 2:4 weight W, which is read
-// as it lies, and x·((W + B·A) ⊙ M)ᵀ + b for a weight W under a mask M and a low-rank update, packed or dense.
+// as it lies, and x·((W + B·A) ⊙ M)ᵀ + b for a weight W under a mask M and a low-rank update, packed or dense. For more
+// tokens, the weight: W, unpacked.
 //
 // A row of W is columns/2 kept values and a bit for each column (bit i of byte j: column 8·j + i). Every group of four
 // columns has two bits set, so 32 columns always take 16 values: what a block of columns needs is known beforehand.
@@ -73,12 +74,15 @@ inline void store(const Task& task, long token, long row, float sum) {
 struct Tables {
     uint8_t columns[256][4] = {};
     int32_t sources[256][8] = {};
+    uint8_t bytes[256][16] = {};  // the same for values of two bytes, as _mm_shuffle_epi8 reads it: 128 is a zero
     Tables() {
         for (int byte = 0; byte < 256; ++byte) {
             int kept = 0;
             for (int column = 0; column < 8; ++column) {
                 const bool set = byte >> column & 1;
                 sources[byte][column] = set && kept < 4 ? kept : 7;
+                for (int half = 0; half < 2; ++half)
+                    bytes[byte][2 * column + half] = static_cast<uint8_t>(set && kept < 4 ? 2 * kept + half : 128);
                 if (set && kept < 4) columns[byte][kept++] = static_cast<uint8_t>(column);
             }
             int unset = 0;
@@ -550,6 +554,108 @@ void run(const Task& given, int level, int threads) {
         rows(task, task.rows * share / threads, task.rows * (share + 1) / threads);
 }
 
+// Unpacking: rows of `values` and `bits` as above -> `out`, (rows, columns). Bits are moved, so it is the same for every
+// dtype of a size, and NaN stays what it is.
+struct Unpacking {
+    const void* values;
+    const uint8_t* bits;
+    void* out;
+    long columns;
+};
+
+// Some columns of a row, the last byte of whose bits may stand for one group.
+template <class T>
+inline void unpack_columns(const T* values, const uint8_t* bits, T* out, long columns) {
+    std::memset(out, 0, columns * sizeof(T));
+    for (long column = 0; column < columns; column += 8)
+        for (int index = 0; index < (columns - column < 8 ? 2 : 4); ++index)
+            out[column + TABLES.columns[bits[column / 8]][index]] = *values++;
+}
+
+struct Unpack {
+    static constexpr long COLUMNS = 8;
+    template <class T>
+    static INLINE void step(const T* values, const uint8_t* bits, T* out) { unpack_columns(values, bits, out, COLUMNS); }
+};
+
+#if defined(__x86_64__)
+struct UnpackWithAvx2 {
+    static constexpr long COLUMNS = 8;
+    AVX2 static inline void step(const uint16_t* values, const uint8_t* bits, uint16_t* out) {
+        const __m128i kept = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
+        const __m128i source = _mm_loadu_si128(reinterpret_cast<const __m128i*>(TABLES.bytes[*bits]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(kept, source));
+    }
+    AVX2 static inline void step(const uint32_t* values, const uint8_t* bits, uint32_t* out) {
+        const __m256i kept = _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+        const __m256i source = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(TABLES.sources[*bits]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(kept, source));
+    }
+};
+
+struct UnpackWithAvx512 {
+    static constexpr long COLUMNS = 16;
+    AVX512 static inline void step(const uint32_t* values, const uint8_t* bits, uint32_t* out) {
+        const __m256i kept = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+        _mm512_storeu_si512(out, _mm512_maskz_expand_epi32(load<uint16_t>(bits), _mm512_castsi256_si512(kept)));
+    }
+};
+
+struct UnpackWithVbmi2 {
+    static constexpr long COLUMNS = 32;
+    AVX512BF16 static inline void step(const uint16_t* values, const uint8_t* bits, uint16_t* out) {
+        const __m256i kept = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+        _mm512_storeu_si512(out, _mm512_maskz_expand_epi16(load<uint32_t>(bits), _mm512_castsi256_si512(kept)));
+    }
+};
+#endif
+
+template <class Set, class T>
+INLINE void unpack_rows(const Unpacking& task, long begin, long end) {
+    for (long row = begin; row < end; ++row) {
+        const T* values = static_cast<const T*>(task.values) + row * (task.columns / 2);
+        const uint8_t* bits = task.bits + row * ((task.columns + 7) / 8);
+        T* out = static_cast<T*>(task.out) + row * task.columns;
+        long column = 0;
+        for (; column + Set::COLUMNS <= task.columns; column += Set::COLUMNS)
+            Set::step(values + column / 2, bits + column / 8, out + column);
+        unpack_columns(values + column / 2, bits + column / 8, out + column, task.columns - column);
+    }
+}
+
+using UnpackRows = void (*)(const Unpacking&, long, long);
+
+template <class T>
+void unpack_rows_portable(const Unpacking& task, long begin, long end) { unpack_rows<Unpack, T>(task, begin, end); }
+#if defined(__x86_64__)
+template <class T>
+AVX2 void unpack_rows_avx2(const Unpacking& task, long begin, long end) { unpack_rows<UnpackWithAvx2, T>(task, begin, end); }
+AVX512 void unpack_rows_avx512(const Unpacking& task, long begin, long end) {
+    unpack_rows<UnpackWithAvx512, uint32_t>(task, begin, end);
+}
+AVX512BF16 void unpack_rows_vbmi2(const Unpacking& task, long begin, long end) {
+    unpack_rows<UnpackWithVbmi2, uint16_t>(task, begin, end);
+}
+#endif
+
+template <class T>
+UnpackRows unpack_rows_at(int level) {
+#if defined(__x86_64__)
+    if (sizeof(T) == 4 && level >= WITH_AVX512) return unpack_rows_avx512;
+    if (sizeof(T) == 2 && level == WITH_AVX512_BF16) return unpack_rows_vbmi2;
+    if (level >= WITH_AVX2) return unpack_rows_avx2<T>;
+#endif
+    return unpack_rows_portable<T>;
+}
+
+template <class T>
+void unpack(const Unpacking& task, long rows, int level, int threads) {
+    const UnpackRows unpack_share = unpack_rows_at<T>(level);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int share = 0; share < threads; ++share)
+        unpack_share(task, rows * share / threads, rows * (share + 1) / threads);
+}
+
 }  // namespace
 
 extern "C" {
@@ -574,5 +680,12 @@ void few_tokens_linear(const void* x, const void* values, const uint8_t* bits, c
                        int bytes, int level, int threads) {
     const Task task{x, nullptr, values, bits, bias, out, tokens, rows, columns, 0, mask, a, b, rank, nullptr, nullptr, nullptr};
     bytes == 2 ? run<uint16_t>(task, level, threads) : run<float>(task, level, threads);
+}
+
+// The weight itself, into `out`; `bytes` a value: 2 or 4.
+void unpack_two_four(const void* values, const uint8_t* bits, void* out, long rows, long columns, int bytes, int level,
+                     int threads) {
+    const Unpacking task{values, bits, out, columns};
+    bytes == 2 ? unpack<uint16_t>(task, rows, level, threads) : unpack<uint32_t>(task, rows, level, threads);
 }
 }
