@@ -34,9 +34,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from peft_variator import PruningConfig, SparseLoraConfig, VariatorConfig, prune
 from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.kernels import build_sparse_weight
-from peft_variator.few_tokens.compiled import load_product
-from peft_variator.few_tokens.measured import MEASURED
-from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, multiply
 from peft_variator.files import write_text
 from peft_variator.profiling import (
     SHAPES,
@@ -50,6 +47,9 @@ from peft_variator.profiling import (
     time_alternately,
 )
 from peft_variator.triton_support import is_interpreted, triton_state
+from peft_variator.weight_kernels.compiled import load_compiled
+from peft_variator.weight_kernels.measured import MEASURED
+from peft_variator.weight_kernels.product import MAX_TOKENS, FewTokensWeight, multiply
 
 
 HERE = Path(__file__).resolve().parent
@@ -335,7 +335,7 @@ def two_four_products(run: Run) -> Iterator[Callable[[], Row]]:
             "unpack": lambda: nn.functional.linear(x, layer.unpack(), layer.bias),
             "layer": partial(layer, x),
         }
-        has_product = load_product().function is not None if run.dry else triton_state("cuda").runs
+        has_product = load_compiled("products").function is not None if run.dry else triton_state("cuda").runs
         if tokens <= MAX_TOKENS and has_product:
             calls["packed product"] = lambda: multiply(x, layer.bias, packed)
         sparse: dict[str, Row] = {}

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_variator.bases.packing import pack, unpack
-from peft_variator.few_tokens.product import FewTokensWeight, multiply
 from peft_variator.tuners.variator.fused import expand_rows, merge_rows
 from peft_variator.tuners.variator.merging import Block, SharedGroups
+from peft_variator.weight_kernels.product import FewTokensWeight, multiply
 
 
 __all__ = ["OF_SUMS", "ROUNDINGS", "KernelCase", "kernel_cases"]
@@ -154,7 +154,7 @@ def _expand(device: torch.device, dtype: torch.dtype, dry: bool, backward: bool,
 
 
 def _product(device: torch.device, dtype: torch.dtype, dry: bool, tokens: int, form: str, rank: int) -> KernelCase:
-    from peft_variator.few_tokens.triton_kernel import multiply_triton
+    from peft_variator.weight_kernels.triton_kernel import multiply_triton
 
     rows, columns = (37, 140) if dry else (8192, 2048)
     dense = torch.randn(rows, columns // 4, 4, device=device)

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_variator.bases import Sparse24Linear
-from peft_variator.few_tokens.compiled import LEVELS, load_product
-from peft_variator.few_tokens.product import FewTokensWeight, multiply
 from peft_variator.files import write_text
 from peft_variator.profiling import Candidate, describe_environment, num_threads, time_alternately
+from peft_variator.weight_kernels.compiled import LEVELS, load_compiled
+from peft_variator.weight_kernels.product import FewTokensWeight, multiply
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "few-tokens.json"
@@ -55,7 +55,7 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")] = RESULTS,
 ) -> None:
     """Measure all shapes in bfloat16 and float32 and write the figures, in microseconds a call."""
-    product = load_product()
+    product = load_compiled("products")
     if product.function is None:
         raise typer.BadParameter(f"There is nothing to measure: {product.reason}.")
     rows = []

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ..bitmask import mask_width, unpack_mask
 from ..compat import make_wrapper_subclass, tree_map_only
-from ..few_tokens.product import FewTokensWeight, describe_product, is_faster, multiply
 from ..offloading import DISK_OFFLOAD_MESSAGE, has_lost_its_hook
 from ..tuners.sparse_lora.base_weight import WORKSPACE, WeightLayout, register_layout
+from ..weight_kernels.product import FewTokensWeight, describe_product, is_faster, multiply
 from .kernels import Accelerator, KernelChoice, build_sparse_weight, choose_kernel
 from .packing import LayoutError, PackedWeight, check_packed, gather_kept, pack, unpack
 
@@ -34,7 +34,7 @@ class Sparse24Linear(nn.Linear):
     parameters and not buffers, so that device maps and offloading take care of them.
 
     The output equals that of the dense layer bit for bit, except on sparse tensor cores and for up to 16 tokens that
-    the product of the packed form takes (`peft_variator.few_tokens`), where it is within the rounding of the
+    the product of the packed form takes (`peft_variator.weight_kernels`), where it is within the rounding of the
     dtype. Gradients reach the input and the bias; the weight is unpacked again in the backward and nothing of its size
     is kept for it.
 

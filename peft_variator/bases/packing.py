@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..bitmask import mask_width, pack_mask, row_blocks, unpack_mask
-from ..few_tokens.product import MIN_WEIGHTS
-from ..few_tokens.unpacking import can_unpack, unpack_into
+from ..weight_kernels.product import MIN_WEIGHTS
+from ..weight_kernels.unpacking import can_unpack, unpack_into
 
 
 __all__ = [

@@ -17,11 +17,11 @@ import torch
 from packaging.requirements import Requirement
 
 from ..bases.kernels import Accelerator, choose_kernel
-from ..few_tokens.compiled import find_compiler, load_product
 from ..profiling import describe_environment
 from ..triton_support import triton_state
 from ..tuners.variator.fused import FUSED_WIDTH
 from ..version import __version__
+from ..weight_kernels.compiled import find_compiler, load_compiled
 from .console import Reporter
 
 
@@ -175,7 +175,7 @@ def _compiler() -> str | None:
 
 
 def _kernels() -> list[KernelState]:
-    product = load_product()
+    product = load_compiled("products")
     name = "packed 2:4, one to a few tokens"
     kernels = [KernelState("cpu", name, product.function is not None, product.reason)]
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from peft_variator.cli import doctor
 from peft_variator.cli.main import app
-from peft_variator.few_tokens.compiled import load_product
 from peft_variator.version import __version__
+from peft_variator.weight_kernels.compiled import load_compiled
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    load_product.cache_clear()
+    load_compiled.cache_clear()
 
 
 def asked(*words: str) -> tuple[dict, str, str]:
@@ -33,7 +33,7 @@ def test_what_is_here_is_told(tmp_path: Path) -> None:
     assert facts["devices"][0]["name"] == "cpu"
     assert all(kernel["reason"] for kernel in facts["kernels"])
     packed = facts["kernels"][0]
-    assert packed["runs"] == (load_product().function is not None)
+    assert packed["runs"] == (load_compiled("products").function is not None)
     for words in ("Versions", "torch", "Devices", "Kernels", packed["reason"]):
         assert words in told
     by_triton = [kernel for kernel in facts["kernels"] if "Triton" in kernel["name"]]

@@ -274,7 +274,7 @@ def test_what_runs_is_told() -> None:
     ],
 )
 def test_packed_product(rows: int, columns: int, tokens: int, dtype: torch.dtype, biased: bool) -> None:
-    from peft_variator.few_tokens.triton_kernel import multiply_triton  # Triton is there, or nothing of this runs
+    from peft_variator.weight_kernels.triton_kernel import multiply_triton  # Triton is there, or nothing of this runs
 
     packed = PackedWeight(*(part.to(DEVICE) for part in pack(two_four(rows, columns, dtype))))
     x, bias = torch.randn(tokens, columns).to(DEVICE, dtype), torch.randn(rows).to(DEVICE, dtype) if biased else None
@@ -293,7 +293,7 @@ def test_packed_product(rows: int, columns: int, tokens: int, dtype: torch.dtype
     ],
 )
 def test_masked_product(form: str, tokens: int, rank: int, dtype: torch.dtype) -> None:
-    from peft_variator.few_tokens.triton_kernel import multiply_triton  # as above
+    from peft_variator.weight_kernels.triton_kernel import multiply_triton  # as above
 
     rows, columns = 37, 140
     dense = two_four(rows, columns, dtype)

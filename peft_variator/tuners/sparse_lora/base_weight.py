@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ...few_tokens.product import FewTokensWeight
+from ...weight_kernels.product import FewTokensWeight
 
 
 __all__ = [

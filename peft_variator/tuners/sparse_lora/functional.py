@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...bitmask import row_blocks, unpack_mask
-from ...few_tokens.product import FewTokensWeight, is_faster, is_few, multiply
+from ...weight_kernels.masked_weight import can_sum, sum_gradients, sum_weight
+from ...weight_kernels.product import FewTokensWeight, is_faster, is_few, multiply
 from .base_weight import WORKSPACE, get_layout
 
 
@@ -82,6 +83,9 @@ class MaskedWeight(NamedTuple):
 
         The sum is made in float32 or better and rounded once, as in merging, a block of rows at a time.
         """
+        stored = self._stored_for(out)
+        if stored is not None:
+            return sum_weight(stored, out)
         wide = torch.promote_types(out.dtype, torch.float32)
         scaled_a, all_b = self.factors(wide)
         for rows, block in self.row_blocks():
@@ -95,25 +99,30 @@ class MaskedWeight(NamedTuple):
         return out
 
     def few_tokens(self) -> FewTokensWeight | None:
-        """What the product of a few tokens reads, from what A, B and W are now; `None` where it can't."""
+        """What the kernels read, from what A, B and W are now; `None` where they can't."""
         read = get_layout(self.layout).few_tokens
         if read is None:
             return None
         a, b = self.factors(torch.float32)
         return read(self.base)._replace(a=a, b=b, kept=self.packed_mask)
 
-    def mask_(self, matrix: Tensor) -> Tensor:
-        """Multiply a matrix (out, in) by M, in place."""
-        for rows, block in self.row_blocks():
-            matrix[rows].mul_(block.kept().to(matrix.dtype))
-        return matrix
+    def _stored_for(self, matrix: Tensor) -> FewTokensWeight | None:
+        """What the kernels of whole weights read, where they take it and the matrix, (out, in)."""
+        stored = self.few_tokens() if matrix.is_cpu else None
+        return stored if stored is not None and can_sum(stored, matrix) else None
 
     def gradients(self, grad_weight: Tensor) -> list[Tensor]:
-        """Gradients of every A, then of every B, from that of the sum, (out, in), with the mask applied."""
-        scaled_a, all_b = self.factors(grad_weight.dtype)
+        """Gradients of every A, then of every B, from that of the sum, (out, in), which the mask may be applied to."""
         ranks = [matrix.shape[0] for matrix in self.a]
-        grad_a = (all_b.t() @ grad_weight).split(ranks)
-        grad_b = (grad_weight @ scaled_a.t()).split(ranks, dim=1)
+        stored = self._stored_for(grad_weight)
+        if stored is not None:
+            of_a, of_b = sum_gradients(stored, grad_weight)
+        else:
+            for rows, block in self.row_blocks():
+                grad_weight[rows].mul_(block.kept().to(grad_weight.dtype))
+            scaled_a, all_b = self.factors(grad_weight.dtype)
+            of_a, of_b = all_b.t() @ grad_weight, grad_weight @ scaled_a.t()
+        grad_a, grad_b = of_a.split(ranks), of_b.split(ranks, dim=1)
         scaled = [grad * scale for grad, scale in zip(grad_a, self.scales, strict=True)]
         factors = [*self.a, *self.b]
         return [grad.to(matrix.dtype, copy=True) for grad, matrix in zip([*scaled, *grad_b], factors, strict=True)]
@@ -151,7 +160,7 @@ def _backward(grad: Tensor, x: Tensor | None, weight: MaskedWeight, effective: T
         if x is None:
             return [grad_x]
         grad_weight = torch.mm(grad.t(), x, out=WORKSPACE.take(weight.shape(), grad))
-        return [grad_x, *weight.gradients(weight.mask_(grad_weight))]
+        return [grad_x, *weight.gradients(grad_weight)]
 
 
 # For torch.compile the two are opaque operators: its partitioner would find the effective weight in forward and
@@ -308,7 +317,7 @@ class _EffectiveWeight(torch.autograd.Function):
         packed_mask, _, *tensors = ctx.saved_tensors
         weight = _gather(ctx.layout, ctx.scales, packed_mask, tensors)
         with torch.autocast(grad.device.type, enabled=False):
-            grads = weight.gradients(weight.mask_(grad.clone()))
+            grads = weight.gradients(grad.clone())
         return *(None,) * 5, *grads, *(None,) * len(weight.base)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from peft_variator.bases import packing
 from peft_variator.bases.packing import pack, unpack
-from peft_variator.few_tokens.compiled import LEVELS, SWITCH, load_product
-from peft_variator.few_tokens.unpacking import can_unpack, unpack_into
+from peft_variator.weight_kernels.compiled import LEVELS, SWITCH, load_compiled
+from peft_variator.weight_kernels.unpacking import can_unpack, unpack_into
 from tests.bases.reference import reference_unpack, same_bits, two_four
 
 from .levels import needs_product
@@ -75,9 +75,9 @@ def test_without_a_compiler_and_for_what_is_no_plain_tensor_it_is_not_used(monke
     assert not can_unpack(packed.compressed, packed.bitmask.to("meta"), out)
     assert not can_unpack(packed.compressed.double(), packed.bitmask, out.double())
     monkeypatch.setenv(SWITCH, "0")
-    load_product.cache_clear()
+    load_compiled.cache_clear()
     try:
         assert not can_unpack(packed.compressed, packed.bitmask, out)
     finally:
         monkeypatch.undo()
-        load_product.cache_clear()
+        load_compiled.cache_clear()

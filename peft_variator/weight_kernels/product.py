@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..compat import are_operators_watched
 from ..triton_support import runs_triton, triton_state
-from .compiled import LEVELS, load_product
+from .compiled import LEVELS, load_compiled
 from .measured import fastest
 
 
@@ -89,7 +89,7 @@ def describe_product(out_features: int, in_features: int, dtype: torch.dtype, de
         )
     if dtype not in _DTYPES:
         return f"also for few tokens, since the product of the packed form has no {str(dtype).removeprefix('torch.')}"
-    product = load_product()
+    product = load_compiled("products")
     if product.function is None:
         return f"also for few tokens, since the product of the packed form can't be used: {product.reason}"
     level = LEVELS[min(product.level, 2 if dtype == torch.float32 else 3)]
@@ -119,7 +119,7 @@ def multiply(input: Tensor, bias: Tensor | None, weight: FewTokensWeight, level:
 
 
 def _multiply_by_cpp(x: Tensor, bias: Tensor | None, weight: FewTokensWeight, level: int | None) -> Tensor:
-    product = load_product()
+    product = load_compiled("products")
     if product.function is None:
         raise RuntimeError(f"The product of the packed form can't be used: {product.reason}.")
     if level is not None and not 0 <= level <= product.level:
@@ -191,5 +191,5 @@ def can_multiply(input: Tensor, bias: Tensor | None, weight: FewTokensWeight) ->
         and all(tensor.dtype == input.dtype for tensor in tensors)
         and not torch.jit.is_tracing()
         and not are_operators_watched()
-        and load_product().function is not None
+        and load_compiled("products").function is not None
     )

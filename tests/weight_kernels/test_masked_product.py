@@ -15,10 +15,10 @@ from peft_variator import SparseLoraConfig, attach_masks
 from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.packing import pack
 from peft_variator.bitmask import pack_mask
-from peft_variator.few_tokens import product
-from peft_variator.few_tokens.compiled import LEVELS
-from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, multiply
 from peft_variator.tuners.sparse_lora import SparseLoraLinear
+from peft_variator.weight_kernels import product
+from peft_variator.weight_kernels.compiled import LEVELS
+from peft_variator.weight_kernels.product import MAX_TOKENS, FewTokensWeight, multiply
 from tests.bases.reference import two_four
 
 from .levels import needs_product

@@ -1,4 +1,4 @@
-"""Compiling and loading `products.cpp`, at the first use of it; without a compiler `load_product` says why."""
+"""Compiling and loading the C++, a source at its first use; without a compiler `load_compiled` says why."""
 
 from __future__ import annotations
 
@@ -12,38 +12,45 @@ import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
-__all__ = ["LEVELS", "SWITCH", "LoadedProduct", "find_compiler", "load_product"]
+__all__ = ["LEVELS", "SWITCH", "Compiled", "Source", "find_compiler", "load_compiled"]
 
 LEVELS = ("portable C++", "AVX2", "AVX-512", "AVX-512 with VBMI2 and BF16")
-"""Instruction sets, by the number that the C++ knows them by; the last is for bfloat16 alone."""
+"""Instruction sets, by the number that the C++ knows them by; the last is for 16 bits alone."""
 
 SWITCH = "PEFT_VARIATOR_PACKED_PRODUCT"
-"""Environment variable: 0 leaves the product off, and nothing is compiled."""
+"""Environment variable: 0 leaves all of it off, and nothing is compiled."""
 
-_SOURCE = Path(__file__).with_name("products.cpp")
+Source = Literal["products", "unpacking", "masked_weight"]
+"""The sources, by name. Each is compiled by itself, since few processes need all of them."""
+
+# Each has one function of addresses, lengths and small numbers, in this order.
+_FUNCTIONS: dict[Source, tuple[str, int, int, int]] = {
+    "products": ("few_tokens_linear", 8, 4, 3),
+    "unpacking": ("unpack_two_four", 3, 2, 3),
+    "masked_weight": ("masked_weight", 8, 3, 3),
+}
+_HEADER = Path(__file__).with_name("weights.h")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class LoadedProduct:
-    """What came of compiling and loading the C++.
+class Compiled:
+    """What came of compiling and loading a source.
 
     Args:
-        level: index into `LEVELS` of the best instruction set of this processor; -1: the product can't be used.
+        level: index into `LEVELS` of the best instruction set of this processor; -1: it can't be used.
         reason: why, in one clause.
-        function: the C function of the products; `None`: nothing of it can be used.
-        unpack: the C function that unpacks.
+        function: the C function; `None`: it can't be used.
     """
 
     level: int
     reason: str
     function: Any = None
-    unpack: Any = None
 
 
 def find_compiler() -> str | None:
@@ -52,34 +59,33 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-@lru_cache(maxsize=1)
-def load_product() -> LoadedProduct:
-    """Compile the C++ unless this machine has it compiled already, and load it; never raises."""
+@lru_cache(maxsize=8)
+def load_compiled(name: Source) -> Compiled:
+    """Compile a source unless this machine has it compiled already, and load it; never raises."""
     if os.environ.get(SWITCH) == "0":
-        return LoadedProduct(-1, f"{SWITCH}=0 leaves it off")
+        return Compiled(-1, f"{SWITCH}=0 leaves it off")
     compiler = find_compiler()
     if compiler is None:
         wanted = os.environ.get("CXX") or ", ".join(_COMPILERS)
-        return LoadedProduct(-1, f"there is no C++ compiler ({wanted})")
+        return Compiled(-1, f"there is no C++ compiler ({wanted})")
+    symbol, addresses, lengths, numbers = _FUNCTIONS[name]
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        library = ctypes.CDLL(str(_library(compiler, _HEADER.with_name(f"{name}.cpp"))))
+        function = getattr(library, symbol)
+    except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or str(error)
-        return LoadedProduct(-1, f"{compiler} failed: {told.strip().splitlines()[0] if told.strip() else error!r}")
-    function = library.few_tokens_linear
+        return Compiled(-1, f"{compiler} failed: {told.strip().splitlines()[0] if told.strip() else error!r}")
     function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_long] * 4 + [ctypes.c_int] * 3
-    unpack = library.unpack_two_four
-    unpack.restype = None
-    unpack.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_int] * 3
+    function.argtypes = [ctypes.c_void_p] * addresses + [ctypes.c_long] * lengths + [ctypes.c_int] * numbers
     level = library.best_level()
-    return LoadedProduct(level, f"compiled by {compiler} for {LEVELS[level]}", function, unpack)
+    return Compiled(level, f"compiled by {compiler} for {LEVELS[level]}", function)
 
 
-def _compiled(compiler: str) -> Path:
+def _library(compiler: str, source: Path) -> Path:
     """The shared library, from the user's cache where it can be kept there."""
     made_by = f"{os.path.realpath(compiler)} {os.stat(compiler).st_mtime_ns} {_FLAGS} {sys.platform}"
-    name = "products-" + hashlib.sha256(_SOURCE.read_bytes() + made_by.encode()).hexdigest()[:16] + ".so"
+    made_of = source.read_bytes() + _HEADER.read_bytes() + made_by.encode()
+    name = f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_variator"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,11 +95,11 @@ def _compiled(compiler: str) -> Path:
                 raise PermissionError(f"{library} belongs to another user.")
             return library
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compile(compiler, Path(scratch) / name)
+            made = _compile(compiler, source, Path(scratch) / name)
             os.replace(made, library)
         return library
     except (OSError, RuntimeError):  # no home, or one that is not written to
-        return _compile(compiler, Path(_scratch().name) / name)
+        return _compile(compiler, source, Path(_scratch().name) / name)
 
 
 @lru_cache(maxsize=1)
@@ -102,9 +108,9 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="peft-variator-")
 
 
-def _compile(compiler: str, library: Path) -> Path:
+def _compile(compiler: str, source: Path, library: Path) -> Path:
     """Compile for as many threads as torch uses if the compiler can, else for one."""
-    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(library)]
+    command = [compiler, *_FLAGS, str(source), "-o", str(library)]
     options: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": _COMPILE_SECONDS}
     try:
         # The library's OpenMP is torch's own where torch brings libgomp under its plain name: it is loaded already.

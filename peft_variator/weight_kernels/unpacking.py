@@ -1,4 +1,4 @@
-"""The dense weight of a packed 2:4 one, by the same C++: for more tokens than the products are for."""
+"""The dense weight of a packed 2:4 one, in C++: for more tokens than the products are for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import are_operators_watched
-from .compiled import load_product
+from .compiled import load_compiled
 
 
 __all__ = ["can_unpack", "unpack_into"]
@@ -28,7 +28,7 @@ def can_unpack(values: Tensor, places: Tensor, out: Tensor) -> bool:
         and values.element_size() in _SIZES
         and not torch.jit.is_tracing()
         and not are_operators_watched()
-        and load_product().unpack is not None
+        and load_compiled("unpacking").function is not None
     )
 
 
@@ -41,12 +41,12 @@ def unpack_into(values: Tensor, places: Tensor, out: Tensor, level: int | None =
         out: where it is written.
         level: index into `LEVELS`; by default the best of this processor.
     """
-    product = load_product()
+    compiled = load_compiled("unpacking")
     values, places = values.detach().contiguous(), places.contiguous()
-    product.unpack(
+    compiled.function(
         *(tensor.data_ptr() for tensor in (values, places, out)),
         *out.shape,
         out.element_size(),
-        product.level if level is None else level,
+        compiled.level if level is None else level,
         max(1, min(torch.get_num_threads(), out.shape[0])),
     )

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.linear import describe_path
 from peft_variator.bases.packing import pack
-from peft_variator.few_tokens.compiled import LEVELS, SWITCH, load_product
-from peft_variator.few_tokens.product import MAX_TOKENS, FewTokensWeight, is_faster, multiply
 from peft_variator.profiling import count_flops
+from peft_variator.weight_kernels.compiled import LEVELS, SWITCH, load_compiled
+from peft_variator.weight_kernels.product import MAX_TOKENS, FewTokensWeight, is_faster, multiply
 from tests.bases.reference import prune_two_four, reference_unpack, same_bits, two_four_linear
 
 from .levels import needs_product
@@ -28,9 +28,9 @@ SHAPES = [(1, 4), (3, 12), (5, 36), (17, 100), (33, 260), (9, 512), (64, 1028)]
 @pytest.fixture(autouse=True)
 def product() -> Iterator[None]:
     """What a test changed of the environment is forgotten."""
-    load_product.cache_clear()
+    load_compiled.cache_clear()
     yield
-    load_product.cache_clear()
+    load_compiled.cache_clear()
 
 
 def drawn(
@@ -143,7 +143,7 @@ def test_without_it_layers_unpack_and_say_why(
     name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    load_product.cache_clear()
+    load_compiled.cache_clear()
     layer, x = large(), torch.randn(1, 1024).bfloat16()
     with torch.no_grad():
         assert same_bits(layer(x), layer.to_dense()(x))
@@ -169,6 +169,6 @@ def test_who_counts_operators_or_transforms_functions_misses_nothing() -> None:
 
 def test_large_layers_say_what_few_tokens_take() -> None:
     needs_product()
-    assert LEVELS[load_product().level] in describe_path(large())
-    assert LEVELS[min(load_product().level, 2)] in describe_path(large(torch.float32))
+    assert LEVELS[load_compiled("products").level] in describe_path(large())
+    assert LEVELS[min(load_compiled("products").level, 2)] in describe_path(large(torch.float32))
     assert "float16" in describe_path(large(torch.float16))
