@@ -14,8 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
 
-__all__ = ["LEVELS", "SWITCH", "Compiled", "Source", "find_compiler", "load_compiled"]
+from ..compat import are_operators_watched
+
+
+__all__ = ["LEVELS", "SWITCH", "Compiled", "Source", "find_compiler", "load_compiled", "runs_on"]
 
 LEVELS = ("portable C++", "AVX2", "AVX-512", "AVX-512 with VBMI2 and BF16")
 """Instruction sets, by the number that the C++ knows them by; the last is for 16 bits alone."""
@@ -51,6 +56,24 @@ class Compiled:
     level: int
     reason: str
     function: Any = None
+
+
+def runs_on(name: Source, *tensors: Tensor | None, level: int = 0) -> bool:
+    """Whether a source's function takes these tensors in this call: plain ones on a CPU, where nobody has to see the
+    operators (compilers, programs that are traced, FLOP counters, function transforms).
+
+    Args:
+        name: the source.
+        tensors: what it reads and writes; `None` is left out.
+        level: the least instruction set that it is for, an index into `LEVELS`.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor is None or (type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu) for tensor in tensors)
+        and not torch.jit.is_tracing()
+        and not are_operators_watched()
+        and load_compiled(name).level >= level
+    )
 
 
 def find_compiler() -> str | None:

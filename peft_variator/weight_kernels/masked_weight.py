@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..compat import are_operators_watched
-from .compiled import load_compiled
+from .compiled import load_compiled, runs_on
 from .product import MIN_WEIGHTS, FewTokensWeight
 
 
@@ -24,19 +23,14 @@ def can_sum(weight: FewTokensWeight, matrix: Tensor) -> bool:
         weight: W, M, A and B; W bfloat16 or float32.
         matrix: (out_features, in_features), contiguous, bfloat16 or float32.
     """
-    stored = [part for part in weight if part is not None]
     return (
-        not torch.compiler.is_compiling()
-        and matrix.numel() >= MIN_WEIGHTS
+        matrix.numel() >= MIN_WEIGHTS
         and weight.a is not None
         and 0 < weight.a.shape[0] <= _MAX_RANK
-        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in (*stored, matrix))
         and weight.values.dtype in _DTYPES
         and matrix.dtype in _DTYPES
         and matrix.is_contiguous()
-        and not torch.jit.is_tracing()
-        and not are_operators_watched()
-        and load_compiled("masked_weight").level >= _AVX512
+        and runs_on("masked_weight", *weight, matrix, level=_AVX512)
     )
 
 

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..compat import are_operators_watched
 from ..triton_support import runs_triton, triton_state
-from .compiled import LEVELS, load_compiled
+from .compiled import LEVELS, load_compiled, runs_on
 from .measured import fastest
 
 
@@ -187,9 +186,6 @@ def can_multiply(input: Tensor, bias: Tensor | None, weight: FewTokensWeight) ->
         return runs_triton(*tensors)
     return (
         input.dtype in _DTYPES
-        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
         and all(tensor.dtype == input.dtype for tensor in tensors)
-        and not torch.jit.is_tracing()
-        and not are_operators_watched()
-        and load_compiled("products").function is not None
+        and runs_on("products", *tensors)
     )

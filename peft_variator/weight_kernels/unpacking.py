@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..compat import are_operators_watched
-from .compiled import load_compiled
+from .compiled import load_compiled, runs_on
 
 
 __all__ = ["can_unpack", "unpack_into"]
@@ -22,14 +21,7 @@ def can_unpack(values: Tensor, places: Tensor, out: Tensor) -> bool:
         places: uint8 (out_features, ceil(in_features / 8)).
         out: contiguous, (out_features, in_features) of the dtype of `values`.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu for tensor in (values, places, out))
-        and values.element_size() in _SIZES
-        and not torch.jit.is_tracing()
-        and not are_operators_watched()
-        and load_compiled("unpacking").function is not None
-    )
+    return values.element_size() in _SIZES and runs_on("unpacking", values, places, out)
 
 
 def unpack_into(values: Tensor, places: Tensor, out: Tensor, level: int | None = None) -> None:
