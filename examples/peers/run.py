@@ -1,4 +1,4 @@
-"""A plugin beside what else makes a text encoder faster: same model, same machine, same run.
+"""A plugin beside what else makes a model faster: same model, same machine, same run.
 
 python examples/peers/run.py quality --data DATA --cache CACHE
 python examples/peers/run.py speed --cache CACHE --threads 1
@@ -11,334 +11,119 @@ are there now or `--again` is given; `--model` chooses the base.
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
 import json
 import shlex
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from peft_variator import VariatorConfig, calibrate, fold_updates
+from peft_variator import VariatorConfig
 from peft_variator.files import replacing, write_text
-from peft_variator.profiling import count_flops, describe_environment, num_threads, share_weights
+from peft_variator.profiling import describe_environment, num_threads, share_weights
 
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "real_models"))
 
+from contenders import (  # noqa: E402
+    RATIO,
+    TRAINED_PLUGIN,
+    Build,
+    Contender,
+    NotThere,
+    contenders,
+    flops,
+    language_contenders,
+    narrow_by_data,
+    picture_contenders,
+    plugin_fields,
+    untrained,
+    with_plugin,
+)
 from measure import measure  # noqa: E402
-from patch_merging import MergingViT  # noqa: E402
-from peers import drop_layers, follow, narrow, quantize  # noqa: E402
-from peers import with_plugin as add_plugin  # noqa: E402
+from peers import follow  # noqa: E402
 from recipes import RECIPES, make_dataset  # noqa: E402
 from speed import make_inputs, speedups  # noqa: E402
-from token_merging import MergingEncoder  # noqa: E402
+from texts import wikitext2  # noqa: E402
 from train import collator, training_arguments  # noqa: E402
 from train import train as train_plugin  # noqa: E402
 from weights import WEIGHTS, Loaded, load  # noqa: E402
 
 
-__all__ = ["Contender", "NotThere", "as_cheap", "contenders", "picture_contenders", "quality", "speed", "train"]
+__all__ = ["quality", "random_base", "random_plugin", "speed", "train"]
 
-BASES = ("all-MiniLM-L6-v2", "all-mpnet-base-v2", "dinov2-vit-s14")
-SMALLER = {"all-MiniLM-L6-v2": "paraphrase-MiniLM-L3", "all-mpnet-base-v2": "all-MiniLM-L6-v2"}
-SHARES = (0.05, 0.1, 0.2)
-# Of a picture's patches, how many go in each block: whole numbers of the 64 at 112 pixels and of the 256 at 224.
-PATCH_SHARES = (1 / 32, 3 / 64, 1 / 16, 5 / 64)
-# Of each kind of model: batch × length, or × pixels a side; what is measured; rows at most (none named: all).
-SHAPES = {"text": ((32, 128), (8, 128)), "vision": ((8, 224), (8, 112))}
-PARTS = {"text": ("stsb", "sst2"), "vision": ("cifar10",)}
-LIMITS = {"sst2": 1000, "cifar10": 1000}
-KNOWN = ("bert", "mpnet")  # the architectures that are narrowed, shortened and merged
-# The plugin of those that are trained alike, and the ratio at which it is compared: its form is the shipped one's.
-TRAINED_PLUGIN, RATIO, TRAINED_RATIOS = "trained alike: plugin", 16, (4, 8, 16)
-CALIBRATED = 64  # examples
-Build = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """What is compared: called, it is made.
-
-    Args:
-        make: makes the model.
-        weights: file with the weights that it has besides the base's, if it has any.
-    """
-
-    make: Build
-    weights: Path | None = None
-
-    def __call__(self) -> Any:
-        return self.make()
-
-    def digest(self) -> str | None:
-        """SHA-256 of the weights; `None` where there are none."""
-        if self.weights is None or not self.weights.is_file():
-            return None
-        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
-
-
-class NotThere(RuntimeError):
-    """A contender cannot be made here; the message says why."""
-
-
-class OnnxModel:
-    """An ONNX file in ONNX Runtime, called as the model that it was made from.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def eval(self) -> OnnxModel:
-        """Itself."""
-        return self
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> SimpleNamespace:
-        (found,) = self.session.run(None, {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()})
-        return SimpleNamespace(last_hidden_state=torch.from_numpy(found))
-
-
-class _FirstOutput(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return output
-
-
-def to_onnx(model: nn.Module, path: Path, int8: bool) -> OnnxModel:
-    """Export a model, quantised by ONNX Runtime if asked for, and load it.
-
-    Raises:
-        NotThere: the packages of the extra `onnx` are missing.
-    """
-    try:
-        from onnxruntime.quantization import quantize_dynamic
-    except ImportError as error:
-        raise NotThere("pip install 'peft-variator[onnx]' first") from error
-    if not path.is_file():
-        ids = torch.randint(5, model.config.vocab_size, (2, 16))
-        shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-        with replacing(path) as temporary, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's, on names that it chose itself
-            torch.onnx.export(
-                _FirstOutput(model),
-                (ids, torch.ones_like(ids)),
-                str(temporary),
-                input_names=["input_ids", "attention_mask"],
-                output_names=["last_hidden_state"],
-                dynamic_shapes=(shape, shape),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    if int8:
-        quantized = path.with_suffix(".int8.onnx")
-        if not quantized.is_file():
-            with replacing(quantized) as temporary:
-                quantize_dynamic(str(path), str(temporary))
-        path = quantized
-    return OnnxModel(path)
-
-
-def with_plugin(base: nn.Module, folder: Path, ratio: int, *, sum_updates: bool = True) -> PeftModel:
-    """A base, as it is or quantised, with a plugin that is quantised alike, its low-rank updates summed into W or not.
-
-    Raises:
-        NotThere: there is no such plugin.
-    """
-    if not (folder / "adapter_config.json").is_file():
-        raise NotThere(f"no plugin in {folder}")
-    return add_plugin(base, folder, ratio, sum_updates=sum_updates)
-
-
-def _plugin_to_onnx(base: nn.Module, folder: Path, ratio: int, scratch: Path, int8: bool) -> OnnxModel:
-    model: Any = with_plugin(share_weights(base), folder, ratio)
-    return to_onnx(fold_updates(model.get_base_model()), scratch / f"plugin-{ratio}.onnx", int8)
-
-
-def ratios(plugin: Path) -> list[int]:
-    """The three highest compression ratios that a plugin was trained for."""
-    if not (plugin / "adapter_config.json").is_file():
-        return [8, 16, 32]
-    config = VariatorConfig.from_pretrained(str(plugin))
-    return sorted(config.trained_ratios or [config.compression_ratio])[-3:]
-
-
-def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratch: Path) -> dict[str, Contender]:
-    """What a text encoder is compared with, by name.
-
-    Args:
-        base: the model.
-        smaller: loads the next-smaller model.
-        plugin: folder of a plugin; one that was trained on the base in int8 is looked for beside it.
-        trained: folder with the weights of contenders that need training.
-        scratch: folder for ONNX files.
-    """
-    model: Any = base.model
-    found = _numbers(model) | _with_plugins(model, plugin)
-    under_int8 = plugin.with_name(f"{plugin.name}-int8")
-    found[f"int8 + plugin, updates apart, k = {RATIO}"] = Contender(
-        lambda: with_plugin(quantize(model), plugin, RATIO, sum_updates=False), _weights(plugin)
+# Shapes whose weights are random, so that their speed alone is measured.
+RANDOM = {
+    "Qwen2.5-0.5B": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     )
-    for ratio in ratios(under_int8) if under_int8.is_dir() else ():
-        found[f"int8 + plugin trained on it, k = {ratio}"] = Contender(
-            partial(lambda k: with_plugin(quantize(model), under_int8, k), ratio), _weights(under_int8)
-        )
-    for name, make in untrained(model).items():
-        file = trained / f"{name}.safetensors"
-        found[name] = Contender(partial(_trained, make, file), file)
-    if model.config.model_type in KNOWN:
-        folder = trained / TRAINED_PLUGIN.split()[-1] / "plugin"
-        found[f"{TRAINED_PLUGIN}, k = {RATIO}"] = Contender(
-            lambda: with_plugin(share_weights(model), folder, RATIO), _weights(folder)
-        )
-    for share in SHARES:
-        found[f"token merging, {share:.0%} a layer"] = Contender(partial(_merging, model, share))
-    for name, int8 in (("ONNX Runtime", False), ("ONNX Runtime, int8", True)):
-        found[name] = Contender(partial(to_onnx, model, scratch / "model.onnx", int8=int8))
-        for ratio in ratios(plugin):
-            make = partial(_plugin_to_onnx, model, plugin, ratio, scratch, int8)
-            found[f"{name} + plugin, k = {ratio}"] = Contender(make, _weights(plugin))
-    found["next-smaller model"] = Contender(smaller)
-    return found
+}
+BASES = ("all-MiniLM-L6-v2", "all-mpnet-base-v2", "dinov2-vit-s14", "SmolLM2-135M-Instruct", *RANDOM)
+SMALLER = {"all-MiniLM-L6-v2": "paraphrase-MiniLM-L3", "all-mpnet-base-v2": "all-MiniLM-L6-v2"}
+# Of each kind of model: batch × length, or × pixels a side; what is measured; rows at most (none named: all).
+SHAPES = {"text": ((32, 128), (8, 128)), "vision": ((8, 224), (8, 112)), "causal": ((1, 512), (1, 1024))}
+PARTS = {"text": ("stsb", "sst2"), "vision": ("cifar10",), "causal": ("wikitext2-256",)}
+LIMITS = {"sst2": 1000, "cifar10": 1000, "wikitext2-256": 32}
+TRAINED_RATIOS = (4, 8, 16)  # of the plugin of those that are trained alike
+CALIBRATED = 64  # examples
+RANKED_BY = (8, 320)  # texts × tokens of WikiText-2 validation by which the layers that are dropped are chosen
 
 
-def picture_contenders(model: Any, plugin: Path) -> dict[str, Contender]:
-    """What a vision transformer is compared with, by name.
+def random_base(name: str) -> Loaded:
+    """A model of one of the shapes in `RANDOM`."""
+    torch.manual_seed(0)
+    return Loaded(Qwen2ForCausalLM(RANDOM[name]).eval())
+
+
+def random_plugin(model: Any, folder: Path) -> dict[str, Any]:
+    """Save a plugin as it starts, of the shipped SmolLM2 plugin's form: narrow, low-rank, none in the first quarter.
 
     Args:
-        model: the base.
-        plugin: folder of a plugin.
+        model: the base, which is not changed.
+        folder: of the plugin.
+
+    Returns:
+        The fields of its configuration.
     """
-    merged = {
-        f"patch merging, {share * 64:g} of 64 a layer": Contender(partial(MergingViT, model, share))
-        for share in PATCH_SHARES
-    }
-    return _numbers(model) | _with_plugins(model, plugin) | merged
-
-
-def _numbers(model: Any) -> dict[str, Contender]:
-    return {
-        "base": Contender(lambda: model),
-        "bf16": Contender(lambda: copy.deepcopy(model).to(torch.bfloat16)),
-        "int8": Contender(lambda: quantize(model)),
-    }
-
-
-def _with_plugins(model: Any, plugin: Path) -> dict[str, Contender]:
-    """The plugin at each ratio, on the base in each form."""
-    forms: dict[str, Build] = {
-        "plugin": lambda: share_weights(model),
-        "bf16 + plugin": lambda: copy.deepcopy(model).to(torch.bfloat16),
-        "int8 + plugin": lambda: quantize(model),
-    }
-    return {
-        f"{name}, k = {ratio}": Contender(
-            partial(lambda make, k: with_plugin(make(), plugin, k), make, ratio), _weights(plugin)
-        )
-        for name, make in forms.items()
-        for ratio in ratios(plugin)
-    }
-
-
-def _weights(plugin: Path) -> Path:
-    return plugin / "adapter_model.safetensors"
-
-
-def untrained(model: Any) -> dict[str, Build]:
-    """Contenders whose weights are all trained to follow the base, as they start; the plugin's FLOPs come last."""
-    if model.config.model_type not in KNOWN:
-        return {}
-    layers, inner = model.config.num_hidden_layers, model.config.intermediate_size
-    return {
-        f"{kept} of {layers} layers": partial(drop_layers, model, kept) for kept in (layers * 2 // 3, layers // 2)
-    } | {f"networks of {width}": partial(narrow, model, width) for width in (inner // 3, as_cheap(model))}
-
-
-def plugin_fields(model: Any) -> dict[str, Any]:
-    """The form of a plugin that is shipped for `model`: a third of the neurons, and LoRA of rank 16."""
-    width = model.config.intermediate_size // 3
-    return {
+    layers = model.config.num_hidden_layers
+    fields = {
         "decompression": "neurons",
-        "correction_dim": width,
-        "compensation_rank": 16,
-        "compression_ratio": RATIO,
+        "correction_dim": model.config.intermediate_size // 4,
+        "correction_rank": 20,
+        "compensation_rank": 3,
+        "layers_to_transform": list(range(layers // 4, layers)),
+        "trained_ratios": [4, 8, 16],
     }
+    get_peft_model(share_weights(model), VariatorConfig(**fields)).save_pretrained(str(folder))
+    return fields
 
 
-def flops(model: nn.Module) -> int:
-    """Of a text of 128 tokens."""
-    return count_flops(model, make_inputs("text", model, 1, 128))
-
-
-@cache
-def as_cheap(model: Any) -> int:
-    """The inner width at which narrowed networks take the FLOPs that a plugin leaves at k = 16."""
-    config, inner = VariatorConfig(**plugin_fields(model)), model.config.intermediate_size
-    whole = flops(model)
-    saved = whole - flops(get_peft_model(share_weights(model), config).eval())
-    return inner - round(saved * (inner - 1) / (whole - flops(narrow(model, 1))))
-
-
-@torch.no_grad()
-def narrow_by_data(model: Any, width: int, batches: Sequence[dict[str, Tensor]]) -> Any:
-    """Narrowed networks of the neurons that a plugin of that width copies; the others leave their mean activation."""
-    config = VariatorConfig(**plugin_fields(model) | {"correction_dim": width, "compensation_rank": None})
-    plugin: Any = get_peft_model(copy.deepcopy(model), config).eval()
-    calibrate(plugin, batches)
-    neurons = [buffer for name, buffer in plugin.named_buffers() if "variator_neurons" in name]
-    means = [torch.zeros(model.config.intermediate_size) for _ in model.encoder.layer]
-    real = torch.zeros(0, dtype=torch.bool)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-
-    def add(number: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        means[number] += output[real].sum(0) / tokens
-
-    hooks = [layer.intermediate.register_forward_hook(partial(add, n)) for n, layer in enumerate(model.encoder.layer)]
-    for batch in batches:
-        real = batch["attention_mask"].bool()
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return narrow(model, width, neurons, means)
-
-
-def _trained(make: Build, file: Path) -> Any:
-    if not file.is_file():
-        raise NotThere(f"not trained yet: {file.name}, by `run.py train`")
-    model = make()
-    model.load_state_dict(load_file(file))
-    return model
-
-
-def _merging(model: Any, share: float) -> MergingEncoder:
-    if model.config.model_type not in KNOWN:
-        raise NotThere(f"token merging is written for {' and '.join(KNOWN)} alone")
-    return MergingEncoder(model, share)
+def ranking_texts(base: Loaded, data: Path | None) -> Tensor:
+    """Token ids, shape `RANKED_BY`; random ones where no data are named: which layers go does not change the time."""
+    texts, length = RANKED_BY
+    if data is None or base.tokenizer is None:
+        found: Tensor = make_inputs("causal", base.model, texts, length)["input_ids"]
+        return found
+    ids = base.tokenizer("\n".join(wikitext2(data, "valid")), verbose=False, return_tensors="pt")["input_ids"][0]
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    return windows[:: len(windows) // texts][:texts]
 
 
 def quality(
@@ -383,8 +168,8 @@ def quality(
                 rows = limit or LIMITS.get(part)
                 done = measure(model, base, kind, data, limit=rows, parts=[part], done=done)
             entry = {"parts": done} | ({"weights_sha256": digest} if digest else {})
-            if kind == "vision":
-                entry["flops"] = count_flops(model, make_inputs(kind, model, 1, SHAPES[kind][-1][1]))
+            if kind != "text":
+                entry["flops"] = flops(model, kind)
         record["contenders"] = {each: record["contenders"].get(each) for each in made} | {name: entry}
         record["contenders"] = {each: entry for each, entry in record["contenders"].items() if entry}
         _write(output, record)
@@ -393,7 +178,14 @@ def quality(
 
 
 def speed(
-    made: Mapping[str, Build], output: Path, shapes: Any, rounds: int, *, kind: str = "text", again: bool = False
+    made: Mapping[str, Build],
+    output: Path,
+    shapes: Any,
+    rounds: int,
+    *,
+    kind: str = "text",
+    facts: Mapping[str, Any] | None = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Time all contenders in turn, and write after each shape.
 
@@ -403,9 +195,11 @@ def speed(
         shapes: batch and length, or pixels a side.
         rounds: timed samples of each.
         kind: of the model.
+        facts: kept in the record.
         again: time what has been timed, too.
     """
     record, models, missing = {} if again else _read(output), {}, {}
+    record |= facts or {}
     for name, build in made.items():
         try:
             models[name] = build().eval()
@@ -504,7 +298,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="contenders whose name has this in it, besides the base")
     parser.add_argument("--without", action="append", default=[], help="not contenders whose name has this in it")
     parser.add_argument("--part", action="append", help="parts of the quality; all of the model's kind if not given")
-    parser.add_argument("--limit", type=int, help="rows of a part at most; 1000 where not all are used if not given")
+    parser.add_argument("--limit", type=int, help="rows or prompts of a part at most; those of LIMITS if not given")
     parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
     parser.add_argument("--steps", type=int, default=300, help="steps of `train`")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -518,29 +312,38 @@ def main() -> None:
 
         write_page(arguments.results, HERE.parents[1] / "docs")
         return
-    if arguments.cache is None or (arguments.stage != "speed" and arguments.data is None):
-        parser.error("name --cache, and for train and quality --data")
     name = arguments.model
+    kind = "causal" if name in RANDOM else WEIGHTS[name].kind
+    if name in RANDOM and arguments.stage != "speed":
+        parser.error(f"{name} has random weights: its speed alone is measured")
+    if arguments.stage == "train" and kind != "text":
+        parser.error(f"train is for text encoders, and {name} is none")
+    if (arguments.cache is None and name not in RANDOM) or (arguments.data is None and arguments.stage != "speed"):
+        parser.error("name --cache, and for train and quality --data")
     plugin = arguments.plugin or HERE.parent / "plugins" / name
-    kind = WEIGHTS[name].kind
 
     def wanted(each: str) -> bool:
         chosen = not arguments.only or each == "base" or any(part in each for part in arguments.only)
         return chosen and not any(part in each for part in arguments.without)
 
     with num_threads(arguments.threads), tempfile.TemporaryDirectory() as scratch:
-        base = load(name, arguments.cache)
-        made = (
-            picture_contenders(base.model, plugin)
-            if kind == "vision"
-            else contenders(
+        base = random_base(name) if name in RANDOM else load(name, arguments.cache)
+        facts: dict[str, Any] = {}
+        if name in RANDOM:
+            plugin = Path(scratch) / "plugin"
+            facts = {"weights": "random", "plugin": random_plugin(base.model, plugin)}
+        if kind == "vision":
+            made = picture_contenders(base.model, plugin)
+        elif kind == "causal":
+            made = language_contenders(base.model, plugin, ranking_texts(base, arguments.data))
+        else:
+            made = contenders(
                 base,
                 lambda: load(SMALLER[name], arguments.cache).model,
                 plugin,
                 arguments.trained / name,
                 Path(scratch),
             )
-        )
         if arguments.stage == "train":
             output, rate = arguments.trained / name, arguments.learning_rate
             output.mkdir(parents=True, exist_ok=True)
@@ -553,7 +356,7 @@ def main() -> None:
             quality(base, made, arguments.data, output, parts, arguments.limit, **choice)
         else:
             output, some = arguments.results / f"speed-{name}.json", {n: b for n, b in made.items() if wanted(n)}
-            speed(some, output, SHAPES[kind], arguments.rounds, kind=kind, again=arguments.again)
+            speed(some, output, SHAPES[kind], arguments.rounds, kind=kind, facts=facts, again=arguments.again)
 
 
 if __name__ == "__main__":

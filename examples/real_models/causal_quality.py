@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +43,42 @@ def continuations(
         data: the data folder.
         limit: prompts at most, spread over the text.
         prompt: tokens of a prompt.
+
+    Returns:
+        `nll`, `nll_above_base` (prompt by prompt) and `kl`, means over the `prompts`; the last two with the standard
+        error of the mean, `None` for one prompt.
     """
     tokens = tokenizer("\n".join(wikitext2(data, "test")), verbose=False, return_tensors="pt")["input_ids"][0]
     windows = tokens[: len(tokens) // (prompt + CONTINUATION) * (prompt + CONTINUATION)].view(
         -1, prompt + CONTINUATION
     )
     windows = windows[:: max(1, len(windows) // limit)][:limit] if limit else windows
-    nll = divergence = 0.0
+    nll, above, divergence = [], [], []
     for window in windows:
-        logits = _continued(model, window[None], prompt)
-        nll += cross_entropy(logits, window[prompt:]).item()
-        if base is not model:
-            teacher = _continued(base, window[None], prompt)
-            divergence += kl_div(
-                logits.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
-            ).item()
-    return {"nll": nll / len(windows), "kl": divergence / len(windows), "prompts": len(windows)}
+        expected = _expected(base, tuple(window.tolist()), prompt)
+        logits = expected if base is model else _continued(model, window[None], prompt)
+        nll.append(cross_entropy(logits, window[prompt:]).item())
+        above.append(nll[-1] - cross_entropy(expected, window[prompt:]).item())
+        logs = logits.log_softmax(-1), expected.log_softmax(-1)
+        divergence.append(kl_div(*logs, reduction="batchmean", log_target=True).item())
+    return {
+        "nll": statistics.fmean(nll),
+        "nll_above_base": statistics.fmean(above),
+        "nll_above_base_error": _standard_error(above),
+        "kl": statistics.fmean(divergence),
+        "kl_error": _standard_error(divergence),
+        "prompts": len(windows),
+    }
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+@lru_cache(maxsize=64)
+def _expected(base: nn.Module, tokens: tuple[int, ...], prompt: int) -> Tensor:
+    """The base's logits, kept for the next model that is compared with it."""
+    return _continued(base, torch.tensor([tokens]), prompt)
 
 
 def _continued(model: nn.Module, input_ids: Tensor, prompt: int) -> Tensor:

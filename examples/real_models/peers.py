@@ -22,12 +22,22 @@ from peft_variator.training.losses import HiddenStateVariance, hidden_state_loss
 __all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize", "with_plugin"]
 
 
-def quantize(model: nn.Module) -> nn.Module:
-    """A copy whose Linear layers are int8, with the activations quantised as they come."""
+def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
+    """A copy whose Linear layers are int8, with the activations quantised as they come.
+
+    Args:
+        model: the model.
+        without: last parts of the names of layers that stay as they are.
+    """
+    chosen = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in without
+    }
     with warnings.catch_warnings():
         # torch points to another library for this, which the figures of int8 do not need.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), chosen, dtype=torch.qint8)
 
 
 def with_plugin(base: nn.Module, folder: Path, ratio: int | None, *, sum_updates: bool = True) -> PeftModel:

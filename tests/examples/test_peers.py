@@ -14,8 +14,12 @@ from transformers import (
     BertModel,
     Dinov2Config,
     Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     MPNetConfig,
     MPNetModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     default_data_collator,
 )
 
@@ -65,7 +69,7 @@ def test_mpnet_has_its_contenders(scripts):
     assert len(merged[1].unique(dim=0)) < 12
     alone = merging(model, 0.2)(input_ids=ids[:1, :7], attention_mask=mask[:1, :7]).last_hidden_state
     torch.testing.assert_close(merged[:1, :7], alone)
-    made = scripts("run").untrained(model)
+    made = scripts("contenders").untrained(model)
     assert len(made) == 4
     for make in made.values():
         assert make().eval()(input_ids=ids, attention_mask=mask).last_hidden_state.shape == expected.shape
@@ -99,6 +103,126 @@ def test_patch_merging_is_the_base_until_it_merges(scripts):
         module.MergingViT(model, 0.6)
 
 
+@pytest.fixture(params=["llama", "qwen2"])
+def language_model(request):
+    torch.manual_seed(0)
+    config, cls = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[request.param]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return cls(config(vocab_size=1200, intermediate_size=400, initializer_range=0.3, **sizes)).eval()
+
+
+@torch.no_grad()
+def test_layers_that_do_least_are_dropped(scripts, language_model):
+    """A layer that changes nothing does nothing; without it the model says the same, and generates with its cache."""
+    dropping, ids = scripts("layer_dropping"), torch.arange(1000, 1024).view(2, 12)
+    idle = language_model.model.layers[2]
+    idle.self_attn.o_proj.weight.zero_()
+    idle.mlp.down_proj.weight.zero_()
+    found = dropping.influence(language_model, ids)
+    assert found[2] == pytest.approx(0, abs=1e-6)
+    assert all(each > 0.01 for number, each in enumerate(found) if number != 2)
+    before, expected = found, language_model(input_ids=ids).logits
+    smaller = dropping.keep_layers(language_model, [0, 1, 3, 4])
+    torch.testing.assert_close(smaller(input_ids=ids).logits, expected)
+    made = smaller.generate(ids, max_new_tokens=3, do_sample=False)
+    assert made.equal(language_model.generate(ids, max_new_tokens=3, do_sample=False))
+    assert len(smaller(input_ids=ids).past_key_values.layers) == 4
+    assert (language_model.config.num_hidden_layers, len(language_model.model.layers)) == (5, 5)
+    assert dropping.influence(language_model, ids) == before  # no hook is left
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_prefill_has_its_contenders(scripts, language_model, tmp_path):
+    """In each format alone and under the plugin, and with layers dropped to the plugin's FLOPs."""
+    run, contenders = scripts("run"), scripts("contenders")
+    fields = run.random_plugin(language_model, tmp_path / "plugin")
+    assert (fields["correction_dim"], fields["layers_to_transform"]) == (100, [1, 2, 3, 4])
+    ids = torch.arange(1000, 1064)[None]
+    made = contenders.language_contenders(language_model, tmp_path / "plugin", ids)
+    formats = ["base", "bf16", "int8", "int8 in part"]
+    plugins = [
+        f"{prefix}plugin, k = {k}" for prefix in ("", "bf16 + ", "int8 + ", "int8 in part + ") for k in (4, 8, 16)
+    ]
+    assert [name for name in made if "left" not in name] == formats + plugins
+    expected = language_model(input_ids=ids, logits_to_keep=1).logits
+    for name, contender in made.items():
+        found = contender().eval()(input_ids=ids, logits_to_keep=1).logits.float()
+        assert found.shape == expected.shape
+        assert found.equal(expected) == (name == "base"), name
+    linear, in_part = torch.nn.Linear, made["int8 in part"]().eval()
+    assert isinstance(in_part.lm_head, linear)
+    assert {type(layer.mlp.down_proj) for layer in in_part.model.layers} == {linear}
+    assert not isinstance(in_part.model.layers[0].mlp.up_proj, linear)
+    # As many layers as come closest to the plugin's FLOPs.
+    left = [name for name in made if "left" in name]
+    assert left
+    cost = {name: contenders.flops(made[name](), "causal") for name in [*left, "plugin, k = 4", "base"]}
+    one = cost["base"] - contenders.flops(scripts("layer_dropping").keep_layers(language_model, range(4)), "causal")
+    assert min(abs(cost[name] - cost["plugin, k = 4"]) for name in left) <= one / 2
+
+
+@torch.no_grad()
+def test_continuations_are_compared_prompt_by_prompt(scripts, language_model, monkeypatch, tmp_path):
+    module, ids = scripts("causal_quality"), torch.randint(0, 1200, (1, 400))
+    monkeypatch.setattr(module, "wikitext2", lambda *args: [])
+    fields = {"tokenizer": lambda *args, **kwargs: {"input_ids": ids}, "data": tmp_path, "limit": 3, "prompt": 16}
+    base = module.continuations(language_model, language_model, **fields)
+    assert (base["nll_above_base"], base["kl"], base["prompts"]) == (0, 0, 3)
+    other = scripts("layer_dropping").keep_layers(language_model, [0, 1, 3, 4])
+    found = module.continuations(other, language_model, **fields)
+    assert found["nll"] - base["nll"] == pytest.approx(found["nll_above_base"], abs=1e-5)
+    windows = ids[0, :400].view(5, 80)[:3]
+    differences = []
+    for window in windows:
+        each = [model(input_ids=window[None]).logits[0, 15:-1] for model in (other, language_model)]
+        losses = [torch.nn.functional.cross_entropy(logits, window[16:]) for logits in each]
+        differences.append(losses[0] - losses[1])
+    assert found["nll_above_base"] == pytest.approx(torch.stack(differences).mean().item(), abs=1e-5)
+    assert found["nll_above_base_error"] == pytest.approx(torch.stack(differences).std().item() / 3**0.5, abs=1e-5)
+    assert found["kl"] > 0
+    assert module.continuations(other, language_model, **fields | {"limit": 1})["kl_error"] is None
+
+
+def test_less_nll_is_better_on_the_page(scripts, tmp_path):
+    """Whoever wins: ranks, advice and the picture's axis turn round, and random weights have speed alone."""
+    page = scripts("page")
+    figures = {"base": (1.0, 3.3), "bf16": (2.0, 3.31), "int8": (1.5, 4.0), "plugin, k = 4": (1.2, 3.35)}
+    figures |= {"bf16 + plugin, k = 4": (1.9, 3.37), "layers dropped, 3 of 4 left": (1.3, 3.25)}
+    rest = {"kl": 0.1, "kl_error": 0.01, "nll_above_base_error": 0.02, "limit": 9, "prompts": 9}
+    quality = {
+        "contenders": {
+            name: {"parts": {"wikitext2-256": rest | {"nll": nll, "nll_above_base": nll - 3.3}}, "flops": 100}
+            for name, (_, nll) in figures.items()
+        }
+    }
+    speedups = {
+        name: {"low": times, "median": times, "high": times} for name, (times, _) in figures.items() if name != "base"
+    }
+    environment = {"cpu": "C", "threads": 1, "torch": "2"}
+    speed = {"rows": [{"batch": 1, "length": 8, "seconds": 1.0, "speedup": speedups}]}
+    speed |= {"environment": environment, "commands": ["run"]}
+    lines = page.advice(quality, speed)
+    assert "bf16 + plugin, k = 4 is 0.95 times as fast as bf16 alone, +0.060 nats, which gains nothing" in lines[1]
+    assert "without training layers dropped, 3 of 4 left (1.30×, -0.050 nats)" in lines[2]
+    assert lines[4].count("bf16 (2.00×, +0.010 nats)") == 2
+    (line,) = page.equally_fast(quality, speed)
+    assert line.endswith("left (1.30×, 3.250): dropping layers is 0.10 nats better.")
+    assert "| plugin, k = 4 | 3.350 | +0.050 ± 0.020 | 0.100 ± 0.010 | 100% | 1.20" in page.table(quality, speed)
+    (tmp_path / "quality-x.json").write_text(json.dumps(quality))
+    (tmp_path / "speed-x.json").write_text(json.dumps(speed))
+    facts = {"weights": "random", "plugin": {"correction_dim": 8, "layers_to_transform": [1, 2, 3]}}
+    (tmp_path / "speed-a.json").write_text(json.dumps(speed | facts))
+    (tmp_path / "peers.md").write_text("<!-- peers -->\n<!-- /peers -->\n")
+    page.write_page(tmp_path, tmp_path)
+    text = (tmp_path / "peers.md").read_text()
+    assert text.index("## x") < text.index("## a")
+    assert "9 prompts. ± is the standard error" in text
+    assert (
+        "Random weights: speed alone. The plugin is as it starts: correction_dim 8, layers_to_transform 1 to 3" in text
+    )
+
+
 def test_pictures_are_ranked_at_equal_cost(scripts):
     page = scripts("page")
     rows = {"base": (90, 100), "plugin, k = 4": (80, 70), "patch merging, 2": (85, 72), "patch merging, 4": (70, 40)}
@@ -109,11 +233,11 @@ def test_pictures_are_ranked_at_equal_cost(scripts):
         }
     }
     (line,) = page.equally_fast(quality, {})
-    assert "patch merging, 2 (72% of the FLOPs, 85.00 %): merging patches keeps 5.00 points more" in line
+    assert "patch merging, 2 (72% of the FLOPs, 85.00 %): merging patches is 5.00 points better" in line
     speedups = {"plugin, k = 4": 2.0, "patch merging, 2": 1.2, "patch merging, 4": 1.9}
     speed = {"rows": [{"speedup": {name: {"median": value} for name, value in speedups.items()}}]}
     (line,) = page.equally_fast(quality, speed)
-    assert "patch merging, 4 (1.90×, 70.00 %): the plugin keeps 10.00 points more" in line
+    assert "patch merging, 4 (1.90×, 70.00 %): the plugin is 10.00 points better" in line
     assert "| plugin, k = 4 | 80.00 | 70% |" in page.table(quality, {})
     assert page.limits(quality).startswith("Not of all rows: CIFAR-10: 9 to test. ")
     assert "16.7 points at most" in page.limits(quality)
@@ -125,7 +249,7 @@ def test_advice_holds_a_plugin_against_the_format_under_it(scripts):
     quality = {"contenders": {name: {"parts": {"stsb": {"spearman": score}}} for name, (_, score) in figures.items()}}
     speedups = {name: {"median": times} for name, (times, _) in figures.items() if name != "base"}
     lines = page.advice(quality, {"rows": [{"speedup": speedups}]})
-    assert "bf16 + plugin, k = 8 is 1.20 times as fast as bf16 alone, -0.50 points;" in lines[1]
+    assert "bf16 + plugin, k = 8 is 1.20 times as fast as bf16 alone, -0.50 points of STS-B;" in lines[1]
     assert "of int8: speed not measured yet" in lines[1]
     speedups["bf16 + plugin, k = 8"]["median"] = 2.0
     assert "which gains nothing" in page.advice(quality, {"rows": [{"speedup": speedups}]})[1]
@@ -135,9 +259,10 @@ def test_advice_holds_a_plugin_against_the_format_under_it(scripts):
 @pytest.mark.slow
 def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypatch):
     run, weights, page = scripts("run"), scripts("weights"), scripts("page")
+    contenders = scripts("contenders")
     plugin = get_peft_model(BertModel(encoder.config, add_pooling_layer=False), VariatorConfig(correction_dim=8))
     plugin.save_pretrained(tmp_path / "plugin")
-    made = run.contenders(
+    made = contenders.contenders(
         weights.Loaded(encoder), lambda: encoder, tmp_path / "plugin", tmp_path / "trained", tmp_path
     )
     measured = []
@@ -153,7 +278,7 @@ def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypa
     for _ in range(2):
         quality = run.quality(weights.Loaded(encoder), made, tmp_path, results / "quality-x.json", ["stsb"], None)
     missing = {name for name, entry in quality["contenders"].items() if "missing" in entry}
-    narrowed = f"networks of {run.as_cheap(encoder)}"
+    narrowed = f"networks of {contenders.as_cheap(encoder)}"
     assert missing == {"2 of 3 layers", "1 of 3 layers", "networks of 10", narrowed, "trained alike: plugin, k = 16"}
     assert len(measured) == len(made) - len(missing)
     # Another plugin: what was measured with the first one is measured anew, and nothing else.
@@ -188,7 +313,7 @@ def test_contenders_are_trained_alike(scripts, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts("train"), "plugin_config", lambda name, base, **fields: VariatorConfig(**fields))
     recipe = scripts("recipes").Recipe(steps=2, batch_size=2)
     monkeypatch.setitem(run.RECIPES, "all-MiniLM-L6-v2", recipe)
-    width = run.as_cheap(encoder)
+    width = scripts("contenders").as_cheap(encoder)
     base, before = weights.Loaded(encoder), {name: value.clone() for name, value in encoder.state_dict().items()}
     results = tmp_path / "results"
     results.mkdir()
@@ -202,7 +327,7 @@ def test_contenders_are_trained_alike(scripts, encoder, tmp_path, monkeypatch):
     assert shares[f"networks of {width}"] == pytest.approx(shares["trained alike: plugin, k = 16"], abs=0.02)
     assert all(record["log"][-1]["learning_rate"] >= 0 for record in records.values())
     assert all(encoder.state_dict()[name].equal(value) for name, value in before.items())
-    made = run.contenders(base, lambda: encoder, tmp_path, tmp_path, tmp_path)
+    made = scripts("contenders").contenders(base, lambda: encoder, tmp_path, tmp_path, tmp_path)
     ids = rows[0]["input_ids"][None]
     expected = encoder(ids).last_hidden_state
     for name in shares:
