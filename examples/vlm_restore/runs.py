@@ -75,17 +75,23 @@ class Study:
         names = [row.name for row in report.modules]
         if run.restoration == "none":
             return self._measured(pruned, names)
-        set_seed(run.seed)
-        config = LoraConfig if run.restoration == "lora" else SparseLoraConfig
-        model = get_peft_model(copy.deepcopy(pruned), config(r=RANK, lora_alpha=ALPHA, target_modules=names))
-        self._restore(model, is_distilled=run.restoration.endswith("distilled"), seed=run.seed)
-        parameters = model.get_nb_trainable_parameters()[0]
-        merged = model.merge_and_unload(safe_merge=True)
+        merged, parameters = self.restore(pruned, names, run)
         found = {"trained_parameters": parameters, "steps": self.steps, **self._measured(merged, names)}
         if run.restoration == "lora":
             _refill_zeros(merged, pruned, names)
             found["accuracy_with_zeros_put_back"] = measure_accuracy(merged, self.test, self.tokenizer)
         return found
+
+    def restore(
+        self, pruned: LlavaForConditionalGeneration, names: list[str], run: Run
+    ) -> tuple[LlavaForConditionalGeneration, int]:
+        """A copy of the pruned model with its update merged, and the parameters that were trained."""
+        set_seed(run.seed)
+        config = LoraConfig if run.restoration == "lora" else SparseLoraConfig
+        model = get_peft_model(copy.deepcopy(pruned), config(r=RANK, lora_alpha=ALPHA, target_modules=names))
+        self._restore(model, is_distilled=run.restoration.endswith("distilled"), seed=run.seed)
+        parameters = model.get_nb_trainable_parameters()[0]
+        return model.merge_and_unload(safe_merge=True), parameters
 
     def _restore(self, model: PeftModel, is_distilled: bool, seed: int) -> None:
         """Train with (1 − λ)·task + λ·KL to the dense model, λ = 0 without distillation."""

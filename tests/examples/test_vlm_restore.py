@@ -135,3 +135,25 @@ def test_the_control_is_trained_and_not_pruned(scripts, data, base):
     assert all(torch.equal(value, study.dense.state_dict()[name]) for name, value in pruned.state_dict().items())
     assert {row.modality for row in report.modules} == {"vision", "language"}
     assert study.run(control)["sparsity"] < 0.01
+
+
+def test_plugins_by_what_they_merge(scripts, data, base, tmp_path, monkeypatch):
+    plugins = scripts("plugins")
+    monkeypatch.setattr(plugins, "RATIOS", (4,))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "base").symlink_to(base)
+    few = {"steps": 1, "restoration_steps": 1, "questions": 5, "rounds": 2}
+    plugins.main(data, **few, speed=False, work=tmp_path / "work", results=tmp_path)
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("plugin-*.json")]
+    assert {record["merges"] for record in records} == {*plugins.MERGED, plugins.RESTORED}
+    assert all(len(record["rows"]) == 2 and record["questions"] == 5 for record in records)
+    flops = {record["merges"]: record["rows"][1]["flops"] / record["rows"][0]["flops"] for record in records}
+    assert flops["all three"] < min(flops["image tokens"], flops["the vision tower's patches"]) < 1
+    zeros = {record["merges"]: record["zeros"] for record in records}
+    assert zeros[plugins.RESTORED] > 0.3 > zeros["all three"]
+
+
+def test_single_questions_get_the_answers_of_packed_ones(scripts, data, base):
+    study = scripts("runs").Study(data, base, steps=1)
+    packed = scripts("accuracy").measure_accuracy(study.dense, study.test, study.tokenizer)
+    assert scripts("plugins").Plugins(study, steps=1, questions=9).accuracy(study.dense) == packed

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
-from peft_variator import VariatorConfig
+from peft_variator import VariatorConfig, calibrate
 from tests.tiny_models import DECODER, IMAGE_TOKEN, LLAVA, TOWER, VOCABULARY, Case
 
 from .reference import feed_forward_of, plugin_output, watch
@@ -48,7 +48,17 @@ def test_each_on_or_off(text: bool, images: bool, tower: bool, rows: int) -> Non
     model = with_plugin(compress_text_tokens=text, compress_image_tokens=images, compress_vision_tower=tower)
     seen_tower, seen_language = rows_of(model, LLAVA.inputs(1, 11))
     assert seen_tower == ({TOWER_ROWS} if tower else set())
-    assert seen_language == {rows}
+    # Where only the tower has something to merge, the language model gets no plugin.
+    assert seen_language == ({rows} if text or images or not tower else set())
+
+
+def test_a_plugin_of_the_tower_alone_is_calibrated() -> None:
+    config = VariatorConfig(compress_text_tokens=False, compress_image_tokens=False, correction_dim=4)
+    model = get_peft_model(LLAVA.build(), config)
+    calibrate(model, [LLAVA.inputs(2, 11)])
+    names = [name for name, _ in model.named_parameters() if "variator" in name]
+    assert names
+    assert all("vision_tower" in name for name in names)
 
 
 def test_nothing_left_to_merge_is_the_base_model() -> None:

@@ -452,11 +452,16 @@ def default_targets(model: nn.Module, config: VariatorConfig) -> str:
     stacks: dict[str, FeedForward] = {}
     widths: dict[str, int] = {}
     names = []
-    for name, feed_forward in find_feed_forwards(model):
-        owner_name, owner = owner_of(model, name)
-        if _is_decoder_of_an_encoder(owner):
-            continue
-        if config.compress_vision_tower or stack_kind(owner, feed_forward) != "vision":
+    found = [(name, feed_forward, *owner_of(model, name)) for name, feed_forward in find_feed_forwards(model)]
+    found = [each for each in found if not _is_decoder_of_an_encoder(each[-1])]
+    towers = {
+        owner_name for _, feed_forward, owner_name, owner in found if stack_kind(owner, feed_forward) == "vision"
+    }
+    # A tower alone: what writes the text would have nothing to merge.
+    merges_text = config.compress_text_tokens or config.compress_image_tokens
+    only_towers = bool(towers) and config.compress_vision_tower and not merges_text
+    for name, feed_forward, owner_name, owner in found:
+        if config.compress_vision_tower if owner_name in towers else not only_towers:
             stacks[owner_name] = feed_forward
             names.append(name)
             width = hidden_size_of(owner, model.get_submodule(name), name)
