@@ -9,6 +9,7 @@ the dense bfloat16 row of the same round.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from bench_models import FOLDERS, make_folders, size_of
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from peft_variator.bases.file_checks import SWITCH
 from peft_variator.cli.console import reported
 from peft_variator.files import write_text
 from peft_variator.profiling import Spread, describe_environment, num_threads, speedup
@@ -80,16 +82,18 @@ class Settings:
 
 
 def measure_row(home: Path, row: Row, settings: Settings) -> dict[str, float]:
-    """Figures of one process; where nothing is trained, also those of one that loads from files out of the cache."""
+    """Figures of one process; where nothing is trained, also of one that loads from files out of the cache, and of one
+    that loads files that were checked before and have not changed."""
     figures = run_process(home, row, settings)
     if row.adapter is None:
-        cold = run_process(home, row, settings, "--cold")
-        figures |= {name: value for name, value in cold.items() if name.startswith("cold_")}
+        for prefix in ("cold", "unchanged"):
+            more = run_process(home, row, settings, f"--{prefix}")
+            figures |= {name: value for name, value in more.items() if name.startswith(f"{prefix}_")}
     return figures
 
 
 def run_process(home: Path, row: Row, settings: Settings, *flags: str) -> dict[str, float]:
-    """Start bench_row.py and read its figures.
+    """Start bench_row.py and read its figures; but with `--unchanged` it checks everything that it loads.
 
     Raises:
         RuntimeError: it failed; the message has the end of what it wrote.
@@ -107,7 +111,8 @@ def run_process(home: Path, row: Row, settings: Settings, *flags: str) -> dict[s
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "row.json")
         command = [sys.executable, str(HERE / "bench_row.py"), str(home / row.folder), str(output), *words, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = os.environ | {SWITCH: "1" if "--unchanged" in flags else "0"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr[-2000:]}")
         return json.loads(output.read_text())
@@ -141,6 +146,8 @@ def measure(model: str, work: Path, settings: Settings, progress: Progress) -> d
     """All rows of a model."""
     bar = progress.add_task(f"{model}: making the models", total=settings.rounds * len(settings.rows))
     home = make_folders(model, work, settings.quick)
+    for name in settings.rows:
+        run_process(home, ROWS[name], settings, "--unchanged")  # checks the files, and has them remembered
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in settings.rows}
     for number in range(settings.rounds):
         for name in reversed(settings.rows) if number % 2 else settings.rows:

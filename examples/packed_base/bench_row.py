@@ -5,6 +5,7 @@ bench.py starts it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -65,11 +66,12 @@ def watched(figures: Figures, name: str) -> Iterator[None]:
 
 
 def import_model(folder: Path) -> None:
-    """Import the code of a model, so that it is not what is measured."""
+    """Import the code of a model, and collect what that left, so that it is not what is measured."""
     config = AutoConfig.from_pretrained(folder)
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config)
+    gc.collect()  # else it depends on luck which load has to
 
 
 def set_page_cache(folder: Path, keep: bool) -> None:
@@ -145,14 +147,15 @@ def main(
     min_seconds: Annotated[float, typer.Option(help="Short calls are repeated to fill a sample of so many.")] = 0.2,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Load from files out of the cache, and do no more.")] = False,
+    unchanged: Annotated[bool, typer.Option("--unchanged", help="Load files checked before, and do no more.")] = False,
 ) -> None:
     """Measure one row."""
     figures: Figures = {}
     import_model(folder)
     set_page_cache(folder, keep=not cold)
     with num_threads(threads):
-        if cold:
-            load(folder, unpacked, figures, prefix="cold_")
+        if cold or unchanged:
+            load(folder, unpacked, figures, prefix="cold_" if cold else "unchanged_")
         else:
             run(folder, unpacked, adapter, length, rank, Effort(samples, min_seconds), figures)
     write_text(output, json.dumps(figures))

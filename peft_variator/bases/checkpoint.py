@@ -166,15 +166,12 @@ class Checkpoint:
             CheckpointError: a tensor has no checksum or another one; the message names file and tensor.
         """
         checks = BackgroundChecks()
-        self.start_checksums(checks)
+        for stored in self.tensors.values():
+            checks.start(self.check_checksum, stored)
         checks.finish()
 
-    def start_checksums(self, checks: BackgroundChecks) -> None:
-        """Begin what `check_checksums` does; `checks.finish()` ends it, and raises."""
-        for stored in self.tensors.values():
-            checks.start(self._check_checksum, stored)
-
-    def _check_checksum(self, stored: StoredTensor) -> None:
+    def check_checksum(self, stored: StoredTensor) -> None:
+        """`check_checksums` for one tensor."""
         if stored.name not in self.checksums:
             raise CheckpointError(f"{stored} has no checksum, but config.json says that every tensor has one.")
         actual = checksum(stored.read())

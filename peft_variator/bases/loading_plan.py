@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
 from ..models import CheckpointError, is_pooler, name_some
-from .checkpoint import BackgroundChecks, Checkpoint
+from .checkpoint import Checkpoint
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import Rules, names_layer
 from .packing import is_two_four
@@ -110,7 +110,8 @@ def plan_weights(
     checkpoint: Checkpoint,
     rules: Rules,
     dtype: torch.dtype,
-    checks: BackgroundChecks | None = None,
+    *,
+    bitmasks: bool = True,
 ) -> list[PlannedWeight]:
     """Plan every weight of `checkpoint` that has to be packed, unpacked or rescaled; plain dense ones are left out.
 
@@ -119,8 +120,7 @@ def plan_weights(
         checkpoint: its files.
         rules: which layers are packed.
         dtype: the model's dtype.
-        checks: where the bitmasks of weights that are kept as they are get checked, beside; without it all is checked
-            here.
+        bitmasks: whether the bitmasks of weights that are kept as they are get checked here.
 
     Raises:
         CheckpointError: a weight is not 2:4 where it has to be, is damaged, or has another shape than the model's; the
@@ -128,7 +128,7 @@ def plan_weights(
     """
     names = KeyNames(model)
     weights = find_stored_weights(checkpoint.tensors).values()
-    candidates = (plan_weight(model, names, stored, rules, dtype, checks) for stored in weights)
+    candidates = (plan_weight(model, names, stored, rules, dtype, bitmasks=bitmasks) for stored in weights)
     planned = [weight for weight in candidates if weight is not None]
     if rules.pack_dense and rules.targets is not None:
         _check_targets(model, names, weights, rules.targets)
@@ -159,7 +159,8 @@ def plan_weight(
     stored: StoredWeight,
     rules: Rules,
     dtype: torch.dtype,
-    checks: BackgroundChecks | None = None,
+    *,
+    bitmasks: bool = True,
 ) -> PlannedWeight | None:
     """Plan one weight; None if it stays plain and dense, or the model has no use for it. See `plan_weights`."""
     parameter = _find_parameter(stored, names)
@@ -170,9 +171,8 @@ def plan_weight(
     if action is None:
         return None
     check_size(stored, model, parameter)
-    if checks is not None and action == "keep":
+    if action == "keep" and not bitmasks:
         stored.check_sizes()
-        checks.start(stored.check)
     else:
         stored.check()
     return PlannedWeight(stored, parameter, action, _dtype_of(model, parameter, dtype))

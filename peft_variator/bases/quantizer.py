@@ -29,7 +29,6 @@ from .checkpoint import (
     CHECKSUM_METADATA,
     INDEX_NAME,
     WEIGHTS_NAME,
-    BackgroundChecks,
     Checkpoint,
     checksum,
     read_index,
@@ -42,6 +41,7 @@ from .config import (
     read_quantization,
     write_notice,
 )
+from .file_checks import FileChecks
 from .linear import Sparse24Linear, Unpacked
 from .loading_plan import KeyNames, PlannedWeight, check_complete, check_sizes, plan_weights
 from .packing import PackedWeight
@@ -131,7 +131,8 @@ class Sparse24Quantizer(HfQuantizer):
 
     All that can be wrong with a checkpoint is found before anyone gets the model, and raised as a `CheckpointError`;
     transformers itself would fill what does not fit with random numbers and log it. What headers and sizes tell is
-    checked first. Checksums and bitmasks, for which every byte is read, are checked in threads beside the loading.
+    checked first. Checksums and bitmasks, for which every byte is read, are checked in threads beside the loading, of
+    files that are not known to have passed: see `FileChecks`.
     """
 
     quantization_config: Sparse24Config
@@ -140,7 +141,7 @@ class Sparse24Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Sparse24Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._converters: list[WeightConverter] = []
-        self._checks: BackgroundChecks | None = None
+        self._checks: FileChecks | None = None
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -155,15 +156,15 @@ class Sparse24Quantizer(HfQuantizer):
     def _prepare(self, model: PreTrainedModel, files: list[str], dtype: torch.dtype) -> None:
         """Check the files, or begin to, decide what becomes of their weights, and make the model ready for it."""
         checkpoint = Checkpoint.from_files(files)
-        self._checks = checks = BackgroundChecks()
-        if self.pre_quantized and self.quantization_config.checksums:
-            checkpoint.start_checksums(checks)
+        checksums = self.pre_quantized and self.quantization_config.checksums
+        self._checks = FileChecks(checkpoint, checksums)
         rules = self.quantization_config.rules(self.pre_quantized)
         try:
-            planned = plan_weights(model, checkpoint, rules, dtype, checks)
+            planned = plan_weights(model, checkpoint, rules, dtype, bitmasks=False)
             check_complete(model, checkpoint, (weight.stored for weight in planned))
         except CheckpointError:
-            checks.finish()  # a damaged size is told as the damage that it is
+            if checksums:
+                checkpoint.check_checksums()  # a damaged size is told as the damage that it is
             raise
         names = KeyNames(model)
         self._converters = [make_converter(weight, names) for weight in planned if weight.action != "keep"]
