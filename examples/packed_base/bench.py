@@ -147,7 +147,8 @@ def measure(model: str, work: Path, settings: Settings, progress: Progress) -> d
     bar = progress.add_task(f"{model}: making the models", total=settings.rounds * len(settings.rows))
     home = make_folders(model, work, settings.quick)
     for name in settings.rows:
-        run_process(home, ROWS[name], settings, "--unchanged")  # checks the files, and has them remembered
+        if ROWS[name].adapter is None:
+            run_process(home, ROWS[name], settings, "--unchanged")  # checks the files, and has them remembered
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in settings.rows}
     for number in range(settings.rounds):
         for name in reversed(settings.rows) if number % 2 else settings.rows:

@@ -25,7 +25,7 @@ def report(scripts, tmp_path_factory):
     def run(home, chosen, settings, *flags):
         output = folder / "row.json"
         options = {"length": settings.length, "rank": settings.rank, "samples": settings.samples, "threads": 1}
-        options["cold"] = "--cold" in flags
+        options |= {"cold": "--cold" in flags, "unchanged": "--unchanged" in flags}
         row.main(home / chosen.folder, output, chosen.unpacked, chosen.adapter, min_seconds=0.0, **options)
         return json.loads(output.read_text())
 
@@ -40,7 +40,7 @@ def test_every_row_has_its_figures(report):
     assert list(report["rows"]) == CHOSEN
     for name, row in report["rows"].items():
         kinds = {figure.rpartition("_")[0] for figure in row} - {"before"}
-        more = {"step"} if "LoRA" in name else {"cold_load", "cold_read"}
+        more = {"step"} if "LoRA" in name else {"cold_load", "cold_read", "unchanged_load", "unchanged_read"}
         assert kinds == {"load", "read", "prefill", "token"} | more
         for figure, values in row.items():
             assert len(values["samples"]) == 2
