@@ -7,7 +7,7 @@ import math
 import statistics
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -183,10 +183,12 @@ class LatencyTable:
                 f"ratio={ratio}: the table has the compression ratios {list(self.ratios)}. Profile the model with it."
             )
         self._tell_if_beyond(batch, length)
-        rows = [_along(row, self.lengths, length) for row in self.seconds[ratio]]
+        rows = self.seconds[ratio]
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
-        self._known[point] = found = _along(rows, self.batch_sizes, batch)
+        self._known[point] = found = _along(
+            lambda row: _along(rows[row].__getitem__, self.lengths, length), self.batch_sizes, batch
+        )
         return found
 
     def _tell_if_beyond(self, batch: int, length: int) -> None:
@@ -295,14 +297,14 @@ def checked_quality(quality: Mapping[int, float], ratios: Sequence[int]) -> dict
     return {k: float(value) for k, value in sorted(quality.items())}
 
 
-def _along(values: Sequence[float], axis: Sequence[int], place: int) -> float:
-    """Seconds at a place of an axis, from those at its points."""
+def _along(seconds: Callable[[int], float], axis: Sequence[int], place: int) -> float:
+    """Seconds at a place of an axis, from those at its points, of which no more than two are asked for."""
     if len(axis) == 1:
         # More work in proportion, less work no faster: neither promises too much.
-        return values[0] * max(1.0, place / axis[0])
+        return seconds(0) * max(1.0, place / axis[0])
     # Below the grid a line may go through zero; the edge promises too little rather than too much.
     place = max(place, axis[0])
     cell = min(bisect_right(axis, place) - 1, len(axis) - 2)
-    low, high = values[cell], values[cell + 1]
+    low, high = seconds(cell), seconds(cell + 1)
     found = low + (place - axis[cell]) / (axis[cell + 1] - axis[cell]) * (high - low)
     return max(found, high) if place > axis[-1] else found

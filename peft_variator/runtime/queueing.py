@@ -283,11 +283,13 @@ class DeadlineQueue(Generic[Item]):
         waiting, long_ago = len(self), now - PATIENCE
         for key, lane in list(self._lanes.items()):
             gone, limits, level = key
+            due = long_ago if gone else now + least_seconds(lane[0].length, waiting)
+            if lane[0].deadline >= due:
+                continue  # none moves, as mostly
             if gone:
                 moved = lane[: bisect_left(lane, long_ago, key=_deadline)]
                 del lane[: len(moved)]
             else:
-                due = now + least_seconds(lane[0].length, waiting)
                 start, end = (bisect_left(lane, time, key=_deadline) for time in (long_ago, due))
                 moved = lane[start:end]
                 del lane[start:end]
@@ -317,8 +319,11 @@ class DeadlineQueue(Generic[Item]):
 
     def take(self, count: int) -> list[Item]:
         """Remove the first `count` items of the view, or as many as have the limits of the first."""
-        first, taken = self._first(), list[Item]()
-        for group, gone in zip(self._groups(first), (first[0], first[0], True), strict=True):
+        first = self._first()
+        groups = self._groups(first)
+        taken = self._lanes[first][:count]
+        self._drop(first, len(taken))
+        for group, gone in zip(groups[1:], (first[0], True), strict=True):
             if len(taken) == count:
                 break
             heads = _heads(group, count - len(taken)) if group else []

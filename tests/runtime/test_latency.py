@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -189,3 +190,19 @@ def test_a_table_is_restricted_to_some_ratios() -> None:
     assert part.latency(2, 1, 8) == table.latency(2, 1, 8)
     with pytest.raises(ValueError, match="8"):
         table.restrict([8])
+
+
+@given(st.integers(1, 100), st.integers(1, 200))
+@pytest.mark.filterwarnings("ignore")
+def test_a_time_is_interpolated_along_lengths_and_then_along_batches(batch, length):
+    """As NumPy does it with all rows inside of the grid; outside it is never less than at the edge."""
+    seconds = ((1.0, 3.0, 4.0), (2.0, 3.5, 9.0), (5.0, 6.0, 20.0), (7.0, 30.0, 31.0))
+    batches, lengths = (1, 4, 16, 64), (8, 32, 128)
+    table = LatencyTable((1,), batches, lengths, {1: seconds})
+    rows = [np.interp(length, lengths, row) for row in seconds]
+    expected = np.interp(batch, batches, rows)
+    found = table.latency(1, batch, length)
+    if batch <= batches[-1] and length <= lengths[-1]:
+        assert found == pytest.approx(expected, rel=1e-12)
+    else:
+        assert found >= expected

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from peft_variator import using_ratio
 from peft_variator.runtime import Engine, FixedRatio, QueueItem
+from peft_variator.runtime.policies import length_class
 from peft_variator.runtime.queueing import PATIENCE, DeadlineQueue
 from tests.tiny_models import tiny_model
 
@@ -261,3 +266,52 @@ def test_what_was_given_up_long_ago_comes_first() -> None:
         queue.give_up(now, lambda length, waiting: 0.5)
         assert [item.deadline for item in queue.view()] == expected
     assert (len(queue), len(queue.take(9)), len(queue)) == (5, 5, 0)
+
+
+_ITEM = st.builds(
+    QueueItem,
+    arrival=st.just(0.0),
+    length=st.integers(1, 300),
+    deadline=st.integers(0, 80).map(float),
+    max_ratio=st.sampled_from((None, 4)),
+)
+
+
+@given(
+    st.lists(st.tuples(st.lists(_ITEM, max_size=8), st.integers(1, 12)), min_size=1, max_size=12), st.integers(0, 9)
+)
+def test_giving_up_and_taking_do_what_sorting_all_of_them_does(steps, least):
+    """Beside a queue that keeps one list, and sorts it for each batch."""
+    queue: DeadlineQueue[QueueItem] = DeadlineQueue()
+    plain: list[tuple[bool, QueueItem]] = []
+    unique = count(0.0, 1e-4)
+    for number, (items, size) in enumerate(steps):
+        now = number * 7.0
+        for item in items:
+            item = replace(item, deadline=item.deadline + next(unique))
+            queue.add(item)
+            plain.append((False, item))
+        queue.give_up(now, lambda length, waiting: least)
+        plain = [(_gone(gone, item.deadline, now, least), item) for gone, item in plain]
+        if not plain:
+            assert not len(queue)
+            continue
+        first = min(plain, key=lambda each: (each[0], each[1].deadline))
+        alike = [each for each in plain if each[1].max_ratio == first[1].max_ratio and each[0] >= first[0]]
+        level = length_class(first[1].length)
+
+        def place(each):
+            """The first one's class of lengths, then other lengths, then those that were given up."""
+            gone, item = each
+            return gone, gone == first[0] and length_class(item.length) != level, item.deadline  # noqa: B023
+
+        order = sorted(alike, key=place)
+        taken = queue.take(size)
+        assert taken == [item for _, item in order[:size]]
+        plain = [each for each in plain if each[1] not in taken]
+        assert len(queue) == len(plain)
+
+
+def _gone(gone: bool, deadline: float, now: float, least: float) -> bool:
+    """Given up from when it cannot be in time until it is long overdue."""
+    return now - PATIENCE <= deadline and (gone or deadline < now + least)
