@@ -52,6 +52,7 @@ class KeyNames:
         }
         self._prefix = model.base_model_prefix
         self._state = model.state_dict()
+        self._renamed: dict[str, tuple[str, str | None]] = {}
 
     def renamed(self, key: str) -> str:
         """`key` before the prefix of the base model is added or removed."""
@@ -71,11 +72,13 @@ class KeyNames:
         ]
 
     def _rename(self, key: str) -> tuple[str, str | None]:
-        renamed = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
-        if renamed[0] not in self._state and key in self._state:
-            # as transformers does: a key that is already right is not renamed
-            renamed = rename_source_key(key, [], [], self._prefix, self._state)
-        return renamed
+        if key not in self._renamed:
+            renamed = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
+            if renamed[0] not in self._state and key in self._state:
+                # as transformers does: a key that is already right is not renamed
+                renamed = rename_source_key(key, [], [], self._prefix, self._state)
+            self._renamed[key] = renamed
+        return self._renamed[key]
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def plan_weights(
     dtype: torch.dtype,
     *,
     bitmasks: bool = True,
+    names: KeyNames | None = None,
 ) -> list[PlannedWeight]:
     """Plan every weight of `checkpoint` that has to be packed, unpacked or rescaled; plain dense ones are left out.
 
@@ -121,12 +125,13 @@ def plan_weights(
         rules: which layers are packed.
         dtype: the model's dtype.
         bitmasks: whether the bitmasks of weights that are kept as they are get checked here.
+        names: of the model, where someone has made them.
 
     Raises:
         CheckpointError: a weight is not 2:4 where it has to be, is damaged, or has another shape than the model's; the
             message names file, tensor and row. Or nothing is 2:4 at all.
     """
-    names = KeyNames(model)
+    names = names or KeyNames(model)
     weights = find_stored_weights(checkpoint.tensors).values()
     candidates = (plan_weight(model, names, stored, rules, dtype, bitmasks=bitmasks) for stored in weights)
     planned = [weight for weight in candidates if weight is not None]
@@ -252,7 +257,12 @@ def _dtype_of(model: PreTrainedModel, parameter: str, dtype: torch.dtype) -> tor
 
 
 def check_complete(
-    model: PreTrainedModel, checkpoint: Checkpoint, stored: Iterable[StoredWeight], *, pooler: bool = True
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    stored: Iterable[StoredWeight],
+    *,
+    pooler: bool = True,
+    names: KeyNames | None = None,
 ) -> None:
     """Check that no parameter would be left without weights, or get numbers of another kind.
 
@@ -263,11 +273,12 @@ def check_complete(
         checkpoint: its files.
         stored: the weights that are not stored as plain dense tensors.
         pooler: whether a pooler has to be there.
+        names: of the model, where someone has made them.
 
     Raises:
         CheckpointError: naming the parameters.
     """
-    names = KeyNames(model)
+    names = names or KeyNames(model)
     stored = list(stored)
     _check_kinds(model, checkpoint, names, stored)
     keys = {*checkpoint.tensors, *(weight.name for weight in stored)}

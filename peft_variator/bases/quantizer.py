@@ -159,14 +159,14 @@ class Sparse24Quantizer(HfQuantizer):
         checksums = self.pre_quantized and self.quantization_config.checksums
         self._checks = FileChecks(checkpoint, checksums)
         rules = self.quantization_config.rules(self.pre_quantized)
+        names = KeyNames(model)
         try:
-            planned = plan_weights(model, checkpoint, rules, dtype, bitmasks=False)
-            check_complete(model, checkpoint, (weight.stored for weight in planned))
+            planned = plan_weights(model, checkpoint, rules, dtype, bitmasks=False, names=names)
+            check_complete(model, checkpoint, (weight.stored for weight in planned), names=names)
         except CheckpointError:
             if checksums:
                 checkpoint.check_checksums()  # a damaged size is told as the damage that it is
             raise
-        names = KeyNames(model)
         self._converters = [make_converter(weight, names) for weight in planned if weight.action != "keep"]
         _replace_layers(model, planned, self.quantization_config)
 
