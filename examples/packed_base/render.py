@@ -75,8 +75,8 @@ def _figures(rows: Record, columns: tuple[tuple[str, str, float], ...]) -> str:
     return make_table(["", *(heading for heading, _, _ in columns)], body)
 
 
-def bench(report: Record, earlier: Record | None = None) -> str:
-    """Two tables of a model: loading and running, and training, of an earlier run where this one has none."""
+def bench(report: Record, training: Record | None = None) -> str:
+    """Two tables of a model: loading and running, and training, of a run of its own where this one has none."""
     files, rows = report["file_bytes"], report["rows"]
     packed, dense = files["packed-bfloat16"], files["dense-bfloat16"]
     peak = rows["packed bfloat16"]["load_resident"]["quartiles"]["median"]
@@ -88,8 +88,8 @@ def bench(report: Record, earlier: Record | None = None) -> str:
         f"Loading the packed one held {peak / packed:.2f}× its files at the peak.",
         _run(report),
     ]
-    if earlier is not None and not parts[2]:
-        parts += ["Training, measured at an earlier state:", _figures(earlier["rows"], TRAINING), _run(earlier)]
+    if training is not None and not parts[2]:
+        parts += [f"Training, 1×{training['settings']['length']}:", _figures(training["rows"], TRAINING), _run(training)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -130,8 +130,8 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         reports = _reports(results, name)
         if reports:
             text = replace_between(text, name, "\n\n".join(map(render, reports)))
-    earlier = {report["model"]: report for report in _reports(results / "earlier", "bench")}
-    parts = [bench(report, earlier.get(report["model"])) for report in _reports(results, "bench")]
+    training = {report["model"]: report for report in _reports(results / "training", "bench")}
+    parts = [bench(report, training.get(report["model"])) for report in _reports(results, "bench")]
     if parts:
         text = replace_between(text, "bench", "\n\n".join(parts))
     write_text(page, text)
