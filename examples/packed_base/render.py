@@ -89,7 +89,11 @@ def bench(report: Record, training: Record | None = None) -> str:
         _run(report),
     ]
     if training is not None and not parts[2]:
-        parts += [f"Training, 1×{training['settings']['length']}:", _figures(training["rows"], TRAINING), _run(training)]
+        parts += [
+            f"Training, 1×{training['settings']['length']}:",
+            _figures(training["rows"], TRAINING),
+            _run(training),
+        ]
     return "\n\n".join(filter(None, parts))
 
 
