@@ -21,7 +21,8 @@ from ..profiling import describe_environment
 from ..triton_support import triton_state
 from ..tuners.variator.fused import FUSED_WIDTH
 from ..version import __version__
-from ..weight_kernels.compiled import find_compiler, load_compiled
+from ..weight_kernels.compiled import LEVELS, Source, find_compiler, load_compiled
+from ..weight_kernels.masked_weight import LEAST_LEVEL
 from .console import Reporter
 
 
@@ -37,6 +38,12 @@ CPU_FEATURES = (
     *("asimd", "bf16", "sve"),
 )
 LARGE = (4096, 4096)
+# Kernels in C++: the source, what it is for, and the least instruction set, an index into `LEVELS`.
+_COMPILED: dict[Source, tuple[str, int]] = {
+    "products": ("packed 2:4, one to a few tokens", 0),
+    "unpacking": ("packed 2:4, unpacking", 0),
+    "masked_weight": ("SparseLoRA's masked weight in training", LEAST_LEVEL),
+}
 
 
 @dataclass(frozen=True)
@@ -174,10 +181,16 @@ def _compiler() -> str | None:
     return f"{path} ({told[0]})" if told else f"{path}, which does not tell its version"
 
 
+def _compiled_kernel(source: Source, name: str, level: int) -> KernelState:
+    """Whether the C++ of a source runs, which is compiled for it where it was not yet."""
+    compiled = load_compiled(source)
+    if 0 <= compiled.level < level:
+        return KernelState("cpu", name, False, f"this processor has no {LEVELS[level]}")
+    return KernelState("cpu", name, compiled.level >= level, compiled.reason)
+
+
 def _kernels() -> list[KernelState]:
-    product = load_compiled("products")
-    name = "packed 2:4, one to a few tokens"
-    kernels = [KernelState("cpu", name, product.function is not None, product.reason)]
+    kernels = [_compiled_kernel(source, *kernel) for source, kernel in _COMPILED.items()]
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         choice = choose_kernel(*LARGE, torch.bfloat16, Accelerator.of(torch.device(device)))
         runs = choice.kernel != "dense"
@@ -186,7 +199,7 @@ def _kernels() -> list[KernelState]:
         reason = f"{state.reason}; {PLAIN_ON_GPUS}" if state.runs else state.reason
         kernels.append(KernelState(device, "merging and expanding of plugins, by Triton", state.runs, reason))
         if device != "cpu":
-            kernels.append(KernelState(device, name, *state))
+            kernels.append(KernelState(device, _COMPILED["products"][0], *state))
     return [*kernels, *_compiled_graphs()]
 
 

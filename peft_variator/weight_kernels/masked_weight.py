@@ -9,9 +9,11 @@ from .compiled import load_compiled, runs_on
 from .product import MIN_WEIGHTS, FewTokensWeight
 
 
-__all__ = ["can_sum", "sum_gradients", "sum_weight"]
+__all__ = ["LEAST_LEVEL", "can_sum", "sum_gradients", "sum_weight"]
 
-_AVX512 = 2  # index into `LEVELS`; with less the operators of PyTorch are as fast
+LEAST_LEVEL = 2
+"""AVX-512, an index into `LEVELS`: with less the operators of PyTorch are as fast."""
+
 _DTYPES = (torch.bfloat16, torch.float32)
 _MAX_RANK = 64  # the work grows with it, and a product of matrices does more of it in the same time
 
@@ -30,7 +32,7 @@ def can_sum(weight: FewTokensWeight, matrix: Tensor) -> bool:
         and weight.values.dtype in _DTYPES
         and matrix.dtype in _DTYPES
         and matrix.is_contiguous()
-        and runs_on("masked_weight", *weight, matrix, level=_AVX512)
+        and runs_on("masked_weight", *weight, matrix, level=LEAST_LEVEL)
     )
 
 

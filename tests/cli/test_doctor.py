@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from peft_variator.cli import doctor
 from peft_variator.cli.main import app
 from peft_variator.version import __version__
-from peft_variator.weight_kernels.compiled import load_compiled
+from peft_variator.weight_kernels.compiled import Compiled, load_compiled
+from peft_variator.weight_kernels.masked_weight import LEAST_LEVEL
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,10 @@ def test_what_is_here_is_told(tmp_path: Path) -> None:
     assert packed["runs"] == (load_compiled("products").function is not None)
     for words in ("Versions", "torch", "Devices", "Kernels", packed["reason"]):
         assert words in told
+    compiled = {kernel["name"]: kernel for kernel in facts["kernels"][:3]}
+    assert all(kernel["device"] == "cpu" for kernel in compiled.values())
+    masked = compiled["SparseLoRA's masked weight in training"]
+    assert masked["runs"] == (load_compiled("masked_weight").level >= LEAST_LEVEL)
     by_triton = [kernel for kernel in facts["kernels"] if "Triton" in kernel["name"]]
     assert by_triton[0]["device"] == "cpu"
     assert not by_triton[0]["runs"]
@@ -53,6 +58,14 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {kernel["name"]: kernel["reason"] for kernel in facts["kernels"] if not kernel["runs"]}
     assert "no-such-compiler" in reasons["packed 2:4, one to a few tokens"]
     assert "does not run" in told
+
+
+def test_a_processor_without_what_a_kernel_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "load_compiled", lambda source: Compiled(1, "compiled for AVX2", print))
+    facts, _, _ = asked()
+    runs = {kernel["name"]: (kernel["runs"], kernel["reason"]) for kernel in facts["kernels"][:3]}
+    assert runs["packed 2:4, unpacking"] == (True, "compiled for AVX2")
+    assert runs["SparseLoRA's masked weight in training"] == (False, "this processor has no AVX-512")
 
 
 def test_a_version_outside_of_the_tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
