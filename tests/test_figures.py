@@ -130,6 +130,6 @@ def test_what_bfloat16_gives(page: str) -> None:
 
 def test_packed_bases(readme: str) -> None:
     (_, llama) = rows_of("docs/packed_bases.md", "packed bfloat16")[:2]
-    memory, prompt, token = (cell.rpartition(", ")[2].rstrip("×") for cell in llama[4:7])
+    memory, prompt, token = (cell.rpartition(", ")[2].rstrip("×") for cell in llama[5:8])
     assert f"{memory} of the memory of a dense Llama-3.2-1B shape" in readme
-    assert f"a token in {token} of its time, a prompt of 512 tokens in {prompt} times as much" in readme
+    assert f"a token in {token} of its time, a prompt of 256 tokens in {prompt} times as much" in readme
