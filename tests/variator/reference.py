@@ -188,6 +188,7 @@ def assert_the_plugin_alone_learns(model: nn.Module, case: Case) -> None:
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
-    """Outputs of two models with the same weights: on some processors the last bit of a product depends on where in
-    memory a weight lies."""
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    """Outputs of two models with the same float32 weights: on some processors the last bit of a product depends on
+    where in memory a weight lies, and the layers after it add to that (3e-6 was seen in a LLaVA). A weight that was
+    not loaded moves an output by far more than this allows."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
