@@ -12,7 +12,6 @@ import json
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +25,7 @@ from data import IMAGE_TOKENS, Example, single_questions, stack_pixels
 from peft import PeftModel, get_peft_model
 from plan import Run
 from rich.console import Console
-from runs import Study
+from runs import Study, train
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast, set_seed
 
@@ -34,7 +33,6 @@ from peft_variator import VariatorConfig, using_ratio
 from peft_variator.files import write_text
 from peft_variator.profiling import Candidate, count_flops, describe_environment, speedup, time_alternately
 from peft_variator.sparsity import measure_sparsity
-from peft_variator.training import DistillationConfig, DistillationTrainer
 
 
 WORK = Path("outputs/vlm_restore")
@@ -134,24 +132,16 @@ class Plugins:
         set_seed(0)
         config = VariatorConfig(compression_ratio=4, **{kind: kind in kinds for kind in KINDS})
         model = get_peft_model(base, config)
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = DistillationConfig(
-                output_dir=scratch,
-                ratios=list(RATIOS),
-                max_steps=self.steps,
-                per_device_train_batch_size=BATCH_SIZE,
-                learning_rate=LEARNING_RATE,
-                logits_weight=1.0,
-                bf16=True,
-                use_cpu=not torch.cuda.is_available(),
-                remove_unused_columns=False,
-                save_strategy="no",
-                logging_steps=50,
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            )
-            DistillationTrainer(model, arguments, train_dataset=self.train, data_collator=self.collate).train()
+        train(
+            model,
+            self.train,
+            self.collate,
+            ratios=list(RATIOS),
+            max_steps=self.steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            logits_weight=1.0,
+        )
         return model.eval()
 
     def quality(self, model: PeftModel) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accuracy import measure_accuracy
 from data import Collator, Example, load_split, single_questions
 from peft import LoraConfig, PeftModel, get_peft_model
 from plan import CONTROL, Run
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, set_seed
 
 from peft_variator import SparseLoraConfig
@@ -21,9 +22,43 @@ from peft_variator.sparsity import PruningConfig, SparsityReport, measure_sparsi
 from peft_variator.training import DistillationConfig, DistillationTrainer
 
 
-__all__ = ["Study"]
+__all__ = ["Study", "train"]
 
 CALIBRATION, BATCH_SIZE, LEARNING_RATE, RANK, ALPHA, KL_WEIGHT = 128, 16, 1e-3, 8, 16, 0.1
+
+
+def train(
+    model: PeftModel,
+    examples: Sequence[Example],
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
+    teacher: nn.Module | None = None,
+    **arguments: Any,
+) -> None:
+    """Train an adapter in place, in bfloat16 where the processor can (accuracy is measured in float32).
+
+    Args:
+        model: with the adapter.
+        examples: what it trains on.
+        collate: makes batches of them.
+        teacher: what it follows; without one what the adapter's kind has for one.
+        **arguments: of `DistillationConfig`: steps, learning rate, weights of the losses.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        config = DistillationConfig(
+            output_dir=scratch,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_steps=50,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **arguments,
+        )
+        DistillationTrainer(
+            model, config, teacher_model=teacher, train_dataset=examples, data_collator=collate
+        ).train()
 
 
 class Study:
@@ -89,40 +124,24 @@ class Study:
         set_seed(run.seed)
         config = LoraConfig if run.restoration == "lora" else SparseLoraConfig
         model = get_peft_model(copy.deepcopy(pruned), config(r=RANK, lora_alpha=ALPHA, target_modules=names))
-        self._restore(model, is_distilled=run.restoration.endswith("distilled"), seed=run.seed)
+        # (1 − λ)·task + λ·KL to the dense model, λ = 0 without distillation.
+        is_distilled = run.restoration.endswith("distilled")
+        kl = KL_WEIGHT if is_distilled else 0.0
+        train(
+            model,
+            self.train,
+            Collator(self.tokenizer, augment=True),
+            copy.deepcopy(self.dense) if is_distilled else None,
+            max_steps=self.steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            hidden_weight=0.0,
+            logits_weight=kl,
+            task_weight=1.0 - kl,
+            seed=run.seed,
+        )
         parameters = model.get_nb_trainable_parameters()[0]
         return model.merge_and_unload(safe_merge=True), parameters
-
-    def _restore(self, model: PeftModel, is_distilled: bool, seed: int) -> None:
-        """Train with (1 − λ)·task + λ·KL to the dense model, λ = 0 without distillation."""
-        kl = KL_WEIGHT if is_distilled else 0.0
-        with tempfile.TemporaryDirectory() as scratch:
-            arguments = DistillationConfig(
-                output_dir=scratch,
-                max_steps=self.steps,
-                per_device_train_batch_size=BATCH_SIZE,
-                learning_rate=LEARNING_RATE,
-                hidden_weight=0.0,
-                logits_weight=kl,
-                task_weight=1.0 - kl,
-                # Training computes in bfloat16 where the processor can; accuracy is measured in float32.
-                bf16=True,
-                use_cpu=not torch.cuda.is_available(),
-                seed=seed,
-                remove_unused_columns=False,
-                save_strategy="no",
-                logging_steps=50,
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            )
-            DistillationTrainer(
-                model,
-                arguments,
-                teacher_model=copy.deepcopy(self.dense) if is_distilled else None,
-                train_dataset=self.train,
-                data_collator=Collator(self.tokenizer, augment=True),
-            ).train()
 
     def _measured(self, model: nn.Module, names: list[str]) -> dict[str, Any]:
         rows = [row for row in measure_sparsity(model).modules if row.name in set(names)]
