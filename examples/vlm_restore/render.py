@@ -130,6 +130,59 @@ def recovery_plot(records: list[Record], base: Record, path: Path) -> None:
         figure.savefig(temporary, dpi=150)
 
 
+def plugin_table(records: list[Record]) -> str:
+    """A row a plugin and ratio: accuracy, the FLOPs of a question that it saves, and times as fast if it was timed."""
+    sizes = list(dict.fromkeys(size for each in records if "speed" in each for size in each["speed"]["batches"]))
+    rows = []
+    for record in records:
+        base = record["rows"][0]
+        rows.append([record["merges"], "1", _percent([base["accuracy"]]), "0", *["1"] * len(sizes)])
+        for row in record["rows"][1:]:
+            times = [
+                record["speed"]["batches"][size][str(row["ratio"])] if "speed" in record else None for size in sizes
+            ]
+            cells = [f"{each['median']:.2f} [{each['low']:.2f}–{each['high']:.2f}]" if each else "–" for each in times]
+            saved = f"{1 - row['flops'] / base['flops']:.0%}"
+            rows.append([record["merges"], str(row["ratio"]), _percent([row["accuracy"]]), saved, *cells])
+    titles = [f"times as fast, batch {size}" for size in sizes]
+    return make_table(["merged", "k", "accuracy", "FLOPs saved", *titles], rows)
+
+
+def plugin_text(records: list[Record]) -> str:
+    """The table, and what it was measured on."""
+    first = records[0]
+    parameters, environment = first["parameters"], first["environment"]
+    counts = [each["parameters"]["plugin"] for each in records]
+    said = (
+        f"{first['steps']} steps of a plugin, {first['questions']:,} test questions. Beside the base's "
+        f"{parameters['base']:,} parameters a plugin has {min(counts):,} to {max(counts):,}. "
+        f"{environment['cpu']}, torch {environment['torch']}, {environment['date']}."
+    )
+    timed = next((each["speed"]["environment"] for each in records if "speed" in each), None)
+    times = f" Times: median and quartiles, float32, {timed['threads']} thread(s), {timed['cpu']}." if timed else ""
+    return f"{plugin_table(records)}\n\n{said}{times}"
+
+
+def plugin_plot(records: list[Record], path: Path) -> None:
+    """Accuracy over the FLOPs saved, a line a plugin."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for record in records:
+        base = record["rows"][0]["flops"]
+        points = [(100 * (1 - row["flops"] / base), 100 * row["accuracy"], row["ratio"]) for row in record["rows"]]
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=record["merges"])
+        for x, y, ratio in points[1:]:
+            axes.annotate(f"{ratio}", (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+    axes.set(xlabel="FLOPs of a question saved, %", ylabel="accuracy on easy-VQA, % (up is better)")
+    axes.set_title("Plugins in a small LLaVA, by what they merge\n(numbers: k; one seed)", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(title="merged")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
 def main() -> None:
     """Write what there is between the markers of the page."""
     base_file = HERE / "results" / "base.json"
@@ -147,8 +200,12 @@ def main() -> None:
         f"{environment['cpu']}, {environment['threads']} thread(s), torch {environment['torch']}, transformers "
         f"{environment['transformers']}, peft {environment['peft']}, {environment['date']}.",
     ]
-    page = (DOCS / "vlm_restore.md").read_text("utf-8")
-    write_text(DOCS / "vlm_restore.md", replace_between(page, "results", "\n\n".join(parts)))
+    page = replace_between((DOCS / "vlm_restore.md").read_text("utf-8"), "results", "\n\n".join(parts))
+    plugins = [json.loads(file.read_text("utf-8")) for file in sorted((HERE / "results").glob("plugin-*.json"))]
+    if plugins:
+        page = replace_between(page, "plugins", plugin_text(plugins))
+        plugin_plot(plugins, DOCS / "images" / "vlm_plugins.png")
+    write_text(DOCS / "vlm_restore.md", page)
     splits = [{"vision": str(vision), "language": str(language)} for vision, language in SPLITS]
     if any(record["amounts"] in splits for record in records):
         allocation_plot(records, base, DOCS / "images" / "vlm_allocation.png")
