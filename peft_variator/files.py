@@ -20,6 +20,7 @@ except ImportError:  # Windows, where what killed processes leave behind stays
 
 
 __all__ = [
+    "cache_folder",
     "check_new_file",
     "check_new_folder",
     "is_of_full_disk",
@@ -229,6 +230,15 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             os.replace(earlier, target)
             raise
         shutil.rmtree(earlier, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what it can make again, for this user; it need not exist.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_variator"
 
 
 def is_of_full_disk(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..files import cache_folder, replacing
 from .checkpoint import BackgroundChecks, Checkpoint
 from .compressed_tensors import find_stored_weights
 
@@ -138,8 +138,7 @@ def _remember(record: dict[str, Any]) -> None:
 
 
 def _record_file(record: dict[str, Any]) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_variator"
-    return folder / _RECORD_NAME.format(hashlib.sha256(os.fsencode(record["path"])).hexdigest()[:32])
+    return cache_folder() / _RECORD_NAME.format(hashlib.sha256(os.fsencode(record["path"])).hexdigest()[:32])
 
 
 def _is_private(path: Path) -> bool:

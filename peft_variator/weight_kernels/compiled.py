@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import are_operators_watched
+from ..files import cache_folder
 
 
 __all__ = ["LEVELS", "SWITCH", "Compiled", "Source", "find_compiler", "load_compiled", "runs_on"]
@@ -110,7 +111,7 @@ def _library(compiler: str, source: Path) -> Path:
     made_of = source.read_bytes() + _HEADER.read_bytes() + made_by.encode()
     name = f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_variator"
+        folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = folder / name
         if library.exists():

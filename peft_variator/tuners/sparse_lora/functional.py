@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ...bitmask import row_blocks, unpack_mask
 from ...weight_kernels.masked_weight import can_sum, sum_gradients, sum_weight
-from ...weight_kernels.product import FewTokensWeight, is_faster, is_few, multiply
+from ...weight_kernels.product import MIN_WEIGHTS, FewTokensWeight, is_faster, is_few, multiply
 from .base_weight import WORKSPACE, get_layout
 
 
@@ -108,7 +108,8 @@ class MaskedWeight(NamedTuple):
 
     def _stored_for(self, matrix: Tensor) -> FewTokensWeight | None:
         """What the kernels of whole weights read, where they take it and the matrix, (out, in)."""
-        stored = self.few_tokens() if matrix.is_cpu else None
+        # the adapters' factors are put together for them, which a small layer is spared
+        stored = self.few_tokens() if matrix.is_cpu and matrix.numel() >= MIN_WEIGHTS else None
         return stored if stored is not None and can_sum(stored, matrix) else None
 
     def gradients(self, grad_weight: Tensor) -> list[Tensor]:
