@@ -103,6 +103,8 @@ def run(runs: Runs, name: str, variant_name: str, seed: int) -> dict[str, Any]:
         "pretraining_steps": runs.pretraining_steps if variant.is_pretrained and not variant.shipped else 0,
         "rows": [_measure(runs, model, problem, ratio) for ratio in (1, *variant.ratios)],
         "minutes": (time.monotonic() - start) / 60,
+        "command": f"python examples/glue/run.py --data DATA --task {name} --variant {variant_name} --seed {seed} "
+        f"--steps {runs.steps} --pretraining-steps {runs.pretraining_steps}",
         "environment": describe_environment(torch.device("cpu")),
     }
 
