@@ -57,9 +57,11 @@ def embed(
     return np.stack([rows[text] for text in texts])
 
 
-def similarity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None) -> dict[str, Any]:
-    """Spearman's correlation, in percent, of cosines with people's scores on STS-B test."""
-    rows = read_rows(data / "stsb" / "sts-test.csv", header=False)[:limit]
+def similarity(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None, split: str = "test"
+) -> dict[str, Any]:
+    """Spearman's correlation, in percent, of cosines with people's scores on STS-B test, or another split of it."""
+    rows = read_rows(data / "stsb" / f"sts-{split}.csv", header=False)[:limit]
     left = embed(model, tokenizer, [row[5] for row in rows])
     right = embed(model, tokenizer, [row[6] for row in rows])
     scores = [float(row[4]) for row in rows]

@@ -313,3 +313,52 @@ def test_a_probe_trains_on_nothing_that_it_tests_on(scripts, tmp_path, monkeypat
     monkeypatch.setattr(module, "embed", embed)
     assert module.probe(None, None, tmp_path, 2)["train"] == 2
     assert seen == [["a", "b"], ["x", "y"]]
+
+
+def test_every_ablation_is_a_recipe_of_its_own(scripts, tmp_path):
+    ablations, train = scripts("ablations"), scripts("train")
+    assert len({run.file for run in ablations.RUNS}) == len(ablations.RUNS)
+    for run in ablations.RUNS:
+        VariatorConfig(**run.recipe.plugin)
+        train.training_arguments(run.recipe, tmp_path, run.seed, "cpu")
+    differing = [run for run in ablations.RUNS if run.name == ablations.MAIN and run.recipe == ablations.START]
+    assert [run.seed for run in differing] == [0, 1, 2]
+
+
+def test_ablations_become_tables_and_a_picture(scripts, tmp_path):
+    ablations = scripts("ablations")
+    records = [
+        {
+            "name": run.name,
+            "seed": run.seed,
+            "recipe": {"steps": run.recipe.steps},
+            "spearman": {"1": 80.0} | {str(k): 79.0 - run.seed - 100 / run.recipe.steps for k in run.recipe.ratios},
+            "parameters": {"plugin": 1234},
+            "environment": {"cpu": "a processor", "torch": "2", "date": "2026-01-01"},
+        }
+        for run in ablations.RUNS
+    ]
+    text = ablations.make_tables(records)
+    assert "| main | 2.50 ± 1.00 (3 seeds) | 2.50 ± 1.00 (3 seeds) | 1,234 |" in text
+    assert "| k = 16 alone | – | 1.50 | 1,234 |" in text
+    assert "| 50 | 3.00 | 3.00 |" in text
+    ablations.draw_steps(records, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_an_ablation_is_trained_and_measured(scripts, data, tmp_path, monkeypatch):
+    ablations = scripts("ablations")
+    trained = []
+
+    def train(name, base, data, output, recipe, seed, device):
+        trained.append((name, recipe.steps, seed))
+        return {"parameters": {"plugin": 1}, "log": []}
+
+    monkeypatch.setattr(ablations, "train", train)
+    monkeypatch.setattr(ablations, "load", lambda name, cache: scripts("weights").Loaded(None))
+    monkeypatch.setattr(ablations, "share_weights", lambda model: model)
+    monkeypatch.setattr(ablations, "with_plugin", lambda model, folder, ratio: ratio)
+    monkeypatch.setattr(ablations, "similarity", lambda model, *_, split: {"spearman": 80.0 - (model or 0)})
+    record = ablations.run(ablations.Run(seed=2), data, tmp_path, tmp_path)
+    assert trained == [("all-MiniLM-L6-v2", ablations.STEPS, 2)]
+    assert record["spearman"] == {1: 80.0, 8: 72.0, 16: 64.0}

@@ -1,0 +1,237 @@
+"""What matters in training a plugin for all-MiniLM-L6-v2: one thing changed at a time, and quality over the steps.
+
+python examples/real_models/ablations.py --data DATA --cache CACHE
+python examples/real_models/ablations.py --render
+
+One JSON a run below results/ablations; runs that are done are skipped. Spearman's correlation is that of STS-B's
+development set, since what is found here goes into recipes whose plugins are tested on the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import with_plugin
+from recipes import Recipe
+from text_quality import similarity
+from train import train
+from transformers.utils import logging
+from weights import load
+
+from peft_variator.files import replacing, write_text
+from peft_variator.markdown import make_table, replace_between
+from peft_variator.profiling import describe_environment, share_weights
+
+
+__all__ = ["RUNS", "Run", "draw_steps", "make_tables", "run"]
+
+MODEL = "all-MiniLM-L6-v2"
+RESULTS = Path(__file__).parent / "results" / "ablations"
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+PICTURE = "minilm-steps.png"
+MAIN = "main"
+STEPS = 200
+START = Recipe(
+    steps=STEPS,
+    batch_size=32,
+    learning_rate=2e-3,
+    ratios=(8, 16),
+    bf16=True,
+    losses={"train_sampling_strategy": "group_by_length"},
+    plugin={"decompression": "neurons", "correction_dim": 384, "compression_ratio": 8, "compensation_rank": 16},
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        name: what is other than in the main run.
+        seed: of text, order and ratios.
+        fields: of the recipe.
+        losses: fields of `DistillationConfig`.
+        plugin: fields of `VariatorConfig`.
+    """
+
+    name: str = MAIN
+    seed: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, Any] = field(default_factory=dict)
+    plugin: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the plugin is trained."""
+        losses, plugin = START.losses | self.losses, START.plugin | self.plugin
+        return replace(START, losses=losses, plugin=plugin, **self.fields)
+
+    @property
+    def file(self) -> str:
+        """Name of its JSON."""
+        words = "".join(letter if letter.isalnum() else "-" for letter in self.name)
+        return f"{words}-{self.recipe.steps}-steps-seed{self.seed}.json"
+
+
+RUNS = (
+    *(Run(seed=seed) for seed in (0, 1, 2)),
+    Run("embeddings beside hidden states", losses={"embedding_weight": 1.0}),
+    Run("embeddings alone", losses={"hidden_weight": 0.0, "embedding_weight": 1.0}),
+    Run("last hidden states alone", losses={"hidden_loss": "last"}),
+    Run("no compensation", plugin={"compensation_rank": None}),
+    Run("low-rank copies, rank 32", plugin={"correction_rank": 32}),
+    Run("one token in eight kept out", plugin={"keep_outliers": 0.125}),
+    Run("learning rate 1e-3", fields={"learning_rate": 1e-3}),
+    Run("learning rate 4e-3", fields={"learning_rate": 4e-3}),
+    Run("k = 16 alone", fields={"ratios": (16,)}),
+    *(Run(fields={"steps": steps}) for steps in (25, 50, 100, 400, 800)),
+)
+"""All of them, those first that the others are held against."""
+
+
+def run(chosen: Run, data: Path, cache: Path, work: Path) -> dict[str, Any]:
+    """Train a plugin and measure it at every ratio, and the base.
+
+    Args:
+        chosen: the run.
+        data: the data folder.
+        cache: folder that weights.py filled.
+        work: folder for checkpoints; a run that was stopped goes on from them.
+    """
+    start = time.perf_counter()
+    output = work / Path(chosen.file).stem
+    figures = train(MODEL, load(MODEL, cache), data, output, chosen.recipe, chosen.seed, "cpu")
+    seconds = time.perf_counter() - start
+    base = load(MODEL, cache)
+    rows = {1: similarity(base.model, base.tokenizer, data, None, split="dev")["spearman"]}
+    for ratio in chosen.recipe.ratios:
+        model = with_plugin(share_weights(base.model), output / "plugin", ratio)
+        rows[ratio] = similarity(model, base.tokenizer, data, None, split="dev")["spearman"]
+    return {
+        "name": chosen.name,
+        "seed": chosen.seed,
+        "recipe": asdict(chosen.recipe),
+        "spearman": rows,
+        "seconds": round(seconds, 1),
+        **figures,
+        "command": "python examples/real_models/ablations.py --data DATA --cache CACHE",
+        "environment": describe_environment(torch.device("cpu")),
+    }
+
+
+def _lost(record: Mapping[str, Any]) -> dict[int, float]:
+    """Points that a plugin loses, by ratio."""
+    base = record["spearman"]["1"]
+    return {int(ratio): base - score for ratio, score in record["spearman"].items() if ratio != "1"}
+
+
+def make_tables(records: list[dict[str, Any]]) -> str:
+    """Two tables: points lost by what was changed, and by steps."""
+    ratios = START.ratios
+    changed = [record for record in records if record["recipe"]["steps"] == STEPS]
+    rows = []
+    for name in dict.fromkeys(record["name"] for record in changed):
+        losses = [_lost(record) for record in changed if record["name"] == name]
+        cells = []
+        for ratio in ratios:
+            values = [each[ratio] for each in losses if ratio in each]
+            spread = f" ± {statistics.stdev(values):.2f} ({len(values)} seeds)" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "–")
+        plugin = next(record["parameters"]["plugin"] for record in changed if record["name"] == name)
+        rows.append([name, *cells, f"{plugin:,}"])
+    parts = [make_table(["changed", *(f"lost at k = {ratio}" for ratio in ratios), "trained parameters"], rows)]
+    by_steps = _by_steps(records)
+    if len(by_steps) > 1:
+        lost = [[f"{steps}", *(f"{by_steps[steps][ratio]:.2f}" for ratio in ratios)] for steps in by_steps]
+        parts += [
+            make_table(["steps", *(f"lost at k = {ratio}" for ratio in ratios)], lost),
+            f"![Points lost over the steps of training](images/{PICTURE})",
+        ]
+    facts = records[0]["environment"]
+    parts.append(
+        f"STS-B's development set, Spearman × 100, base {records[0]['spearman']['1']:.2f}; {STEPS} steps of "
+        f"{START.batch_size} texts where no others are named. {facts['cpu']}, PyTorch {facts['torch']}, "
+        f"{facts['date']}."
+    )
+    return "\n\n".join(parts)
+
+
+def _by_steps(records: list[dict[str, Any]]) -> dict[int, dict[int, float]]:
+    """Points lost of the main recipe's first seed."""
+    main = [record for record in records if record["name"] == MAIN and record["seed"] == 0]
+    return {
+        record["recipe"]["steps"]: _lost(record) for record in sorted(main, key=lambda each: each["recipe"]["steps"])
+    }
+
+
+def draw_steps(records: list[dict[str, Any]], file: Path) -> None:
+    """Points lost over the steps of training, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    by_steps = _by_steps(records)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for ratio in START.ratios:
+        axes.plot(list(by_steps), [lost[ratio] for lost in by_steps.values()], marker="o", label=f"k = {ratio}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(list(by_steps), [str(steps) for steps in by_steps])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(
+        xlabel=f"steps of {START.batch_size} texts", ylabel="points of Spearman's correlation lost (less is better)"
+    )
+    axes.set_title(
+        f"A plugin of {START.plugin['correction_dim']} neurons for {MODEL}\n(STS-B's development set, one seed)"
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def main() -> None:
+    """Run what is not there yet, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with a folder a data set")
+    parser.add_argument("--cache", type=Path, help="folder that weights.py filled")
+    parser.add_argument("--work", type=Path, default=Path("outputs/ablations"), help="where checkpoints are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files go")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--render", action="store_true", help="write tables and plot into the page, and do no more")
+    arguments = parser.parse_args()
+    if arguments.render:
+        records = [
+            json.loads(file.read_text()) for file in (arguments.results / each.file for each in RUNS) if file.is_file()
+        ]
+        if not records:
+            parser.error(f"{arguments.results} holds no runs: nothing to render.")
+        write_text(PAGE, replace_between(PAGE.read_text(), "ablations", make_tables(records)))
+        draw_steps(records, PAGE.parent / "images" / PICTURE)
+        print(f"{PAGE}: {len(records)} runs")
+        return
+    if arguments.data is None or arguments.cache is None:
+        parser.error("--data and --cache are needed, or --render.")
+    torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    for number, chosen in enumerate(RUNS, 1):
+        file = arguments.results / chosen.file
+        if not file.is_file():
+            record = run(chosen, arguments.data, arguments.cache, arguments.work)
+            write_text(file, json.dumps(record, indent=2) + "\n")
+            lost = ", ".join(
+                f"k = {ratio}: {value:.2f}" for ratio, value in _lost(json.loads(file.read_text())).items()
+            )
+            print(f"{number}/{len(RUNS)} {file.name}: points lost: {lost} ({record['seconds']:.0f} s)", flush=True)
+    print("Next: python examples/real_models/ablations.py --render")
+
+
+if __name__ == "__main__":
+    main()
