@@ -194,13 +194,14 @@ def main(
             timed = {str(size): plugins.speed(model, size, rounds) for size in TIMED_BATCHES}
             record = json.loads(file.read_text("utf-8")) | {"speed": how | {"batches": timed}}
         else:
+            parameters = base.num_parameters()  # without the plugin's, which are put into it
             model = plugins.fit(base, MERGED.get(name, KINDS))
             model.save_pretrained(str(folder))
             record = {
                 "merges": name,
                 "steps": steps,
                 "questions": len(plugins.test),
-                "parameters": {"base": base.num_parameters(), "plugin": model.get_nb_trainable_parameters()[0]},
+                "parameters": {"base": parameters, "plugin": model.get_nb_trainable_parameters()[0]},
                 "zeros": measure_sparsity(plugins.base(name, work / "restored")).sparsity,
                 "rows": plugins.quality(model),
                 **how,

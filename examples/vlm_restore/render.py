@@ -178,7 +178,7 @@ def plugin_plot(records: list[Record], path: Path) -> None:
     axes.set(xlabel="FLOPs of a question saved, %", ylabel="accuracy on easy-VQA, % (up is better)")
     axes.set_title("Plugins in a small LLaVA, by what they merge\n(numbers: k; one seed)", fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(title="merged")
+    axes.legend(title="merged", fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
@@ -201,7 +201,8 @@ def main() -> None:
         f"{environment['transformers']}, peft {environment['peft']}, {environment['date']}.",
     ]
     page = replace_between((DOCS / "vlm_restore.md").read_text("utf-8"), "results", "\n\n".join(parts))
-    plugins = [json.loads(file.read_text("utf-8")) for file in sorted((HERE / "results").glob("plugin-*.json"))]
+    plugins = [json.loads(file.read_text("utf-8")) for file in (HERE / "results").glob("plugin-*.json")]
+    plugins.sort(key=lambda record: (record["zeros"] > 0.1, -record["rows"][-1]["flops"]))  # least saved first
     if plugins:
         page = replace_between(page, "plugins", plugin_text(plugins))
         plugin_plot(plugins, DOCS / "images" / "vlm_plugins.png")
