@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, allocate, calibrate
+from peft_variator.profiling import count_flops
+from peft_variator.tuners.variator import merging
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
 from .reference import (
@@ -97,6 +99,30 @@ def test_padding_changes_nothing(case: Case) -> None:
     padded = {"input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, 4))}
     padded["attention_mask"] = (torch.arange(13) < 9).long().unsqueeze(0)
     torch.testing.assert_close(first(model, padded)[:, :9], first(model, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["added", "sliced"])
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("case", [BERT, LLAMA], ids=by_name)
+def test_copies_run_for_merged_tokens_alone_where_these_are_few(
+    case: Case, rank: int | None, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {"correction_rank": rank, "correction_form": form}
+    model = with_neurons(case, correction_dim=8, init_weights=False, **fields)
+    inputs = {name: value[:, :24] for name, value in case.inputs(3, 24).items()}
+    inputs["attention_mask"] = (torch.arange(24) < torch.tensor([[24], [6], [1]])).long()
+    found = []
+    for share in (0.8, 0.0):
+        monkeypatch.setattr(merging, "GATHERED_SHARE", share)
+        output = model(**inputs)[0]
+        model.zero_grad()
+        (output * inputs["attention_mask"].unsqueeze(-1)).square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        found.append(([output.detach()[inputs["attention_mask"].bool()], *gradients], count_flops(model, inputs)))
+    (gathered, fewer), (whole, more) = found
+    assert fewer < more
+    for one, other in zip(gathered, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", FORMS, ids=by_name)

@@ -143,7 +143,8 @@ class NeuronsDecompression(Decompression):
         tokens = hidden_states.flatten(0, -2)
         out, neurons = modules["variator_neuron_out"], modules["variator_neurons"]
         assert isinstance(neurons, NeuronIndex)
-        unmasked = _neuron_outputs(modules, tokens)
+        merged = groups.merged_alone()
+        unmasked = _neuron_outputs(modules, tokens if merged is None else tokens.index_select(0, merged))
         rest = output.flatten(0, -2).to(unmasked.dtype)
         up: Tensor | Callable[[Tensor], Tensor]
         if is_quantized_map(out) or (isinstance(out, UpdatedRows) and out.quantized_map() is not None):
@@ -151,16 +152,20 @@ class NeuronsDecompression(Decompression):
         else:
             assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
             up = out.weight.to(unmasked.dtype)
-            if runs_fused(unmasked, rest, up):
+            if merged is None and runs_fused(unmasked, rest, up):
                 of_rows = None if neurons.is_sliced else self._neurons_of_rows(rows.to(tokens.dtype), groups, modules)
                 prologue = "plain" if of_rows is None else "difference"
                 return expand_rows(rest, unmasked, of_rows, up, None, groups, prologue).view(hidden_states.shape)
-        # Masked: a token by itself, and padding, have no correction.
-        inner = groups.only_merged(unmasked)
         if not neurons.is_sliced:
             # The row's neurons are taken off before it is spread: there are fewer rows than tokens, and d < r.
             rest = self._without_neurons(rest, rows.to(tokens.dtype), up, groups, modules)
-        return groups.expand(rest, inner, up).view(hidden_states.shape)
+        # A token by itself, and padding, have no correction.
+        if merged is None:
+            expanded = groups.expand(rest, groups.only_merged(unmasked), up)
+        else:
+            correction = up(unmasked) if callable(up) else unmasked @ up.t()
+            expanded = groups.spread(rest).index_add_(0, merged, correction)
+        return expanded.view(hidden_states.shape)
 
     @staticmethod
     def _neurons_of_rows(rows: Tensor, groups: Groups, modules: Modules) -> Tensor:

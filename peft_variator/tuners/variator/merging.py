@@ -20,6 +20,9 @@ from torch import Tensor
 
 __all__ = ["Block", "BoundedGroups", "Groups", "MemberScores", "PackedGroups", "Part", "SharedGroups"]
 
+GATHERED_SHARE = 0.8
+"""Merged tokens are gathered for a correction, and added back, where at most this share of all tokens is merged."""
+
 
 class Part:
     """Groups that are laid out in one way."""
@@ -125,6 +128,13 @@ class Groups:
 
     def _list_members(self) -> Tensor:
         raise NotImplementedError
+
+    def merged_alone(self) -> Tensor | None:
+        """Numbers of the tokens that share a row, where it pays to gather them; `None`: it does not.
+
+        It does where many tokens are padding, are kept out, or are of a kind that is not merged.
+        """
+        return None
 
     def only_merged(self, inner: Tensor) -> Tensor:
         """Zeros in place of the vectors of tokens that share their row with no other, and of padding.
@@ -328,12 +338,14 @@ class PackedGroups(Groups, Part):
         is_member: which slots are filled; shape `(groups, k)`.
         singles: token numbers of the rows that are one token each; shape `(singles,)`.
         others: token numbers of those that share their row with none, and of padding; `None`: `is_merged` alone tells.
+        merged: token numbers of those that share their row; `None`: `is_merged` alone tells.
     """
 
     member_of: Tensor
     is_member: Tensor
     singles: Tensor
     others: Tensor | None = None
+    merged: Tensor | None = None
 
     @property
     def merges(self) -> bool:
@@ -359,6 +371,11 @@ class PackedGroups(Groups, Part):
             return tokens.flatten(0, 1).index_select(0, self.singles).unsqueeze(0)
         weights = self._weights(member_scores(self), tokens.dtype)
         return _sum_bags(tokens.flatten(0, 1), self.member_of, weights, self.singles).unsqueeze(0)
+
+    def merged_alone(self) -> Tensor | None:
+        if self.merged is None or not 0 < self.merged.numel() <= GATHERED_SHARE * self.row_of.numel():
+            return None
+        return self.merged
 
     def _zero_others_(self, inner: Tensor) -> None:
         if self.others is None:
