@@ -310,8 +310,12 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def are_operators_watched() -> bool:
-    """Whether a dispatch mode or a function transform is at work in this thread."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a dispatch mode, a function transform or forward-mode differentiation is at work in this thread."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Checking whole checkpoint files beside the loading, and remembering those that passed and have not changed since.
 
-A file that passed is remembered by a small record in the user's cache folder: which file it is (path, device, inode),
-its size and its times. The time of its last change can't be set; it moves with every ordinary write, also where the
-time of modification is put back afterwards. A file that its record fits exactly is not read for checks again.
+A file that passed is remembered by a small record in the user's cache folder: what was expected of it, which file it
+is (path, device, inode), its size and its times, and the same of other files that its checks read. The time of its
+last change can't be set; it moves with every ordinary write, also where the time of modification is put back
+afterwards. A file that its record fits exactly is not read for checks again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ SWITCH = "PEFT_VARIATOR_REMEMBER_CHECKS"
 """Environment variable: 0 checks every file at every load, and remembers none."""
 
 _RECORD_NAME = "checked-{}.json"
-_VERSION = 1  # counts up where more is checked, so that what an earlier package remembered is checked again
+_VERSION = 2  # counts up where more is checked, so that what an earlier package remembered is checked again
 # Clocks of file systems are coarse: a write right after the checks might leave the time of one right before them.
 _SETTLED_NANOSECONDS = 2_000_000_000
 _VALID_SECONDS = 7 * 24 * 3600.0  # a disk may lose bits without a write
@@ -50,15 +51,19 @@ class FileChecks:
 
     def __init__(self, checkpoint: Checkpoint, checksums: bool) -> None:
         self._background = BackgroundChecks()
+        # By what is expected: a save writes all checksums into every file, so that another file may change them.
         self._checks: dict[Path, dict[str, Callable[[], None]]] = {file: {} for file in checkpoint.files}
+        self._others: dict[Path, set[Path]] = {file: set() for file in checkpoint.files}
         if checksums:
             for stored in checkpoint.tensors.values():
-                self._checks[stored.file][f"checksum of {stored.name}"] = partial(checkpoint.check_checksum, stored)
+                expected = f"checksum of {stored.name} is {checkpoint.checksums.get(stored.name)}"
+                self._checks[stored.file][expected] = partial(checkpoint.check_checksum, stored)
         for weight in find_stored_weights(checkpoint.tensors).values():
             if weight.matches_packed_layer:
                 bitmask = weight.parts["bitmask"]
                 self._checks[bitmask.file][f"bits of {bitmask.name}"] = weight.check
-        self._before = {file: _describe(file, checks) for file, checks in self._checks.items() if checks}
+                self._others[bitmask.file] |= {part.file for part in weight.parts.values()} - {bitmask.file}
+        self._before = {file: self._describe(file) for file, checks in self._checks.items() if checks}
         self._settled = {file for file, record in self._before.items() if _is_settled(record)}
         self._remembered = {file for file, record in self._before.items() if _is_remembered(record)}
         for file in self._before:
@@ -72,31 +77,35 @@ class FileChecks:
             CheckpointError: what the first check that failed found; it names file and tensor.
         """
         for file in self._remembered:
-            if _describe(file, self._checks[file]) != self._before[file]:  # it changed meanwhile
+            if self._describe(file) != self._before[file]:  # it changed meanwhile
                 self._start(file)
         self._background.finish()
         for file in self._settled - self._remembered:
             record = self._before[file]
-            if record is not None and record == _describe(file, self._checks[file]):
+            if record is not None and record == self._describe(file):
                 _remember(record)
 
     def _start(self, file: Path) -> None:
         for check in self._checks[file].values():
             self._background.start(check)
 
+    def _describe(self, file: Path) -> dict[str, Any] | None:
+        """What the record of the file would say if it passed now; None where none is to be made."""
+        if os.environ.get(SWITCH) == "0" or os.name != "posix":  # Windows keeps no time of the last change
+            return None
+        try:
+            own, others = _identify(file), [_identify(other) for other in sorted(self._others[file])]
+        except OSError:
+            return None
+        checks = hashlib.sha256(json.dumps(list(self._checks[file])).encode()).hexdigest()
+        return {"version": _VERSION, "checks": checks, **own, "others": others}
 
-def _describe(file: Path, checks: Iterable[str]) -> dict[str, Any] | None:
-    """What the record of the file would say if it passed now; None where none is to be made."""
-    if os.environ.get(SWITCH) == "0" or os.name != "posix":  # Windows keeps no time of the last change
-        return None
-    try:
-        path = os.path.realpath(file)
-        found = os.stat(path)
-    except OSError:
-        return None
+
+def _identify(file: Path) -> dict[str, Any]:
+    """Which file it is, and what moves when it is written."""
+    path = os.path.realpath(file)
+    found = os.stat(path)
     return {
-        "version": _VERSION,
-        "checks": hashlib.sha256(json.dumps(list(checks)).encode()).hexdigest(),
         "path": path,
         "device": found.st_dev,
         "inode": found.st_ino,
@@ -107,7 +116,8 @@ def _describe(file: Path, checks: Iterable[str]) -> dict[str, Any] | None:
 
 
 def _is_settled(record: dict[str, Any] | None) -> bool:
-    return record is not None and time.time_ns() - record["ctime_ns"] > _SETTLED_NANOSECONDS
+    files = [] if record is None else [record, *record["others"]]
+    return bool(files) and all(time.time_ns() - each["ctime_ns"] > _SETTLED_NANOSECONDS for each in files)
 
 
 def _is_remembered(record: dict[str, Any] | None) -> bool:

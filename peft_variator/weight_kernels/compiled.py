@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -94,15 +95,25 @@ def load_compiled(name: Source) -> Compiled:
         return Compiled(-1, f"there is no C++ compiler ({wanted})")
     symbol, addresses, lengths, numbers = _FUNCTIONS[name]
     try:
-        library = ctypes.CDLL(str(_library(compiler, _HEADER.with_name(f"{name}.cpp"))))
+        library = _load(compiler, _HEADER.with_name(f"{name}.cpp"))
         function = getattr(library, symbol)
     except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        return Compiled(-1, f"{compiler} failed: {told.strip().splitlines()[0] if told.strip() else error!r}")
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [repr(error)]
+        return Compiled(-1, f"{compiler} failed: {next((line for line in told if 'error' in line), told[0])}")
     function.restype = None
     function.argtypes = [ctypes.c_void_p] * addresses + [ctypes.c_long] * lengths + [ctypes.c_int] * numbers
     level = library.best_level()
     return Compiled(level, f"compiled by {compiler} for {LEVELS[level]}", function)
+
+
+def _load(compiler: str, source: Path) -> ctypes.CDLL:
+    """The library, compiled anew where the one in the cache can't be loaded."""
+    path = _library(compiler, source)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink()
+        return ctypes.CDLL(str(_library(compiler, source)))
 
 
 def _library(compiler: str, source: Path) -> Path:
@@ -120,22 +131,32 @@ def _library(compiler: str, source: Path) -> Path:
             return library
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = _compile(compiler, source, Path(scratch) / name)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut may leave half of it under its name
             os.replace(made, library)
         return library
     except (OSError, RuntimeError):  # no home, or one that is not written to
-        return _compile(compiler, source, Path(_scratch().name) / name)
+        return _compile(compiler, source, _scratch() / name)
 
 
 @lru_cache(maxsize=1)
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder that lasts as long as the process."""
-    return tempfile.TemporaryDirectory(prefix="peft-variator-")
+def _scratch() -> Path:
+    """A folder that lasts as long as the process, and is not taken away by the end of one that was forked from it."""
+    folder, owner = tempfile.mkdtemp(prefix="peft-variator-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(folder)
 
 
 def _compile(compiler: str, source: Path, library: Path) -> Path:
     """Compile for as many threads as torch uses if the compiler can, else for one."""
     command = [compiler, *_FLAGS, str(source), "-o", str(library)]
     options: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": _COMPILE_SECONDS}
+    options |= {"errors": "replace"}  # a compiler may print what is not of the locale
     try:
         # The library's OpenMP is torch's own where torch brings libgomp under its plain name: it is loaded already.
         subprocess.run([*command, "-fopenmp"], **options)

@@ -180,6 +180,8 @@ def can_multiply(input: Tensor, bias: Tensor | None, weight: FewTokensWeight) ->
     """Whether these are plain tensors that the product of their device reads, and nobody has to see the operators."""
     tensors = [input, weight.values] if bias is None else [input, weight.values, bias]
     bits = [part for part in (weight.places, weight.kept) if part is not None]
+    if bias is not None and bias.shape != weight.values.shape[:1]:
+        return False  # one that is broadcast
     if not weight.values.is_contiguous() or any(type(part) not in (Tensor, nn.Parameter) for part in bits):
         return False
     if input.is_cuda:

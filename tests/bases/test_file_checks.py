@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from peft_variator.bases import CheckpointError, load_base, unpack_checkpoint
+from peft_variator.bases import CheckpointError, load_base, save_base, unpack_checkpoint
 from peft_variator.bases import file_checks as module
 from peft_variator.bases.checkpoint import Checkpoint, StoredTensor
 from peft_variator.bases.compressed_tensors import StoredWeight
-from peft_variator.bases.file_checks import SWITCH
+from peft_variator.bases.file_checks import SWITCH, FileChecks
 
 from .models import logits, tiny_llama
 
@@ -120,6 +121,40 @@ def test_another_file_of_the_same_size_moved_into_place_is_checked(packed_dir, c
     os.replace(other, file)
     with pytest.raises(CheckpointError, match="do not match their checksum"):
         load(packed_dir)
+
+
+def test_a_file_of_another_model_beside_remembered_ones_is_told(packed_dir, cache, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        model = load(packed_dir)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, torch.nn.Embedding):
+                    module.weight.add_(seed)
+            model.model.layers[0].self_attn.q_proj.compressed.mul_(1 + seed)
+        save_base(model, folder, max_shard_size="20KB")
+    load(folders[0])
+    load(folders[0])
+    names = sorted(file.name for file in folders[0].glob("*.safetensors"))
+    assert len(names) > 2
+    shutil.copy(folders[1] / names[-1], folders[0])
+    with pytest.raises(CheckpointError, match="do not match their checksum"):
+        load(folders[0])
+
+
+def test_a_weight_whose_parts_lie_in_two_files_is_checked_when_either_changes(cache, tmp_path):
+    def write(width: int) -> None:
+        others = {"l.compressed": torch.ones(1, width // 2), "l.shape": torch.tensor([1, width])}
+        save_file(others, tmp_path / "b.safetensors")
+
+    bits = torch.tensor([[0b00110011, 0b00000011]], dtype=torch.uint8)  # two bytes of a row of 12 or of 16
+    save_file({"l.bitmask": bits}, tmp_path / "a.safetensors")
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    write(12)
+    FileChecks(Checkpoint.from_files(files), False).finish()
+    write(16)
+    with pytest.raises(CheckpointError, match="columns 12 to 15"):
+        FileChecks(Checkpoint.from_files(files), False).finish()
 
 
 def test_links_lead_to_the_file_that_is_remembered(packed_dir, cache, checked, tmp_path):

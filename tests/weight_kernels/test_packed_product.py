@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from peft_variator.bases import Sparse24Linear
 from peft_variator.bases.linear import describe_path
 from peft_variator.bases.packing import pack
 from peft_variator.profiling import count_flops
-from peft_variator.weight_kernels.compiled import LEVELS, SWITCH, load_compiled
-from peft_variator.weight_kernels.product import MAX_TOKENS, FewTokensWeight, is_faster, multiply
+from peft_variator.weight_kernels import compiled
+from peft_variator.weight_kernels.compiled import LEVELS, SWITCH, _library, find_compiler, load_compiled
+from peft_variator.weight_kernels.product import MAX_TOKENS, FewTokensWeight, can_multiply, is_faster, multiply
 from tests.bases.reference import prune_two_four, reference_unpack, same_bits, two_four_linear
 
 from .levels import needs_product
@@ -150,6 +155,54 @@ def test_without_it_layers_unpack_and_say_why(
     assert reason in describe_path(layer)
     with pytest.raises(RuntimeError, match=reason):
         multiply(x, layer.bias, FewTokensWeight(layer.compressed, layer.bitmask))
+
+
+def test_a_compiler_that_says_what_nobody_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_bytes(b"#!/bin/sh\nprintf 'In file included\\nerror: ung\\374ltig\\n' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_compiled.cache_clear()
+    assert load_compiled("products").function is None
+    assert "error: ung" in load_compiled("products").reason
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_library_is_compiled_anew(left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_product()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_compiled.cache_clear()
+    path = _library(str(find_compiler()), Path(compiled.__file__).with_name("unpacking.cpp"))
+    path.write_bytes(path.read_bytes()[:left])
+    assert load_compiled("unpacking").function is not None
+    assert path.stat().st_size > 1000
+
+
+def test_a_forked_process_that_ends_leaves_the_folder_of_its_parent() -> None:
+    code = "import os, sys; from peft_variator.weight_kernels.compiled import _scratch; folder = _scratch(); "
+    code += "child = os.fork(); child or sys.exit(); os.waitpid(child, 0); print(folder.is_dir(), folder)"
+    there, folder = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert there == "True"
+    assert not Path(folder).exists()
+
+
+def test_forward_mode_differentiation_sees_few_tokens() -> None:
+    layer, x = large(torch.float32), torch.randn(1, 1024)
+    with torch.no_grad(), forward_ad.dual_level():
+        found = [
+            forward_ad.unpack_dual(each(forward_ad.make_dual(x, x))).tangent for each in (layer, layer.to_dense())
+        ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_that_is_broadcast() -> None:
+    layer, x = large(torch.float32), torch.randn(1, 1024)
+    packed = FewTokensWeight(layer.compressed, layer.bitmask)
+    assert can_multiply(x, torch.zeros(layer.out_features), packed) == (load_compiled("products").level >= 0)
+    assert not can_multiply(x, torch.zeros(1), packed)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
