@@ -87,6 +87,13 @@ class DistillationConfig(TrainingArguments):
         default=64,
         metadata={"help": "Number of training examples from which the variances of the hidden states are measured."},
     )
+    fit_samples: int = field(
+        default=256,
+        metadata={
+            "help": "Number of training examples on which the correction of a new plugin is fitted by least squares "
+            "before the first step; 0 leaves it as it is, the base model's neurons."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.check()
@@ -116,6 +123,7 @@ class DistillationConfig(TrainingArguments):
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} has to be a number greater than 0.")
         whole_number("variance_samples", self.variance_samples, 1)
+        whole_number("fit_samples", self.fit_samples, 0)
         self._check_ratios()
 
     def _changed_fields(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from ..compat import BestModelLoader
 from ..tuners.variator import VariatorLayer
-from ..tuners.variator.neuron_selection import calibrate, needs_calibration
+from ..tuners.variator.calibration import calibrate, can_fit_correction, fit_correction, needs_calibration
 from .attention import AttentionInFloat32
 from .config import DistillationConfig
 from .loss_masks import CAUSAL, HIDDEN_KEYS, prediction_of
@@ -223,13 +223,18 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         return SeparateTeacher(teacher_model, model)
 
     def calibrate(self) -> None:
-        """Choose by a sample of the training data what a new plugin copies and keeps; see `peft_variator.calibrate`.
+        """Have a new plugin learn from a sample of the training data what it copies, keeps and corrects.
 
+        That is [`peft_variator.calibrate`][], and then [`peft_variator.fit_correction`][] on `fit_samples` examples.
         Nothing happens where the plugin needs none, or there is no training data.
         """
-        if self.train_dataset is not None and needs_calibration(self.model):
-            with torch.random.fork_rng(devices=[]):
-                calibrate(self.model, self._sample_batches(self.train_dataset, self.model))
+        if self.train_dataset is None or not needs_calibration(self.model):
+            return
+        with torch.random.fork_rng(devices=[]):
+            calibrate(self.model, self._sample_batches(self.train_dataset, self.model, self.args.variance_samples))
+            if self.args.fit_samples and can_fit_correction(self.model):
+                batches = self._sample_batches(self.train_dataset, self.model, self.args.fit_samples)
+                fit_correction(self.model, batches, self.args.ratios)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `Trainer.train`. A plugin trained for several `ratios` has its own ratio again afterwards.
@@ -355,13 +360,13 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         # All processes draw the same sample. What a random collator draws must not shift what training draws.
         with torch.random.fork_rng(devices=[]):
             teacher = self.teacher.model if isinstance(self.teacher, SeparateTeacher) else self.model
-            batches = self._sample_batches(dataset, teacher)
+            batches = self._sample_batches(dataset, teacher, self.args.variance_samples)
             measure_variances(terms, ((inputs, self._teacher_outputs(self.model, inputs)) for inputs in batches))
         self.model.train(mode)
 
-    def _sample_batches(self, dataset: Any, model: nn.Module) -> Iterator[dict[str, Any]]:
-        """A few batches of a data set, for a model that is run outside of training."""
-        examples = sample_examples(dataset, self.args.variance_samples)
+    def _sample_batches(self, dataset: Any, model: nn.Module, count: int) -> Iterator[dict[str, Any]]:
+        """Batches of up to `count` examples of a data set, for a model that is run outside of training."""
+        examples = sample_examples(dataset, count)
         collate = self._get_collator_with_removed_columns(self.data_collator)
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(examples), size):

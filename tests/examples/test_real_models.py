@@ -339,8 +339,8 @@ def test_ablations_become_tables_and_a_picture(scripts, tmp_path):
         for run in ablations.RUNS
     ]
     text = ablations.make_tables(records)
-    assert "| main | 2.50 ± 1.00 (3 seeds) | 2.50 ± 1.00 (3 seeds) | 1,234 |" in text
-    assert "| k = 16 alone | – | 1.50 | 1,234 |" in text
+    assert "| main | 3.00 ± 1.00 (3 seeds) | 3.00 ± 1.00 (3 seeds) | 1,234 |" in text
+    assert "| k = 16 alone | – | 2.00 | 1,234 |" in text
     assert "| 50 | 3.00 | 3.00 |" in text
     ablations.draw_steps(records, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000

@@ -1,11 +1,11 @@
 """Variator: plug-and-play compression plugins (Xiao et al. 2023, https://arxiv.org/abs/2310.15724)."""
 
 from ...registration import register_tuner
+from .calibration import calibrate, fit_correction
 from .config import VariatorConfig
 from .folding import fold_updates
 from .layer import VariatorLayer
 from .model import VariatorModel
-from .neuron_selection import calibrate
 from .quantization import quantize_plugin
 from .ratios import exported_ratio, set_compression_ratio, using_ratio
 
@@ -16,6 +16,7 @@ __all__ = [
     "VariatorModel",
     "calibrate",
     "exported_ratio",
+    "fit_correction",
     "fold_updates",
     "quantize_plugin",
     "set_compression_ratio",
