@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from ..compat import BestModelLoader
 from ..tuners.variator import VariatorLayer
-from ..tuners.variator.calibration import calibrate, can_fit_correction, fit_correction, needs_calibration
+from ..tuners.variator.calibration import calibrate, fit_correction, needs_calibration, needs_fit
 from .attention import AttentionInFloat32
 from .config import DistillationConfig
 from .loss_masks import CAUSAL, HIDDEN_KEYS, prediction_of
@@ -228,11 +228,12 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         That is [`peft_variator.calibrate`][], and then [`peft_variator.fit_correction`][] on `fit_samples` examples.
         Nothing happens where the plugin needs none, or there is no training data.
         """
-        if self.train_dataset is None or not needs_calibration(self.model):
+        if self.train_dataset is None:
             return
         with torch.random.fork_rng(devices=[]):
-            calibrate(self.model, self._sample_batches(self.train_dataset, self.model, self.args.variance_samples))
-            if self.args.fit_samples and can_fit_correction(self.model):
+            if needs_calibration(self.model):
+                calibrate(self.model, self._sample_batches(self.train_dataset, self.model, self.args.variance_samples))
+            if self.args.fit_samples and needs_fit(self.model):
                 batches = self._sample_batches(self.train_dataset, self.model, self.args.fit_samples)
                 fit_correction(self.model, batches, self.args.ratios)
 

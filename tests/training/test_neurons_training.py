@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from peft_variator import DistillationConfig, DistillationTrainer, VariatorConfig
+from peft_variator import DistillationConfig, DistillationTrainer, VariatorConfig, fit_correction
+from peft_variator.training import trainer as trainer_module
 from peft_variator.tuners.variator import VariatorLayer
 from tests.tiny_models import tiny_model
 
@@ -26,9 +29,9 @@ def data() -> list[dict[str, list[int]]]:
     ]
 
 
-def train(model: PeftModel, path: Path, steps: int = 1, ratios: list[int] | None = None) -> None:
+def train(model: PeftModel, path: Path, steps: int = 1, **fields: Any) -> None:
     args = DistillationConfig(
-        str(path), max_steps=steps, per_device_train_batch_size=4, report_to=[], use_cpu=True, ratios=ratios
+        str(path), max_steps=steps, per_device_train_batch_size=4, report_to=[], use_cpu=True, **fields
     )
     DistillationTrainer(model, args, train_dataset=data()).train()
 
@@ -51,6 +54,27 @@ def test_a_new_plugin_is_calibrated_once(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(base(), str(tmp_path / "saved"), is_trainable=True)
     train(loaded, tmp_path / "third")
     assert chosen(loaded) == by_data
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_what_a_new_plugin_writes_is_fitted_before_the_first_step(
+    samples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[tuple[int, Any]] = []
+
+    def fit(model: Any, batches: Any, ratios: Any) -> None:
+        batches = list(batches)
+        fitted.append((sum(len(batch["input_ids"]) for batch in batches), ratios))
+        fit_correction(model, batches, ratios)
+
+    monkeypatch.setattr(trainer_module, "fit_correction", fit)
+    model = get_peft_model(base(), VariatorConfig(correction_dim=4))
+    train(model, tmp_path / "first", fit_samples=samples, ratios=[2, 4])
+    train(model, tmp_path / "second", fit_samples=samples, ratios=[2, 4])
+    assert fitted == ([(samples, [2, 4])] if samples else [])
+    bottleneck = get_peft_model(base(), VariatorConfig(bottleneck_dim=4, keep_outliers=0.1))
+    train(bottleneck, tmp_path / "third", fit_samples=3)
+    assert len(fitted) == bool(samples)
 
 
 def test_a_plugin_says_which_ratios_it_was_trained_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate, fit_correction, using_ratio
 from peft_variator.tuners.variator import calibration
-from peft_variator.tuners.variator.calibration import can_fit_correction
+from peft_variator.tuners.variator.calibration import needs_fit
 from peft_variator.tuners.variator.linear_maps import apply_linear
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
@@ -161,10 +161,10 @@ def test_what_cannot_be_fitted_is_an_error_and_nothing_changes() -> None:
     with pytest.raises(TypeError, match="has to be a dict"):
         fit_correction(model, [torch.ones(2, 2)])
     assert all(torch.equal(one, other) for one, other in zip(before, out_of(model), strict=True))
-    assert can_fit_correction(model)
+    assert needs_fit(model)
     calibrate(model, batches_of(BERT))
     fit_correction(model, batches_of(BERT))
-    assert not can_fit_correction(model)
+    assert not needs_fit(model)
     for function in (calibrate, fit_correction):
         with pytest.raises(ValueError, match="trained or fitted"):
             function(model, batches_of(BERT))

@@ -22,7 +22,7 @@ from .outliers import LeastSquares, OutlierProbe
 from .ratios import using_ratio
 
 
-__all__ = ["calibrate", "can_fit_correction", "fit_correction", "needs_calibration"]
+__all__ = ["calibrate", "fit_correction", "needs_calibration", "needs_fit"]
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """That `fit_correction` chooses from, as shares of the neurons' mean square."""
@@ -111,12 +111,13 @@ def fit_correction(
             _add_to_out(layer.modules_of(plugin)["variator_neuron_out"], delta, moments)
 
 
-def can_fit_correction(model: nn.Module) -> bool:
-    """Whether the active plugin copies neurons that are still the base model's."""
+def needs_fit(model: nn.Module) -> bool:
+    """Whether the active plugin is new and copies neurons that are still the base model's."""
     try:
-        return bool(_layers_to_calibrate(model, _widest_row(model), "fit_correction"))
+        layers = _layers_to_calibrate(model, _widest_row(model), "fit_correction")
     except ValueError:
         return False
+    return bool(layers) and not any(layer.configs[plugin].was_saved for layer, plugin, _ in layers)
 
 
 _Calibrated = tuple[VariatorLayer, str, Network]
