@@ -101,16 +101,21 @@ def test_padding_changes_nothing(case: Case) -> None:
     torch.testing.assert_close(first(model, padded)[:, :9], first(model, inputs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("form", ["added", "sliced"])
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("case", [BERT, LLAMA], ids=by_name)
 def test_copies_run_for_merged_tokens_alone_where_these_are_few(
-    case: Case, rank: int | None, form: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, rank: int | None, form: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields: dict[str, Any] = {"correction_rank": rank, "correction_form": form}
+    if not padded:
+        fields |= {"keep_first_tokens": 7}
     model = with_neurons(case, correction_dim=8, init_weights=False, **fields)
     inputs = {name: value[:, :24] for name, value in case.inputs(3, 24).items()}
     inputs["attention_mask"] = (torch.arange(24) < torch.tensor([[24], [6], [1]])).long()
+    if not padded:
+        inputs["attention_mask"].fill_(1)
     found = []
     for share in (0.8, 0.0):
         monkeypatch.setattr(merging, "GATHERED_SHARE", share)

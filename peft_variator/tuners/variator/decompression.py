@@ -183,6 +183,14 @@ class NeuronsDecompression(Decompression):
         modules: Modules,
     ) -> Tensor:
         """The output of rows without what the copies give for them where tokens share them; `(num_rows, d)`."""
+        if not isinstance(groups, PackedGroups) and groups.merged_alone() is not None:
+            # Most rows are single tokens, so these are set aside, though that copies.
+            merged, _ = groups.split(rows)
+            of_groups, of_singles = groups.split(output.view(*rows.shape[:-1], -1))
+            inner = _neuron_outputs(modules, merged.flatten(0, -2))
+            return groups.join(_less(of_groups.flatten(0, -2), inner, up).view_as(of_groups), of_singles).flatten(
+                0, -2
+            )
         of_rows = NeuronsDecompression._neurons_of_rows(rows, groups, modules)
         if isinstance(groups, PackedGroups) and groups.can_split:  # the rows of groups are the first ones
             first = of_rows.shape[0]

@@ -251,6 +251,7 @@ class SharedGroups(Groups):
     """All sequences have the same blocks and none has padding."""
 
     blocks: Sequence[Block] = ()
+    _merged: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, blocks: Sequence[Block], batch: int, device: torch.device) -> SharedGroups:
@@ -286,6 +287,22 @@ class SharedGroups(Groups):
         groups = iter(merged.split([block.groups for block in self.blocks if block.size > 1], dim=1))
         others = iter(singles.split([block.groups for block in self.blocks if block.size == 1], dim=1))
         return torch.cat([next(groups if block.size > 1 else others) for block in self.blocks], dim=1)
+
+    def merged_alone(self) -> Tensor | None:
+        merging, length = (
+            [block for block in self.blocks if block.size > 1],
+            sum(block.length for block in self.blocks),
+        )
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which would hold on to what was decided
+            return None
+        if not 0 < sum(block.length for block in merging) <= GATHERED_SHARE * length:
+            return None
+        if self._merged is None:
+            device = self.row_of.device
+            numbers = [torch.arange(block.start, block.start + block.length, device=device) for block in merging]
+            starts = torch.arange(0, self.row_of.numel(), length, device=device).unsqueeze(1)
+            self._merged = (starts + torch.cat(numbers)).flatten()
+        return self._merged
 
     def merge(self, tokens: Tensor, member_scores: MemberScores) -> Tensor:
         return torch.cat([self._merge_block(block, tokens, member_scores) for block in self.blocks], dim=1)
