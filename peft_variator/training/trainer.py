@@ -225,7 +225,7 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
     def calibrate(self) -> None:
         """Have a new plugin learn from a sample of the training data what it copies, keeps and corrects.
 
-        That is [`peft_variator.calibrate`][], and then [`peft_variator.fit_correction`][] on `fit_samples` examples.
+        That is `peft_variator.calibrate`, and then `peft_variator.fit_correction` on `fit_samples` examples.
         Nothing happens where the plugin needs none, or there is no training data.
         """
         if self.train_dataset is None:
