@@ -170,3 +170,13 @@ def test_what_cannot_be_fitted_is_an_error_and_nothing_changes() -> None:
             function(model, batches_of(BERT))
     with pytest.raises(ValueError, match="nothing to fit"):
         fit_correction(with_neurons(BERT, decompression="bottleneck", correction_dim=None), batches_of(BERT))
+
+
+def test_numbers_that_are_not_finite_leave_a_network_as_it_is() -> None:
+    model = with_neurons(BERT)
+    before, batches = out_of(model), batches_of(BERT)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[batches[0]["input_ids"][0, 3]] = torch.nan
+    with pytest.warns(UserWarning, match=r"layer\.0\.\w+ gives values that are not finite"):
+        fit_correction(model, batches)
+    assert all(torch.equal(one, other) for one, other in zip(out_of(model), before, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -101,14 +103,9 @@ def fit_correction(
         )
     rows = [row] if ratios is None else [whole_number("fit_correction: a ratio", ratio, 2) for ratio in ratios]
     batches = list(batches)
-    fitted = [
-        (plugin, layer, delta)
-        for chunk in _in_chunks(layers)
-        for (layer, plugin, _), delta in zip(chunk, _fit_chunk(model, batches, chunk, rows), strict=True)
-    ]
-    for plugin, layer, (delta, moments) in fitted:
-        if delta is not None:
-            _add_to_out(layer.modules_of(plugin)["variator_neuron_out"], delta, moments)
+    found = [changes for chunk in _in_chunks(layers) for changes in _fit_chunk(model, batches, chunk, rows)]
+    for (layer, plugin, _), changes in zip(layers, found, strict=True):
+        _set(layer.modules_of(plugin)["variator_neuron_out"], changes)
 
 
 def needs_fit(model: nn.Module) -> bool:
@@ -165,9 +162,10 @@ class _Moments:
 
     def solve(self) -> Tensor | None:
         """The map that makes the errors least, shape `(inputs, outputs)`; `None`: none does better than nothing."""
-        gains = {ridge: self._gain(self._solved(ridge, slice(0, 1))) for ridge in RIDGES}
-        best = max(RIDGES, key=gains.__getitem__)
-        return self._solved(best, slice(0, 2)) if gains[best] > 0 else None
+        maps = {ridge: self._solved(ridge, slice(0, 1)) for ridge in RIDGES}
+        gains = {ridge: self._gain(weight) for ridge, weight in maps.items() if weight is not None}
+        gains = {ridge: gain for ridge, gain in gains.items() if 0 < gain < math.inf}
+        return self._solved(max(gains, key=gains.__getitem__), slice(0, 2)) if gains else None
 
     def regularised(self, ridge: float, parts: slice = slice(0, 2)) -> Tensor:
         """Σ zᵀz with a ridge, shape `(inputs, inputs)`."""
@@ -175,9 +173,14 @@ class _Moments:
         level = squares.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
         return squares + ridge * level * torch.eye(squares.shape[0], dtype=squares.dtype, device=squares.device)
 
-    def _solved(self, ridge: float, parts: slice) -> Tensor:
-        factor = torch.linalg.cholesky(self.regularised(ridge, parts))
-        return torch.cholesky_solve(self.products[parts].sum(0), factor)
+    def factor(self, ridge: float, parts: slice = slice(0, 2)) -> Tensor | None:
+        """The lower triangle L with L·Lᵀ = `regularised`; `None`: rounding, or what is not finite, leaves none."""
+        factor, failed = torch.linalg.cholesky_ex(self.regularised(ridge, parts))
+        return None if bool(failed) or not bool(factor.isfinite().all()) else factor
+
+    def _solved(self, ridge: float, parts: slice) -> Tensor | None:
+        factor = self.factor(ridge, parts)
+        return None if factor is None else torch.cholesky_solve(self.products[parts].sum(0), factor)
 
     def _gain(self, weight: Tensor) -> float:
         """What the tokens that choose lose of their squared errors by a map."""
@@ -186,8 +189,8 @@ class _Moments:
 
 def _fit_chunk(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: list[_Calibrated], rows: Sequence[int | None]
-) -> list[tuple[Tensor | None, _Moments]]:
-    """What to add to vᵀ of each layer, shape `(r, d)`, and what it was found by."""
+) -> list[dict[str, Tensor]]:
+    """What each layer's last map becomes, by parameter; nothing where it stays as it is."""
     networks = {layer.name: network for layer, _, network in layers}
     moments = {
         layer.name: _Moments(_copied(layer, plugin).numel(), layer.in_features, _device_of(layer))
@@ -207,7 +210,16 @@ def _fit_chunk(
     _sum_over_processes(sums for each in moments.values() for sums in (each.squares, each.products))
     if not all(bool(each.squares.any()) for each in moments.values()):
         raise _nothing_merges("fit_correction")
-    return [(moments[layer.name].solve(), moments[layer.name]) for layer, _, _ in layers]
+    for name, each in moments.items():
+        if not bool(each.products.isfinite().all()):
+            warnings.warn(
+                f"fit_correction: {name} gives values that are not finite on these batches, so what its copied "
+                "neurons write stays as it is.",
+                stacklevel=3,
+            )
+    return [
+        _changes(layer.modules_of(plugin)["variator_neuron_out"], moments[layer.name]) for layer, plugin, _ in layers
+    ]
 
 
 def _regression(
@@ -226,20 +238,30 @@ def _regression(
     return of_tokens if is_sliced else differences, errors
 
 
-def _add_to_out(out: nn.Module, delta: Tensor, moments: _Moments) -> None:
-    """Add to the copies' last map, shape `(d, r)`; where that has a rank, what comes nearest on the tokens seen."""
+def _changes(out: nn.Module, moments: _Moments) -> dict[str, Tensor]:
+    """What the copies' last map becomes; where it has a rank, the update that comes nearest on the tokens seen."""
+    delta = moments.solve()
+    if delta is None:
+        return {}
+    if not isinstance(out, UpdatedRows):
+        weight = out.get_parameter("weight").detach()
+        return {"weight": weight + delta.t().to(weight)}
+    factor = next(factor for ridge in RIDGES if (factor := moments.factor(ridge)) is not None)  # one has solved it
+    left, sizes, right = torch.linalg.svd(factor.t() @ delta, full_matrices=False)
+    rank = min(out.A.shape[0], sizes.numel())
+    down, up = out.A.detach().clone(), torch.zeros_like(out.B)
+    ups = right[:rank].t()
+    downs = torch.linalg.solve_triangular(factor.t(), left[:, :rank] * sizes[:rank], upper=True).t()
+    balance = (downs.norm() / ups.norm()).sqrt().clamp(min=1e-12)  # they train alike
+    down[:rank], up[:, :rank] = (downs / balance).to(down), (ups * balance).to(up)
+    return {"A": down, "B": up}
+
+
+def _set(out: nn.Module, changes: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        if not isinstance(out, UpdatedRows):
-            out.get_parameter("weight").add_(delta.t().to(out.get_parameter("weight")))
-            return
-        factor = torch.linalg.cholesky(moments.regularised(RIDGES[0])).t()
-        left, sizes, right = torch.linalg.svd(factor @ delta, full_matrices=False)
-        rank = min(out.A.shape[0], sizes.numel())
-        ups = right[:rank].t()
-        downs = torch.linalg.solve_triangular(factor, left[:, :rank] * sizes[:rank], upper=True).t()
-        balance = (downs.norm() / ups.norm().clamp(min=1e-12)).sqrt().clamp(min=1e-12)
-        out.A[:rank] = (downs / balance).to(out.A)
-        out.B[:, :rank] = (ups * balance).to(out.B)
+        for name, value in changes.items():
+            out.get_parameter(name).copy_(value)
+    if isinstance(out, UpdatedRows):
         out.quantized.clear()
 
 
