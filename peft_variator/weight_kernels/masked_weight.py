@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .compiled import load_compiled, runs_on
-from .product import FewTokensWeight
+from .product import MIN_WEIGHTS, FewTokensWeight
 
 
 __all__ = ["LEAST_LEVEL", "can_sum", "sum_gradients", "sum_weight"]
@@ -26,7 +26,8 @@ def can_sum(weight: FewTokensWeight, matrix: Tensor) -> bool:
         matrix: (out_features, in_features), contiguous, bfloat16 or float32.
     """
     return (
-        weight.a is not None
+        matrix.numel() >= MIN_WEIGHTS
+        and weight.a is not None
         and 0 < weight.a.shape[0] <= _MAX_RANK
         and weight.values.dtype in _DTYPES
         and matrix.dtype in _DTYPES
