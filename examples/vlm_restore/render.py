@@ -178,7 +178,7 @@ def plugin_plot(records: list[Record], path: Path) -> None:
     axes.set(xlabel="FLOPs of a question saved, %", ylabel="accuracy on easy-VQA, % (up is better)")
     axes.set_title("Plugins in a small LLaVA, by what they merge\n(numbers: k; one seed)", fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(title="merged", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
