@@ -179,7 +179,7 @@ def _by_steps(records: list[dict[str, Any]]) -> dict[int, dict[int, float]]:
 
 
 def draw_steps(records: list[dict[str, Any]], file: Path) -> None:
-    """Points lost over the steps of training, both axes logarithmic."""
+    """Points lost over the steps of training, whose axis is logarithmic."""
     from matplotlib.figure import Figure
 
     by_steps = _by_steps(records)
@@ -188,9 +188,8 @@ def draw_steps(records: list[dict[str, Any]], file: Path) -> None:
     for ratio in START.ratios:
         axes.plot(list(by_steps), [lost[ratio] for lost in by_steps.values()], marker="o", label=f"k = {ratio}")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.set_ylim(bottom=0)
     axes.set_xticks(list(by_steps), [str(steps) for steps in by_steps])
-    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(
         xlabel=f"steps of {START.batch_size} texts", ylabel="points of Spearman's correlation lost (less is better)"
     )
