@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from ..field_types import whole_number
 from ..models import on_device
 from ..tuners.variator import VariatorConfig, calibrate
-from ..tuners.variator.calibration import needs_calibration
 from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
+from ..tuners.variator.neuron_selection import needs_calibration
 from .flops import count_flops
 
 

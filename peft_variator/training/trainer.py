@@ -22,7 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from ..compat import BestModelLoader
 from ..tuners.variator import VariatorLayer
-from ..tuners.variator.calibration import calibrate, fit_correction, needs_calibration, needs_fit
+from ..tuners.variator.correction_fit import fit_correction, needs_fit
+from ..tuners.variator.neuron_selection import calibrate, needs_calibration
 from .attention import AttentionInFloat32
 from .config import DistillationConfig
 from .loss_masks import CAUSAL, HIDDEN_KEYS, prediction_of

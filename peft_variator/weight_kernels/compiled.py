@@ -155,8 +155,13 @@ def _scratch() -> Path:
 def _compile(compiler: str, source: Path, library: Path) -> Path:
     """Compile for as many threads as torch uses if the compiler can, else for one."""
     command = [compiler, *_FLAGS, str(source), "-o", str(library)]
-    options: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": _COMPILE_SECONDS}
-    options |= {"errors": "replace"}  # a compiler may print what is not of the locale
+    options: dict[str, Any] = {
+        "check": True,
+        "capture_output": True,
+        "text": True,
+        "errors": "replace",  # a compiler may print what is not of the locale
+        "timeout": _COMPILE_SECONDS,
+    }
     try:
         # The library's OpenMP is torch's own where torch brings libgomp under its plain name: it is loaded already.
         subprocess.run([*command, "-fopenmp"], **options)

@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate, fit_correction, using_ratio
-from peft_variator.tuners.variator import calibration
-from peft_variator.tuners.variator.calibration import needs_fit
+from peft_variator.tuners.variator import correction_fit
+from peft_variator.tuners.variator.correction_fit import needs_fit
 from peft_variator.tuners.variator.linear_maps import apply_linear
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
@@ -91,8 +91,8 @@ def test_the_errors_become_less_on_texts_that_were_not_seen(case: Case, form: st
 @pytest.mark.parametrize("case", [BERT, LLAMA], ids=by_name)
 def test_it_is_the_least_squares_solution(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a ridge worth its name, and taken whatever other tokens say, no other v does better on what was seen."""
-    monkeypatch.setattr(calibration, "RIDGES", (1e-10,))
-    monkeypatch.setattr(calibration._Moments, "_gain", lambda self, weight: 1.0)
+    monkeypatch.setattr(correction_fit, "RIDGES", (1e-10,))
+    monkeypatch.setattr(correction_fit._Moments, "_gain", lambda self, weight: 1.0)
     batches = batches_of(case, 8)
     model = with_neurons(case)
     start = errors_of(model, case, batches)
@@ -130,7 +130,7 @@ def test_at_the_whole_width_there_is_nothing_to_make_good_for(case: Case) -> Non
 def test_layers_are_fitted_in_as_many_passes_as_their_sums_need(monkeypatch: pytest.MonkeyPatch) -> None:
     batches, found = batches_of(BERT), []
     for room in (1 << 27, 1):
-        monkeypatch.setattr(calibration, "_MAX_SUMS", room)
+        monkeypatch.setattr(correction_fit, "_MAX_SUMS", room)
         model = with_neurons(BERT)
         fit_correction(model, batches)
         found.append(out_of(model))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_variator import VariatorConfig, allocate, calibrate
 from peft_variator.profiling import count_flops
-from peft_variator.tuners.variator.calibration import needs_calibration
+from peft_variator.tuners.variator.neuron_selection import needs_calibration
 from peft_variator.tuners.variator.outliers import choose_outliers, share_of
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 

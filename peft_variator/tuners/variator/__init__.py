@@ -1,11 +1,12 @@
 """Variator: plug-and-play compression plugins (Xiao et al. 2023, https://arxiv.org/abs/2310.15724)."""
 
 from ...registration import register_tuner
-from .calibration import calibrate, fit_correction
 from .config import VariatorConfig
+from .correction_fit import fit_correction
 from .folding import fold_updates
 from .layer import VariatorLayer
 from .model import VariatorModel
+from .neuron_selection import calibrate
 from .quantization import quantize_plugin
 from .ratios import exported_ratio, set_compression_ratio, using_ratio
 

@@ -408,7 +408,7 @@ def packed_groups(
         is_member=_tensor(is_member, device),
         singles=_tensor(token_of[singles], device),
         others=_tensor(np.flatnonzero(row_of >= num_merged), device),
-        merged=_tensor(np.flatnonzero(row_of < num_merged), device),
+        merged=_tensor(tokens, device),
     )
 
 

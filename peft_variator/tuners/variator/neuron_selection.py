@@ -1,0 +1,290 @@
+"""What a plugin learns from data before it is trained: which neurons it copies, and which tokens are outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models import on_device
+from .decompression import NeuronsDecompression
+from .layer import VariatorLayer, plugin_layers
+from .merging import Groups
+from .network import Network
+from .neurons import copy_neurons, has_left_its_start
+from .outliers import LeastSquares, OutlierProbe
+from .ratios import using_ratio
+
+
+__all__ = [
+    "Calibrated",
+    "calibrate",
+    "copied_by",
+    "device_of",
+    "layers_to_calibrate",
+    "needs_calibration",
+    "nothing_merges",
+    "observed",
+    "run_batches",
+    "sum_over_processes",
+    "widest_row",
+]
+
+Calibrated = tuple[VariatorLayer, str, Network]
+"""A layer that copies neurons, the name of its active plugin, and its network."""
+
+
+def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Find out by data which neurons the active plugin copies, and which tokens are outliers.
+
+    For each network, S is the neurons with the largest E[‖v_j‖²·(a_j(x) − a_j(m))²] over the tokens x that share a row
+    with others, m being the mean of their group, on the hidden states of the base model. The copies are then the base
+    model's neurons again, so this comes before training. With `keep_outliers` a linear probe of each network is fitted
+    first, by least squares, from a token's input to the logarithm of the norm of the network's output. Where several
+    processes train, all of them call this, each with batches of its own.
+
+    Args:
+        model: a model whose active plugin has `decompression="neurons"` and a compression ratio above 1, or
+            `keep_outliers`.
+        batches: arguments of the model's call, by name; tensors are moved to the model's device.
+
+    Raises:
+        ValueError: the model has no such plugin, its weights have left their start, or the batches have no tokens to
+            merge. Nothing has been changed.
+        TypeError: a batch is not a mapping.
+    """
+    row = widest_row(model)
+    probes, layers = _probes_to_fit(model), layers_to_calibrate(model, row, "calibrate")
+    if not probes and not layers:
+        raise ValueError(
+            "calibrate: the model has no active Variator plugin with decompression='neurons' and a compression ratio "
+            "above 1, or with keep_outliers. Nothing else is chosen by data."
+        )
+    before = {layer: probe.weight.clone() for layer, probe in probes.items()}
+    try:
+        if probes:
+            batches = list(batches)  # neurons are chosen by groups without outliers
+            _fit_probes(model, batches, probes)
+        if layers:
+            _choose_neurons(model, batches, layers, row)
+    except BaseException:
+        for layer, weight in before.items():
+            probes[layer].fit(weight)
+        raise
+
+
+def copied_by(layer: VariatorLayer, plugin: str) -> Tensor:
+    """The numbers of the neurons that a plugin copies, shape `(r,)`."""
+    return layer.modules_of(plugin)["variator_neurons"].get_buffer("index")
+
+
+def nothing_merges(who: str) -> ValueError:
+    """The error of a function, by its name, whose batches have no tokens that are merged."""
+    return ValueError(
+        f"{who}: the batches have no tokens that are merged. Pass longer texts, and more of them; a causal model "
+        "merges none whose prediction has a label, so leave labels out where all have one."
+    )
+
+
+def _choose_neurons(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    layers: list[Calibrated],
+    row: int | None,
+) -> None:
+    spreads = {
+        layer.name: torch.zeros(network.width, dtype=torch.float64, device=device_of(layer))
+        for layer, _, network in layers
+    }
+    networks = {layer.name: network for layer, _, network in layers}
+
+    def observe(layer: VariatorLayer, hidden_states: Tensor, groups: Groups, plugin: str) -> None:
+        if layer.name in networks:
+            spreads[layer.name] += _spread(layer, networks[layer.name], hidden_states, groups, plugin)
+
+    with observed(model, plugin_layers(model), observe), nullcontext() if row is None else using_ratio(model, row):
+        run_batches(model, batches)
+    sum_over_processes(spreads.values())
+    if not all(bool(spread.any()) for spread in spreads.values()):
+        raise nothing_merges("calibrate")
+    for layer, plugin, network in layers:
+        modules = layer.modules_of(plugin)
+        width = copied_by(layer, plugin).numel()
+        copy_neurons(modules, network, spreads[layer.name].topk(width).indices.sort().values)
+        modules["variator_neurons"].is_calibrated = True  # type: ignore[assignment]  # a NeuronIndex
+
+
+def _fit_probes(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], probes: dict[VariatorLayer, OutlierProbe]
+) -> None:
+    norms = _OutputNorms({layer: LeastSquares(layer.in_features, device_of(layer)) for layer in probes})
+    with observed(model, probes, norms.observe, everywhere=True), norms.watched():
+        run_batches(model, batches)
+    sum_over_processes(each.sums for each in norms.fits.values())
+    for layer, probe in probes.items():
+        weight = norms.fits[layer].solve()
+        if weight is None:
+            raise ValueError(
+                f"calibrate: the batches have no tokens, or all with outputs of one norm, so no probe for "
+                f"keep_outliers can be fitted ({layer.name}). Pass texts as the model is meant for."
+            )
+        probe.fit(weight)
+
+
+class _OutputNorms:
+    """What networks get and give, counted into what their probes are fitted from."""
+
+    def __init__(self, fits: dict[VariatorLayer, LeastSquares]) -> None:
+        self.fits = fits
+        self._inputs: dict[VariatorLayer, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """See what the networks give."""
+        handles = [layer.end.register_forward_hook(partial(self._see_output, layer)) for layer in self.fits]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def observe(self, layer: VariatorLayer, hidden_states: Tensor, groups: Groups, plugin: str) -> None:
+        """See what a network gets; see `VariatorLayer.observer`."""
+        real = groups.row_of < groups.num_rows
+        self._inputs[layer] = hidden_states.flatten(0, -2)[real], real
+
+    def _see_output(self, layer: VariatorLayer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if layer in self._inputs:
+            inputs, real = self._inputs.pop(layer)
+            output = output[0] if isinstance(output, tuple) else output  # of experts
+            norms = output.flatten(0, -2)[real].double().norm(dim=-1)
+            self.fits[layer].add(inputs, norms.clamp(min=1e-12).log())
+
+
+@contextmanager
+def observed(
+    model: nn.Module,
+    layers: Iterable[VariatorLayer],
+    observe: Callable[[VariatorLayer, Tensor, Groups, str], None],
+    everywhere: bool = False,
+) -> Iterator[None]:
+    """Have the base model run with an observer at the layers of its plugin; see `VariatorLayer.observer`."""
+    training, watched = model.training, list(layers)
+    try:
+        model.eval()
+        for layer in watched:
+            layer.observer, layer.observes_all = observe, everywhere
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in watched:
+            layer.observer, layer.observes_all = None, False
+        model.train(training)
+
+
+def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Call the model once for each batch, on its device."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        model(**on_device(batch, device))
+
+
+def sum_over_processes(sums: Iterable[Tensor]) -> None:
+    """Add up what several processes have counted, in place; nothing happens where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for each in sums:
+            torch.distributed.all_reduce(each)
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether the active plugin is new and copies neurons that were chosen without data, or lacks a probe."""
+    for layer in plugin_layers(model):
+        plugin = layer.active_plugin
+        if plugin is None:
+            continue
+        probe = layer.probe_of(plugin)
+        if probe is not None and not probe.is_fitted:
+            return True
+        if layer.decompressions[plugin] != NeuronsDecompression.name:
+            continue
+        modules, network = layer.modules_of(plugin), layer.network()
+        is_new = not layer.configs[plugin].was_saved and not modules["variator_neurons"].is_calibrated
+        if not is_new or network is None or not network.is_readable or has_left_its_start(modules, network):
+            continue
+        if layer.rule_at(plugin, widest_row(model) or layer.ratios.chosen.get(plugin)).ratio > 1:
+            return True
+    return False
+
+
+def widest_row(model: nn.Module) -> int | None:
+    """The row of the active plugin's schedule that leaves least alone; `None`: it has none, and its ratio counts."""
+    for layer in plugin_layers(model):
+        plugin = layer.active_plugin
+        schedule = None if plugin is None else layer.configs[plugin].ratio_schedule
+        if schedule:
+            return max(schedule)
+    return None
+
+
+def _probes_to_fit(model: nn.Module) -> dict[VariatorLayer, OutlierProbe]:
+    found = {}
+    for layer in plugin_layers(model):
+        plugin = layer.active_plugin
+        probe = None if plugin is None else layer.probe_of(plugin)
+        if plugin is None or probe is None:
+            continue
+        up = layer.modules_of(plugin).get("variator_up")
+        if up is not None and any(bool(parameter.any()) for parameter in up.parameters()):
+            raise _has_been_trained(layer, plugin, "calibrate")
+        found[layer] = probe
+    return found
+
+
+def layers_to_calibrate(model: nn.Module, row: int | None, who: str) -> list[Calibrated]:
+    """The layers whose active plugin copies neurons and merges.
+
+    Args:
+        model: the model.
+        row: of a schedule, see `widest_row`.
+        who: name of the function that asks, for errors.
+
+    Raises:
+        ValueError: the base model's neurons can't be read, or the copies have left their start.
+    """
+    found = []
+    for layer in plugin_layers(model):
+        plugin, network = layer.active_plugin, layer.network()
+        if plugin is None or layer.decompressions[plugin] != NeuronsDecompression.name:
+            continue
+        if layer.rule_at(plugin, row or layer.ratios.chosen.get(plugin)).ratio == 1:
+            continue
+        if network is None or not network.is_readable:
+            raise ValueError(f"{who}: the weights of {layer.name} cannot be read. Do this on the base as it was.")
+        if has_left_its_start(layer.modules_of(plugin), network):
+            raise _has_been_trained(layer, plugin, who)
+        found.append((layer, plugin, network))
+    return found
+
+
+def _has_been_trained(layer: VariatorLayer, plugin: str, who: str) -> ValueError:
+    return ValueError(
+        f"{who}: the plugin {plugin!r} has been trained or fitted, and choosing or fitting its neurons or outliers "
+        f"again would undo that ({layer.name}). Do this before the first step, or make a new plugin."
+    )
+
+
+def device_of(layer: VariatorLayer) -> torch.device:
+    """Where a layer's weights are."""
+    return next(layer.parameters()).device
+
+
+def _spread(layer: VariatorLayer, network: Network, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
+    """Sum over merged tokens of ‖v_j‖²·(a_j(x) − a_j(m))², shape `(width,)`."""
+    rows = layer.compress(hidden_states, groups, plugin).flatten(0, -2)
+    differences = network.neurons(hidden_states.flatten(0, -2)) - groups.spread(network.neurons(rows))
+    squares = torch.where(groups.is_merged, differences.double().square(), 0).sum(0)
+    return squares * network.out_columns(torch.arange(network.width)).double().square().sum(0)
