@@ -288,11 +288,13 @@ class SharedGroups(Groups):
         others = iter(singles.split([block.groups for block in self.blocks if block.size == 1], dim=1))
         return torch.cat([next(groups if block.size > 1 else others) for block in self.blocks], dim=1)
 
+    @property
+    def _length(self) -> int:
+        """Tokens of a sequence."""
+        return sum(block.length for block in self.blocks)
+
     def merged_alone(self) -> Tensor | None:
-        merging, length = (
-            [block for block in self.blocks if block.size > 1],
-            sum(block.length for block in self.blocks),
-        )
+        merging, length = [block for block in self.blocks if block.size > 1], self._length
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which would hold on to what was decided
             return None
         if not 0 < sum(block.length for block in merging) <= GATHERED_SHARE * length:
@@ -319,14 +321,14 @@ class SharedGroups(Groups):
         return merged.flatten(1, -2)
 
     def _list_members(self) -> Tensor:
-        length, size = sum(block.length for block in self.blocks), max(block.size for block in self.blocks)
+        length, size = self._length, max(block.size for block in self.blocks)
         numbers = torch.arange(self.row_of.shape[0], device=self.row_of.device).view(-1, length, 1)
         members = [block.scores(numbers).flatten(1, -2) for block in self.blocks]
         padded = [torch.nn.functional.pad(each, (0, size - each.shape[-1]), value=-1) for each in members]
         return torch.cat(padded, dim=1).flatten(0, 1)
 
     def _zero_others_(self, inner: Tensor) -> None:
-        by_sequence = inner.view(-1, sum(block.length for block in self.blocks), inner.shape[-1])
+        by_sequence = inner.view(-1, self._length, inner.shape[-1])
         for block in self.blocks:
             if block.size == 1:
                 by_sequence[:, block.start : block.start + block.length].zero_()
