@@ -13,6 +13,7 @@ from peft_variator import VariatorConfig, calibrate, fit_correction, using_ratio
 from peft_variator.tuners.variator import correction_fit
 from peft_variator.tuners.variator.correction_fit import needs_fit
 from peft_variator.tuners.variator.linear_maps import apply_linear
+from peft_variator.tuners.variator.neuron_selection import needs_calibration
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
 from .reference import first, kept_ends, layers_of, text_groups
@@ -116,6 +117,27 @@ def test_several_ratios_are_fitted_together() -> None:
     assert not torch.allclose(out_of(alone)[0], out_of(together)[0])
     with using_ratio(together, 1):
         assert torch.equal(first(together, batches[0]), first(BERT.build(), batches[0]))
+
+
+@pytest.mark.parametrize("other_row", [1, 2, 8])
+def test_a_layer_that_merges_in_any_row_of_a_schedule_is_calibrated_and_fitted(other_row: int) -> None:
+    """Also where the row of the largest key leaves it alone."""
+    names = [layer.name for layer in layers_of(with_neurons(BERT))]
+    rows = {4: dict.fromkeys(names, 4), 16: {names[0]: 4, **dict.fromkeys(names[1:], other_row)}}
+    found = []
+    for schedule in ({4: rows[4]}, rows):
+        model = with_neurons(BERT, compression_ratio=4, ratio_schedule=schedule)
+        calibrate(model, batches_of(BERT))
+        chosen = [layer.modules_of("default")["variator_neurons"].index.tolist() for layer in layers_of(model)]
+        fit_correction(model, batches_of(BERT), ratios=[4])
+        found.append((chosen, out_of(model)))
+        assert needs_calibration(model) is False
+    if other_row == 1:  # the layers that row 16 leaves alone are calibrated at row 4
+        assert found[0][0] == found[1][0]
+        for alone, scheduled in zip(found[0][1], found[1][1], strict=True):
+            torch.testing.assert_close(scheduled, alone)
+    untouched = out_of(with_neurons(BERT, compression_ratio=4, ratio_schedule=rows))
+    assert not any(torch.equal(fitted, start) for fitted, start in zip(found[1][1], untouched, strict=True))
 
 
 @pytest.mark.parametrize("case", [BERT, LLAMA, VIT], ids=by_name)

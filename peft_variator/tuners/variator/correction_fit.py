@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,12 +21,10 @@ from .neuron_selection import (
     device_of,
     layers_to_calibrate,
     nothing_merges,
-    observed,
-    run_batches,
+    rows_that_merge,
+    run_batches_at,
     sum_over_processes,
-    widest_row,
 )
-from .ratios import using_ratio
 
 
 __all__ = ["fit_correction", "needs_fit"]
@@ -54,21 +51,23 @@ def fit_correction(
     Args:
         model: a model whose active plugin has `decompression="neurons"` and a compression ratio above 1.
         batches: arguments of the model's call, by name; tensors are moved to the model's device.
-        ratios: compression ratios that are fitted together; `None`: the plugin's own.
+        ratios: compression ratios, or rows of its schedule, that are fitted together; `None`: the plugin's own.
 
     Raises:
         ValueError: the model has no such plugin, its weights have left their start, a ratio is none to merge by, or
             the batches have no tokens to merge. Nothing has been changed.
         TypeError: a batch is not a mapping.
     """
-    row = widest_row(model)
-    layers = layers_to_calibrate(model, row, "fit_correction")
+    if ratios is None:
+        rows = rows_that_merge(model)
+    else:
+        rows = [whole_number("fit_correction: a ratio", ratio, 2) for ratio in ratios]
+    layers = layers_to_calibrate(model, rows, "fit_correction")
     if not layers:
         raise ValueError(
             "fit_correction: the model has no active Variator plugin with decompression='neurons' and a compression "
             "ratio above 1. There is nothing to fit."
         )
-    rows = [row] if ratios is None else [whole_number("fit_correction: a ratio", ratio, 2) for ratio in ratios]
     batches = list(batches)
     found = [changes for chunk in _in_chunks(layers) for changes in _fit_chunk(model, batches, chunk, rows)]
     for (layer, plugin, _), changes in zip(layers, found, strict=True):
@@ -81,7 +80,7 @@ def needs_fit(model: nn.Module) -> bool:
     if any(plugin is not None and layer.configs[plugin].was_saved for layer, plugin in plugins):
         return False
     try:
-        return bool(layers_to_calibrate(model, widest_row(model), "fit_correction"))
+        return bool(layers_to_calibrate(model, rows_that_merge(model), "fit_correction"))
     except ValueError:
         return False
 
@@ -163,12 +162,7 @@ def _fit_chunk(
         if layer.name in networks:
             moments[layer.name].add(*_regression(layer, networks[layer.name], hidden_states, groups, plugin))
 
-    for row in rows:
-        with (
-            observed(model, plugin_layers(model), observe),
-            nullcontext() if row is None else using_ratio(model, row),
-        ):
-            run_batches(model, batches)
+    run_batches_at(model, batches, rows, observe)
     sum_over_processes(sums for each in moments.values() for sums in (each.squares, each.products))
     if not all(bool(each.squares.any()) for each in moments.values()):
         raise nothing_merges("fit_correction")

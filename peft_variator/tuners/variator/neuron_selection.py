@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from .ratios import using_ratio
 
 __all__ = [
     "Calibrated",
+    "Observe",
     "calibrate",
     "copied_by",
     "device_of",
@@ -29,13 +30,16 @@ __all__ = [
     "needs_calibration",
     "nothing_merges",
     "observed",
+    "rows_that_merge",
     "run_batches",
+    "run_batches_at",
     "sum_over_processes",
-    "widest_row",
 ]
 
 Calibrated = tuple[VariatorLayer, str, Network]
 """A layer that copies neurons, the name of its active plugin, and its network."""
+Observe = Callable[[VariatorLayer, Tensor, Groups, str], None]
+"""What sees a layer's hidden states and groups; see `VariatorLayer.observer`."""
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -57,8 +61,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
             merge. Nothing has been changed.
         TypeError: a batch is not a mapping.
     """
-    row = widest_row(model)
-    probes, layers = _probes_to_fit(model), layers_to_calibrate(model, row, "calibrate")
+    rows = rows_that_merge(model)
+    probes, layers = _probes_to_fit(model), layers_to_calibrate(model, rows, "calibrate")
     if not probes and not layers:
         raise ValueError(
             "calibrate: the model has no active Variator plugin with decompression='neurons' and a compression ratio "
@@ -70,7 +74,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
             batches = list(batches)  # neurons are chosen by groups without outliers
             _fit_probes(model, batches, probes)
         if layers:
-            _choose_neurons(model, batches, layers, row)
+            _choose_neurons(model, batches, layers, rows)
     except BaseException:
         for layer, weight in before.items():
             probes[layer].fit(weight)
@@ -94,7 +98,7 @@ def _choose_neurons(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     layers: list[Calibrated],
-    row: int | None,
+    rows: Sequence[int | None],
 ) -> None:
     spreads = {
         layer.name: torch.zeros(network.width, dtype=torch.float64, device=device_of(layer))
@@ -106,8 +110,7 @@ def _choose_neurons(
         if layer.name in networks:
             spreads[layer.name] += _spread(layer, networks[layer.name], hidden_states, groups, plugin)
 
-    with observed(model, plugin_layers(model), observe), nullcontext() if row is None else using_ratio(model, row):
-        run_batches(model, batches)
+    run_batches_at(model, batches, rows, observe)
     sum_over_processes(spreads.values())
     if not all(bool(spread.any()) for spread in spreads.values()):
         raise nothing_merges("calibrate")
@@ -169,7 +172,7 @@ class _OutputNorms:
 def observed(
     model: nn.Module,
     layers: Iterable[VariatorLayer],
-    observe: Callable[[VariatorLayer, Tensor, Groups, str], None],
+    observe: Observe,
     everywhere: bool = False,
 ) -> Iterator[None]:
     """Have the base model run with an observer at the layers of its plugin; see `VariatorLayer.observer`."""
@@ -191,6 +194,16 @@ def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     device = next(model.parameters()).device
     for batch in batches:
         model(**on_device(batch, device))
+
+
+def run_batches_at(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], rows: Sequence[int | None], observe: Observe
+) -> None:
+    """Have an observer see the batches at each ratio, or row of a schedule; `None`: the one that is chosen."""
+    batches = list(batches) if len(rows) > 1 else batches
+    for row in rows:
+        with observed(model, plugin_layers(model), observe), nullcontext() if row is None else using_ratio(model, row):
+            run_batches(model, batches)
 
 
 def sum_over_processes(sums: Iterable[Tensor]) -> None:
@@ -215,19 +228,29 @@ def needs_calibration(model: nn.Module) -> bool:
         is_new = not layer.configs[plugin].was_saved and not modules["variator_neurons"].is_calibrated
         if not is_new or network is None or not network.is_readable or has_left_its_start(modules, network):
             continue
-        if layer.rule_at(plugin, widest_row(model) or layer.ratios.chosen.get(plugin)).ratio > 1:
+        if _merges_in(layer, plugin, rows_that_merge(model)):
             return True
     return False
 
 
-def widest_row(model: nn.Module) -> int | None:
-    """The row of the active plugin's schedule that leaves least alone; `None`: it has none, and its ratio counts."""
+def rows_that_merge(model: nn.Module) -> list[int | None]:
+    """Rows of the active plugin's schedule in which, together, every layer merges that does so in any of them.
+
+    They are taken from the largest on, which is mostly the only one. `[None]`: there is no schedule, or no row that
+    merges, and the ratio that is chosen counts.
+    """
+    rows: list[int | None] = []
     for layer in plugin_layers(model):
         plugin = layer.active_plugin
         schedule = None if plugin is None else layer.configs[plugin].ratio_schedule
-        if schedule:
-            return max(schedule)
-    return None
+        if plugin is None or not schedule or _merges_in(layer, plugin, rows):
+            continue
+        rows += [row for row in sorted(schedule, reverse=True) if _merges_in(layer, plugin, [row])][:1]
+    return rows or [None]
+
+
+def _merges_in(layer: VariatorLayer, plugin: str, rows: Iterable[int | None]) -> bool:
+    return any(layer.rule_at(plugin, row or layer.ratios.chosen.get(plugin)).ratio > 1 for row in rows)
 
 
 def _probes_to_fit(model: nn.Module) -> dict[VariatorLayer, OutlierProbe]:
@@ -244,23 +267,23 @@ def _probes_to_fit(model: nn.Module) -> dict[VariatorLayer, OutlierProbe]:
     return found
 
 
-def layers_to_calibrate(model: nn.Module, row: int | None, who: str) -> list[Calibrated]:
+def layers_to_calibrate(model: nn.Module, rows: Iterable[int | None], who: str) -> list[Calibrated]:
     """The layers whose active plugin copies neurons and merges.
 
     Args:
         model: the model.
-        row: of a schedule, see `widest_row`.
+        rows: of a schedule, or ratios, of which one that merges is enough; `None`: the ratio that is chosen.
         who: name of the function that asks, for errors.
 
     Raises:
         ValueError: the base model's neurons can't be read, or the copies have left their start.
     """
-    found = []
+    rows, found = list(rows), []
     for layer in plugin_layers(model):
         plugin, network = layer.active_plugin, layer.network()
         if plugin is None or layer.decompressions[plugin] != NeuronsDecompression.name:
             continue
-        if layer.rule_at(plugin, row or layer.ratios.chosen.get(plugin)).ratio == 1:
+        if not _merges_in(layer, plugin, rows):
             continue
         if network is None or not network.is_readable:
             raise ValueError(f"{who}: the weights of {layer.name} cannot be read. Do this on the base as it was.")
