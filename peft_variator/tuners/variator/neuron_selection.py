@@ -236,16 +236,23 @@ def needs_calibration(model: nn.Module) -> bool:
 def rows_that_merge(model: nn.Module) -> list[int | None]:
     """Rows of the active plugin's schedule in which, together, every layer merges that does so in any of them.
 
-    They are taken from the largest on, which is mostly the only one. `[None]`: there is no schedule, or no row that
-    merges, and the ratio that is chosen counts.
+    Those that leave least alone come first, so that one is mostly enough. `[None]`: there is no schedule, or no row
+    that merges, and the ratio that is chosen counts.
     """
-    rows: list[int | None] = []
+    merging: dict[int, set[str]] = {}
     for layer in plugin_layers(model):
         plugin = layer.active_plugin
-        schedule = None if plugin is None else layer.configs[plugin].ratio_schedule
-        if plugin is None or not schedule or _merges_in(layer, plugin, rows):
+        if plugin is None:
             continue
-        rows += [row for row in sorted(schedule, reverse=True) if _merges_in(layer, plugin, [row])][:1]
+        for row in layer.configs[plugin].ratio_schedule or ():
+            if _merges_in(layer, plugin, [row]):
+                merging.setdefault(row, set()).add(layer.name)
+    rows: list[int | None] = []
+    covered: set[str] = set()
+    for row in sorted(merging, key=lambda row: (len(merging[row]), row), reverse=True):
+        if not merging[row] <= covered:
+            rows.append(row)
+            covered |= merging[row]
     return rows or [None]
 
 
