@@ -153,6 +153,8 @@ class Sparse24Linear(nn.Linear):
                 "is brought in until the backward. Load the model without offloading; for inference call model.eval()."
             )
         input, bias, dtype = as_autocast(input, self.bias, self.compressed.dtype)
+        if torch.jit.is_tracing():
+            return packed_linear(input, bias, self.compressed, self.bitmask, dtype)
         if input.is_cuda and (kernel := self.kernel(dtype, input.device).kernel) != "dense":
 
             def by_tensor_cores() -> Tensor:
@@ -332,6 +334,8 @@ def packed_linear(
     Returns:
         (..., out_features).
     """
+    if torch.jit.is_tracing():  # which records operators, and no function of ours
+        return _forward_op(input, bias, compressed, bitmask, dtype)
     if sparse is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _PackedLinear.apply(input, bias, compressed, bitmask, dtype, sparse)
     return _forward(input, bias, compressed, bitmask, dtype)
@@ -359,8 +363,8 @@ def _input_gradient(grad: Tensor, compressed: Tensor, bitmask: Tensor, dtype: to
     return grad.reshape(-1, grad.shape[-1]).mm(weight).view(*grad.shape[:-1], weight.shape[1])
 
 
-# Opaque to torch.compile: traced through, its partitioner would see the same unpacked weight in forward and backward
-# and keep it in between.
+# Opaque to torch.compile and torch.jit.trace: traced through, a compiler's partitioner would see the same unpacked
+# weight in forward and backward and keep it in between.
 _forward_op = torch.library.custom_op("peft_variator::packed_linear", _forward, mutates_args=())
 _input_gradient_op = torch.library.custom_op(
     "peft_variator::packed_linear_input_gradient", _input_gradient, mutates_args=()

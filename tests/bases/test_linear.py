@@ -161,6 +161,21 @@ def test_compiled_agrees_with_eager():
         assert same_bits(compiled(x), packed(x))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("grad", [False, True])
+def test_traced_saved_and_loaded_agrees_with_eager(unpacked, tokens, grad):
+    """Also at other lengths, and at a shape for which the compiled product is used."""
+    packed = Sparse24Linear.from_dense(two_four_linear(516, 512), unpacked=unpacked).eval()
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(packed, torch.randn(tokens, 512), check_trace=False)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    x = torch.randn(tokens + 2, 512)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(file)(x), packed(x))
+
+
 def test_parameters_are_packed_and_frozen():
     packed = Sparse24Linear.from_dense(two_four_linear(12, 16))
     assert {name: parameter.requires_grad for name, parameter in packed.named_parameters()} == {

@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -36,6 +38,23 @@ def test_compiled_layers_agree_with_eager_ones(name: str, recompute: bool, mask:
     found = step(torch.compile(layer, backend="aot_eager", fullgraph=True), layer, x)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mask", ["weight", "stored"])
+@pytest.mark.parametrize("name", ["linear", "conv1d", "patches"])
+def test_a_traced_layer_that_was_saved_and_loaded_agrees_with_the_eager_one(name: str, mask: str) -> None:
+    base, x = make_base(name)
+    layer = make_layer(base, adapters=2, mask=mask).eval()
+    if mask == "stored":
+        with pytest.raises(RuntimeError, match="Run one forward"):
+            torch.jit.trace(layer, x, check_trace=False)
+        layer(x)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x, check_trace=False), file)
+    file.seek(0)
+    other = torch.randn_like(x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(file)(other), layer(other), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("recompute", [True, False])

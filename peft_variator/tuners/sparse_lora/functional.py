@@ -291,8 +291,30 @@ def masked_linear(
     a, b, scales, packed_mask, layout, base = weight
     # Flattened out here: autograd refuses to change a view in place that a custom function returned, as DeBERTa does.
     flat = x.reshape(-1, x.shape[-1])
+    if torch.jit.is_tracing():  # which records operators, and no function of ours
+        y, _ = _forward_op(flat, a, b, scales, bias, packed_mask, layout, base, False)
+        return y.view(*x.shape[:-1], b[0].shape[0])
     y = _MaskedLinear.apply(flat, bias, packed_mask, layout, scales, recompute, identity, *a, *b, *base)
     return y.view(*x.shape[:-1], b[0].shape[0])
+
+
+def _effective(weight: MaskedWeight, dtype: torch.dtype) -> Tensor:
+    like = weight.a[0]
+    with torch.autocast(like.device.type, enabled=False):
+        return weight.effective(like.new_empty(weight.shape(), dtype=dtype))
+
+
+@torch.library.custom_op("peft_variator::effective_weight", mutates_args=())
+def _effective_op(
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    packed_mask: Tensor | None,
+    layout: str,
+    base: list[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    return _effective(MaskedWeight(a, b, scales, packed_mask, layout, base), dtype)
 
 
 class _EffectiveWeight(torch.autograd.Function):
@@ -308,9 +330,7 @@ class _EffectiveWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed_mask, tensors[0].new_empty(0, identity), *tensors)
         ctx.layout, ctx.scales = layout, scales
-        weight = _gather(layout, scales, packed_mask, tensors)
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            return weight.effective(tensors[0].new_empty(weight.shape(), dtype=dtype))
+        return _effective(_gather(layout, scales, packed_mask, tensors), dtype)
 
     @staticmethod
     @once_differentiable
@@ -329,6 +349,8 @@ def effective_weight(weight: MaskedWeight, dtype: torch.dtype, identity: int = 0
     `masked_linear`.
     """
     a, b, scales, packed_mask, layout, base = weight
+    if torch.jit.is_tracing():  # see masked_linear
+        return _effective_op(a, b, scales, packed_mask, layout, base, dtype)
     return _EffectiveWeight.apply(packed_mask, layout, scales, dtype, identity, *a, *b, *base)
 
 

@@ -285,6 +285,11 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         if not stored:
             return None
         if tuple(adapter_names) not in self._checked:
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    f"The stored mask of {self.module_name!r} has not been compared with its base weight yet, which "
+                    "torch.jit.trace would record. Run one forward of the model before it is traced."
+                )
             self._check_masks(tuple(adapter_names))
         return self.sparse_low_rank_mask[stored[0]]
 
