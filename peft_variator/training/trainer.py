@@ -231,7 +231,7 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         """
         if self.train_dataset is None:
             return
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
             if needs_calibration(self.model):
                 calibrate(self.model, self._sample_batches(self.train_dataset, self.model, self.args.variance_samples))
             if self.args.fit_samples and needs_fit(self.model):

@@ -119,6 +119,30 @@ def test_several_ratios_are_fitted_together() -> None:
         assert torch.equal(first(together, batches[0]), first(BERT.build(), batches[0]))
 
 
+@pytest.mark.parametrize(("batches", "ratios", "calls"), [(6, [2, 4], 6), (5, [2, 4, 8], 5), (1, [2, 4, 8], 3)])
+def test_ratios_take_the_batches_by_turns(batches: int, ratios: list[int], calls: int) -> None:
+    model, seen = with_neurons(BERT), []
+    encoder = model.get_base_model()
+    encoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    given = batches_of(BERT, batches)
+    fit_correction(model, given, ratios=ratios)
+    assert len(seen) == calls
+    assert len({call["input_ids"].sum().item() for call in seen}) == batches  # each of them
+
+
+def test_what_is_summed_is_not_rounded_by_autocast() -> None:
+    """Of float32 weights in bfloat16 only the products of the model are."""
+    batches, found = batches_of(BERT, 8), []
+    for enabled in (False, True):
+        model = with_neurons(BERT)
+        start = out_of(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            fit_correction(model, batches)
+        found.append(out_of(model))
+    for exact, rounded, before in zip(*found, start, strict=True):
+        assert (rounded - exact).norm() < 0.05 * (exact - before).norm()
+
+
 @pytest.mark.parametrize("other_row", [1, 2, 8])
 def test_a_layer_that_merges_in_any_row_of_a_schedule_is_calibrated_and_fitted(other_row: int) -> None:
     """Also where the row of the largest key leaves it alone."""

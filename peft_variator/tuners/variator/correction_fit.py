@@ -51,7 +51,8 @@ def fit_correction(
     Args:
         model: a model whose active plugin has `decompression="neurons"` and a compression ratio above 1.
         batches: arguments of the model's call, by name; tensors are moved to the model's device.
-        ratios: compression ratios, or rows of its schedule, that are fitted together; `None`: the plugin's own.
+        ratios: compression ratios, or rows of its schedule, that are fitted together, each on its share of the
+            batches; `None`: the plugin's own.
 
     Raises:
         ValueError: the model has no such plugin, its weights have left their start, a ratio is none to merge by, or
@@ -117,9 +118,10 @@ class _Moments:
     def add(self, inputs: Tensor, errors: Tensor) -> None:
         """Count tokens: z, shape `(tokens, inputs)`, and e, shape `(tokens, outputs)`; the last quarter chooses."""
         cut = 3 * inputs.shape[0] // 4
-        for part, z, e in ((0, inputs[:cut], errors[:cut]), (1, inputs[cut:], errors[cut:])):
-            self.squares[part] += z.t() @ z
-            self.products[part] += z.t() @ e
+        with torch.autocast(inputs.device.type, enabled=False):
+            for part, z, e in ((0, inputs[:cut], errors[:cut]), (1, inputs[cut:], errors[cut:])):
+                self.squares[part] += z.t() @ z
+                self.products[part] += z.t() @ e
 
     def solve(self) -> Tensor | None:
         """The map that makes the errors least, shape `(inputs, outputs)`; `None`: none does better than nothing."""
@@ -149,7 +151,7 @@ class _Moments:
 
 
 def _fit_chunk(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: list[Calibrated], rows: Sequence[int | None]
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], layers: list[Calibrated], rows: Sequence[int | None]
 ) -> list[dict[str, Tensor]]:
     """What each layer's last map becomes, by parameter; nothing where it stays as it is."""
     networks = {layer.name: network for layer, _, network in layers}
@@ -162,7 +164,11 @@ def _fit_chunk(
         if layer.name in networks:
             moments[layer.name].add(*_regression(layer, networks[layer.name], hidden_states, groups, plugin))
 
-    run_batches_at(model, batches, rows, observe)
+    # By turns: they share one regression, so that several ratios need no more batches than one.
+    turns = range(max(len(batches), len(rows)) if batches else 0)
+    for number, row in enumerate(rows):
+        own = [batches[turn % len(batches)] for turn in turns if turn % len(rows) == number]
+        run_batches_at(model, own, [row], observe)
     sum_over_processes(sums for each in moments.values() for sums in (each.squares, each.products))
     if not all(bool(each.squares.any()) for each in moments.values()):
         raise nothing_merges("fit_correction")
@@ -189,7 +195,8 @@ def _regression(
     of_tokens = tokens[:, index].float()
     differences = of_tokens - groups.spread(rows[:, index])[merged].float()
     errors = network.out(tokens).float() - groups.spread(network.out(rows))[merged].float()
-    errors -= differences @ network.out_columns(index).t().to(errors)
+    with torch.autocast(errors.device.type, enabled=False):
+        errors -= differences @ network.out_columns(index).t().to(errors)
     is_sliced = layer.configs[plugin].correction_form == "sliced"
     return of_tokens if is_sliced else differences, errors
 
