@@ -425,6 +425,18 @@ def share_weights(model: Model) -> Model:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode inside of the block, and each of its modules in its own afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The arguments of a model's call with their tensors on a device.
 

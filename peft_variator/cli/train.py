@@ -17,6 +17,7 @@ from ..training import DistillationTrainer, load_plugin
 from ..training.evaluation import measure_quality
 from ..training.model_card import PluginFacts, RatioFacts, plugin_card
 from ..tuners.variator import VariatorConfig
+from ..tuners.variator.layer import plugin_layers
 from .console import Reporter, next_commands
 from .examples import TrainingData, data_words
 from .training_run import (
@@ -154,8 +155,19 @@ class TrainJob(RunSettings):
         if self.ratio is None:
             return plugin, [config.compression_ratio]
         plugin.set_compression_ratio(self.ratio[0])
-        config.compression_ratio, config.ratio_pattern = self.ratio[0], {}
+        config.compression_ratio = self.ratio[0]
+        if config.scoring == "token":  # else the scorers' shapes are those of the pattern, which counts on
+            config.ratio_pattern = {}
         return plugin, self.ratio
+
+    def _choose(self, plugin: PeftModel, ratio: int) -> None:
+        """Have a plugin compress by a ratio; by its own as its `ratio_pattern` says, unless --ratio names it."""
+        config = plugin.peft_config["default"]
+        if self.ratio is None and config.ratio_pattern and ratio == config.compression_ratio:
+            for layer in plugin_layers(plugin):
+                layer.ratios.choose("default", None)
+        else:
+            plugin.set_compression_ratio(ratio)
 
     def _objective(self, task: Task, ratios: list[int]) -> dict[str, Any]:
         """What the plugin is trained for, fields of `DistillationConfig`."""
@@ -168,9 +180,9 @@ class TrainJob(RunSettings):
     def _qualities(self, plugin: PeftModel, ratios: list[int], data: TrainingData) -> dict[int, dict[str, float]]:
         qualities = {}
         for ratio in ratios:
-            plugin.set_compression_ratio(ratio)
+            self._choose(plugin, ratio)
             qualities[ratio] = measure_quality(plugin, data.held_out_batches(self.batch_size, plugin.device))
-        plugin.set_compression_ratio(ratios[0])
+        self._choose(plugin, ratios[0])
         return qualities
 
     def _flops(self, plugin: PeftModel, task: Task, ratios: list[int], data: TrainingData) -> dict[int, int]:
@@ -181,7 +193,7 @@ class TrainJob(RunSettings):
             inputs |= {"use_cache": True, "logits_to_keep": 1}
         counted = {}
         for ratio in ratios:
-            plugin.set_compression_ratio(ratio)
+            self._choose(plugin, ratio)
             counted[ratio] = count_flops(plugin.eval(), inputs)
         return counted
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..field_types import whole_number
-from ..models import on_device
+from ..models import evaluating, on_device
 from ..tuners.variator import VariatorConfig, calibrate
 from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
@@ -77,12 +77,24 @@ def allocate(
     if any(True for _ in plugin_layers(base)):
         raise ValueError("allocate: the model has a Variator plugin already. Call unload() first.")
     inputs = _inputs_of_length(base, examples, length)
-    total = count_flops(base, inputs)
-    modules = _measure(base, examples, inputs, total, ratios, fields)
-    rows, widths = _solve(modules, targets)
-    config = _config_of(modules, rows, widths, fields)
-    _check(base, config, examples, targets, inputs, total)
+    with evaluating(base), _trainable_as_before(base):
+        total = count_flops(base, inputs)
+        modules = _measure(base, examples, inputs, total, ratios, fields)
+        rows, widths = _solve(modules, targets)
+        config = _config_of(modules, rows, widths, fields)
+        _check(base, config, examples, targets, inputs, total)
     return config
+
+
+@contextmanager
+def _trainable_as_before(base: nn.Module) -> Iterator[None]:
+    """Give parameters back whether they are trained, which `get_peft_model` takes from them."""
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @dataclass
@@ -129,7 +141,9 @@ def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str,
         targets = dict(flops_saved)
         if not targets:
             raise ValueError("allocate: flops_saved={} has no row.")
-        fields.setdefault("compression_ratio", 4 if 4 in targets else min(targets))
+        own = fields.setdefault("compression_ratio", 4 if 4 in targets else min(targets))
+        if own not in targets:
+            raise ValueError(f"allocate: compression_ratio={own!r} is none of the rows of flops_saved, {[*targets]}.")
     else:
         targets = {fields.setdefault("compression_ratio", 4): flops_saved}
     for k, share in targets.items():
@@ -140,6 +154,9 @@ def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str,
 
 
 def _checked_candidates(candidates: Sequence[int]) -> Sequence[int]:
+    if isinstance(candidates, str) or not isinstance(candidates, Iterable):
+        raise TypeError(f"allocate: candidates={candidates!r} has to be a list of ratios, as in (1, 2, 4, 8).")
+    candidates = list(candidates)
     for ratio in candidates:
         whole_number("allocate: one of candidates,", ratio, 1)
     if max(candidates, default=1) == 1:
@@ -163,7 +180,9 @@ def _inputs_of_length(base: nn.Module, examples: list[dict[str, Any]], length: i
         if length is not None:
             raise ValueError(f"allocate: length={length} is for text; the inputs of this model have their own size.")
         return first
-    if length is None:
+    if length is not None:
+        whole_number("allocate: length", length, 2)
+    else:
         length = max(batch["input_ids"].shape[1] for batch in examples)
     if length < 2:
         raise ValueError(f"allocate: length={length} leaves nothing to merge; it has to be at least 2.")
@@ -188,8 +207,6 @@ def _measure(
     fields: dict[str, Any],
 ) -> list[_Module]:
     """Sensitivities and savings of all modules."""
-    was_training = base.training
-    base.eval()
     with torch.no_grad():
         targets = [_output_of(base(**batch)) for batch in batches]
     widest = max(ratios)
@@ -223,7 +240,6 @@ def _measure(
         _measure_savings(model, modules, inputs, total, ratios)
     finally:
         model.unload()
-        base.train(was_training)
     return list(modules.values())
 
 
@@ -264,8 +280,10 @@ def _error(model: nn.Module, batches: list[dict[str, Any]], targets: list[Tensor
     changed, size = 0.0, 0.0
     for batch, target in zip(batches, targets, strict=True):
         output, mask = _output_of(model(**batch)), batch.get("attention_mask")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            mask = batch.get("decoder_attention_mask")  # of the decoder is what comes out
         real: Tensor | bool = True
-        if isinstance(mask, Tensor) and mask.shape == target.shape[:2]:
+        if isinstance(mask, Tensor) and target.dim() == 3 and mask.shape == target.shape[:2]:
             real = mask.ne(0).unsqueeze(-1)
         changed += float(((output - target).square() * real).sum())
         size += float(((target - target.mean(dim=-1, keepdim=True)).square() * real).sum())

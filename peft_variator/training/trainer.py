@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
 
 from ..compat import BestModelLoader
-from ..tuners.variator import VariatorLayer
+from ..tuners.variator import VariatorConfig, VariatorLayer
 from ..tuners.variator.correction_fit import fit_correction, needs_fit
 from ..tuners.variator.neuron_selection import calibrate, needs_calibration
 from .attention import AttentionInFloat32
@@ -232,25 +232,35 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         if self.train_dataset is None:
             return
         with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
-            if needs_calibration(self.model):
-                calibrate(self.model, self._sample_batches(self.train_dataset, self.model, self.args.variance_samples))
-            if self.args.fit_samples and needs_fit(self.model):
+            ratios = self.args.ratios
+            if needs_calibration(self.model, ratios):
+                batches = self._sample_batches(self.train_dataset, self.model, self.args.variance_samples)
+                calibrate(self.model, batches, ratios)
+            if self.args.fit_samples and needs_fit(self.model, ratios):
                 batches = self._sample_batches(self.train_dataset, self.model, self.args.fit_samples)
-                fit_correction(self.model, batches, self.args.ratios)
+                fit_correction(self.model, batches, ratios)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; see `Trainer.train`. A plugin trained for several `ratios` has its own ratio again afterwards.
 
         A new plugin is calibrated first, see [`calibrate`](DistillationTrainer.calibrate); the configuration of the
         plugin says afterwards which ratios it was trained for.
+
+        Raises:
+            ValueError: nothing but a plugin is trained, and it merges nothing at the ratio it has.
         """
+        check_merges(self.model, self.adapters, self.args.ratios)
         self.calibrate()
-        note_trained_ratios(self.adapters, self.args.ratios)
-        self._measure_variances(self.train_dataset)
-        if self.ratios is None:
-            return super().train(*args, **kwargs)
-        with self.ratios.restored():
-            return super().train(*args, **kwargs)
+        before = note_trained_ratios(self.adapters, self.args.ratios)
+        try:
+            self._measure_variances(self.train_dataset)
+            with nullcontext() if self.ratios is None else self.ratios.restored():
+                return super().train(*args, **kwargs)
+        except BaseException:
+            if self.state.global_step == 0:
+                for config, ratios in before:
+                    config.trained_ratios = ratios
+            raise
 
     def load_best_model(self) -> None:
         """Give the trained adapters, whatever their names, the weights of the best checkpoint.
@@ -464,13 +474,47 @@ def average_over_ratios(by_ratio: Mapping[int, Mapping[str, float]]) -> dict[str
     return means | {f"{name}_k{ratio}": metrics[name] for ratio, metrics in by_ratio.items() for name in metrics}
 
 
-def note_trained_ratios(adapters: TrainedAdapters, ratios: Sequence[int] | None) -> None:
-    """Have the configurations of the trained plugins say which ratios they are trained for."""
-    for layer, names in adapters.layers:
-        for name in names if isinstance(layer, VariatorLayer) else ():
-            config = layer.configs[name]
-            own = layer.ratios.chosen.get(name, config.compression_ratio)
-            config.trained_ratios = sorted(set(ratios or [own]) - {1}) or None
+def note_trained_ratios(
+    adapters: TrainedAdapters, ratios: Sequence[int] | None
+) -> list[tuple[VariatorConfig, list[int] | None]]:
+    """Have the configurations of the trained plugins say which ratios they are trained for.
+
+    Returns:
+        The configurations, with what they said before.
+    """
+    before = []
+    for layer, name in _plugins_of(adapters):
+        config = layer.configs[name]
+        before.append((config, config.trained_ratios))
+        own = layer.ratios.chosen.get(name, config.compression_ratio)
+        config.trained_ratios = sorted(set(ratios or [own]) - {1}) or None
+    return before[::-1]  # modules share a configuration, and the first of them saw what it said
+
+
+def check_merges(model: nn.Module, adapters: TrainedAdapters, ratios: Sequence[int] | None) -> None:
+    """Refuse to train a plugin alone that merges nothing, which leaves no gradient to anything.
+
+    Raises:
+        ValueError: so it is.
+    """
+    plugins = _plugins_of(adapters)
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if not plugins or not all("variator_" in name for name in trained):
+        return
+    chosen = [
+        (layer, name, ratio)
+        for layer, name in plugins
+        for ratio in ([layer.ratios.chosen.get(name)] if ratios is None else ratios)
+    ]
+    if all(layer.rule_at(name, ratio).ratio == 1 for layer, name, ratio in chosen):
+        raise ValueError(
+            "The plugin merges nothing at compression_ratio=1, where the model is its base, so there is nothing to "
+            "train. Choose a ratio with set_compression_ratio, or pass ratios=[2, 4, 8]."
+        )
+
+
+def _plugins_of(adapters: TrainedAdapters) -> list[tuple[VariatorLayer, str]]:
+    return [(layer, name) for layer, names in adapters.layers if isinstance(layer, VariatorLayer) for name in names]
 
 
 class TrainedRatios:
@@ -482,9 +526,7 @@ class TrainedRatios:
 
     def __init__(self, adapters: TrainedAdapters, ratios: Sequence[int]) -> None:
         self.choices = tuple(ratios)
-        self._plugins = [
-            (layer, name) for layer, names in adapters.layers if isinstance(layer, VariatorLayer) for name in names
-        ]
+        self._plugins = _plugins_of(adapters)
         if not self._plugins:
             raise ValueError(
                 f"ratios={list(ratios)} is for Variator plugins, and the model trains none. Set ratios=None."

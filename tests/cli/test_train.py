@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, ViTImageProcessor, set_seed
 
+from peft_variator import VariatorConfig
 from peft_variator.cli.examples import load_data
+from peft_variator.tuners.variator.layer import plugin_layers
 from tests.cli.commands import run_command
 from tests.tiny_models import tiny_model
 from tests.word_tokenizer import BERT_SPECIAL, numbered_words, word_tokenizer
@@ -125,6 +127,32 @@ def test_a_second_stage_starts_from_the_first(tmp_path: Path) -> None:
     third = tmp_path / "third"
     assert invoke(*common[:-2], "-o", third, "--adapter", second)[0] == 0
     assert json.loads((third / "adapter_config.json").read_text())["compression_ratio"] == 4
+
+
+@pytest.mark.parametrize("scoring", ["token", "concat"])
+def test_a_second_stage_of_a_plugin_with_a_ratio_pattern(tmp_path: Path, scoring: str) -> None:
+    """It is trained, counted and saved as its pattern says; with --ratio every module has that one, if it can."""
+    model = save_model(tmp_path / "model", "encoder")
+    data, first = save_data(tmp_path / "data.txt", "encoder"), tmp_path / "first"
+    config = VariatorConfig(compression_ratio=4, ratio_pattern={r"layer\.0": 2}, scoring=scoring, bottleneck_dim=8)
+    get_peft_model(model, config).save_pretrained(first)
+    found = []
+    for name, ratio in (("as it is", []), ("with --ratio", ["--ratio", 4])):
+        output = tmp_path / name
+        status, _, err = invoke(tmp_path / "model", "--data", data, *QUICK, "--adapter", first, *ratio, "-o", output)
+        assert status == 0, err
+        base = type(model).from_pretrained(tmp_path / "model")
+        plugin = PeftModel.from_pretrained(base, str(output)).eval()
+        (row,) = json.loads((output / "training.json").read_text())["facts"]["ratios"]
+        found.append(([layer.rule_at("default", None).ratio for layer in plugin_layers(plugin)], row["flops_plugin"]))
+    (as_it_is, flops), (with_ratio, fewer) = found
+    assert as_it_is == [2, 4]
+    if scoring == "token":
+        assert with_ratio == [4, 4]
+        assert fewer < flops
+    else:
+        assert with_ratio == [2, 4]
+        assert fewer == flops
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 import peft_variator
 from peft_variator import VariatorConfig, allocate
@@ -110,14 +120,63 @@ def test_images() -> None:
         ({"ratio_schedule": {4: {}}}, "ratio_schedule"),
         ({"ratio_pattern": {"layer.0": 2}}, "ratio_pattern"),
         ({"batches": []}, "batches"),
+        ({"flops_saved": {2: 0.2, 8: 0.3}, "compression_ratio": 4}, "none of the rows"),
+        ({"correction_dim": 999}, "999"),
     ],
 )
 def test_what_cannot_be_done(arguments: dict[str, Any], named: str) -> None:
     base = bert()
-    names = set(dict(base.named_modules()))
-    with pytest.raises(ValueError, match=named):
+    with as_it_was(base), pytest.raises(ValueError, match=named):
         allocate(base, arguments.pop("batches", text(1)), **{"length": 64, **arguments})
-    assert set(dict(base.named_modules())) == names
+
+
+@pytest.mark.parametrize("arguments", [{"length": 64.0}, {"candidates": 4}])
+def test_what_is_of_another_type(arguments: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
+        allocate(bert(), text(1), 0.2, **arguments)
+
+
+@contextmanager
+def as_it_was(base: nn.Module) -> Iterator[None]:
+    """Modules, modes and what is trained of a base that is partly in training mode, and partly frozen."""
+    base.train()
+    base.encoder.layer[0].eval()
+    base.embeddings.requires_grad_(False)
+
+    def state() -> tuple[dict[str, bool], dict[str, bool]]:
+        modules = {name: module.training for name, module in base.named_modules()}
+        return modules, {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+
+    before = state()
+    yield
+    assert state() == before
+
+
+def test_the_base_is_left_as_it_was() -> None:
+    base = bert()
+    with as_it_was(base):
+        allocate(base, text(1), 0.2, length=64)
+
+
+@pytest.mark.parametrize("calls", [2, 4, 9])
+def test_the_base_is_left_as_it_was_when_it_is_interrupted(calls: int) -> None:
+    base, seen = bert(), []
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        seen.append(module)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+
+    handle = base.register_forward_pre_hook(interrupt)
+    with as_it_was(base), pytest.raises(KeyboardInterrupt):
+        allocate(base, text(3), 0.2, length=64)
+    handle.remove()
+
+
+def test_a_classifier_of_as_many_labels_as_tokens() -> None:
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(vocab_size=99, num_labels=64, **SIZES))
+    allocate(base, text(2), 0.2)
 
 
 def test_a_model_that_has_a_plugin() -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...field_types import whole_number
 from .layer import VariatorLayer, plugin_layers
 from .linear_maps import UpdatedRows
 from .merging import Groups
 from .network import Network
 from .neuron_selection import (
     Calibrated,
+    check_outside_of_blocks,
+    checked_ratios,
     copied_by,
     device_of,
     layers_to_calibrate,
@@ -56,13 +57,12 @@ def fit_correction(
 
     Raises:
         ValueError: the model has no such plugin, its weights have left their start, a ratio is none to merge by, or
-            the batches have no tokens to merge. Nothing has been changed.
-        TypeError: a batch is not a mapping.
+            the batches have no tokens to merge; or the call stands inside of a `using_ratio` block. Nothing has been
+            changed.
+        TypeError: a batch is not a mapping, or `ratios` no sequence.
     """
-    if ratios is None:
-        rows = rows_that_merge(model)
-    else:
-        rows = [whole_number("fit_correction: a ratio", ratio, 2) for ratio in ratios]
+    check_outside_of_blocks(model, "fit_correction")
+    rows = checked_ratios("fit_correction", ratios) or rows_that_merge(model)
     layers = layers_to_calibrate(model, rows, "fit_correction")
     if not layers:
         raise ValueError(
@@ -75,13 +75,18 @@ def fit_correction(
         _set(layer.modules_of(plugin)["variator_neuron_out"], changes)
 
 
-def needs_fit(model: nn.Module) -> bool:
-    """Whether the active plugin is new and copies neurons that are still the base model's."""
+def needs_fit(model: nn.Module, ratios: Sequence[int] | None = None) -> bool:
+    """Whether the active plugin is new and copies neurons that are still the base model's.
+
+    Args:
+        model: the model.
+        ratios: as for `fit_correction`.
+    """
     plugins = ((layer, layer.active_plugin) for layer in plugin_layers(model))
     if any(plugin is not None and layer.configs[plugin].was_saved for layer, plugin in plugins):
         return False
     try:
-        return bool(layers_to_calibrate(model, rows_that_merge(model), "fit_correction"))
+        return bool(layers_to_calibrate(model, ratios or rows_that_merge(model), "fit_correction"))
     except ValueError:
         return False
 
@@ -114,9 +119,11 @@ class _Moments:
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
         self.squares = torch.zeros(2, inputs, inputs, dtype=torch.float64, device=device)
         self.products = torch.zeros(2, inputs, outputs, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor, errors: Tensor) -> None:
         """Count tokens: z, shape `(tokens, inputs)`, and e, shape `(tokens, outputs)`; the last quarter chooses."""
+        self.tokens += inputs.shape[0]
         cut = 3 * inputs.shape[0] // 4
         with torch.autocast(inputs.device.type, enabled=False):
             for part, z, e in ((0, inputs[:cut], errors[:cut]), (1, inputs[cut:], errors[cut:])):
@@ -169,8 +176,8 @@ def _fit_chunk(
     for number, row in enumerate(rows):
         own = [batches[turn % len(batches)] for turn in turns if turn % len(rows) == number]
         run_batches_at(model, own, [row], observe)
-    sum_over_processes(sums for each in moments.values() for sums in (each.squares, each.products))
-    if not all(bool(each.squares.any()) for each in moments.values()):
+    sum_over_processes(sums for each in moments.values() for sums in (each.squares, each.products, each.tokens))
+    if not all(bool(each.tokens) for each in moments.values()):
         raise nothing_merges("fit_correction")
     for name, each in moments.items():
         if not bool(each.products.isfinite().all()):

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models import on_device
+from ...field_types import whole_number
+from ...models import evaluating, on_device
 from .decompression import NeuronsDecompression
+from .forward_context import selection_of
 from .layer import VariatorLayer, plugin_layers
 from .merging import Groups
 from .network import Network
@@ -24,6 +26,8 @@ __all__ = [
     "Calibrated",
     "Observe",
     "calibrate",
+    "check_outside_of_blocks",
+    "checked_ratios",
     "copied_by",
     "device_of",
     "layers_to_calibrate",
@@ -42,7 +46,7 @@ Observe = Callable[[VariatorLayer, Tensor, Groups, str], None]
 """What sees a layer's hidden states and groups; see `VariatorLayer.observer`."""
 
 
-def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], ratios: Sequence[int] | None = None) -> None:
     """Find out by data which neurons the active plugin copies, and which tokens are outliers.
 
     For each network, S is the neurons with the largest E[‖v_j‖²·(a_j(x) − a_j(m))²] over the tokens x that share a row
@@ -55,13 +59,16 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
         model: a model whose active plugin has `decompression="neurons"` and a compression ratio above 1, or
             `keep_outliers`.
         batches: arguments of the model's call, by name; tensors are moved to the model's device.
+        ratios: compression ratios that the plugin is meant for, for layers that merge nothing at its own; `None`: of
+            its schedule if it has one.
 
     Raises:
         ValueError: the model has no such plugin, its weights have left their start, or the batches have no tokens to
-            merge. Nothing has been changed.
-        TypeError: a batch is not a mapping.
+            merge; or the call stands inside of a `using_ratio` block. Nothing has been changed.
+        TypeError: a batch is not a mapping, or `ratios` no sequence.
     """
-    rows = rows_that_merge(model)
+    check_outside_of_blocks(model, "calibrate")
+    rows = rows_that_merge(model, checked_ratios("calibrate", ratios))
     probes, layers = _probes_to_fit(model), layers_to_calibrate(model, rows, "calibrate")
     if not probes and not layers:
         raise ValueError(
@@ -104,20 +111,23 @@ def _choose_neurons(
         layer.name: torch.zeros(network.width, dtype=torch.float64, device=device_of(layer))
         for layer, _, network in layers
     }
+    merged = {name: spread.new_zeros(()) for name, spread in spreads.items()}
     networks = {layer.name: network for layer, _, network in layers}
 
     def observe(layer: VariatorLayer, hidden_states: Tensor, groups: Groups, plugin: str) -> None:
         if layer.name in networks:
+            merged[layer.name] += groups.is_merged.sum()
             spreads[layer.name] += _spread(layer, networks[layer.name], hidden_states, groups, plugin)
 
     run_batches_at(model, batches, rows, observe)
-    sum_over_processes(spreads.values())
-    if not all(bool(spread.any()) for spread in spreads.values()):
+    sum_over_processes([*spreads.values(), *merged.values()])
+    if not all(bool(count) for count in merged.values()):
         raise nothing_merges("calibrate")
     for layer, plugin, network in layers:
-        modules = layer.modules_of(plugin)
+        modules, spread = layer.modules_of(plugin), spreads[layer.name]
         width = copied_by(layer, plugin).numel()
-        copy_neurons(modules, network, spreads[layer.name].topk(width).indices.sort().values)
+        if bool(spread.any()):  # else the network writes nothing, and one choice is as good as another
+            copy_neurons(modules, network, spread.topk(width).indices.sort().values)
         modules["variator_neurons"].is_calibrated = True  # type: ignore[assignment]  # a NeuronIndex
 
 
@@ -176,17 +186,16 @@ def observed(
     everywhere: bool = False,
 ) -> Iterator[None]:
     """Have the base model run with an observer at the layers of its plugin; see `VariatorLayer.observer`."""
-    training, watched = model.training, list(layers)
-    try:
-        model.eval()
-        for layer in watched:
-            layer.observer, layer.observes_all = observe, everywhere
-        with torch.no_grad():
-            yield
-    finally:
-        for layer in watched:
-            layer.observer, layer.observes_all = None, False
-        model.train(training)
+    watched = list(layers)
+    with evaluating(model):
+        try:
+            for layer in watched:
+                layer.observer, layer.observes_all = observe, everywhere
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in watched:
+                layer.observer, layer.observes_all = None, False
 
 
 def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -213,8 +222,14 @@ def sum_over_processes(sums: Iterable[Tensor]) -> None:
             torch.distributed.all_reduce(each)
 
 
-def needs_calibration(model: nn.Module) -> bool:
-    """Whether the active plugin is new and copies neurons that were chosen without data, or lacks a probe."""
+def needs_calibration(model: nn.Module, ratios: Sequence[int] | None = None) -> bool:
+    """Whether the active plugin is new and copies neurons that were chosen without data, or lacks a probe.
+
+    Args:
+        model: the model.
+        ratios: as for `calibrate`.
+    """
+    rows, found = rows_that_merge(model, ratios), False
     for layer in plugin_layers(model):
         plugin = layer.active_plugin
         if plugin is None:
@@ -222,33 +237,71 @@ def needs_calibration(model: nn.Module) -> bool:
         probe = layer.probe_of(plugin)
         if probe is not None and not probe.is_fitted:
             return True
-        if layer.decompressions[plugin] != NeuronsDecompression.name:
+        if layer.decompressions[plugin] != NeuronsDecompression.name or layer.configs[plugin].was_saved:
             continue
         modules, network = layer.modules_of(plugin), layer.network()
-        is_new = not layer.configs[plugin].was_saved and not modules["variator_neurons"].is_calibrated
-        if not is_new or network is None or not network.is_readable or has_left_its_start(modules, network):
+        if network is None or not network.is_readable or not _merges_in(layer, plugin, rows):
             continue
-        if _merges_in(layer, plugin, rows_that_merge(model)):
-            return True
-    return False
+        if has_left_its_start(modules, network):
+            return False  # fitted or trained already, so that nothing is chosen any more
+        found |= not modules["variator_neurons"].is_calibrated
+    return found
 
 
-def rows_that_merge(model: nn.Module) -> list[int | None]:
-    """Rows of the active plugin's schedule in which, together, every layer merges that does so in any of them.
+def check_outside_of_blocks(model: nn.Module, who: str) -> None:
+    """Refuse what would be learned of the plugin and the ratio of one block.
 
-    Those that leave least alone come first, so that one is mostly enough. `[None]`: there is no schedule, or no row
-    that merges, and the ratio that is chosen counts.
+    Args:
+        model: the model.
+        who: name of the function that asks, for the error.
+
+    Raises:
+        ValueError: the call stands inside of a `using_ratio` block.
     """
-    merging: dict[int, set[str]] = {}
-    for layer in plugin_layers(model):
-        plugin = layer.active_plugin
+    if any(selection_of(layer.ratios) is not None for layer in plugin_layers(model)):
+        raise ValueError(
+            f"{who} stands inside of a using_ratio block. Call it outside, with the plugin active (set_adapter) and "
+            "its ratio chosen (set_compression_ratio, or ratios=[…])."
+        )
+
+
+def checked_ratios(who: str, ratios: Sequence[int] | None) -> list[int] | None:
+    """Ratios to merge by, one at least; `None`: none are named.
+
+    Raises:
+        TypeError: they are no sequence.
+        ValueError: there are none, or one of them merges nothing.
+    """
+    if ratios is None:
+        return None
+    if isinstance(ratios, str) or not isinstance(ratios, Iterable):
+        raise TypeError(f"{who}: ratios={ratios!r} has to be a list of compression ratios, as in [2, 4, 8].")
+    found = [whole_number(f"{who}: a ratio", ratio, 2) for ratio in ratios]
+    if not found:
+        raise ValueError(f"{who}: ratios={ratios!r} names none. Leave it out for the plugin's own.")
+    return found
+
+
+def rows_that_merge(model: nn.Module, ratios: Sequence[int] | None = None) -> list[int | None]:
+    """Ratios, or rows of a schedule, at which together every layer merges that does so at any of them.
+
+    The one that is chosen comes first, as `None`, and is mostly enough. For layers that it leaves alone others
+    follow, those first at which most layers merge.
+
+    Args:
+        model: the model.
+        ratios: those that may be added; `None`: the rows of the active plugin's schedule.
+    """
+    layers = [(layer, layer.active_plugin) for layer in plugin_layers(model)]
+    merging: dict[int | None, set[str]] = {None: set()}
+    for layer, plugin in layers:
         if plugin is None:
             continue
-        for row in layer.configs[plugin].ratio_schedule or ():
+        for row in [None, *(layer.configs[plugin].ratio_schedule or () if ratios is None else ratios)]:
             if _merges_in(layer, plugin, [row]):
                 merging.setdefault(row, set()).add(layer.name)
-    rows: list[int | None] = []
-    covered: set[str] = set()
+    covered = merging.pop(None)
+    rows: list[int | None] = [None] if covered else []
     for row in sorted(merging, key=lambda row: (len(merging[row]), row), reverse=True):
         if not merging[row] <= covered:
             rows.append(row)
@@ -267,8 +320,12 @@ def _probes_to_fit(model: nn.Module) -> dict[VariatorLayer, OutlierProbe]:
         probe = None if plugin is None else layer.probe_of(plugin)
         if plugin is None or probe is None:
             continue
-        up = layer.modules_of(plugin).get("variator_up")
-        if up is not None and any(bool(parameter.any()) for parameter in up.parameters()):
+        modules, network = layer.modules_of(plugin), layer.network()
+        up = modules.get("variator_up")
+        is_trained = up is not None and any(bool(parameter.any()) for parameter in up.parameters())
+        if layer.decompressions[plugin] == NeuronsDecompression.name and network is not None and network.is_readable:
+            is_trained |= has_left_its_start(modules, network)
+        if is_trained:
             raise _has_been_trained(layer, plugin, "calibrate")
         found[layer] = probe
     return found
