@@ -154,9 +154,14 @@ class VariatorModel(TidyTuner):
         layers = [layer for layer in plugin_layers(self.model) if adapter_name in layer.rules]
         others = [layer.name for layer in layers if layer.decompressions[adapter_name] != config.decompression]
         if others:
+            unused = [
+                name for name in ("correction_dim", "correction_pattern", "correction_rank") if getattr(config, name)
+            ]
+            ignored = f" {', '.join(unused)} mean nothing there." if unused else ""
             warnings.warn(
                 f"decompression={config.decompression!r} copies neurons of a network whose maps are known and can be "
-                f"read. Those of {len(others)} modules, {others[0]!r} first, are not: they take the bottleneck.",
+                f"read. Those of {len(others)} modules, {others[0]!r} first, are not: they take the bottleneck, "
+                f"{config.bottleneck_width} wide.{ignored}",
                 UserWarning,
                 stacklevel=2,
             )
