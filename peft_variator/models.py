@@ -539,7 +539,8 @@ def check_reachable(name: str, file: str = CONFIG_NAME, **hub: Any) -> None:
     except Exception as error:  # offline, or not to be reached: the HTTP client has errors of its own
         raise OSError(
             f"{name!r} is no folder here and not in the Hub's cache, and the Hub can't be reached ({error}). Name a "
-            f"folder, or fetch it where there is a network: hf download {name}"
+            f"folder (--base FOLDER for the base that an adapter names), or fetch it where there is a network: hf "
+            f"download {name}"
         ) from error
 
 
