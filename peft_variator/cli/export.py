@@ -106,6 +106,10 @@ def export(adapter: str, output: Path, ratio: int | None, base: str | None, repo
         f"Wrote {report.output} ({report.bytes / 1e6:,.1f} MB): {report.base} with its plugin at k = {report.ratio}.",
         f"Inputs {', '.join(report.inputs)}; outputs {', '.join(report.outputs)}.",
         f"ONNX Runtime differs from PyTorch by at most {report.max_difference:.1e}, on {len(SHAPES)} batches.",
+        "In Python:",
+        "  import onnxruntime",
+        f"  session = onnxruntime.InferenceSession({report.output!r})",
+        f"  session.run(None, inputs)  # NumPy arrays by name: {', '.join(report.inputs)}",
     )
 
 

@@ -246,7 +246,7 @@ def _adapter_lines(name: str, found: AdapterInfo) -> list[str]:
     if found.base_class:
         rows.append(("Saved with", found.base_class))
     if found.ratios is not None:
-        rows.append(("Ratio k", _listed(found.ratios)))
+        rows.append(("k when loaded", _listed(found.ratios)))
         rows.append(("Trained for", "not known" if found.trained_ratios is None else _listed(found.trained_ratios)))
     rows += [(setting, _shown(value)) for setting, value in found.settings.items()]
     rows.append(("Size", _size(found.parameters, found.bytes)))
