@@ -539,8 +539,7 @@ def check_reachable(name: str, file: str = CONFIG_NAME, **hub: Any) -> None:
     except Exception as error:  # offline, or not to be reached: the HTTP client has errors of its own
         raise OSError(
             f"{name!r} is no folder here and not in the Hub's cache, and the Hub can't be reached ({error}). Name a "
-            f"folder (--base FOLDER for the base that an adapter names), or fetch it where there is a network: hf "
-            f"download {name}"
+            f"folder, or fetch it where there is a network: hf download {name}"
         ) from error
 
 

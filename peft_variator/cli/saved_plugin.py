@@ -64,7 +64,10 @@ class SavedPlugin:
             OSError: there is no such base.
             ValueError: neither the base nor the plugin holds all weights.
         """
-        check_reachable(self.base)
+        try:
+            check_reachable(self.base)
+        except OSError as error:
+            raise OSError(f"{error}. A folder that holds this base can be named with --base.") from error
         with without_loading_report():
             loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
         in_adapter = {key.removeprefix(KEY_PREFIX) for key in load_peft_weights(self.name, device="cpu")}

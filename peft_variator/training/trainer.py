@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
 
 from ..compat import BestModelLoader
+from ..models import evaluating
 from ..tuners.variator import VariatorConfig, VariatorLayer
 from ..tuners.variator.correction_fit import fit_correction, needs_fit
 from ..tuners.variator.neuron_selection import calibrate, needs_calibration
@@ -367,14 +368,11 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             return
         if dataset is None:
             raise ValueError("The scale of hidden states is measured on data: pass train_dataset or eval_dataset.")
-        mode = self.model.training
-        self.model.eval()
         # All processes draw the same sample. What a random collator draws must not shift what training draws.
-        with torch.random.fork_rng(devices=[]):
+        with evaluating(self.model), torch.random.fork_rng(devices=[]):
             teacher = self.teacher.model if isinstance(self.teacher, SeparateTeacher) else self.model
             batches = self._sample_batches(dataset, teacher, self.args.variance_samples)
             measure_variances(terms, ((inputs, self._teacher_outputs(self.model, inputs)) for inputs in batches))
-        self.model.train(mode)
 
     def _sample_batches(self, dataset: Any, model: nn.Module, count: int) -> Iterator[dict[str, Any]]:
         """Batches of up to `count` examples of a data set, for a model that is run outside of training."""
@@ -482,13 +480,13 @@ def note_trained_ratios(
     Returns:
         The configurations, with what they said before.
     """
-    before = []
+    before: dict[int, tuple[VariatorConfig, list[int] | None]] = {}  # modules share a configuration
     for layer, name in _plugins_of(adapters):
         config = layer.configs[name]
-        before.append((config, config.trained_ratios))
+        before.setdefault(id(config), (config, config.trained_ratios))
         own = layer.ratios.chosen.get(name, config.compression_ratio)
         config.trained_ratios = sorted(set(ratios or [own]) - {1}) or None
-    return before[::-1]  # modules share a configuration, and the first of them saw what it said
+    return list(before.values())
 
 
 def check_merges(model: nn.Module, adapters: TrainedAdapters, ratios: Sequence[int] | None) -> None:

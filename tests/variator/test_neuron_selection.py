@@ -80,7 +80,7 @@ def test_modules_keep_the_modes_they_had() -> None:
     assert [module.training for module in model.modules()] == before
 
 
-def test_a_network_that_writes_nothing_keeps_its_neurons(tmp_path: Path) -> None:
+def test_a_network_that_writes_nothing_keeps_its_neurons() -> None:
     """A block that was put in as the identity, to be trained later."""
     base = LLAMA.build()
     with torch.no_grad():
