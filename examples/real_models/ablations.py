@@ -89,6 +89,7 @@ RUNS = (
     Run(fields={"steps": 25}),
     Run(fields={"steps": 200}),
     Run("no compensation", plugin={"compensation_rank": None}),
+    Run("every other text a single sentence", fields={"sentences": 0.5}),
     Run("last hidden states alone", losses={"hidden_loss": "last"}),
     Run("learning rate 1e-3", fields={"learning_rate": 1e-3}),
     Run("learning rate 4e-3", fields={"learning_rate": 4e-3}),

@@ -5,16 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from texts import SAMPLING_RATE, cifar10, digit_utterances, photographs, spoken_sentences, training_text
+from texts import (
+    MIN_WORDS,
+    SAMPLING_RATE,
+    cifar10,
+    digit_utterances,
+    photographs,
+    sentences,
+    spoken_sentences,
+    training_text,
+)
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 from vision_quality import CIFAR_SIDE, PHOTOGRAPH_SIDE, pixels
 from weights import WEIGHTS, Loaded
 
@@ -45,6 +54,7 @@ class Recipe:
         learning_rate: the peak.
         ratios: compression ratios that are drawn from.
         bf16: whether products of matrices are in bfloat16, which pays from about 100M parameters on.
+        sentences: share of single sentences among an encoder's texts, the others are spans.
         losses: fields of `DistillationConfig` that weigh the parts of the loss.
         plugin: fields of `VariatorConfig`.
     """
@@ -55,13 +65,16 @@ class Recipe:
     learning_rate: float = 2e-3
     ratios: tuple[int, ...] = (2, 4, 8)
     bf16: bool = False
+    sentences: float = 0.0
     losses: dict[str, Any] = field(default_factory=dict)
     plugin: dict[str, Any] = field(default_factory=dict)
 
 
+# Sentences beside spans: a batch of both would be padding for the most part.
+BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 RECIPES: dict[str, Recipe] = {
-    "all-MiniLM-L6-v2": Recipe(steps=2500, batch_size=32),
-    "all-mpnet-base-v2": Recipe(steps=1500, batch_size=16, bf16=True),
+    "all-MiniLM-L6-v2": Recipe(steps=2500, batch_size=32, sentences=0.5, losses=BY_LENGTH),
+    "all-mpnet-base-v2": Recipe(steps=1500, batch_size=16, bf16=True, sentences=0.5, losses=BY_LENGTH),
     "SmolLM2-135M-Instruct": Recipe(
         steps=1500, batch_size=8, length=320, bf16=True, losses={"hidden_weight": 0.5, "logits_weight": 1.0}
     ),
@@ -110,7 +123,9 @@ def name_for_whole_model(folder: Path) -> None:
         save_file(tensors, str(temporary), metadata={"format": "pt"})
 
 
-def make_dataset(name: str, base: Loaded, data: Path, count: int, seed: int) -> Sequence[Any] | Dataset[Any]:
+def make_dataset(
+    name: str, base: Loaded, data: Path, count: int, seed: int, sentences: float | None = None
+) -> Sequence[Any] | Dataset[Any]:
     """Examples to train on, made from what is never measured on.
 
     Args:
@@ -119,6 +134,7 @@ def make_dataset(name: str, base: Loaded, data: Path, count: int, seed: int) -> 
         data: the data folder.
         count: number of examples; text starts over when it is used up, cut at other places.
         seed: of order, cuts and crops.
+        sentences: share of single sentences among an encoder's texts; the recipe's if not given.
     """
     kind = WEIGHTS[name].kind
     if kind == "vision":
@@ -127,12 +143,29 @@ def make_dataset(name: str, base: Loaded, data: Path, count: int, seed: int) -> 
         return Spectrograms(base, data, count, seed)
     before, after = surroundings(base.tokenizer)
     room = RECIPES[name].length - len(before) - len(after)
+    text = training_text(data, seed=seed)
+    share = RECIPES[name].sentences if sentences is None else sentences
+    whole = _whole_sentences(text, base.tokenizer, room, round(share * count), seed)
     # Spans are five eighths of the longest in the mean.
-    stream = tokenize(cycle(training_text(data, seed=seed)), base.tokenizer, count * room)
-    spans = cut_spans(stream, room, seed)[:count]
+    stream = tokenize(cycle(text), base.tokenizer, (count - len(whole)) * room)
+    spans = cut_spans(stream, room, seed)[: count - len(whole)]
     if kind == "causal":
-        return split_spans(spans, before, after, is_decoder=False, seed=seed)
-    return [{"input_ids": [*before, *span, *after]} for span in spans]
+        return split_spans([*whole, *spans], before, after, is_decoder=False, seed=seed)
+    return [{"input_ids": [*before, *span, *after]} for span in (*whole, *spans)]
+
+
+def _whole_sentences(
+    paragraphs: list[str], tokenizer: PreTrainedTokenizerBase, longest: int, count: int, seed: int
+) -> list[list[int]]:
+    """Tokens of sentences as they stand, in an order that mixes them; they start over when they are used up.
+
+    An encoder embeds single sentences more often than spans, and a plugin learns what it is shown.
+    """
+    found = dict.fromkeys(part for text in paragraphs for part in sentences(text) if len(part.split()) >= MIN_WORDS)
+    order = list(found)
+    random.Random(f"order of the sentences, seed {seed}").shuffle(order)
+    chosen = list(islice(cycle(order), count))
+    return [ids[:longest] for ids in tokenizer(chosen, add_special_tokens=False)["input_ids"]] if chosen else []
 
 
 class Photographs(Dataset[dict[str, torch.Tensor]]):
@@ -185,9 +218,9 @@ class Spectrograms(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, base: Loaded, data: Path, count: int, seed: int) -> None:
-        sentences = [text for text in training_text(data, ["masc"], seed) if len(text.split()) <= 40]
+        spoken = [text for text in training_text(data, ["masc"], seed) if len(text.split()) <= 40]
         self.utterances = digit_utterances(data, count - count // 2, is_test=False, seed=seed)
-        self.utterances += spoken_sentences(sentences[: count // 2])
+        self.utterances += spoken_sentences(spoken[: count // 2])
         random.Random(f"order of the utterances, seed {seed}").shuffle(self.utterances)
         self.features = base.features
 

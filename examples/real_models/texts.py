@@ -27,6 +27,7 @@ from speech import synthesise
 
 __all__ = [
     "GENERAL",
+    "MIN_WORDS",
     "SOURCES",
     "Article",
     "Utterance",
@@ -35,6 +36,7 @@ __all__ = [
     "photographs",
     "read_rows",
     "read_squad",
+    "sentences",
     "spoken_sentences",
     "training_text",
     "wikitext2",
@@ -181,7 +183,7 @@ def training_text(data: Path, sources: Iterable[str] = GENERAL, seed: int = 0) -
             is_question = source == "squad" and paragraph.endswith("?")
             if is_question or len(paragraph.split()) >= MIN_WORDS:
                 paragraphs[paragraph] = None
-    kept = [text for text in paragraphs if measured.isdisjoint(map(_normalised, _sentences(text)))]
+    kept = [text for text in paragraphs if measured.isdisjoint(map(_normalised, sentences(text)))]
     random.Random(f"order of the training text, seed {seed}").shuffle(kept)
     return kept
 
@@ -214,11 +216,12 @@ def _measured_sentences(data: Path) -> set[str]:
                 text for context, questions in article.paragraphs for text in (context, *(q for q, _ in questions))
             ]
     # What is shorter is no text of its own ("He said so.") and may stand anywhere.
-    found = {_normalised(part) for text in texts for part in (text, *_sentences(text))}
+    found = {_normalised(part) for text in texts for part in (text, *sentences(text))}
     return {sentence for sentence in found if len(sentence.split()) >= MIN_WORDS}
 
 
-def _sentences(text: str) -> list[str]:
+def sentences(text: str) -> list[str]:
+    """The sentences of a paragraph, by their full stops."""
     return re.split(r"(?<=[.!?])\s+", text)
 
 

@@ -78,7 +78,7 @@ def train(
     trainer = DistillationTrainer(
         student,
         training_arguments(recipe, output, seed, device),
-        train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed),
+        train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed, recipe.sentences),
         data_collator=collator(WEIGHTS[name].kind, base),
         teacher_model=part if int8 else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,8 +24,10 @@ from ..profiling import count_positions
 from ..training.data import (
     ImageFolder,
     cut_documents,
+    cut_sentences_and_spans,
     read_documents,
     read_texts,
+    split_sentences,
     split_spans,
     surroundings,
     tokenize_documents,
@@ -107,7 +109,7 @@ def load_data(
         wanted: number of examples to train on that are enough; no more text or images are read than they and the
             held-out ones need, of every file as much.
         held_out: number of examples to hold out, at most a tenth of all.
-        seed: seed of the split, and of where text is cut.
+        seed: seed of the split, and of where text is cut: an encoder's into sentences and spans, others' into spans.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -128,8 +130,11 @@ def load_data(
     before, after = surroundings(tokenizer)
     room = max_length - len(before) - len(after)
     sources = [read_documents(name, column=column, split=split) for name in data]
+    cut = cut_documents
+    if task == "encoder":
+        sources, cut = [map(_sentences, documents) for documents in sources], cut_sentences_and_spans
     spans = [
-        cut_documents(documents, room, seed + index)
+        cut(documents, room, seed + index)
         for index, documents in enumerate(tokenize_documents(sources, tokenizer, wanted * room))
     ]
     for name, each in zip(data, spans, strict=True):
@@ -147,6 +152,10 @@ def load_data(
     else:
         examples = split_spans(ordered, before, after, is_decoder=task == "seq2seq", seed=seed)
     return TrainingData(examples[:-count], examples[-count:], _collator(tokenizer, task != "encoder"), tokenizer)
+
+
+def _sentences(pieces: Iterable[str]) -> Iterator[str]:
+    return (sentence for piece in pieces for sentence in split_sentences(piece))
 
 
 def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:

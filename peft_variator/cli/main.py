@@ -162,7 +162,7 @@ def _run_options() -> Iterable[inspect.Parameter]:
         batch_size: Annotated[int, typer.Option(help="Examples in a batch, on each process.")] = 16,
         accumulation: Annotated[int, typer.Option(help="Batches in an optimizer step.")] = 1,
         max_length: Annotated[
-            int, typer.Option(help="Most tokens in an example; lengths vary from a quarter up.")
+            int, typer.Option(help="Most tokens in an example; spans vary from a quarter up.")
         ] = 128,
         held_out: Annotated[int, typer.Option(help="Examples to measure on; at most a tenth of the data.")] = 128,
         text_column: TextColumn = "text",

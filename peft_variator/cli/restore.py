@@ -87,7 +87,7 @@ class RestoreJob(RunSettings):
         if task == "causal":
             # Nothing is merged here, so no part of a text is a mere prompt.
             data = replace(data, train=_all_labelled(data.train), held_out=_all_labelled(data.held_out))
-        with training_arguments(self, prediction_loss_only=True, **weights) as args:
+        with training_arguments(self, task, prediction_loss_only=True, **weights) as args:
             trainer = DistillationTrainer(
                 model,
                 args,

@@ -94,7 +94,7 @@ class TrainJob(RunSettings):
         data = load_run_data(self, task, reporter)
         set_seed(self.seed)
         plugin, ratios = self._plugin(load_weights(self.model, task), data)
-        with training_arguments(self, **self._objective(task, ratios)) as args:
+        with training_arguments(self, task, **self._objective(task, ratios)) as args:
             trainer = DistillationTrainer(plugin, args, train_dataset=data.train, data_collator=data.collate)
             show_only_a_bar(trainer)
             if self.keep_outliers is not None:

@@ -301,11 +301,12 @@ def load_run_data(settings: RunSettings, task: Task, reporter: Reporter) -> Trai
 
 
 @contextmanager
-def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[DistillationConfig]:
+def training_arguments(settings: RunSettings, task: Task, **objective: Any) -> Iterator[DistillationConfig]:
     """The trainer's arguments; what it writes goes to the folder for checkpoints, or to one that goes away.
 
     Args:
         settings: settings of the run.
+        task: how the model is used.
         objective: what is trained for, further fields of `DistillationConfig`.
     """
     on_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
@@ -319,6 +320,8 @@ def training_arguments(settings: RunSettings, **objective: Any) -> Iterator[Dist
             learning_rate=settings.lr,
             bf16=settings.bf16,
             seed=settings.seed,
+            # Sentences beside spans: a batch of both would be padding for the most part.
+            train_sampling_strategy="group_by_length" if task == "encoder" else "random",
             logging_steps=max(1, settings.steps // 20),
             save_strategy="no" if settings.checkpoints is None else "steps",
             save_steps=max(1, settings.steps // 10),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ __all__ = [
     "ImageFolder",
     "check_data_name",
     "cut_documents",
+    "cut_sentences_and_spans",
     "cut_spans",
     "read_documents",
     "read_texts",
+    "split_sentences",
     "split_spans",
     "surroundings",
     "tokenize",
@@ -36,9 +39,15 @@ LONGEST_CELL = 2**31 - 1
 # Where a span is cut into what is read and what is predicted, as a fraction of it: mostly prompt, as that is where a
 # plugin works.
 PROMPT_SHARE = (0.5, 0.9)
+# Between sentences: white space after a mark that ends one, or nothing where a script puts no white space there.
+SENTENCE_BORDER = re.compile(r"""(?<=[.!?…])(?=\s)|(?<=[.!?…]["'”’)\]])(?=\s)|(?<=[。！？])(?=[^\s"'”’」』)\]])""")
+# There is nothing to merge in fewer tokens.
+FEWEST_TOKENS = 4
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 Record = dict[str, Any]
+Document = list[list[int]]
+"""The tokens of a document's pieces: lines, or sentences."""
 
 
 def read_documents(data: str, *, column: str = "text", split: str = "train") -> Iterator[Iterable[str]]:
@@ -220,9 +229,14 @@ def _column(records: Iterable[Record], column: str, data: str) -> Iterator[str]:
         yield record[column]
 
 
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, by the marks that end them; joined again they are the text."""
+    return [part for part in SENTENCE_BORDER.split(text) if part]
+
+
 def tokenize_documents(
     sources: Sequence[Iterable[Iterable[str]]], tokenizer: PreTrainedTokenizerBase, limit: int
-) -> list[list[list[int]]]:
+) -> list[list[Document]]:
     """Token ids of the documents of several sources, without special tokens; empty documents are left out.
 
     Args:
@@ -231,7 +245,7 @@ def tokenize_documents(
         limit: how many tokens are wanted in all. Sources give as many each, but those that have fewer.
 
     Returns:
-        list[list[list[int]]]: for each source its documents; the last one that is read may be cut.
+        list[list[Document]]: for each source its documents; the last one that is read may be cut.
     """
     readers = [_TokenReader(documents, tokenizer) for documents in sources]
     unread, left = readers, limit
@@ -251,7 +265,7 @@ class _TokenReader:
     """The tokens of documents, read on from where the last call stopped."""
 
     def __init__(self, documents: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.documents: list[list[int]] = []
+        self.documents: list[Document] = []
         self._pieces = _token_pieces(documents, tokenizer)
         self._rest: list[int] = []
         self._number = -1
@@ -267,8 +281,9 @@ class _TokenReader:
                 if number != self._number:
                     self.documents.append([])
                     self._number = number
+                self.documents[-1].append([])
             ids, self._rest = self._rest[: count - done], self._rest[count - done :]
-            self.documents[-1] += ids
+            self.documents[-1][-1] += ids
             done += len(ids)
         return done
 
@@ -293,7 +308,7 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: in
         limit: about how many tokens are wanted.
     """
     (documents,) = tokenize_documents([[texts]], tokenizer, limit)
-    return documents[0] if documents else []
+    return list(chain.from_iterable(documents[0])) if documents else []
 
 
 def surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -306,30 +321,27 @@ def surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 def cut_spans(tokens: list[int], longest: int, seed: int) -> list[list[int]]:
     """Cut the tokens of one document into spans; see [`cut_documents`]."""
-    return cut_documents([tokens], longest, seed)
+    return cut_documents([[tokens]], longest, seed)
 
 
-def cut_documents(documents: Iterable[list[int]], longest: int, seed: int) -> list[list[int]]:
+def cut_documents(documents: Iterable[Document], longest: int, seed: int) -> list[list[int]]:
     """Cut tokens into spans of uneven length, drawn evenly from a quarter of `longest` to all of it.
 
     A plugin trained on one length only would not have seen groups that end early, nor padding. No span holds tokens of
     two documents, and the end of a document is left out if it is shorter than a quarter and not all of it.
 
     Args:
-        documents: the tokens of each document.
+        documents: the tokens of each document's pieces, one after the other.
         longest: most tokens in a span, 4 or more.
         seed: seed of the lengths.
 
     Raises:
         ValueError: `longest` is below 4.
     """
-    if longest < 4:
-        raise ValueError(
-            f"A span of {longest} tokens is too short to merge anything in. Choose a length of 4 or more."
-        )
-    generator = random.Random(f"lengths of spans, seed {seed}")
+    generator = _generator_of_lengths(longest, seed)
     spans: list[list[int]] = []
-    for tokens in documents:
+    for pieces in documents:
+        tokens = list(chain.from_iterable(pieces))
         start = 0
         while start < len(tokens):
             end = start + generator.randint(longest // 4, longest)
@@ -337,6 +349,52 @@ def cut_documents(documents: Iterable[list[int]], longest: int, seed: int) -> li
                 spans.append(tokens[start:end])
             start = end
     return spans
+
+
+def cut_sentences_and_spans(documents: Iterable[Document], longest: int, seed: int) -> list[list[int]]:
+    """Sentences as they stand and spans that begin with one, by turns: what an encoder is asked for may be either.
+
+    A plugin learns the lengths, the beginnings and the ends that it is shown: trained on spans alone it loses more on
+    single sentences. Spans are as long as those of [`cut_documents`], and neither holds tokens of two documents. What
+    is shorter than 4 tokens is part of spans only, unless it is a whole document.
+
+    Args:
+        documents: the tokens of each document's sentences.
+        longest: most tokens in an example, 4 or more.
+        seed: seed of the lengths.
+
+    Raises:
+        ValueError: `longest` is below 4.
+    """
+    generator = _generator_of_lengths(longest, seed)
+    shortest = max(FEWEST_TOKENS, longest // 4)
+    examples: list[list[int]] = []
+    for sentences in documents:
+        left = [[*sentence] for sentence in reversed(sentences)]
+        found: list[list[int]] = []
+        takes_sentence = generator.random() < 0.5
+        while left:
+            wanted = 1 if takes_sentence else generator.randint(shortest, longest)
+            tokens: list[int] = []
+            while left and len(tokens) < wanted:
+                tokens += left.pop()
+            wanted = longest if takes_sentence else wanted
+            if len(tokens) - wanted >= shortest:
+                left.append(tokens[wanted:])
+            if len(tokens) >= FEWEST_TOKENS:
+                found.append(tokens[:wanted])
+            takes_sentence = not takes_sentence
+        examples += found or [list(chain.from_iterable(sentences))[:longest]]
+    return examples
+
+
+def _generator_of_lengths(longest: int, seed: int) -> random.Random:
+    if longest < FEWEST_TOKENS:
+        raise ValueError(
+            f"A span of {longest} tokens is too short to merge anything in. Choose a length of {FEWEST_TOKENS} or "
+            "more."
+        )
+    return random.Random(f"lengths of spans, seed {seed}")
 
 
 def split_spans(

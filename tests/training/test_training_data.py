@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 from peft_variator.training.data import (
     ImageFolder,
     cut_documents,
+    cut_sentences_and_spans,
     cut_spans,
     read_documents,
     read_texts,
+    split_sentences,
     split_spans,
     surroundings,
     tokenize,
@@ -165,9 +167,13 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
 @settings(deadline=None)
 @given(lengths=st.lists(st.lists(st.integers(0, 12), max_size=6), min_size=1, max_size=4), limit=st.integers(0, 60))
 def test_sources_give_as_many_tokens_each(lengths: list[list[int]], limit: int) -> None:
-    sources = [[["a " * length] for length in documents] for documents in lengths]
-    found = tokenize_documents(sources, TOKENIZER, limit)
+    sources = [
+        [["a " * (length // 2), "a " * (length - length // 2)] for length in documents] for documents in lengths
+    ]
+    pieces = tokenize_documents(sources, TOKENIZER, limit)
+    found = [[[token for piece in document for token in piece] for document in documents] for documents in pieces]
     sizes = [sum(map(len, documents)) for documents in found]
+    assert all(len(document) <= 2 for documents in pieces for document in documents), "pieces stay apart"
     assert sum(sizes) == min(limit, sum(map(sum, lengths)))
     short = [size for size, documents in zip(sizes, lengths, strict=True) if size < sum(documents)]
     assert not short or max(sizes) <= min(short) + len(sizes)
@@ -179,11 +185,78 @@ def test_sources_give_as_many_tokens_each(lengths: list[list[int]], limit: int) 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), max_size=8), longest=st.integers(4, 20), seed=st.integers(0, 5))
 def test_no_span_holds_two_documents(lengths: list[int], longest: int, seed: int) -> None:
-    documents = [[number] * length for number, length in enumerate(lengths)]
+    documents = [
+        [[number] * (length // 3), [number] * (length - length // 3)] for number, length in enumerate(lengths)
+    ]
     spans = cut_documents(documents, longest, seed)
     assert all(len(set(span)) == 1 for span in spans)
     kept = [sum(len(span) for span in spans if span[0] == number) for number in range(len(documents))]
     assert all(0 <= length - left < max(1, longest // 4) for length, left in zip(lengths, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("", []),
+        ("No mark at all", ["No mark at all"]),
+        ("One. Two!  Three?\nFour", ["One.", " Two!", "  Three?", "\nFour"]),
+        (
+            'He said "no." She left (early.) Version 2.0.1 ran…',
+            ['He said "no."', " She left (early.)", " Version 2.0.1 ran…"],
+        ),
+        ("你好。你呢?好。", ["你好。", "你呢?好。"]),
+        ("「行くの？」彼は言った。", ["「行くの？」彼は言った。"]),
+        (" .  . ", [" .", "  .", " "]),
+    ],
+)
+def test_sentences_are_split_where_they_end(text: str, sentences: list[str]) -> None:
+    assert split_sentences(text) == sentences
+
+
+@given(text=st.text(alphabet="ab .!?。\n\"')", max_size=60))
+def test_sentences_are_the_text(text: str) -> None:
+    assert "".join(split_sentences(text)) == text
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=12), max_size=5),
+    longest=st.integers(4, 40),
+    seed=st.integers(0, 5),
+)
+def test_sentences_and_spans(lengths: list[list[int]], longest: int, seed: int) -> None:
+    """Against the text they are cut from: in order, of one document, and where they begin."""
+    numbers = iter(range(10**6))
+    documents = [[[next(numbers) for _ in range(length)] for length in document] for document in lengths]
+    before = json.loads(json.dumps(documents))
+    examples = cut_sentences_and_spans(documents, longest, seed)
+    assert documents == before, "what is given is left as it is"
+    assert examples == cut_sentences_and_spans(documents, longest, seed)
+    joined = [token for example in examples for token in example]
+    assert joined == sorted(set(joined)), "no token twice, and in order"
+    for document in documents:
+        tokens = [token for sentence in document for token in sentence]
+        here = [example for example in examples if example[0] in tokens]
+        assert here, "every document is shown"
+        assert all(example == list(range(example[0], example[-1] + 1)) for example in here)
+        assert all(example[-1] <= tokens[-1] for example in here)
+        starts = {sentence[0] for sentence in document} | {example[-1] + 1 for example in here}
+        assert all(example[0] in starts for example in here)
+        assert len(here) == 1 or all(4 <= len(example) <= longest for example in here)
+        skipped = len(tokens) - sum(map(len, here))
+        assert skipped < (len(here) + 1) * max(4, longest // 4) + 3 * len(document)
+
+
+def test_every_other_example_is_a_sentence() -> None:
+    sentences = [[number] * (5 + number % 20) for number in range(4000)]
+    examples = cut_sentences_and_spans([sentences], 128, 0)
+    whole = [example for example in examples if example == sentences[example[0]]]
+    assert 0.45 < len(whole) / len(examples) < 0.55
+    spans = [len(example) for example in examples if example not in whole]
+    assert min(spans) >= 32 - 24
+    assert 60 < sum(spans) / len(spans) < 100
+    with pytest.raises(ValueError, match="A span of 3 tokens is too short"):
+        cut_sentences_and_spans([[[1]]], 3, 0)
 
 
 @pytest.mark.parametrize(
