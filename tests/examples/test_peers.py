@@ -164,6 +164,7 @@ def test_a_prefill_has_its_contenders(scripts, language_model, tmp_path):
 
 @torch.no_grad()
 def test_continuations_are_compared_prompt_by_prompt(scripts, language_model, monkeypatch, tmp_path):
+    scripts("run")  # puts the folder of the next one on the path
     module, ids = scripts("causal_quality"), torch.randint(0, 1200, (1, 400))
     monkeypatch.setattr(module, "wikitext2", lambda *args: [])
     fields = {"tokenizer": lambda *args, **kwargs: {"input_ids": ids}, "data": tmp_path, "limit": 3, "prompt": 16}
