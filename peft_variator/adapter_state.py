@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -533,15 +533,28 @@ def check_adapter_state(
         surplus_names = [named[key] for key in overwritten or surplus]
         what = "are weights of the base model" if overwritten else "have no place in this model"
         hint = f" It lacks {name_some(missing_names)}." if missing else ""
+        advice = "Load it onto the model that it was made for, or save it again with save_pretrained."
+        if source and not foreign and _differ_by_a_prefix(surplus, missing):
+            loading = f"peft_variator.load_plugin(model, {source!r})"
+            advice = f"It was made for the model with another head, or none; {loading} loads it."
         raise AdapterStateError(
             f"{where} brings tensors that are none of the adapter's and {what}: {name_some(surplus_names)}."
-            f"{hint} Load it onto the model that it was made for, or save it again with save_pretrained."
+            f"{hint} {advice}"
         )
     if missing:
         raise _incomplete(where, missing_names)
     for key, wanted in expected.items():
         _check_tensor(named[key], found[key], wanted, where)
     return whole
+
+
+def _differ_by_a_prefix(names: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether two lists of names are the same but for one prefix, as of a model and of its body alone."""
+    short, long = sorted((sorted(names), sorted(others)), key=lambda each: sum(map(len, each)))
+    if not short or not long[0].endswith(f".{short[0]}"):
+        return False
+    prefix = long[0].removesuffix(short[0])
+    return [f"{prefix}{name}" for name in short] == long
 
 
 def _as_saved(key: str, adapter_name: str) -> str:

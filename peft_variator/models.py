@@ -218,7 +218,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     base = adapter_base(folder)
     if base is None:
-        raise CheckpointError(f"{folder / CONFIG_NAME} can't be read: it is missing. Name the folder of a model.")
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        which = f"Name the folder of a model{', ' if inside else ''}{' or '.join(map(repr, inside[:3]))}."
+        raise CheckpointError(f"{folder / CONFIG_NAME} can't be read: it is missing. {which}")
     raise CheckpointError(f"{str(folder)!r} holds an adapter and no model. Name its base model{base}.")
 
 

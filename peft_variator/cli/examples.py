@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
+from ..field_types import shown
 from ..models import Task, load_tokenizer
 from ..profiling import count_positions
 from ..training.data import (
@@ -119,7 +121,7 @@ def load_data(
     # However few are trained on, as many are held out as were asked for: so many are read that those are a tenth.
     wanted = max(wanted + held_out, held_out * SHARE_HELD_OUT)
     if task == "vision":
-        images = ImageFolder(data, AutoImageProcessor.from_pretrained(model))
+        images = ImageFolder(data, _load_image_processor(model))
         drawn, unreadable = images.draw(wanted, seed)
         if unreadable and len(drawn) < 2:
             raise ValueError(f"Of {len(images)} images in {names} only {len(drawn)} can be read. Add images.")
@@ -163,6 +165,22 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
     return tokenizer
+
+
+def _load_image_processor(name: str) -> Any:
+    """What makes a model's inputs of images.
+
+    Raises:
+        ValueError: the model's folder has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} has no image processor that can be read"
+            f"{'' if Path(name).is_dir() else f' ({shown(error)})'}. Save that of the model in its folder: "
+            "AutoImageProcessor.from_pretrained(NAME).save_pretrained(FOLDER)."
+        ) from error
 
 
 def _collator(tokenizer: PreTrainedTokenizerBase, has_labels: bool) -> Callable[[list[Any]], Mapping[str, Any]]:
@@ -237,7 +255,7 @@ def load_evaluation_data(
 
     names = ", ".join(data)
     if base.main_input_name == "pixel_values":
-        images = ImageFolder(data, AutoImageProcessor.from_pretrained(name))
+        images = ImageFolder(data, _load_image_processor(name))
         drawn, unreadable = images.draw(wanted, seed)
         if not drawn:
             raise ValueError(f"None of the {len(images)} images in {names} can be read. Add images.")

@@ -77,6 +77,7 @@ class RestoreJob(RunSettings):
         check_checkpoints(self)
         beside = sentence_files(self.model)
         task = self.task or find_task(self.model, load_config(self.model))
+        self._check_teacher()
         # The adapter decides whether there is a teacher, and so which losses there are: before the data is read.
         set_seed(self.seed)
         model = self._adapter(load_weights(self.model, task))
@@ -102,6 +103,19 @@ class RestoreJob(RunSettings):
             losses["restored"] = _held_out_losses(trainer)
             facts = self._facts(model, data, weights, losses)
             return facts, write_adapter(self, model, trainer, facts, restored_card, beside)
+
+    def _check_teacher(self) -> None:
+        """Raise if the teacher can't be the dense model that was pruned."""
+        if self.teacher is None:
+            return
+        pruned, dense = (load_config(name).get_text_config() for name in (self.model, self.teacher))
+        for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
+            ours, theirs = getattr(pruned, name, None), getattr(dense, name, None)
+            if ours != theirs:
+                raise ValueError(
+                    f"--teacher {self.teacher} is not what {self.model} was pruned from: {name} is {theirs!r} there, "
+                    f"and {ours!r} here. Name the dense model."
+                )
 
     def _adapter(self, base: PreTrainedModel) -> PeftModel:
         """The base with the adapter to train: the one that was named, or one on the modules that are pruned."""

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import check_new_file, check_new_folder, naming_full_disk, new_folder, write_text
-from ..models import Task, check_model_name, check_reachable, takes_sound
+from ..models import Task, check_model_name, check_reachable, read_config, takes_sound
 from ..profiling import build_model, count_positions, find_device, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig, DistillationTrainer
@@ -94,6 +94,8 @@ class RunSettings:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it has to be at least 1.")
         check_model_name(self.model)
         if not has_weights(self.model):
+            if Path(self.model).is_dir():
+                read_config(Path(self.model))  # which tells of a folder that is none of a model
             raise ValueError(
                 f"{self.model} is a configuration without trained weights, so there is nothing to follow or to "
                 "restore. Name a model on the Hub or a folder with one."

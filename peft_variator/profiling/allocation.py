@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
 from ..field_types import whole_number
 from ..models import evaluating, on_device
@@ -26,6 +27,7 @@ from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
 from ..tuners.variator.neuron_selection import needs_calibration
 from .flops import count_flops
+from .inputs import count_positions
 
 
 __all__ = ["allocate"]
@@ -186,6 +188,10 @@ def _inputs_of_length(base: nn.Module, examples: list[dict[str, Any]], length: i
         length = max(batch["input_ids"].shape[1] for batch in examples)
     if length < 2:
         raise ValueError(f"allocate: length={length} leaves nothing to merge; it has to be at least 2.")
+    config = getattr(base, "config", None)
+    positions = count_positions(config) if isinstance(config, PreTrainedConfig) else None
+    if positions is not None and length > positions:
+        raise ValueError(f"allocate: length={length}, and the model has {positions} positions. Choose at most that.")
     mask = first.get("attention_mask")
     tokens = ids[0][mask[0].ne(0)] if isinstance(mask, Tensor) and mask.dim() == 2 else ids[0]
     # The tokens at the ends stay there; those between are repeated.

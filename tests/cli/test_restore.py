@@ -214,6 +214,13 @@ def test_it_goes_on_from_a_checkpoint(folders: Path, text: Path, tmp_path: Path)
     assert all(torch.allclose(straight[name], second[name], atol=1e-6) for name in straight)
 
 
+def test_a_teacher_of_another_kind_is_refused(folders: Path, text: Path, tmp_path: Path) -> None:
+    words = [folders / "encoder-pruned", "--data", text, "-o", tmp_path / "out", "--teacher"]
+    assert "model_type is 'llama' there, and 'bert' here" in refused(*words, folders / "causal", "--task", "encoder")
+    save(tiny_model("bert", **TEXT | {"hidden_size": 32}), tmp_path / "wide")
+    assert "hidden_size is 32 there, and 16 here" in refused(*words, tmp_path / "wide")
+
+
 BAD: list[tuple[list[str], str]] = [
     (["causal"], "No linear layer of"),
     (["causal-pruned", "--kl-weight", "0.5"], "--kl-weight is 0.5, but there is no dense model to follow"),

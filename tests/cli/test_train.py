@@ -289,6 +289,17 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     assert str(data / "7.png") in err
 
 
+def test_an_image_processor_that_is_missing_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "vision")
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    data = save_data(tmp_path / "data", "vision")
+    status, _, err = invoke(tmp_path / "model", "--data", data, "-o", tmp_path / "out", *QUICK, *SMALL)
+    assert (status, "has no image processor that can be read. Save that of the model in its folder" in err) == (
+        1,
+        True,
+    )
+
+
 def test_a_plugin_that_does_not_pay_says_so(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "encoder")
     data = save_data(tmp_path / "data.txt", "encoder")
@@ -402,6 +413,10 @@ def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:
     assert (status, "already exists and is not empty" in err) == (1, True)
     status, _, err = invoke("bert-base", "--data", "data", "-o", tmp_path / "out")
     assert (status, "bert-base is a configuration without trained weights" in err) == (1, True)
+    (tmp_path / "many" / "one").mkdir(parents=True)
+    (tmp_path / "many" / "one" / "config.json").write_text("{}")
+    status, _, err = invoke(tmp_path / "many", "--data", "data", "-o", tmp_path / "out")
+    assert (status, "config.json can't be read: it is missing. Name the folder of a model, 'one'." in err) == (1, True)
     status, _, err = invoke(tmp_path / "nothing", "--data", "data", "-o", tmp_path / "out")
     assert (status, f"There is no folder '{tmp_path / 'nothing'}'" in err) == (1, True)
     save_model(tmp_path / "model", "encoder")

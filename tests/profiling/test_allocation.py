@@ -122,6 +122,7 @@ def test_images() -> None:
         ({"batches": []}, "batches"),
         ({"flops_saved": {2: 0.2, 8: 0.3}, "compression_ratio": 4}, "none of the rows"),
         ({"correction_dim": 999}, "999"),
+        ({"length": 1000}, "length=1000, and the model has 512 positions"),
     ],
 )
 def test_what_cannot_be_done(arguments: dict[str, Any], named: str) -> None:

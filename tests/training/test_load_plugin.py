@@ -53,6 +53,18 @@ def test_a_plugin_moves_between_heads(base_model, saved, source: str, target: st
     assert model.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize(("source", "target"), [("bert", "bert-classifier"), ("bert-classifier", "bert")])
+def test_peft_on_another_head_names_what_loads_it(base_model, saved, source: str, target: str) -> None:
+    folder = saved(source)
+    with pytest.raises(ValueError, match="made for the model with another head") as told:
+        PeftModel.from_pretrained(base_model(target), folder)
+    assert f"peft_variator.load_plugin(model, '{folder}" in str(told.value)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({f"other.{key}": value for key, value in tensors.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Load it onto the model that it was made for"):
+        PeftModel.from_pretrained(base_model(target), folder)
+
+
 @pytest.mark.parametrize("is_trainable", [True, False])
 def test_a_plugin_joins_another_one(base_model, plugin_model, saved, is_trainable: bool) -> None:
     folder = saved("bert")

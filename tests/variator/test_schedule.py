@@ -56,6 +56,14 @@ def test_a_row_that_is_missing(k: int) -> None:
     assert model.compression_ratio == 2
 
 
+@pytest.mark.parametrize("schedule", [{2: {".*": 1}}, {2: {FIRST: 1, SECOND: 1}, 4: {".*": 1}}])
+def test_a_schedule_that_merges_nothing_anywhere(schedule: dict[int, dict[str, int]]) -> None:
+    with pytest.raises(ValueError, match=rf"merges nothing: the ratio of '{FIRST}', and of all other targets \(2\)"):
+        scheduled(ratio_schedule=schedule)
+    with pytest.raises(ValueError, match="Target modules nowhere not found"):
+        scheduled(ratio_schedule=schedule, target_modules="nowhere")
+
+
 def test_saved_and_loaded_with_integers_as_keys(tmp_path: Path) -> None:
     model, inputs = scheduled(), BERT.inputs(2, 20)
     model.save_pretrained(tmp_path)

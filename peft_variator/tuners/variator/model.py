@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -143,6 +144,7 @@ class VariatorModel(TidyTuner):
         _refuse_parts_to_save(model, config, list(placements.values()))
         if not placements:
             check_not_refused(model)
+            _check_schedule_merges(model, config)
         elif config.keep_outliers is not None and all(p.kind in ("vision", "audio") for p in placements.values()):
             raise ValueError(
                 f"keep_outliers={config.keep_outliers} is a share of a text's tokens, and this plugin would merge "
@@ -326,6 +328,21 @@ class VariatorModel(TidyTuner):
 
 def _is_of_another_method(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, PluginModule)
+
+
+def _check_schedule_merges(model: nn.Module, config: VariatorConfig) -> None:
+    """Raise if there is nowhere to go only because the schedule leaves all networks alone."""
+    if config.ratio_schedule is None:
+        return
+    without = copy.copy(config)
+    without.ratio_schedule = None
+    is_named = partial(VariatorModel._check_target_module_exists, without)
+    named = [key for key, _ in model.named_modules() if key and is_named(key)]
+    if named:
+        raise ValueError(
+            f"ratio_schedule={config.ratio_schedule} merges nothing: the ratio of {named[0]!r}, and of all other "
+            f"targets ({len(named)}), is 1 in every row. Give one of them a larger ratio."
+        )
 
 
 def _refuse_parts_to_save(model: nn.Module, config: VariatorConfig, placements: list[Placement]) -> None:
