@@ -279,6 +279,24 @@ def test_examples_hold_one_document_and_every_file_is_held_out_from(tmp_path: Pa
     assert {(next(iter(each)) - 4) // 10 for each in words[-6:]} == {0, 1, 2}
 
 
+@pytest.mark.parametrize(("task", "share"), [("encoder", 0.5), ("causal", 0.0)])
+def test_an_encoder_is_shown_single_sentences_beside_spans(tmp_path: Path, task: Any, share: float) -> None:
+    save_model(tmp_path / "model", task)
+    lines = [[number % 36, number // 36, *[number % 7] * (4 + number % 5)] for number in range(1200)]
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{word}" for word in line) for line in lines))
+    data = load_data(
+        str(tmp_path / "model"), task, [str(tmp_path / "text.txt")], column="text", split="train", max_length=66,
+        wanted=10_000, held_out=6, seed=0,
+    )  # fmt: skip
+    whole = {tuple(word + len(BERT_SPECIAL) for word in line) for line in lines}
+    ends = slice(1, -1) if task == "encoder" else slice(None, -1)
+    rows = [tuple(row["input_ids"][ends]) for row in [*data.train, *data.held_out]]
+    assert sum(row in whole for row in rows) / len(rows) == pytest.approx(share, abs=0.1)
+    if task == "encoder":
+        beginnings = {tuple(line[:2]) for line in whole}
+        assert sum(row[:2] in beginnings for row in rows) / len(rows) > 0.9, "spans begin with a sentence, too"
+
+
 def test_unreadable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "vision")
     data = save_data(tmp_path / "data", "vision")
