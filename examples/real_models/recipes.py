@@ -124,7 +124,7 @@ def name_for_whole_model(folder: Path) -> None:
 
 
 def make_dataset(
-    name: str, base: Loaded, data: Path, count: int, seed: int, sentences: float | None = None
+    name: str, base: Loaded, data: Path, count: int, seed: int, recipe: Recipe | None = None
 ) -> Sequence[Any] | Dataset[Any]:
     """Examples to train on, made from what is never measured on.
 
@@ -134,18 +134,17 @@ def make_dataset(
         data: the data folder.
         count: number of examples; text starts over when it is used up, cut at other places.
         seed: of order, cuts and crops.
-        sentences: share of single sentences among an encoder's texts; the recipe's if not given.
+        recipe: how long texts are, and how many are single sentences; the model's if not given.
     """
-    kind = WEIGHTS[name].kind
+    kind, recipe = WEIGHTS[name].kind, recipe or RECIPES[name]
     if kind == "vision":
         return Photographs(data, count, seed)
     if kind == "audio":
         return Spectrograms(base, data, count, seed)
     before, after = surroundings(base.tokenizer)
-    room = RECIPES[name].length - len(before) - len(after)
+    room = recipe.length - len(before) - len(after)
     text = training_text(data, seed=seed)
-    share = RECIPES[name].sentences if sentences is None else sentences
-    whole = _whole_sentences(text, base.tokenizer, room, round(share * count), seed)
+    whole = _whole_sentences(text, base.tokenizer, room, round(recipe.sentences * count), seed)
     # Spans are five eighths of the longest in the mean.
     stream = tokenize(cycle(text), base.tokenizer, (count - len(whole)) * room)
     spans = cut_spans(stream, room, seed)[: count - len(whole)]

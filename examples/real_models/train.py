@@ -78,7 +78,7 @@ def train(
     trainer = DistillationTrainer(
         student,
         training_arguments(recipe, output, seed, device),
-        train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed, recipe.sentences),
+        train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed, recipe),
         data_collator=collator(WEIGHTS[name].kind, base),
         teacher_model=part if int8 else None,
     )
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, help="optimizer steps; the recipe's if not given")
     parser.add_argument("--batch-size", type=int, help="examples a step; the recipe's if not given")
+    parser.add_argument("--length", type=int, help="tokens of the longest text; the recipe's if not given")
     parser.add_argument("--learning-rate", type=float, help="the peak; the recipe's if not given")
     parser.add_argument("--ratios", type=int, nargs="+", help="compression ratios; the recipe's if not given")
     parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
@@ -156,6 +157,7 @@ def main() -> None:
         recipe,
         steps=arguments.steps or recipe.steps,
         batch_size=arguments.batch_size or recipe.batch_size,
+        length=arguments.length or recipe.length,
         learning_rate=arguments.learning_rate or recipe.learning_rate,
         ratios=tuple(arguments.ratios or recipe.ratios),
         bf16=recipe.bf16 or arguments.bf16,

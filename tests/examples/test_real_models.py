@@ -21,6 +21,7 @@ from transformers import (
 
 from peft_variator import VariatorConfig
 from peft_variator.training import DistillationConfig
+from tests.word_tokenizer import numbered_words, word_tokenizer
 
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "real_models"
@@ -89,6 +90,24 @@ def test_articles_that_are_measured_are_not_trained_on(scripts, data):
 def test_a_paragraph_with_a_measured_sentence_is_left_out(scripts, data):
     text = scripts("texts").training_text(data, ["masc"])
     assert text == ["This is a paragraph of the corpus. It has two lines of text."]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_single_sentences_stand_beside_spans(scripts, data, monkeypatch, share):
+    recipes, weights = scripts("recipes"), scripts("weights")
+    paragraphs = [f"w{n} w1 w2 w3 w4 w5. w6 w7. w{n} w8 w9 w10 w11 w12 w13?" for n in range(14, 30)]
+    monkeypatch.setattr(recipes, "training_text", lambda *args, **kwargs: paragraphs)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *numbered_words(30), ".", "?"]
+    tokenizer = word_tokenizer(words, "[CLS] $A [SEP]", pad_token="[PAD]", unk_token="[UNK]")
+    base, recipe = weights.Loaded(None, tokenizer), recipes.Recipe(1, 4, length=34, sentences=share)
+    rows = [row["input_ids"] for row in recipes.make_dataset("all-MiniLM-L6-v2", base, data, 40, 0, recipe)]
+    assert len(rows) == 40
+    assert all(row[0] == 2 and row[-1] == 3 and len(row) <= 34 for row in rows)
+    first, marks = words.index("w14"), {words.index("."), words.index("?")}
+    # Sentences of three words are too short to be trained on.
+    whole = [row for row in rows if len(row) in (9, 10) and row[-2] in marks and row[1] >= first]
+    assert len(whole) >= share * 40
+    assert share or len(whole) < 5
 
 
 def test_a_source_that_is_missing_or_unknown(scripts, data):
