@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps; the recipe's if not given")
     parser.add_argument("--batch-size", type=int, help="examples a step; the recipe's if not given")
     parser.add_argument("--length", type=int, help="tokens of the longest text; the recipe's if not given")
+    parser.add_argument("--sentences", type=float, help="share of single sentences; the recipe's if not given")
     parser.add_argument("--learning-rate", type=float, help="the peak; the recipe's if not given")
     parser.add_argument("--ratios", type=int, nargs="+", help="compression ratios; the recipe's if not given")
     parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
@@ -158,6 +159,7 @@ def main() -> None:
         steps=arguments.steps or recipe.steps,
         batch_size=arguments.batch_size or recipe.batch_size,
         length=arguments.length or recipe.length,
+        sentences=recipe.sentences if arguments.sentences is None else arguments.sentences,
         learning_rate=arguments.learning_rate or recipe.learning_rate,
         ratios=tuple(arguments.ratios or recipe.ratios),
         bf16=recipe.bf16 or arguments.bf16,
