@@ -70,11 +70,9 @@ class Recipe:
     plugin: dict[str, Any] = field(default_factory=dict)
 
 
-# Sentences beside spans: a batch of both would be padding for the most part.
-BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
 RECIPES: dict[str, Recipe] = {
-    "all-MiniLM-L6-v2": Recipe(steps=2500, batch_size=32, sentences=0.5, losses=BY_LENGTH),
-    "all-mpnet-base-v2": Recipe(steps=1500, batch_size=16, bf16=True, sentences=0.5, losses=BY_LENGTH),
+    "all-MiniLM-L6-v2": Recipe(steps=2500, batch_size=32, sentences=0.5),
+    "all-mpnet-base-v2": Recipe(steps=1500, batch_size=16, bf16=True, sentences=0.5),
     "SmolLM2-135M-Instruct": Recipe(
         steps=1500, batch_size=8, length=320, bf16=True, losses={"hidden_weight": 0.5, "logits_weight": 1.0}
     ),

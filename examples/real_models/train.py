@@ -96,6 +96,8 @@ def train(
 
 def training_arguments(recipe: Recipe, output: Path, seed: int, device: str) -> DistillationConfig:
     """Arguments of a run; see `train`."""
+    # Sentences beside spans: a batch of both would be padding for the most part.
+    sampling = {"train_sampling_strategy": "group_by_length"} if recipe.sentences else {}
     return DistillationConfig(
         output_dir=str(output / "checkpoints"),
         ratios=list(recipe.ratios) or None,
@@ -111,7 +113,7 @@ def training_arguments(recipe: Recipe, output: Path, seed: int, device: str) -> 
         disable_tqdm=True,
         use_cpu=device == "cpu",
         seed=seed,
-        **recipe.losses,
+        **sampling | recipe.losses,
     )
 
 
@@ -151,6 +153,8 @@ def main() -> None:
     result = arguments.output / "run.json"
     if result.is_file():
         parser.error(f"{result} is there: that run is done. Name another --output.")
+    if arguments.sentences is not None and not 0 <= arguments.sentences <= 1:
+        parser.error(f"--sentences is {arguments.sentences}; a share is from 0 to 1.")
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     recipe = RECIPES[arguments.model]

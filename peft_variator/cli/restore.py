@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from ..models import Task
 from ..profiling import find_task, load_config
@@ -76,8 +76,9 @@ class RestoreJob(RunSettings):
         """
         check_checkpoints(self)
         beside = sentence_files(self.model)
-        task = self.task or find_task(self.model, load_config(self.model))
-        self._check_teacher()
+        config = load_config(self.model)
+        task = self.task or find_task(self.model, config)
+        self._check_teacher(config)
         # The adapter decides whether there is a teacher, and so which losses there are: before the data is read.
         set_seed(self.seed)
         model = self._adapter(load_weights(self.model, task))
@@ -104,11 +105,11 @@ class RestoreJob(RunSettings):
             facts = self._facts(model, data, weights, losses)
             return facts, write_adapter(self, model, trainer, facts, restored_card, beside)
 
-    def _check_teacher(self) -> None:
+    def _check_teacher(self, pruned: PreTrainedConfig) -> None:
         """Raise if the teacher can't be the dense model that was pruned."""
         if self.teacher is None:
             return
-        pruned, dense = (load_config(name).get_text_config() for name in (self.model, self.teacher))
+        pruned, dense = pruned.get_text_config(), load_config(self.teacher).get_text_config()
         for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
             ours, theirs = getattr(pruned, name, None), getattr(dense, name, None)
             if ours != theirs:

@@ -6,8 +6,9 @@ import csv
 import json
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +357,8 @@ def cut_sentences_and_spans(documents: Iterable[Document], longest: int, seed: i
 
     A plugin learns the lengths, the beginnings and the ends that it is shown: trained on spans alone it loses more on
     single sentences. Spans are as long as those of [`cut_documents`], and neither holds tokens of two documents. What
-    is shorter than 4 tokens is part of spans only, unless it is a whole document.
+    is shorter than 4 tokens is no example, unless it is a whole document, and what a cut leaves of a sentence is left
+    out where it is shorter than a quarter of `longest`.
 
     Args:
         documents: the tokens of each document's sentences.
@@ -370,21 +372,22 @@ def cut_sentences_and_spans(documents: Iterable[Document], longest: int, seed: i
     shortest = max(FEWEST_TOKENS, longest // 4)
     examples: list[list[int]] = []
     for sentences in documents:
-        left = [[*sentence] for sentence in reversed(sentences)]
+        tokens = list(chain.from_iterable(sentences))
+        ends = list(accumulate(map(len, sentences)))
         found: list[list[int]] = []
         takes_sentence = generator.random() < 0.5
-        while left:
-            wanted = 1 if takes_sentence else generator.randint(shortest, longest)
-            tokens: list[int] = []
-            while left and len(tokens) < wanted:
-                tokens += left.pop()
-            wanted = longest if takes_sentence else wanted
-            if len(tokens) - wanted >= shortest:
-                left.append(tokens[wanted:])
-            if len(tokens) >= FEWEST_TOKENS:
-                found.append(tokens[:wanted])
+        start = 0
+        while start < len(tokens):
+            wanted = longest if takes_sentence else generator.randint(shortest, longest)
+            # One sentence, or as many as make up the length that is wanted.
+            enough = start + (1 if takes_sentence else wanted)
+            border = ends[min(bisect_left(ends, enough), len(ends) - 1)]
+            end = min(border, start + wanted)
+            if end - start >= FEWEST_TOKENS:
+                found.append(tokens[start:end])
+            start = end if border - end >= shortest else border
             takes_sentence = not takes_sentence
-        examples += found or [list(chain.from_iterable(sentences))[:longest]]
+        examples += found or [tokens[:longest]]
     return examples
 
 
