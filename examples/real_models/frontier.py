@@ -226,7 +226,7 @@ def _draw(plugins: dict[str, list[int]], results: Path, file: Path) -> bool:
     drawn = {plugin: points for plugin, points in drawn.items() if points}
     if not drawn:
         return False
-    plot, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    plot, axes = pyplot.subplots(figsize=(6, 4 + 0.1 * (len(drawn) - 1)), layout="constrained")
     base = columns[name]["base"][figure.part][figure.key]
     axes.axhline(base, color="0.7", linewidth=1, linestyle="--")
     axes.plot([1], [base], "o", color="black")
@@ -241,9 +241,11 @@ def _draw(plugins: dict[str, list[int]], results: Path, file: Path) -> bool:
         for point, following in zip(points, [*points[1:], points[-1]], strict=True):
             place = (point.speed["median"], point.quality)
             down = -14 if following.quality > point.quality else 6  # where the line to the next point is not
-            axes.annotate(f"k = {point.ratio}", place, xytext=(6, down), textcoords="offset points", color=color)
+            # Where there are several, only where each ends: the labels of all would lie on each other.
+            if len(drawn) == 1 or point is points[-1]:
+                axes.annotate(f"k = {point.ratio}", place, xytext=(6, down), textcoords="offset points", color=color)
     if len(drawn) > 1:
-        axes.legend()
+        plot.legend(loc="outside lower center", ncols=2, fontsize="small")
     # A scale that makes a tenth of a point look like a fall says something that is not so.
     axes.margins(0.12)  # the labels stay inside
     low, high = axes.get_ylim()
