@@ -188,8 +188,8 @@ class BackgroundChecks:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
         self._running: list[Future[None]] = []
-        # Where loading fails no one finishes them.
-        self._stop = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        # Where loading fails in code of others, no one stops them.
+        self._abandoned = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def start(self, check: Callable[..., None], *arguments: Any) -> None:
         """Run `check(*arguments)` when a thread is free."""
@@ -201,7 +201,15 @@ class BackgroundChecks:
             for check in self._running:
                 check.result()
         finally:
-            self._stop()
+            self.stop()
+
+    def stop(self) -> None:
+        """Drop those that have not begun, and wait for the others: no thread reads the files any more.
+
+        Whoever cuts off a file that is mapped into memory would kill the process that reads it (SIGBUS).
+        """
+        self._abandoned.detach()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def checksum(tensor: Tensor) -> str:

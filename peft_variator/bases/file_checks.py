@@ -85,6 +85,10 @@ class FileChecks:
             if record is not None and record == self._describe(file):
                 _remember(record)
 
+    def stop(self) -> None:
+        """End the checks without an answer; nothing reads the files any more."""
+        self._background.stop()
+
     def _start(self, file: Path) -> None:
         for check in self._checks[file].values():
             self._background.start(check)

@@ -158,6 +158,13 @@ class Sparse24Quantizer(HfQuantizer):
         checkpoint = Checkpoint.from_files(files)
         checksums = self.pre_quantized and self.quantization_config.checksums
         self._checks = FileChecks(checkpoint, checksums)
+        try:
+            self._plan(model, checkpoint, checksums, dtype)
+        except BaseException:
+            self._checks.stop()
+            raise
+
+    def _plan(self, model: PreTrainedModel, checkpoint: Checkpoint, checksums: bool, dtype: torch.dtype) -> None:
         rules = self.quantization_config.rules(self.pre_quantized)
         names = KeyNames(model)
         try:

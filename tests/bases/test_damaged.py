@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from examples.packed_faults.damages import DAMAGES
-from peft_variator.bases import CheckpointError, load_base
-from peft_variator.bases.checkpoint import checksum
+from peft_variator.bases import CheckpointError, load_base, quantizer
+from peft_variator.bases.checkpoint import Checkpoint, checksum
 
 from .models import logits, tiny_llama
 
@@ -30,6 +31,37 @@ def test_damaged_weights_are_an_error_that_names_the_file(packed_dir, damage):
             AutoModelForCausalLM.from_pretrained(packed_dir)
     file.write_bytes(whole)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(packed_dir)), logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("fault", ["a damaged value", "an error beside the checks"])
+def test_nothing_reads_the_file_once_the_load_has_failed(packed_dir, monkeypatch, fault):
+    """Else cutting the file off, to write it anew, would kill the process (SIGBUS)."""
+    reading, check, name = [], Checkpoint.check_checksum, "model.layers.0.mlp.up_proj.compressed"
+
+    def slow_check(self, stored):
+        reading.append(stored.name)
+        try:
+            time.sleep(0 if stored.name == name else 0.1)
+            check(self, stored)
+        finally:
+            reading.remove(stored.name)
+
+    def fail(*args, **kwargs):
+        raise CheckpointError("the model has no such place")
+
+    monkeypatch.setattr(Checkpoint, "check_checksum", slow_check)
+    if fault == "a damaged value":
+        file = packed_dir / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        data[8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0]] ^= 1
+        file.write_bytes(data)
+    else:
+        monkeypatch.setattr(Checkpoint, "check_checksums", fail)
+        monkeypatch.setattr(quantizer, "plan_weights", fail)
+    with pytest.raises(CheckpointError, match=r"model"):
+        AutoModelForCausalLM.from_pretrained(packed_dir)
+    assert reading == []
 
 
 def test_a_flipped_value_names_its_tensor(packed_dir):
