@@ -20,7 +20,7 @@ from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune
 from ..sparsity.calibration import read_batches, text_batches
-from ..sparsity.sequential import Batch
+from ..sparsity.chains import Batch
 from ..training.data import TABLES, ImageFolder, check_data_name, read_texts
 from .console import Reporter, next_commands
 from .examples import data_words, warn_about_unreadable

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import FeatureExtractionMixin, ImageProcessingMixin, ProcessorMixin
 from transformers.image_utils import load_image
 
-from .sequential import Batch
+from .chains import Batch
 
 
 __all__ = ["check_batches", "read_batches", "text_batches"]

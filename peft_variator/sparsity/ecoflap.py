@@ -13,9 +13,10 @@ from accelerate.utils.modeling import has_offloaded_params
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from .chains import Batch, run_model
 from .config import PruningConfig
 from .modules import PrunableModule, apply_matrix, read_matrix
-from .sequential import Batch, TargetsByBlock, run_model
+from .sequential import TargetsByBlock
 
 
 __all__ = ["block_scores", "first_order_scores", "spread_budgets", "water_fill", "zeroth_order_scores"]

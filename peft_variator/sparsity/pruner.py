@@ -13,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .calibration import check_batches
+from .chains import Batch
 from .config import PruningConfig
 from .ecoflap import block_scores, spread_budgets, water_fill
 from .methods import PruningMethod
 from .modules import PrunableModule, apply_matrix, find_prunable, find_targets, read_matrix, replace_matrix
 from .patterns import Pattern, apply_mask
-from .sequential import Batch, walk_blocks
+from .sequential import walk_blocks
 from .sparsity_report import ModuleSparsity, SparsityReport, count_module
 from .statistics import Statistics
 

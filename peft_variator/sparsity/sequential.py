@@ -1,7 +1,7 @@
 """The walk over a model's blocks: statistics of one block, its masks, then on with what the block now gives.
 
-1. `find_chains`: hooks show which blocks run, in which order, and which of a block's outputs is, as the same tensor,
-   an input of the next block. Blocks linked in this way form a chain.
+1. `find_chains` shows which blocks run, in which order, and which of them form a chain: each runs on what the one
+   before gives.
 2. `capture`: the arguments that the blocks of a chain are called with are kept.
 3. `walk_blocks`: the blocks are called again, one after the other, and pruned on the way.
 
@@ -10,171 +10,43 @@ No architecture is known here: a block is any module, and its arguments are what
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..models import on_device
+from ..models import name_some
 from ..tuners.variator.forward_context import single_blocks
+from .chains import Batch, Call, Chain, find_chains, hooked, leaves, run_model
 from .modules import PrunableModule, block_stacks, innermost
 from .statistics import Statistics
 
 
-__all__ = [
-    "Batch",
-    "Call",
-    "Capture",
-    "Chain",
-    "Slot",
-    "TargetsByBlock",
-    "capture",
-    "find_chains",
-    "hooked",
-    "run_model",
-    "walk_blocks",
-]
-
-Batch = Mapping[str, Any] | Tensor
-Slot = int | str
-"""Where an argument stands in a call: its position or its keyword."""
+__all__ = ["Capture", "Padding", "TargetsByBlock", "capture", "walk_blocks"]
 
 
 @dataclass
-class Call:
-    """The arguments of one call of a block."""
+class Padding:
+    """Which positions of a batch are real tokens, bool (batch, length); `None`: nobody said.
 
-    args: list[Any]
-    kwargs: dict[str, Any]
-
-    def items(self) -> list[tuple[Slot, Any]]:
-        """All arguments with their slots."""
-        return [*enumerate(self.args), *self.kwargs.items()]
-
-    def fill(self, slot: Slot, value: Any) -> None:
-        """Put `value` where `slot` says."""
-        if isinstance(slot, int):
-            self.args[slot] = value
-        else:
-            self.kwargs[slot] = value
-
-
-def leaves(output: Any) -> list[Any]:
-    """A block's output as a list: the tensor alone, or the values of a tuple or mapping."""
-    if isinstance(output, Mapping):
-        return list(output.values())
-    return list(output) if isinstance(output, (tuple, list)) else [output]
-
-
-@contextmanager
-def hooked(
-    modules: Mapping[str, nn.Module], pre: Callable[..., Any], post: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """Call `pre(name, args, kwargs)` before and `post(name, args, output)` after each module; hooks go in the end."""
-    with ExitStack() as stack:
-        for name, module in modules.items():
-
-            def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> Any:
-                return pre(name, args, kwargs)
-
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            if post is None:
-                continue
-
-            def after(_: nn.Module, args: Any, output: Any, name: str = name) -> Any:
-                return post(name, args, output)
-
-            stack.callback(module.register_forward_hook(after).remove)
-        yield
-
-
-def run_model(model: nn.Module, batch: Batch) -> Any:
-    """`model` on one calibration batch, moved to where its first weights are."""
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    if isinstance(batch, Tensor):
-        return model(batch.to(device))
-    return model(**on_device(batch, device))
-
-
-def run_block(block: nn.Module, call: Call, links: Mapping[Slot, int], previous: list[Any]) -> list[Any]:
-    """Call a block with the linked slots filled from the previous block's output; returns its output's leaves."""
-    for slot, index in links.items():
-        call.fill(slot, previous[index])
-    with torch.no_grad():
-        with single_blocks():  # the base model is calibrated, whatever plugins it carries
-            output = leaves(block(*call.args, **call.kwargs))
-    for slot in links:
-        call.fill(slot, None)
-    return output
-
-
-@dataclass
-class Chain:
-    """Blocks that run one after the other, each on the outputs of the one before.
-
-    `links[i]` says, for block i, which slot takes which leaf of block i-1's output; empty for the first block.
+    `own` is of the tower's tokens, `encoder` of those of the encoder that a decoder attends to.
     """
 
-    blocks: list[str]
-    links: list[dict[Slot, int]]
-
-
-def _links(call: Call, previous: list[Any]) -> dict[Slot, int]:
-    """Which arguments are outputs of the block before; empty unless its first tensor is the call's first tensor."""
-    found = {
-        slot: index
-        for slot, value in call.items()
-        for index, leaf in enumerate(previous)
-        if isinstance(value, Tensor) and value is leaf
-    }
-    tensors = [slot for slot, value in call.items() if isinstance(value, Tensor)]
-    return found if tensors and found.get(tensors[0]) == 0 else {}
-
-
-def find_chains(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Batch) -> list[Chain]:
-    """Run `batch` through `model` and find the chains its blocks form, in the order they run.
-
-    A block whose input is not the very output of the block before (something was added in between) begins a new chain;
-    a block that runs several times is a chain by itself. Blocks that do not run are in none.
-    """
-    order: list[tuple[str, dict[Slot, int]]] = []
-    previous: list[Any] = []
-
-    def before(name: str, args: Any, kwargs: Any) -> None:
-        order.append((name, _links(Call(list(args), dict(kwargs)), previous)))
-
-    def after(name: str, args: Any, output: Any) -> None:
-        previous[:] = leaves(output)
-
-    with torch.no_grad(), hooked(blocks, before, after):
-        run_model(model, batch)
-    names = [name for name, _ in order]
-    chains: list[Chain] = []
-    for name, links in order:
-        repeated = names.count(name) > 1
-        if links and not repeated and names.count(chains[-1].blocks[-1]) == 1:
-            chains[-1].blocks.append(name)
-            chains[-1].links.append(links)
-        elif all(name not in chain.blocks for chain in chains):
-            chains.append(Chain([name], [{}]))
-    return chains
+    own: Tensor | None = None
+    encoder: Tensor | None = None
 
 
 @dataclass
 class Capture:
-    """What one batch gives the blocks of a chain.
-
-    `calls` holds one call for each block, or several for a chain of one block that runs several times; `real_tokens`
-    says which positions of the batch are no padding, bool (batch, length), None where the tower was not told.
-    """
+    """What one batch gives the blocks of a chain: a call for each, or several where a block runs several times."""
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    real_tokens: Tensor | None = None
+    padding: Padding = field(default_factory=Padding)
 
 
 class _StopForwardError(Exception):
@@ -189,11 +61,15 @@ def _without_caches(call: Call) -> Call:
     return call
 
 
-def _tower_mask(args: Any, kwargs: Any, tower: nn.Module) -> Tensor | None:
-    """The padding mask (batch, length) that a tower was called with."""
-    arguments = inspect.signature(tower.forward).bind_partial(*args, **kwargs).arguments
-    mask = arguments.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def _mask(given: Any, batch: Batch) -> Tensor | None:
+    """A tower's mask of padding; the batch's where the tower has been given one that is made ready for attention."""
+    if given is not None and not _is_mask(given):
+        given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return given.bool() if _is_mask(given) else None
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def capture(model: nn.Module, chain: Chain, batches: Sequence[Batch]) -> list[Capture]:
@@ -209,14 +85,16 @@ def capture(model: nn.Module, chain: Chain, batches: Sequence[Batch]) -> list[Ca
     captures: list[Capture] = []
 
     def note_mask(name: str, args: Any, kwargs: Any) -> None:
-        captures[-1].real_tokens = _tower_mask(args, kwargs, modules[name])
+        call = Call(args, kwargs)
+        own, encoder = (call.named(modules[name], key) for key in ("attention_mask", "encoder_attention_mask"))
+        captures[-1].padding = Padding(_mask(own, batch), _mask(encoder, batch))
 
     def note_call(name: str, args: Any, kwargs: Any) -> None:
         call = _without_caches(Call(list(args), dict(kwargs)))
         for slot in links[name]:
             call.fill(slot, None)
-        captures[-1].calls.setdefault(name, []).append(call)
-        if len(chain.blocks) > 1 and name == chain.blocks[-1]:
+        captures[-1].calls.setdefault(name, []).append(call.copied() if chain.writes else call)
+        if name == chain.blocks[-1] and not chain.repeats:
             raise _StopForwardError
 
     with ExitStack() as stack:
@@ -225,7 +103,8 @@ def capture(model: nn.Module, chain: Chain, batches: Sequence[Batch]) -> list[Ca
             stack.enter_context(hooked({tower: modules[tower]}, note_mask))
         stack.enter_context(hooked({name: modules[name] for name in chain.blocks}, note_call))
         for batch in batches:
-            captures.append(Capture())
+            given = batch.get("attention_mask") if tower is None and isinstance(batch, Mapping) else None
+            captures.append(Capture(padding=Padding(_mask(given, batch))))
             try:
                 run_model(model, batch)
             except _StopForwardError:
@@ -237,29 +116,55 @@ PruneBlock = Callable[[Sequence[PrunableModule], dict[str, Statistics]], None]
 TargetsByBlock = Mapping[str, Sequence[PrunableModule]]
 
 
-def _rows(inputs: Tensor, real_tokens: Tensor | None) -> Tensor:
-    """The inputs of real tokens as (tokens, width): padding is left out where the tower was told about it."""
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    positions = tuple(inputs.shape[:-1])
-    if real_tokens is None or positions not in (tuple(real_tokens.shape), (real_tokens.numel(),)):
-        return rows
-    return rows[real_tokens.reshape(-1).to(rows.device)]
-
-
 class _Collector:
-    """Sums up the inputs of some modules, module name -> statistics, while `real_tokens` says what counts."""
+    """Sums up the inputs of some modules, module name -> statistics.
 
-    def __init__(self, targets: Sequence[PrunableModule], kind: type[Statistics]) -> None:
+    Args:
+        targets: the modules.
+        kind: what is summed up.
+        untold: gets the names of modules whose padding can't be told.
+    """
+
+    def __init__(self, targets: Sequence[PrunableModule], kind: type[Statistics], untold: list[str]) -> None:
         self._targets = {target.name: target for target in targets}
         self._kind = kind
+        self._untold = untold
+        self._padding = Padding()
+        self._of_encoder: Any = None
+        self._others: list[Tensor] = []
         self.statistics: dict[str, Statistics] = {}
-        self.real_tokens: Tensor | None = None
+
+    def expect(self, block: nn.Module, call: Call, padding: Padding) -> None:
+        """The next inputs are those of one call of the block."""
+        self._padding = padding
+        self._of_encoder = call.named(block, "encoder_hidden_states")
+        self._others = [value for _, value in call.items() if isinstance(value, Tensor)][1:]
 
     def _count(self, name: str, args: Any, kwargs: Any) -> None:
         inputs = next(iter([*args, *kwargs.values()]))
         if name not in self.statistics:
             self.statistics[name] = self._kind(self._targets[name].width, inputs.device)
-        self.statistics[name].add(_rows(inputs, self.real_tokens))
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        real = self._real_tokens(name, inputs)
+        self.statistics[name].add(rows if real is None else rows[real.reshape(-1).to(rows.device)])
+
+    def _real_tokens(self, name: str, inputs: Tensor) -> Tensor | None:
+        """Which positions of a module's inputs count, in their order; `None`: all."""
+        if inputs is self._of_encoder:
+            mask = self._padding.encoder
+        else:
+            mask = None if any(inputs is other for other in self._others) else self._padding.own
+        positions = tuple(inputs.shape[:-1])
+        if mask is None or bool(mask.all()):
+            return None
+        if positions in (tuple(mask.shape), (mask.numel(),)):
+            return mask
+        if positions == tuple(mask.t().shape):  # time first, as in XLNet
+            return mask.t()
+        # A pooled token or some routed ones are no whole sequences.
+        if (len(positions) > 1 and positions[1] > 1) or inputs[..., 0].numel() > int(mask.sum()):
+            self._untold.append(name)
+        return None
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -278,43 +183,48 @@ def _trim(chain: Chain, targets: TargetsByBlock) -> Chain | None:
     if not wanted:
         return None
     part = slice(wanted[0], wanted[-1] + 1)
-    return Chain(chain.blocks[part], [{}, *chain.links[part][1:]])
+    return replace(chain, blocks=chain.blocks[part], links=[{}, *chain.links[part][1:]])
 
 
 def _chains(model: nn.Module, targets: TargetsByBlock, batches: Sequence[Batch]) -> list[Chain]:
     """The chains to walk, in the order in which the model runs them."""
     stacks = [stack for stack in block_stacks(model).values() if any(block in targets for block in stack)]
     names = list(dict.fromkeys([block for stack in stacks for block in stack] + list(targets)))
-    blocks = {name: model.get_submodule(name) for name in names}
-    missing: list[str] = []
-    for batch in batches:
-        chains = find_chains(model, blocks, batch)
-        reached = {name for chain in chains for name in chain.blocks}
-        missing = [name for name in targets if name not in reached]
-        if not missing:
-            trimmed = [_trim(chain, targets) for chain in chains]
-            return [chain for chain in trimmed if chain is not None]
-    raise ValueError(
-        f"No calibration batch runs all blocks that are to be pruned: {missing[:3]} got no input. Give batches that "
-        "use them (images too, for a vision tower), or leave them out with exclude_modules or modalities."
-    )
+    chains = find_chains(model, {name: model.get_submodule(name) for name in names}, batches)
+    reached = {name for chain in chains for name in chain.blocks}
+    missing = [name for name in targets if name not in reached]
+    if missing:
+        raise ValueError(
+            f"No calibration batch runs {name_some(missing)}, which are to be pruned. Give batches that use them "
+            "(images too, for a vision tower), or leave them out with exclude_modules or modalities."
+        )
+    return [trimmed for chain in chains if (trimmed := _trim(chain, targets)) is not None]
 
 
 def _run(
-    block: nn.Module,
+    model: nn.Module,
     name: str,
-    links: Mapping,
+    chain: Chain,
     captures: list[Capture],
     previous: list[list[Any]],
-    note: _Collector | None,
+    collector: _Collector | None = None,
 ) -> list[list[Any]]:
-    """Call the block on every batch; the outputs of the last call of each."""
+    """Call a block of the chain on every batch, on what the block before gave; the leaves that the last calls give."""
+    block, links = model.get_submodule(name), chain.links[chain.blocks.index(name)]
     outputs = []
-    for captured, inputs in zip(captures, previous, strict=True):
-        if note is not None:
-            note.real_tokens = captured.real_tokens
-        results = [run_block(block, call, links, inputs) for call in captured.calls.get(name, [])]
-        outputs.append(results[-1] if results else [])
+    for captured, given in zip(captures, previous, strict=True):
+        output: list[Any] = []
+        for call in captured.calls.get(name, []):
+            for slot, index in links.items():
+                call.fill(slot, given[index])
+            own = call.copied() if chain.writes else call
+            if collector is not None:
+                collector.expect(block, own, captured.padding)
+            with torch.no_grad(), single_blocks():  # the base model is calibrated, whatever plugins it carries
+                output = leaves(block(*own.args, **own.kwargs))
+            for slot in links:
+                call.fill(slot, None)
+        outputs.append(output)
     return outputs
 
 
@@ -326,18 +236,18 @@ def _walk_chain(
     kind: type[Statistics],
     prune_block: PruneBlock,
     propagate: bool,
+    untold: list[str],
 ) -> None:
     outputs: list[list[Any]] = [[] for _ in captures]
-    for name, links in zip(chain.blocks, chain.links, strict=True):
-        block = model.get_submodule(name)
+    for name in chain.blocks:
         block_targets = targets.get(name, ())
-        collector = _Collector(block_targets, kind)
+        collector = _Collector(block_targets, kind, untold)
         with collector.collecting():
-            after = _run(block, name, links, captures, outputs, collector)
+            after = _run(model, name, chain, captures, outputs, collector)
         if block_targets:
             prune_block(block_targets, collector.statistics)
         if block_targets and propagate and name != chain.blocks[-1]:
-            after = _run(block, name, links, captures, outputs, None)
+            after = _run(model, name, chain, captures, outputs)
         outputs = after
         for captured in captures:
             captured.calls.pop(name, None)
@@ -363,10 +273,21 @@ def walk_blocks(
 
     Raises:
         ValueError: a block or a module gets no input, or values that are not finite.
+
+    Warns:
+        UserWarning: padding counted, as nothing tells where it lies in a module's inputs.
     """
     chains = _chains(model, targets, batches)
+    untold: list[str] = []
     # Dense inputs of later chains exist only before anything is pruned.
     dense = None if propagate else [capture(model, chain, batches) for chain in chains]
     for index, chain in enumerate(chains):
         captures = capture(model, chain, batches) if dense is None else dense[index]
-        _walk_chain(model, chain, captures, targets, kind, prune_block, propagate)
+        _walk_chain(model, chain, captures, targets, kind, prune_block, propagate, untold)
+    if untold:
+        warnings.warn(
+            f"The calibration batches have padding, and the inputs of {name_some(list(dict.fromkeys(untold)))} do not "
+            "lie as their attention_mask does, so padding counted there. Give batches without padding: texts of one "
+            "length, or one a batch.",
+            stacklevel=3,
+        )

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import transformers as T
 
+from peft_variator.sparsity.chains import run_model
 from peft_variator.sparsity.methods.magnitude import Magnitude
 from peft_variator.sparsity.methods.wanda import Wanda
+from peft_variator.sparsity.modules import find_targets
 from peft_variator.sparsity.patterns import Target
 from tests.tiny_models import BART, VOCABULARY
 
@@ -194,3 +196,46 @@ def magnitude_mask(weight: torch.Tensor, target: Target) -> torch.Tensor:
 def wanda_mask(weight: torch.Tensor, input_norm: torch.Tensor, target: Target) -> torch.Tensor:
     """What Wanda keeps of a weight whose inputs have these norms."""
     return Wanda().solve(weight, SimpleNamespace(norm=input_norm), target)[0]
+
+
+def run_order(model, targets, batch):
+    """The blocks of the targets, in the order in which their first module runs."""
+    order = []
+    hooks = [
+        target.module.register_forward_pre_hook(lambda module, args, block=target.block: order.append(block))
+        for target in targets
+    ]
+    with torch.no_grad():
+        run_model(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return list(dict.fromkeys(order))
+
+
+def reference_masks(model, config, batches):
+    """Wanda by full forward passes: one for every block, on the model as it is by then, or on the dense one."""
+    dense = copy.deepcopy(model)
+    targets = find_targets(model, config)
+    masks = {}
+    for block in dict.fromkeys(block for batch in batches for block in run_order(model, targets, batch)):
+        members = [target for target in targets if target.block == block]
+        source = model if config.propagate else dense
+        inputs = {target.name: [] for target in members}
+        hooks = [
+            source.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, rows=rows: rows.append(args[0].reshape(-1, args[0].shape[-1]).clone())
+            )
+            for name, rows in inputs.items()
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                run_model(source, batch)
+        for hook in hooks:
+            hook.remove()
+        for target in members:
+            weight = target.module.weight.data
+            matrix = weight.T if target.transposed else weight
+            mask = wanda_mask(matrix, torch.cat(inputs[target.name]).double().norm(dim=0), target.target)
+            masks[target.name] = mask.T if target.transposed else mask
+            weight[~masks[target.name]] = 0
+    return masks
