@@ -72,10 +72,15 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
             "batch_size": settings.batch_size,
             "seed": config.seed,
         }
-        batches = _calibration(settings, loaded, processor, windows, reporter) if data else None
+        batches, samples = _calibration(settings, loaded, processor, windows, reporter) if data else (None, 0)
+        if data and samples < settings.samples:
+            reporter.warn(
+                f"The data has no more than {samples} of the {settings.samples} samples that --samples asks for: that "
+                "is what the model is calibrated on. Give more, or a smaller --length for texts."
+            )
         report = prune(loaded, config, batches, progress=not reporter.quiet)
         read = (data[0] if len(data) == 1 else data) if data else None
-        report.source.update(model=settings.model, data=read, **windows)
+        report.source.update(model=settings.model, data=read, **{**windows, "samples": samples})
         with new_folder(settings.output) as folder:
             loaded.save_pretrained(folder)
             if processor is not None:
@@ -93,24 +98,28 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
 
 def _calibration(
     settings: PruneSettings, model: PreTrainedModel, processor: Any, windows: dict[str, int], reporter: Reporter
-) -> list[Batch]:
-    """Batches of all data, of every file or folder as many windows, records or images."""
+) -> tuple[list[Batch], int]:
+    """Batches of all data, of every file or folder as many windows, records or images, and how many these are."""
     # An encoder–decoder makes its decoder's inputs of them.
     labels = model.can_generate() and (settings.config.allocation == "ecoflap" or model.config.is_encoder_decoder)
     how: dict[str, Any] = {"labels": labels, "positions": count_positions(model.config)}
     batches: list[Batch] = []
+    samples = 0
     share, over = divmod(settings.samples, len(settings.data))
     for index, name in enumerate(settings.data):
         path, column = Path(name), settings.text_column
         each: dict[str, Any] = {**windows, "samples": max(1, share + (index < over))}
         if path.is_dir() and model.main_input_name == "pixel_values":
-            batches += _image_batches(name, processor, each, reporter)
+            own = _image_batches(name, processor, each, reporter)
         elif path.is_file() and path.suffix.lower() not in TABLES.keys() - {".jsonl"}:
-            batches += read_batches(path, processor, column=column, **each, **how)
+            own = read_batches(path, processor, column=column, **each, **how)
         else:
             texts = (f"{text}\n" for text in read_texts(name, column=column, split=settings.split))
-            batches += text_batches(texts, name, processor, **each, **how)
-    return batches
+            own = text_batches(texts, name, processor, **each, **how)
+        batches += own
+        # A record is a batch, and an image in it can be many rows.
+        samples += len(own) if path.suffix == ".jsonl" else sum(len(next(iter(batch.values()))) for batch in own)
+    return batches, samples
 
 
 def _image_batches(folder: str, processor: Any, windows: dict[str, int], reporter: Reporter) -> list[Batch]:

@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..bases.checkpoint import read_index
 from ..bases.loading_plan import KeyNames
@@ -23,6 +25,7 @@ from ..models import (
     build_empty,
     download_hint,
     model_class,
+    name_some,
     read_fields,
     read_model_config,
 )
@@ -82,7 +85,7 @@ def _place_by_name(tensor: str) -> Place | None:
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or the one there is."""
+    """The safetensors files of a checkpoint that `from_pretrained` reads, or the ones there are."""
     if path.is_file() and path.suffix == ".safetensors":
         return [path]
     if not path.exists():
@@ -90,7 +93,15 @@ def _files(path: Path) -> list[Path]:
             f"{str(path)!r} does not exist. Give a directory with safetensors files, or one such file."
             f"{download_hint(path)}"
         )
-    indices = sorted(path.glob("*.safetensors.index.json"))
+    if (path / SAFE_WEIGHTS_NAME).is_file():
+        return [path / SAFE_WEIGHTS_NAME]
+    whole = path / SAFE_WEIGHTS_INDEX_NAME
+    indices = [whole] if whole.is_file() else sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise ValueError(
+            f"{str(path)!r} holds several checkpoints: {name_some(index.name for index in indices)}. Put the files of "
+            "one into a folder of its own."
+        )
     if indices:
         names = sorted(set(read_index(indices[0]).values()))
         missing = [name for name in names if not (path / name).is_file()]
@@ -181,8 +192,8 @@ def inspect_checkpoint(path: str | os.PathLike[str], pattern: str | None = None)
         pattern: n:m pattern to check for.
 
     Raises:
-        ValueError: there are no safetensors files, one is missing or broken, or it holds no linear layer; config.json
-            has values of another kind; the pattern is malformed.
+        ValueError: there are no safetensors files, they are of several checkpoints, one is missing or broken, or it
+            holds no linear layer; config.json has values of another kind; the pattern is malformed.
     """
     wanted = None if pattern is None else Pattern.parse(pattern)
     root = Path(path)
@@ -195,6 +206,12 @@ def inspect_checkpoint(path: str | os.PathLike[str], pattern: str | None = None)
         hint = "" if base is None else f" It is an adapter: inspect its base{base}."
         raise ValueError(f"{str(root)!r} holds no weight of a linear layer.{hint}")
     entries.sort(key=_natural)
+    if twice := {one.name for one, other in pairwise(entries) if one.name == other.name}:
+        raise ValueError(
+            f"{str(root)!r} holds more than one weight of {name_some(twice)}, in "
+            f"{name_some(file.name for file in files)}: several checkpoints, or variants of one. Give one of the "
+            "files instead."
+        )
     source = {"path": str(root), "structure": "config.json"}
     if isinstance(found, str):
         source |= {"structure": "tensor names", "reason": found}

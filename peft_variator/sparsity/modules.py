@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..bases import Sparse24Linear
 from ..compat import is_quantized_tensor, offload_hook
 from ..files import replacing
+from ..models import name_some
 from .config import PruningConfig
 from .patterns import Pattern, Target, check_width
 
@@ -217,11 +218,45 @@ def _warn_of_unmatched(unwanted: list[str] | str, prunable: list[PrunableModule]
             )
 
 
-def _check_weight(target: PrunableModule) -> None:
+def _shared_weights(model: nn.Module) -> dict[str, list[str]]:
+    """The modules that have each module's very weight, its own among them, in their order."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    sharing = {name: names for names in owners.values() for name in names}
+    offloaded = {name for name in sharing if model.get_submodule(name).get_parameter("weight").is_meta}
+    # Offloaded weights are no longer one object; transformers still knows.
+    for prefix, module in model.named_modules():
+        tied = getattr(module, "all_tied_weights_keys", None) if isinstance(module, PreTrainedModel) else None
+        for pair in (tied or {}).items():
+            one, other = (f"{prefix}.{key}".removeprefix(".").removesuffix(".weight") for key in pair)
+            if {one, other} <= offloaded:
+                both = list(dict.fromkeys([*sharing[one], *sharing[other]]))
+                sharing |= dict.fromkeys(both, both)
+    return sharing
+
+
+def _check_weight(target: PrunableModule, shared: Mapping[str, list[str]]) -> None:
     if isinstance(target.module, Sparse24Linear):
         raise ValueError(
             f"{target.name!r} is a packed 2:4 layer, whose zeros are fixed. Make the model dense first, with "
             "`peft-variator unpack` or, in memory, with model.dequantize(), and prune that."
+        )
+    if "weight" not in target.module._parameters:
+        raise ValueError(
+            f"The weight of {target.name!r} is computed from others, by a parametrization, weight_norm or "
+            "torch.nn.utils.prune, so zeros in it would be lost. Make it a plain one first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), remove_weight_norm(module) or "
+            f"torch.nn.utils.prune.remove(module, 'weight'), or leave it out with exclude_modules=[{target.name!r}]."
+        )
+    others = [name for name in shared[target.name] if name != target.name]
+    if others:
+        raise ValueError(
+            f"{target.name!r} shares its weight with {name_some(others)}, which pruning would change too. Save the "
+            "model once with weights of their own (tie_word_embeddings=False for output embeddings), or leave it out "
+            f"with exclude_modules=[{target.name!r}]."
         )
     weight = target.module.weight
     if weight.numel() == 0:
@@ -264,7 +299,7 @@ def find_targets(model: nn.Module, config: PruningConfig) -> list[PrunableModule
 
     Raises:
         ValueError: nothing matches, an entry of `target_modules` has no weight, a pattern does not divide a width, a
-            modality is not in the model, the model carries adapters, or its weights are quantised.
+            modality is not in the model, the model carries adapters, or a weight is quantised, computed or shared.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model carries PEFT adapters. Merge or unload them, then prune the plain model.")
@@ -284,8 +319,9 @@ def find_targets(model: nn.Module, config: PruningConfig) -> list[PrunableModule
             f"has {present}; {sorted(DEFAULT_OFF)} are pruned only when named in modalities or modality_sparsity."
         )
     targets = [replace(target, target=config.modality_target(target.modality)) for target in wanted]
+    shared = _shared_weights(model)
     for target in targets:
-        _check_weight(target)
+        _check_weight(target, shared)
     return targets
 
 

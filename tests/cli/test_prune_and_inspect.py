@@ -98,6 +98,17 @@ def test_prune_writes_what_prune_gives(base, text, tmp_path, method):
     assert load_file(base / "model.safetensors").keys() == saved.keys()
 
 
+def test_prune_notes_how_many_samples_there_were(base, text, tmp_path):
+    (tmp_path / "short.txt").write_text(" ".join(text.read_text().split()[:40]))
+    settings = ["--pattern", "2:4", "--samples", 8, "--length", 16]
+    told = run("prune", base, "-o", tmp_path / "short", "--data", tmp_path / "short.txt", *settings)
+    assert "no more than 2 of the 8 samples that --samples asks for" in told
+    assert SparsityReport.load_json(tmp_path / "short" / "sparsity_report.json").source["samples"] == 2
+    both = run("prune", base, "-o", tmp_path / "both", "--data", tmp_path / "short.txt", "--data", text, *settings)
+    assert "no more than 6 of the 8" in both
+    assert "no more than" not in run("prune", base, "-o", tmp_path / "full", "--data", text, *settings)
+
+
 def test_prune_takes_every_choice(base, text, tmp_path):
     choices = ["--allocation", "ecoflap", "--score-order", "first", "--no-propagate", "--seed", 3]
     choices += ["--target-module", "mlp.up_proj", "--target-module", "q_proj", "--exclude-module", "0.mlp.up_proj"]

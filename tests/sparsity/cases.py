@@ -188,6 +188,14 @@ def make(name: str) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
     return copy.deepcopy(model), [dict(batch) for batch in batches]
 
 
+def with_own_head(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with a head that no longer shares its weight with the embeddings."""
+    head = model.get_output_embeddings() if isinstance(model, T.PreTrainedModel) else None
+    if head is not None:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return model
+
+
 def magnitude_mask(weight: torch.Tensor, target: Target) -> torch.Tensor:
     """What magnitude pruning keeps of a weight."""
     return Magnitude().solve(weight, None, target)[0]

@@ -6,7 +6,7 @@ import torch
 from peft_variator.sparsity import PruningConfig, prune
 from peft_variator.sparsity.modules import Modalities, block_stacks, find_prunable, find_targets, innermost, is_inside
 
-from .cases import VISION_LANGUAGE, make
+from .cases import VISION_LANGUAGE, make, with_own_head
 
 
 EXPECTED = {
@@ -67,7 +67,7 @@ def test_every_linear_layer_gets_its_modality(name):
 
 @pytest.mark.parametrize("name", VISION_LANGUAGE)
 def test_projector_qformer_and_head_stay_dense_unless_named(name):
-    model, _ = make(name)
+    model = with_own_head(make(name)[0])
     assert {target.modality for target in find_targets(model, PruningConfig(sparsity=0.5))} == {"vision", "language"}
     for modality in set(EXPECTED[name].values()):
         targets = find_targets(model, PruningConfig(sparsity=0.5, modalities=[modality]))
@@ -100,7 +100,7 @@ def test_a_modality_that_is_not_named_stays_dense():
 
 @pytest.mark.parametrize(("name", "modality"), [("llama", "language"), ("bert", "language"), ("vit", "vision")])
 def test_models_with_one_kind_of_input_are_one_modality(name, modality):
-    model, _ = make(name)
+    model = with_own_head(make(name)[0])
     assert {target.modality for target in find_targets(model, PruningConfig(sparsity=0.5))} == {modality}
 
 

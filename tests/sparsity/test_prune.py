@@ -8,13 +8,14 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from torch.nn.utils.prune import l1_unstructured
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_variator.sparsity import Pattern, PruningConfig, measure_sparsity, prune
 from peft_variator.sparsity.modules import find_targets
 from peft_variator.sparsity.patterns import meets_pattern
 
-from .cases import make
+from .cases import GROUPED, make
 
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "dsnot"]
@@ -300,6 +301,55 @@ def test_quantised_weights_are_refused():
     model[0].weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"weight of '0' is stored as torch.int8.*quantise afterwards"):
         prune(model, PruningConfig(method="magnitude", sparsity=0.5), progress=False)
+
+
+def parametrized(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Tanh())
+
+
+COMPUTED = [
+    parametrized,
+    torch.nn.utils.parametrizations.weight_norm,
+    torch.nn.utils.spectral_norm,
+    lambda layer: l1_unstructured(layer, "weight", 0.25),
+]
+
+
+@pytest.mark.parametrize("compute", COMPUTED, ids=["parametrization", "weight_norm", "spectral_norm", "utils.prune"])
+def test_a_weight_that_is_computed_is_refused(compute):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    compute(model[1])
+    before = weights(model)
+    config = PruningConfig(method="magnitude", sparsity=0.5)
+    with pytest.raises(ValueError, match=r"weight of '1' is computed .*remove_parametrizations.*=\['1'\]"):
+        prune(model, config, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    prune(model, PruningConfig(method="magnitude", sparsity=0.5, exclude_modules=["1"]), progress=False)
+    assert (model[0].weight == 0).sum() == 32
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_head_that_shares_its_weight_with_the_embeddings_is_refused(offload):
+    model = LlamaForCausalLM(LlamaConfig(**{**GROUPED, "tie_word_embeddings": True}))
+    embeddings = model.model.embed_tokens.weight.detach().clone()
+    if offload:
+        cpu_offload(model, execution_device="cpu")
+    config = PruningConfig(method="magnitude", sparsity=0.5, modalities=["head", "language"])
+    with pytest.raises(ValueError, match=r"'lm_head' shares its weight with model.embed_tokens.*tie_word_embeddings"):
+        prune(model, config, progress=False)
+    if not offload:
+        assert torch.equal(model.model.embed_tokens.weight, embeddings)
+        assert all((layer.mlp.up_proj.weight != 0).all() for layer in model.model.layers)
+    prune(model, PruningConfig(method="magnitude", sparsity=0.5), progress=False)
+
+
+def test_two_layers_that_share_a_weight_are_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"'0' shares its weight with 1"):
+        prune(model, PruningConfig(method="magnitude", sparsity=0.5), progress=False)
+    twice = torch.nn.Sequential(*[torch.nn.Linear(8, 8)] * 2)  # one layer that is used twice has one weight
+    assert prune(twice, PruningConfig(method="magnitude", sparsity=0.5), progress=False).sparsity == 0.5
 
 
 def test_models_with_adapters_are_refused():

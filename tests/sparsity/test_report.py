@@ -168,6 +168,32 @@ def test_layers_come_in_their_order(tmp_path):
     assert names == ["head", "layers.1", "layers.2", "layers.10"]
 
 
+def test_the_files_that_a_model_is_loaded_from_are_counted(tmp_path):
+    """As by `from_pretrained`: the whole file before an index, both before variants and other folders' leftovers."""
+    model, _ = make("llama")
+    prune(model, PruningConfig(method="magnitude", sparsity=0.5), progress=False)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    make("llama")[0].save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB")
+    sparsity = measure_sparsity(model).sparsity
+    assert inspect_checkpoint(tmp_path).sparsity == sparsity
+    dense = {name: value.contiguous() for name, value in make("llama")[0].state_dict().items()}
+    save_file(dense, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path)
+    assert inspect_checkpoint(tmp_path).sparsity == measure_sparsity(loaded).sparsity != sparsity
+
+
+def test_variants_without_a_plain_checkpoint_are_refused(tmp_path):
+    for name in ("model.fp16.safetensors", "model.bf16.safetensors"):
+        save_file({"a.weight": torch.ones(1, 2)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"more than one weight of a, in model.bf16.safetensors, model.fp16"):
+        inspect_checkpoint(tmp_path)
+    assert inspect_checkpoint(tmp_path / "model.fp16.safetensors").total.weights == 2
+    for name in ("model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json", "x.safetensors.index.json"):
+        (tmp_path / name).write_text('{"weight_map": {"a.weight": "model.fp16.safetensors"}}')
+    with pytest.raises(ValueError, match=r"several checkpoints: model.fp16.*x.safetensors.index.json"):
+        inspect_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_every_floating_dtype_is_counted(tmp_path, dtype):
     save_file({"a.weight": torch.tensor([[0.0, 1.0, 0.0, -2.0]]).to(dtype)}, tmp_path / "a.safetensors")

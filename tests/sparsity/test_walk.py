@@ -11,7 +11,7 @@ from peft_variator.sparsity import PruningConfig, prune
 from peft_variator.sparsity.methods.wanda import Wanda
 from peft_variator.sparsity.statistics import InputStatistics
 
-from .cases import OTHERS, VISION_LANGUAGE, make, reference_masks, text_batch, wanda_mask
+from .cases import OTHERS, VISION_LANGUAGE, make, reference_masks, text_batch, wanda_mask, with_own_head
 
 
 @pytest.mark.parametrize("propagate", [True, False], ids=["pruned", "dense"])
@@ -28,6 +28,7 @@ def test_masks_equal_those_of_full_forward_passes(name, propagate):
 
 def test_every_modality_can_be_walked():
     model, batches = make("instructblip")
+    with_own_head(model)
     modalities = ["vision", "qformer", "projector", "language", "head"]
     config = PruningConfig(sparsity=0.5, modalities=modalities)
     expected = reference_masks(copy.deepcopy(model), config, batches)
