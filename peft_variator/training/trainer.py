@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -376,11 +377,15 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
 
     def _sample_batches(self, dataset: Any, model: nn.Module, count: int) -> Iterator[dict[str, Any]]:
         """Batches of up to `count` examples of a data set, for a model that is run outside of training."""
-        examples = sample_examples(dataset, count)
+        # Whoever asks for batches may run the model in lower precision: data is made as in training, without.
+        without_autocast = partial(torch.autocast, self.args.device.type, enabled=False)
+        with without_autocast():
+            examples = sample_examples(dataset, count)
         collate = self._get_collator_with_removed_columns(self.data_collator)
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(examples), size):
-            inputs = self._prepare_inputs(collate(examples[start : start + size]))
+            with without_autocast():
+                inputs = self._prepare_inputs(collate(examples[start : start + size]))
             # Until FSDP shards the student, which happens when training starts, it is where it was loaded.
             yield send_to_device(inputs, next(model.parameters()).device) if self.is_fsdp_enabled else inputs
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from peft_variator import DistillationConfig, DistillationTrainer, VariatorConfig, fit_correction
@@ -29,11 +30,11 @@ def data() -> list[dict[str, list[int]]]:
     ]
 
 
-def train(model: PeftModel, path: Path, steps: int = 1, **fields: Any) -> None:
+def train(model: PeftModel, path: Path, steps: int = 1, dataset: Any = None, **fields: Any) -> None:
     args = DistillationConfig(
         str(path), max_steps=steps, per_device_train_batch_size=4, report_to=[], use_cpu=True, **fields
     )
-    DistillationTrainer(model, args, train_dataset=data()).train()
+    DistillationTrainer(model, args, train_dataset=dataset or data()).train()
 
 
 def chosen(model: PeftModel) -> list[list[int]]:
@@ -75,6 +76,28 @@ def test_what_a_new_plugin_writes_is_fitted_before_the_first_step(
     bottleneck = get_peft_model(base(), VariatorConfig(bottleneck_dim=4, keep_outliers=0.1))
     train(bottleneck, tmp_path / "third", fit_samples=3)
     assert len(fitted) == bool(samples)
+
+
+class Tokenized(Dataset[dict[str, Any]]):
+    """Makes its examples when they are asked for, and notes whether autocast was on."""
+
+    def __init__(self) -> None:
+        self.precisions: set[bool] = set()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.precisions.add(torch.is_autocast_enabled("cpu"))
+        return data()[index]
+
+
+def test_examples_are_made_without_autocast(tmp_path: Path) -> None:
+    """A feature extractor that computes in the data set would give others, or fail, in bfloat16."""
+    dataset = Tokenized()
+    model = get_peft_model(base(), VariatorConfig(correction_dim=4))
+    train(model, tmp_path / "first", dataset=dataset, bf16=True, fit_samples=2, variance_samples=2)
+    assert dataset.precisions == {False}
 
 
 def test_a_plugin_says_which_ratios_it_was_trained_for(tmp_path: Path) -> None:
