@@ -20,7 +20,9 @@ except ImportError:  # Windows, where what killed processes leave behind stays
 
 
 __all__ = [
+    "TABLE_SUFFIXES",
     "cache_folder",
+    "check_data_name",
     "check_new_file",
     "check_new_folder",
     "is_of_full_disk",
@@ -31,6 +33,10 @@ __all__ = [
     "replacing_with",
     "write_text",
 ]
+
+TEXT_SUFFIXES = frozenset({".txt", ".md"})
+TABLE_SUFFIXES = frozenset({".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tab", ".tsv"})
+"""Of files that hold texts in a column."""
 
 # Temporary names are made of the first letters of the real one, which may itself be as long as a name can be.
 PREFIX_LENGTH = 40
@@ -108,6 +114,17 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` in UTF-8, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_data_name(data: str) -> None:
+    """Raise if `data` can only be a path, and nothing is there; else it may be a data set on the Hub.
+
+    Raises:
+        FileNotFoundError: nothing is at this path.
+    """
+    is_path = Path(data).suffix.lower() in TEXT_SUFFIXES | TABLE_SUFFIXES or data.startswith((".", "/", "~"))
+    if is_path and not Path(data).exists():
+        raise FileNotFoundError(f"There is no file {data!r}. Name a text file, or a data set on the Hub.")
 
 
 def check_new_folder(path: str | Path) -> None:

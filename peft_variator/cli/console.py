@@ -25,7 +25,16 @@ if TYPE_CHECKING:  # rich is imported when something is shown: help needs none o
     from rich.table import Table
 
 
-__all__ = ["Reporter", "default_device", "next_commands", "option_words", "parse_ratios", "parse_shares", "reported"]
+__all__ = [
+    "Reporter",
+    "default_device",
+    "errors_told",
+    "next_commands",
+    "option_words",
+    "parse_ratios",
+    "parse_shares",
+    "reported",
+]
 
 # A pipe has no width of its own, and rich would fold tables at 80 columns.
 PIPE_WIDTH = 160
@@ -151,20 +160,13 @@ class Reporter:
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def errors_told() -> Iterator[None]:
     """Turn the errors that bad input raises into their message on the error stream and exit status 1.
 
     Ctrl-C ends with a word and status 130. Anything else is a defect of ours and keeps its traceback.
     """
     try:
-        _register()
-        if not sys.stderr.isatty():
-            _hide_other_bars()  # nobody sees them move
-        with warnings.catch_warnings():
-            # PEFT asks transformers for an attribute by its old name; who types a command can do nothing about it.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            warnings.showwarning = partial(_show_warning, warnings.showwarning)
-            yield
+        yield
     except KeyboardInterrupt as error:
         _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
         raise Interrupted(INTERRUPTED) from error
@@ -176,6 +178,20 @@ def reported() -> Iterator[None]:
             raise
         _tell("Error:", f"{error}{_advice(error) or ' Nothing was written under the name of the output.'}")
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Have the methods known, errors told as by `errors_told`, and warnings of ours as their words."""
+    with errors_told():
+        _register()
+        if not sys.stderr.isatty():
+            _hide_other_bars()  # nobody sees them move
+        with warnings.catch_warnings():
+            # PEFT asks transformers for an attribute by its old name; who types a command can do nothing about it.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            yield
 
 
 def _show_warning(

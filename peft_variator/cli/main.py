@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..files import check_data_name, check_new_folder
 from ..sparsity.methods import METHODS, make_method, method_options
 from ..version import __version__
-from .console import Reporter, default_device, parse_ratios, parse_shares, reported
+from .console import Reporter, default_device, errors_told, parse_ratios, parse_shares, reported
 
 
 __all__ = ["app"]
@@ -117,12 +119,30 @@ def main(
     """Make the models you already have cheaper to run."""
 
 
-def _command(name: str, short_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command, in which bad input ends in a message; see [`reported`]."""
+def _command(
+    name: str, short_help: str, *, makes_folder: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command, in which bad input ends in a message; see [`reported`].
+
+    Args:
+        name: the command's name.
+        short_help: a line about it.
+        makes_folder: it makes a folder `output`, of `data` if it has any: paths are looked at before all else, as what
+            the command needs takes seconds to import.
+    """
 
     def register(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def checked(**values: Any) -> None:
+            if makes_folder:
+                with errors_told():
+                    check_new_folder(values["output"])
+                    for data in values.get("data") or ():
+                        check_data_name(data)
+            reported()(command)(**values)
+
         made = app.command(name, cls=Command, context_settings=CONTEXT, short_help=short_help)
-        return made(reported()(command))
+        return made(checked)
 
     return register
 
@@ -413,7 +433,7 @@ def inspect_command(
         raise typer.Exit(1)
 
 
-@_command("merge", "Merge a SparseLoRA adapter into its base.")
+@_command("merge", "Merge a SparseLoRA adapter into its base.", makes_folder=True)
 def merge_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the base, dense or packed.")],
     adapter: Annotated[
@@ -439,7 +459,7 @@ def merge_command(
     merge(base, adapter, output, packed, Publishing(push_to_hub, license), Reporter(json, None, quiet))
 
 
-@_command("pack", "Store a 2:4 model in about half the bytes.")
+@_command("pack", "Store a 2:4 model in about half the bytes.", makes_folder=True)
 def pack_command(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Folder of a 2:4 model, with config.json and safetensors files.")
@@ -472,7 +492,7 @@ def pack_command(
     pack(source, output, target, ignore or (), publishing, Reporter(json, None, quiet))
 
 
-@_command("prune", "Make a dense model sparse.")
+@_command("prune", "Make a dense model sparse.", makes_folder=True)
 @_with_options(_method_options(), after="method")
 def prune_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the dense model.")],
@@ -570,7 +590,7 @@ def prune_command(
     prune_model(settings, Reporter(json, None, quiet))
 
 
-@_command("restore", "Win back the quality of a pruned model.")
+@_command("restore", "Win back the quality of a pruned model.", makes_folder=True)
 @_with_options(_run_options(), after="lr")
 def restore_command(
     model: Annotated[
@@ -677,7 +697,7 @@ def serve_command(
     )
 
 
-@_command("train", "Train a compression plugin for a model.")
+@_command("train", "Train a compression plugin for a model.", makes_folder=True)
 @_with_options(_run_options(), after="flops_saved")
 def train_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder of the base model.")],
@@ -752,7 +772,7 @@ def train_command(
     train(job, Reporter(json, None, quiet))
 
 
-@_command("unpack", "Make a packed model dense.")
+@_command("unpack", "Make a packed model dense.", makes_folder=True)
 def unpack_command(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Folder of a model packed by this package or published packed.")

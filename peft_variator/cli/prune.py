@@ -14,14 +14,14 @@ import torch
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, default_data_collator
 
 from ..bases.config import pop_quantization, read_quantization
-from ..files import check_new_folder, new_folder
+from ..files import check_data_name, check_new_folder, new_folder
 from ..models import check_vocabulary, find_task, load_whole, model_class, name_some, read_model_config
 from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune
 from ..sparsity.calibration import read_batches, text_batches
 from ..sparsity.chains import Batch
-from ..training.data import TABLES, ImageFolder, check_data_name, read_texts
+from ..training.data import TABLES, ImageFolder, read_texts
 from .console import Reporter, next_commands
 from .examples import data_words, warn_about_unreadable
 from .publishing import Publishing

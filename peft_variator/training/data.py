@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import load_image
 
+from ..files import check_data_name
+
 
 __all__ = [
     "ImageFolder",
-    "check_data_name",
     "cut_documents",
     "cut_sentences_and_spans",
     "cut_spans",
@@ -107,17 +108,6 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
             "or a table, or fetch the data set where there is a network."
         ) from error
     return _column(records, column, data)
-
-
-def check_data_name(data: str) -> None:
-    """Raise if `data` can only be a path, and nothing is there; else it may be a data set on the Hub.
-
-    Raises:
-        FileNotFoundError: nothing is at this path.
-    """
-    is_path = Path(data).suffix.lower() in (".txt", ".md", *TABLES) or data.startswith((".", "/", "~"))
-    if is_path and not Path(data).exists():
-        raise FileNotFoundError(f"There is no file {data!r}. Name a text file, or a data set on the Hub.")
 
 
 def _lines(path: Path, newline: str | None = None) -> Iterator[str]:

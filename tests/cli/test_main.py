@@ -76,7 +76,7 @@ def test_choices_are_those_of_the_package(command: str, option: str, names: Iter
     assert set(found[1].split("|")) == set(names)
 
 
-HEAVY = ("torch", "peft", "transformers", "numpy", "rich")
+HEAVY = ("torch", "peft", "transformers", "numpy", "rich")  # the last one writes messages
 
 
 def test_help_and_versions_import_nothing_heavy() -> None:
@@ -102,6 +102,30 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage:") >= len(COMMANDS)
+
+
+def test_wrong_paths_are_told_of_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    calls = [
+        [name, "model", "-o", str(tmp_path / "new"), "--data", "./none.csv"] for name in ("train", "restore", "prune")
+    ]
+    calls += [[name, "model", "-o", str(tmp_path / "full")] for name in ("prune", "pack", "unpack")]
+    done = run_python(
+        "-c",
+        "import sys\n"
+        "sys.argv = ['/usr/bin/peft-variator']\n"
+        "from peft_variator.cli.main import app\n"
+        f"for words in {calls}:\n"
+        "    try:\n"
+        "        app(words)\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 1, words\n"
+        f"assert not [name for name in {HEAVY[:-1]} if name in sys.modules]\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("There is no file './none.csv'. Name a text file") == 3
+    assert done.stderr.count("already exists and is not empty") == 3
 
 
 @pytest.mark.parametrize(

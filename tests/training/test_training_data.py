@@ -15,7 +15,9 @@ from PIL import Image
 from pyarrow import Table, parquet
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
+from peft_variator.files import TABLE_SUFFIXES
 from peft_variator.training.data import (
+    TABLES,
     ImageFolder,
     cut_documents,
     cut_sentences_and_spans,
@@ -47,6 +49,13 @@ TOKENIZER = tokenizer("$A")
 )
 def test_surroundings(template: str, before: list[int], after: list[int]) -> None:
     assert surroundings(tokenizer(template)) == (before, after)
+
+
+def test_a_missing_table_is_known_for_one_by_its_name() -> None:
+    assert set(TABLES) == TABLE_SUFFIXES
+    for suffix in TABLE_SUFFIXES:
+        with pytest.raises(FileNotFoundError, match=f"no file 'none{suffix}'"):
+            read_texts(f"none{suffix}")
 
 
 def test_tokens_are_those_of_the_text_up_to_the_limit() -> None:
