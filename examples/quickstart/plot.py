@@ -61,8 +61,9 @@ def _draw(axes: Axes, rows: list[Row], values: list[float], errors: list[float] 
         spread = [[row.speedup.median - row.speedup.low], [row.speedup.high - row.speedup.median]]
         height = None if errors is None else errors[index]
         axes.errorbar(row.speedup.median, value, xerr=spread, yerr=height, fmt=marker, capsize=2, color=color)
-        # Neighbours on the line are close to each other: every second name stands below, to the left.
-        below = row.kind == "plugin" and index % 2 == 1
+        # Neighbours on the line are close to each other: every second name stands below, to the left, and so does what
+        # int8 alone gives, which is near the line.
+        below = row.kind == "int8" or (row.kind == "plugin" and index % 2 == 1)
         offset, align = ((-6, -6), "right") if below else ((5, 6), "left")
         axes.annotate(
             row.name,

@@ -5,19 +5,20 @@ from __future__ import annotations
 import csv
 import re
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from pydoc_data.topics import topics
 
 from transformers import PreTrainedTokenizerBase
 
-from peft_variator.training.data import cut_spans, surroundings, tokenize
+from peft_variator.training.data import cut_sentences_and_spans, split_sentences, surroundings, tokenize_documents
 
 
 __all__ = ["Corpus", "ScoredPair", "load_corpus", "make_examples", "read_stsb"]
 
 # A paragraph with fewer words is a heading, a signature or a line of code.
 MIN_WORDS = 8
+# Each epoch is cut at other places, and each seed cuts its own.
+MOST_EPOCHS = 10_000
 # Of this many topics in alphabetical order, one is held out.
 TOPICS_PER_HELD_OUT = 5
 
@@ -89,19 +90,24 @@ def read_stsb(path: Path) -> list[ScoredPair]:
 def make_examples(
     paragraphs: list[str], tokenizer: PreTrainedTokenizerBase, count: int, max_tokens: int, seed: int
 ) -> list[dict[str, list[int]]]:
-    """Passages of uneven length, cut from the paragraphs over and over, each time at other places.
+    """Sentences and passages of uneven length, cut from the paragraphs over and over, each time at other places.
 
     Args:
-        paragraphs: text to cut from.
+        paragraphs: text to cut from; no passage is of two of them.
         tokenizer: the model's tokenizer.
-        count: number of passages.
-        max_tokens: most tokens in a passage, with its special tokens.
+        count: number of examples.
+        max_tokens: most tokens in an example, with its special tokens.
         seed: of the lengths.
 
     Returns:
-        `input_ids` of each passage.
+        `input_ids` of each example.
     """
     before, after = surroundings(tokenizer)
     room = max_tokens - len(before) - len(after)
-    spans = cut_spans(tokenize(cycle(paragraphs), tokenizer, count * room), room, seed)
-    return [{"input_ids": [*before, *span, *after]} for span in spans[:count]]
+    (documents,) = tokenize_documents([map(split_sentences, paragraphs)], tokenizer, limit=count * room)
+    examples: list[list[int]] = []
+    epoch = 0
+    while len(examples) < count:
+        examples += cut_sentences_and_spans(documents, room, MOST_EPOCHS * seed + epoch)
+        epoch += 1
+    return [{"input_ids": [*before, *example, *after]} for example in examples[:count]]

@@ -195,17 +195,23 @@ def test_training_and_held_out_text_share_no_paragraph(scripts):
 
 def test_passages_are_whole_uneven_and_drawn_by_the_seed(scripts):
     text, (_, tokenizer) = scripts("text"), scripts("base").load_base()
-    paragraphs = ["one two three four five six seven eight nine ten", "a b c d e f g h i"]
+    paragraphs = [
+        "One two three four. Five six seven eight nine ten eleven twelve. A b c d e.",
+        "F g h i j k l m n o p",
+    ]
     examples = text.make_examples(paragraphs, tokenizer, 50, max_tokens=10, seed=5)
     assert examples == text.make_examples(paragraphs, tokenizer, 50, max_tokens=10, seed=5)
     assert examples != text.make_examples(paragraphs, tokenizer, 50, max_tokens=10, seed=6)
-    assert {len(example["input_ids"]) for example in examples} == set(range(4, 11))
     assert len(examples) == 50
-    endless = " ".join(paragraphs * 40)
+    shown = set()
     for example in examples:
         first, *inner, last = tokenizer.convert_ids_to_tokens(example["input_ids"])
         assert (first, last) == ("[CLS]", "[SEP]")
-        assert " ".join(inner) in endless
+        assert 4 <= len(inner) <= 8
+        shown.add(" ".join(inner))
+    assert all(any(one in " ".join(tokenizer.tokenize(paragraph)) for paragraph in paragraphs) for one in shown)
+    assert {"one two three four .", "a b c d e ."} <= shown
+    assert len({len(one.split()) for one in shown}) > 3
 
 
 def test_embedding_is_the_mean_over_each_texts_own_tokens(scripts):
