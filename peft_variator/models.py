@@ -66,6 +66,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "load_whole",
+    "main_input",
     "model_class",
     "name_some",
     "on_device",
@@ -73,6 +74,7 @@ __all__ = [
     "read_fields",
     "read_model_config",
     "share_weights",
+    "shifts_labels",
     "takes_sound",
     "without_loading_report",
 ]
@@ -100,6 +102,26 @@ _HEADS: tuple[tuple[Mapping[str, Any], Head], ...] = (
     (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "classification"),
     (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "classification"),
     (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "question-answering"),
+)
+
+# Language models that take the label at position t for what position t predicts, unshifted.
+_UNSHIFTED = frozenset(
+    {
+        "BartForCausalLM",
+        "BigBirdPegasusForCausalLM",
+        "BlenderbotForCausalLM",
+        "BlenderbotSmallForCausalLM",
+        "MBartForCausalLM",
+        "MarianForCausalLM",
+        "MvpForCausalLM",
+        "PLBartForCausalLM",
+        "PegasusForCausalLM",
+        "ProphetNetForCausalLM",
+        "TrOCRForCausalLM",
+        "WhisperForCausalLM",
+        "XLMWithLMHeadModel",
+        "XLNetLMHeadModel",
+    }
 )
 
 _POOLER = re.compile(r"(^|\.)pooler\.")
@@ -334,11 +356,17 @@ def find_task(model: str, config: PreTrainedConfig) -> Task:
     )
 
 
+def main_input(config: PreTrainedConfig) -> str | None:
+    """What the model of a configuration takes first of all: `texts`, `images` or `sound`; `None`: not known."""
+    if type(config) not in MODEL_MAPPING:
+        return None
+    names = {"pixel_values": "images", "input_features": "sound", "input_values": "sound", "input_ids": "texts"}
+    return names.get(MODEL_MAPPING[type(config)].main_input_name)
+
+
 def takes_sound(config: PreTrainedConfig) -> bool:
     """Whether the main input of a configuration's model is sound, as features or as samples."""
-    if type(config) not in MODEL_MAPPING:
-        return False
-    return MODEL_MAPPING[type(config)].main_input_name in ("input_features", "input_values")
+    return main_input(config) == "sound"
 
 
 def head_of(model: nn.Module) -> Head | None:
@@ -360,6 +388,15 @@ def _class_names(table: Mapping[str, Any]) -> set[str]:
     for entry in table.values():
         names.update((entry,) if isinstance(entry, str) else entry)
     return names
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a language model's label at position t is what position t - 1 predicts, as in most.
+
+    Args:
+        model: the base model itself, not a wrapper.
+    """
+    return not any(cls.__name__ in _UNSHIFTED for cls in type(model).__mro__)
 
 
 def has_decoder(model: nn.Module) -> bool:

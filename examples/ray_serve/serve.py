@@ -13,8 +13,12 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import ray
-from ray import serve
+
+try:
+    import ray
+    from ray import serve
+except ImportError as error:
+    raise SystemExit("This example needs Ray: pip install 'ray[serve]'") from error
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 

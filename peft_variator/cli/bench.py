@@ -58,7 +58,11 @@ def find_subject(model: str | None, adapter: str | None) -> tuple[str, list[int]
             f"{shlex.join(['peft-variator', 'bench', '--adapter', model])}"
         )
     if adapter is not None:
-        saved = open_plugin(adapter, model)
+        try:
+            saved = open_plugin(adapter, model)
+        except OSError as error:  # here the base is no option
+            hint = f"peft-variator bench FOLDER --adapter {shlex.quote(adapter)}"
+            raise OSError(str(error).replace("can be named with --base.", f"can be named: {hint}")) from error
         return saved.base, saved.ratios
     if model is None:
         raise ValueError("Name a model to measure a fresh plugin on, or a saved plugin with --adapter DIR.")

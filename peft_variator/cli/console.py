@@ -168,7 +168,7 @@ def errors_told() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        _tell("Interrupted:", "stopped as asked. What was not finished is not under its name.")
+        _tell("Interrupted:", "stopped as asked. A file or folder that was being written is not under its name.")
         raise Interrupted(INTERRUPTED) from error
     except (ImportError, OSError, ValueError) as error:
         _tell("Error:", f"{error}{_advice(error)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import logging
 import tempfile
@@ -97,10 +98,12 @@ def export(adapter: str, output: Path, ratio: int | None, base: str | None, repo
     plugin = load_plugin(model, adapter, is_trainable=False).eval()
     if ratio is not None:
         plugin.set_compression_ratio(ratio)
-    beside = _processor_files(saved.base, model)
+    processor = _load_processor(saved.base, model)
+    beside = _processor_files(processor)
     _check_beside(output, beside)
     origin = saved.base, adapter, ratio or saved.config.compression_ratio
-    report = _write(plugin, output, beside, without_pooler, origin)
+    examples = _examples(model, saved.config, _tells_segments(model, processor))
+    report = _write(plugin, output, beside, without_pooler, origin, examples)
     reporter.write_json(json.dumps(asdict(report), indent=2))
     reporter.say(
         f"Wrote {report.output} ({report.bytes / 1e6:,.1f} MB): {report.base} with its plugin at k = {report.ratio}.",
@@ -138,15 +141,28 @@ def _load_base(saved: SavedPlugin) -> tuple[PreTrainedModel, bool]:
     return model, without_pooler
 
 
-def _processor_files(name: str, model: PreTrainedModel) -> dict[str, bytes]:
-    """The files of the base's tokenizer or image processor, by name; none if it has none."""
+def _load_processor(name: str, model: PreTrainedModel) -> Any | None:
+    """The base's tokenizer or image processor; `None` if it has none."""
     try:
-        processor: Any
         if model.main_input_name == "pixel_values":
-            processor = AutoImageProcessor.from_pretrained(name)
-        else:
-            processor = load_tokenizer(name)
+            return AutoImageProcessor.from_pretrained(name)
+        return load_tokenizer(name)
     except (OSError, ValueError):
+        return None
+
+
+def _tells_segments(model: PreTrainedModel, processor: Any | None) -> bool:
+    """Whether the tokenizer says which text of a pair a token is of, and the model makes a difference by it."""
+    return (
+        "token_type_ids" in getattr(processor, "model_input_names", ())
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+        and getattr(model.config, "type_vocab_size", 0) > 1
+    )
+
+
+def _processor_files(processor: Any | None) -> dict[str, bytes]:
+    """The files of a tokenizer or image processor, by name; none if there is none."""
+    if processor is None:
         return {}
     with tempfile.TemporaryDirectory(prefix="peft-variator-processor-") as folder:
         processor.save_pretrained(folder)
@@ -169,8 +185,14 @@ def _check_beside(output: Path, beside: Mapping[str, bytes]) -> None:
 # The file
 
 
-def _examples(model: PreTrainedModel, config: VariatorConfig) -> list[dict[str, Tensor]]:
-    """Inputs to make the file with and to check it on: padded texts with tokens that are not merged, or images."""
+def _examples(model: PreTrainedModel, config: VariatorConfig, segments: bool) -> list[dict[str, Tensor]]:
+    """Inputs to make the file with and to check it on: padded texts with tokens that are not merged, or images.
+
+    Args:
+        model: the base.
+        config: of the plugin.
+        segments: whether texts are pairs, told apart by `token_type_ids`.
+    """
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
@@ -192,13 +214,21 @@ def _examples(model: PreTrainedModel, config: VariatorConfig) -> list[dict[str, 
         real = torch.linspace(length, max(length // 2, 1), batch).long()
         mask = torch.arange(length) < real.unsqueeze(1)
         ids = ids if pad is None else ids.masked_fill(~mask, pad)
-        examples.append({"input_ids": ids, "attention_mask": mask.long()})
+        example = {"input_ids": ids, "attention_mask": mask.long()}
+        if segments:
+            example["token_type_ids"] = (mask & (torch.arange(length) >= length // 3)).long()
+        examples.append(example)
     return examples
 
 
 @torch.no_grad()
 def _write(
-    plugin: PeftModel, output: Path, beside: Mapping[str, bytes], without_pooler: bool, origin: tuple[str, str, int]
+    plugin: PeftModel,
+    output: Path,
+    beside: Mapping[str, bytes],
+    without_pooler: bool,
+    origin: tuple[str, str, int],
+    examples: list[dict[str, Tensor]],
 ) -> ExportReport:
     """Write the file and what belongs beside it, once it has been checked."""
     import onnx
@@ -208,7 +238,6 @@ def _write(
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     if size >= LARGEST_FILE:
         raise ValueError(f"The weights take {size / 1e9:.1f} GB, and an ONNX file holds less than 2.1 GB.")
-    examples = _examples(model, config)
     found = model(**examples[0], return_dict=True)
     outputs = [
         name

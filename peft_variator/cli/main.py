@@ -605,8 +605,10 @@ def restore_command(
     kl_weight: Annotated[
         float | None, typer.Option(help="λ of (1 − λ)·task + λ·KL to the dense model (0.1; 0 without one).")
     ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of a new adapter.")] = 8,
-    alpha: Annotated[float, typer.Option(help="Its update is scaled by alpha / rank.")] = 16.0,
+    rank: Annotated[int | None, typer.Option(help="Rank of a new adapter (8).")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The update of a new adapter is scaled by alpha / rank (16).")
+    ] = None,
     lr: Rate = 1e-3,
     json: Json = None,
     quiet: Quiet = False,

@@ -37,6 +37,7 @@ __all__ = ["RestoreJob", "restore"]
 
 # λ of He et al. 2024 (arXiv 2404.02424): the loss is (1 − λ)·task + λ·KL.
 KL_WEIGHT = 0.1
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 16.0
 # A dense weight can hold a zero by chance; a pruned one holds far more.
 LEAST_SPARSITY = 0.01
 
@@ -55,13 +56,17 @@ class RestoreJob(RunSettings):
     lr: float = 1e-3
     teacher: str | None = None
     kl_weight: float | None = None
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl_weight is not None and not 0 <= self.kl_weight <= 1:
             raise ValueError(f"--kl-weight is {self.kl_weight}; it is the λ of (1 − λ)·task + λ·KL, from 0 to 1.")
+        if self.adapter is not None and not (self.rank is None and self.alpha is None):
+            raise ValueError(
+                "--rank and --alpha are of a new adapter; that of --adapter keeps its own. Leave them out."
+            )
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             raise ValueError(
                 "restore measures the model before it trains it, and FSDP shards a model only when it trains. Start "
@@ -137,7 +142,9 @@ class RestoreJob(RunSettings):
                 "peft-variator prune MODEL --pattern 2:4 --data FILE --output DIR. If its masks are stored in an "
                 "adapter, name that with --adapter."
             )
-        return get_peft_model(base, SparseLoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=set(pruned)))
+        rank = DEFAULT_RANK if self.rank is None else self.rank
+        alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
+        return get_peft_model(base, SparseLoraConfig(r=rank, lora_alpha=alpha, target_modules=set(pruned)))
 
     @staticmethod
     def _follows_its_base(model: PeftModel) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..files import check_new_file
-from ..models import read_model_config
+from ..models import main_input, read_model_config
 from .console import Reporter
 from .saved_plugin import open_plugin
 
@@ -42,7 +42,9 @@ def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
     for name in ("slo_ms", "timeout"):
         if not 0 < settings[name] < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {settings[name]}; it has to be above 0, and finite.")
-    read_model_config(settings["model"])
+    other = main_input(read_model_config(settings["model"]))
+    if other in ("images", "sound"):
+        raise ValueError(f"{settings['model']} takes {other}, and the server takes texts: name a text encoder.")
     if settings["adapter"] is not None:
         open_plugin(settings["adapter"], settings["model"])
     if settings["table"] is not None and not Path(settings["table"]).exists():
@@ -54,11 +56,11 @@ def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
     measuring = []
     if chosen.adapter and chosen.policy == server.SlackFit.name and not (chosen.table and Path(chosen.table).exists()):
         kept = f"kept in {chosen.table}" if chosen.table else "--table FILE keeps it for the next start"
-        measuring = [f"A latency table is measured first, which takes a minute or two; {kept}."]
+        measuring = [f"A latency table is measured first, which takes minutes, of larger models more; {kept}."]
     reporter.say(
         f"Loading {chosen.model}" + (f" with {chosen.adapter}" if chosen.adapter else "") + ".",
         *measuring,
-        f"Serving on http://{chosen.host}:{chosen.port}/v1 once it is loaded (/health tells); Ctrl-C ends.",
+        f"Serving on http://{chosen.host}:{chosen.port}/v1 once a line says Ready; Ctrl-C ends.",
     )
     try:
         server.serve(chosen)

@@ -173,7 +173,8 @@ def check_checkpoints(settings: RunSettings) -> None:
         return
     if not file.is_file():
         raise ValueError(f"{settings.checkpoints} holds checkpoints of an unknown run. Name another folder.")
-    before, now = json.loads(file.read_text(encoding="utf-8")), _facts(settings)
+    now = _facts(settings)
+    before = {"processes": 1, **json.loads(file.read_text(encoding="utf-8"))}  # as before it was written down
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ValueError(
@@ -260,7 +261,7 @@ def _is_whole(path: Path) -> bool:
 
 def _facts(settings: RunSettings) -> dict[str, object]:
     """All settings that decide what is trained, as JSON gives them back."""
-    facts = {"subcommand": settings.subcommand, **asdict(settings)}
+    facts = {"subcommand": settings.subcommand, "processes": _processes(), **asdict(settings)}
     if len(settings.data) == 1:
         facts["data"] = settings.data[0]  # as runs wrote it when there was but one
     places = ("output", "checkpoints", "device", "license", "push_to_hub")

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from ..field_types import whole_number
 from ..models import evaluating, on_device
+from ..training.loss_masks import decoder_tokens
 from ..tuners.variator import VariatorConfig, calibrate
 from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
@@ -287,7 +288,7 @@ def _error(model: nn.Module, batches: list[dict[str, Any]], targets: list[Tensor
     for batch, target in zip(batches, targets, strict=True):
         output, mask = _output_of(model(**batch)), batch.get("attention_mask")
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            mask = batch.get("decoder_attention_mask")  # of the decoder is what comes out
+            mask = decoder_tokens(batch)  # of the decoder is what comes out
         real: Tensor | bool = True
         if isinstance(mask, Tensor) and target.dim() == 3 and mask.shape == target.shape[:2]:
             real = mask.ne(0).unsqueeze(-1)

@@ -28,7 +28,7 @@ from litserve.specs.openai_embedding import EmbeddingRequest, EmbeddingResponse
 from litserve.utils import LitAPIStatus, LoopResponseType, PickleableHTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.multiprocess import MultiProcessCollector
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.utils import logging as transformers_logging
 
@@ -78,6 +78,8 @@ class Metrics:
 
 class ServedRequest(EmbeddingRequest):
     """OpenAI's request, with what the engine can be asked for besides (`extra_body` of OpenAI's client)."""
+
+    model_config = ConfigDict(extra="forbid")  # as OpenAI's own server refuses what it does not know
 
     model: str = ""
     # Strict: "2" and true are no numbers.
@@ -178,6 +180,10 @@ def _summary(error: RequestValidationError) -> str:
     for each in error.errors():
         name = next((place for place in each["loc"][1:] if isinstance(place, str)), "body")
         wrong = "has to be a text or a list of texts" if name == "input" and each["type"] != "missing" else each["msg"]
+        if name == "body":
+            wrong = "has to be a JSON object, sent with the header Content-Type: application/json"
+        elif each["type"] == "extra_forbidden":
+            wrong = "is no field; besides OpenAI's there are slo_ms, min_quality and max_ratio"
         found.setdefault(name, wrong)
     return " ".join(f"{name}: {message}." for name, message in found.items())
 
@@ -191,7 +197,7 @@ def _log_warning(
     line: str | None = None,
 ) -> None:
     """Where in the code a warning was raised tells nothing to who started a server."""
-    logger.warning("Warning: %s", message)
+    logger.warning("%s", message)
 
 
 class EngineAPI(litserve.LitAPI):
@@ -219,6 +225,7 @@ class EngineAPI(litserve.LitAPI):
             raise
         # Answers are sent from a thread of their own: the engine's has the next batch to run.
         self.sender = ThreadPoolExecutor(1)
+        logger.warning("Ready: http://%s:%d/v1", self.settings.host, self.settings.port)
         # Ctrl-C reaches every process. The server ends this one when all requests are answered.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end)

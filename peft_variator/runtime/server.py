@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,13 @@ from .tasks import find_transformer
 
 __all__ = ["ServeSettings", "make_engine", "serve"]
 
+logger = logging.getLogger(__name__)
+
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for it
 DEFAULT_RATIOS = (1, 2, 4, 8)
 BATCH_SIZES = (1, 4, 16, 64)
-LENGTHS = (16, 64, 256)
+LENGTHS = (4, 64, 256)
+TOLD_EVERY = 10.0  # seconds between lines about what is measured
 RESERVE_MS = 2.0  # for what lies around the engine: queues between processes, JSON
 
 
@@ -218,10 +222,27 @@ def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence
     known = (quality_from_card(settings.adapter) if settings.adapter else None) or {}
     quality = {k: value for k, value in known.items() if k in (1, *ratios)} or None
     sizes = [*(size for size in BATCH_SIZES if size < settings.batch_size), settings.batch_size]
-    table = profile_latency(model, ratios, sizes, lengths, quality=quality, rounds=3, min_seconds=0.02)
+    table = profile_latency(
+        model, ratios, sizes, lengths, quality=quality, rounds=3, min_seconds=0.02, on_step=_ProgressLines(logger)
+    )
     if path is not None:
         table.save(path)
     return table
+
+
+class _ProgressLines:
+    """Tells now and then how many latencies have been measured: a worker has no terminal to draw a bar on."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self.log, self.samples, self.told = log, 0, time.monotonic()
+
+    def __call__(self) -> None:
+        """Count a timed sample."""
+        self.samples += 1
+        now = time.monotonic()
+        if now - self.told >= TOLD_EVERY:
+            self.told = now
+            self.log.warning("Measuring latencies: %d samples so far.", self.samples)
 
 
 def _trained_ratios(model: nn.Module) -> Sequence[int]:

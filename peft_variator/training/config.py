@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..pooling import check_pooling
 __all__ = ["DistillationConfig"]
 
 HIDDEN_LOSSES = ("last", "all")
+LOSS_AT_A_RATIO = re.compile(r"loss_k\d+$")
+"""What a metric is called that is a loss at one of several ratios."""
 
 
 @dataclass
@@ -98,6 +101,9 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self.check()
         changed = self._changed_fields()
+        # `TrainingArguments` take what does not end in "loss" for something to maximise.
+        if self.greater_is_better is None and LOSS_AT_A_RATIO.search(self.metric_for_best_model or ""):
+            self.greater_is_better: bool | None = False
         try:
             super().__post_init__()
         except ImportError:
@@ -125,6 +131,11 @@ class DistillationConfig(TrainingArguments):
         whole_number("variance_samples", self.variance_samples, 1)
         whole_number("fit_samples", self.fit_samples, 0)
         self._check_ratios()
+        if self.neftune_noise_alpha is not None and not self.base_dropout:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha!r} is noise on the base's embeddings, which are in "
+                "evaluation mode with base_dropout=False and would have none. Leave it out, or set base_dropout=True."
+            )
 
     def _changed_fields(self) -> dict[str, Any]:
         """The fields that were passed, as far as their values tell."""

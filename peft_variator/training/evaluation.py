@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..pooling import pool
 from ..tuners.variator.forward_context import next_token_labels
-from .loss_masks import CAUSAL, Prediction, prediction_of, stacks_of
+from .loss_masks import CAUSAL, Prediction, prediction_of, stacks_of, without_streams
 from .teacher import measured_adapters
 
 
@@ -62,10 +62,8 @@ def measure_quality(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
             target = model(**arguments)
         for key, mask_of in stacks.items():
             mask = mask_of(inputs)
-            states = [
-                states[key][-1].flatten(0, -2) if mask is None else states[key][-1][mask]
-                for states in (outputs, target)
-            ]
+            last = [without_streams(each[key][-1], mask) for each in (outputs, target)]
+            states = [each.flatten(0, -2) if mask is None else each[mask] for each in last]
             comparisons[key].add(*states)
         if prediction is not None:
             used = prediction.mask(inputs)

@@ -14,24 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import Head, has_decoder, head_of
+from ..models import Head, has_decoder, head_of, shifts_labels
 from ..tuners.variator.attention_mask import last_tokens
 from ..tuners.variator.forward_context import IGNORED_LABEL, next_token_labels
 
 
 __all__ = [
     "CAUSAL",
+    "EXAMPLES",
     "HIDDEN_KEYS",
     "IGNORED_LABEL",
     "Inputs",
     "Prediction",
     "batch_size",
     "decoder_tokens",
+    "has_several_labels",
     "input_tokens",
     "labelled_tokens",
+    "predicting_themselves",
     "predicting_tokens",
     "prediction_of",
     "stacks_of",
+    "without_streams",
 ]
 
 Inputs = Mapping[str, Any]
@@ -78,7 +82,7 @@ def decoder_tokens(inputs: Inputs) -> Tensor | None:
     if inputs.get("decoder_attention_mask") is not None:
         return _two_dimensional("decoder_attention_mask", inputs["decoder_attention_mask"])
     labels = inputs.get("labels")
-    if labels is not None and labels.dim() == 2:
+    if labels is not None and labels.dim() == 2 and not labels.is_floating_point():  # else of several classes
         return labels != IGNORED_LABEL
     if inputs.get("decoder_input_ids") is not None:
         return torch.ones_like(inputs["decoder_input_ids"], dtype=torch.bool)
@@ -96,6 +100,16 @@ def predicting_tokens(inputs: Inputs) -> Tensor:
     """
     told = inputs.get("labels") if inputs.get("shift_labels") is None else inputs["shift_labels"]
     labels = None if told is None else next_token_labels(inputs, (told.shape[0], told.shape[1]))
+    return last_tokens(_require_text(inputs)) if labels is None else labels != IGNORED_LABEL
+
+
+def predicting_themselves(inputs: Inputs) -> Tensor:
+    """As `predicting_tokens`, of a model whose labels stand where they are predicted.
+
+    Raises:
+        ValueError: the batch has no text.
+    """
+    labels = inputs.get("labels")
     return last_tokens(_require_text(inputs)) if labels is None else labels != IGNORED_LABEL
 
 
@@ -162,6 +176,7 @@ def _device(inputs: Inputs) -> torch.device:
 
 
 CAUSAL = Prediction(_logits, predicting_tokens)
+UNSHIFTED = Prediction(_logits, predicting_themselves)
 TOKENS = Prediction(_logits, labelled_tokens)
 EXAMPLES = Prediction(_logits, _one_each)
 SPANS = Prediction(_spans, _two_each, _real_positions)
@@ -183,7 +198,36 @@ def prediction_of(model: nn.Module) -> Prediction | None:
         model: the base model itself, not a wrapper.
     """
     head = head_of(model)
+    if head == "causal" and not shifts_labels(model):
+        # XLM's is the head of its masked language model, too, which is how it is used.
+        return TOKENS if type(model).__name__ == "XLMWithLMHeadModel" else UNSHIFTED
     return None if head is None else PREDICTIONS[head]
+
+
+def has_several_labels(problem: str | None, prediction: Prediction, inputs: Inputs) -> bool:
+    """Whether an example has any number of labels, each given or not by itself, rather than one class.
+
+    Args:
+        problem: `problem_type` of the model's configuration.
+        prediction: how its logits are read.
+        inputs: a batch; where the configuration says nothing, transformers reads the kind of problem off its labels.
+    """
+    if prediction is not EXAMPLES or problem is not None:
+        return problem == "multi_label_classification"
+    labels = inputs.get("labels")
+    return isinstance(labels, Tensor) and labels.dim() == 2 and labels.is_floating_point()
+
+
+def without_streams(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states `(batch, length, dim)`; of a model with several for each token (Gemma 3n) side by side in `dim`.
+
+    Args:
+        states: as the model gives them.
+        mask: real tokens, bool of shape `(batch, length)`, or `None`.
+    """
+    if mask is None or states.dim() != 4 or states.shape[1:3] != mask.shape:
+        return states
+    return states.movedim(0, 2).flatten(2)
 
 
 # Where a model's output holds hidden states, and the tokens they belong to; of an encoder–decoder both last states
@@ -202,4 +246,29 @@ def stacks_of(model: nn.Module) -> Mapping[str, Callable[[Any], Tensor | None]]:
     Args:
         model: the base model itself, not a wrapper.
     """
-    return TWO_STACKS if has_decoder(model) else SINGLE_STACK
+    stacks = TWO_STACKS if has_decoder(model) else SINGLE_STACK
+    if getattr(model, "main_input_name", None) not in ("input_features", "input_values"):
+        return stacks
+    return {key: _frames_of(model) if mask is input_tokens else mask for key, mask in stacks.items()}
+
+
+def _frames_of(model: nn.Module) -> Callable[[Any], Tensor | None]:
+    """What tells the real frames of a model of sound, whose `attention_mask` is of samples or of finer frames."""
+
+    def frames(inputs: Inputs) -> Tensor | None:
+        if inputs.get("attention_mask") is None:
+            return input_tokens(inputs)
+        mask = _two_dimensional("attention_mask", inputs["attention_mask"])
+        made: Any = getattr(model, "_get_feature_vector_attention_mask", None)
+        lengths: Any = getattr(model, "_get_feat_extract_output_lengths", None)
+        if made is not None and lengths is not None:
+            return made(int(lengths(torch.tensor(mask.shape[1]))), mask.long()).bool()
+        positions = getattr(model.config, "max_source_positions", None)
+        if positions and mask.shape[1] % positions == 0:
+            return mask[:, :: mask.shape[1] // positions]
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} positions, and nothing says which frames of {type(model).__name__} "
+            "they are. Leave it out, so that all frames count, or give sounds of one length."
+        )
+
+    return frames

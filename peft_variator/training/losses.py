@@ -12,18 +12,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from ..pooling import pool
 from .config import DistillationConfig
 from .loss_masks import (
     CAUSAL,
+    EXAMPLES,
     IGNORED_LABEL,
     Inputs,
     Prediction,
     batch_size,
+    has_several_labels,
     predicting_tokens,
     prediction_of,
     stacks_of,
+    without_streams,
 )
 
 
@@ -41,6 +45,7 @@ __all__ = [
     "hidden_state_loss",
     "items_per_example",
     "kl_loss",
+    "labels_kl_loss",
     "measure_variances",
 ]
 
@@ -206,6 +211,29 @@ def kl_loss(
     return LossSums(_sum_per_example(divergence, mask), items_per_example(mask))
 
 
+def labels_kl_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> LossSums:
+    """As `kl_loss`, where each label is given or not by itself: the sum over the labels of their own divergences.
+
+    Args:
+        student: logits, shape `(batch, ..., labels)`.
+        teacher: the same of the teacher; its gradients are not taken.
+        mask: predictions that count, bool of shape `(batch, ...)`.
+        temperature: divides both logits.
+
+    Returns:
+        LossSums: divergences in nats, and the number of predictions that count, of each example.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    _check_alike(student, teacher, mask, "logits")
+    mine, target = (full_precision(logits[mask]) / temperature for logits in (student, teacher.detach()))
+    given, absent = (
+        target.mul(sign).sigmoid() * (logsigmoid(sign * target) - logsigmoid(sign * mine)) for sign in (1, -1)
+    )
+    return LossSums(_sum_per_example((given + absent).sum(-1) * temperature**2, mask), items_per_example(mask))
+
+
 def _log_softmax(logits: Tensor, absent: Tensor | None) -> Tensor:
     return (logits if absent is None else logits.masked_fill(absent, -torch.inf)).log_softmax(-1)
 
@@ -245,8 +273,12 @@ class HiddenTerm:
         mask = self.mask(inputs)
         return torch.ones(batch_size(inputs), dtype=torch.long) if mask is None else items_per_example(mask)
 
-    def states(self, outputs: Mapping[str, Any]) -> list[Tensor]:
+    def states(self, outputs: Mapping[str, Any], mask: Tensor | None) -> list[Tensor]:
         """The hidden states that count, one tensor a layer, shape `(batch, length, dim)`.
+
+        Args:
+            outputs: of the model.
+            mask: real tokens of the batch, or `None`.
 
         Raises:
             ValueError: the output has none.
@@ -256,13 +288,14 @@ class HiddenTerm:
                 f"The model returned no {self.key}, only {', '.join(outputs)}, so hidden states cannot be compared. "
                 "Set hidden_weight=0 and embedding_weight=0, or train the part of the model that returns them."
             )
-        return list(outputs[self.key][self.start :])
+        return [without_streams(states, mask) for states in outputs[self.key][self.start :]]
 
     def loss(self, student: Mapping[str, Any], teacher: Mapping[str, Any], inputs: Inputs) -> LossSums:
         """Error of the student's hidden states in units of the teacher's variance, which has to be measured before."""
         if self.variance is None:
             raise RuntimeError(f"The variance of {self.key} has not been measured: call measure_variances first.")
-        return hidden_state_loss(self.states(student), self.states(teacher), self.mask(inputs), self.variance)
+        mask = self.mask(inputs)
+        return hidden_state_loss(self.states(student, mask), self.states(teacher, mask), mask, self.variance)
 
 
 class EmbeddingTerm:
@@ -285,15 +318,23 @@ class EmbeddingTerm:
 
     def loss(self, student: Mapping[str, Any], teacher: Mapping[str, Any], inputs: Inputs) -> LossSums:
         """1 − cosine of the embeddings."""
-        states, targets = self.stack.states(student)[0], self.stack.states(teacher)[0]
-        return embedding_loss(states, targets, self.stack.mask(inputs), self.pooling)
+        mask = self.stack.mask(inputs)
+        states, targets = (self.stack.states(outputs, mask)[0] for outputs in (student, teacher))
+        return embedding_loss(states, targets, mask, self.pooling)
 
 
 class LogitsTerm:
-    """KL divergence of the predictions that count."""
+    """KL divergence of the predictions that count.
 
-    def __init__(self, weight: float, prediction: Prediction, temperature: float) -> None:
-        self.weight, self.prediction, self.temperature = weight, prediction, temperature
+    Args:
+        weight: weight in the sum of losses.
+        prediction: how the logits are read.
+        temperature: divides the logits.
+        problem: `problem_type` of a classifier's configuration; `None`: read off the labels.
+    """
+
+    def __init__(self, weight: float, prediction: Prediction, temperature: float, problem: str | None = None) -> None:
+        self.weight, self.prediction, self.temperature, self.problem = weight, prediction, temperature, problem
 
     def items(self, inputs: Inputs) -> Tensor:
         """Predictions that count in each example."""
@@ -303,6 +344,8 @@ class LogitsTerm:
         """KL(teacher ‖ student)."""
         logits = self.prediction.logits(student)
         mask, classes = self.prediction.mask(inputs), self.prediction.classes(inputs, logits)
+        if has_several_labels(self.problem, self.prediction, inputs):
+            return labels_kl_loss(logits, self.prediction.logits(teacher), mask, self.temperature)
         return kl_loss(logits, self.prediction.logits(teacher), mask, self.temperature, classes)
 
 
@@ -377,7 +420,14 @@ def build_terms(
                 f"logits_weight={args.logits_weight} needs a model with a known head, and {type(model).__name__} has "
                 "none. Load it with one of transformers' AutoModelFor… classes, or set logits_weight=0."
             )
-        terms["logits"] = LogitsTerm(args.logits_weight, prediction, args.temperature)
+        config = getattr(model, "config", None)
+        problem = getattr(config, "problem_type", None) if prediction is EXAMPLES else None
+        if problem == "regression":
+            raise ValueError(
+                f"{type(model).__name__} has problem_type='regression', whose outputs are no logits. Set "
+                "logits_weight=0 and use hidden_weight or task_weight."
+            )
+        terms["logits"] = LogitsTerm(args.logits_weight, prediction, args.temperature, problem)
     if args.task_weight:
         if not label_names:
             raise ValueError(
@@ -399,7 +449,7 @@ class HiddenStateVariance:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.counts: list[int] = []
         self.means: list[Tensor] = []
         self.deviations: list[Tensor] = []
 
@@ -411,20 +461,20 @@ class HiddenStateVariance:
             mask: real tokens, bool of shape `(batch, length)`; `None`: all of them.
         """
         tokens = [full_precision(layer.flatten(0, -2) if mask is None else layer[mask]) for layer in layers]
-        added = len(tokens[0])
-        if added == 0:
+        if not len(tokens[0]):
             return
         if not self.means:
+            self.counts = [0] * len(tokens)
             self.means = [torch.zeros_like(rows[0]) for rows in tokens]
             self.deviations = [rows.new_zeros(()) for rows in tokens]
-        total = self.count + added
-        for layer, rows in enumerate(tokens):
+        for layer, rows in enumerate(tokens):  # of which a hierarchical vision model has fewer in its later stages
+            count, total = self.counts[layer], self.counts[layer] + len(rows)
             mean = rows.mean(0)
             shift = mean - self.means[layer]
             spread = (rows - mean).square().mean(1).sum()
-            self.deviations[layer] += spread + shift.square().mean() * (self.count * added / total)
-            self.means[layer] += shift * (added / total)
-        self.count = total
+            self.deviations[layer] += spread + shift.square().mean() * (count * len(rows) / total)
+            self.means[layer] += shift * (len(rows) / total)
+            self.counts[layer] = total
 
     def result(self) -> Tensor:
         """The variances, a mean over `dim`, shape `(layers,)`.
@@ -432,15 +482,16 @@ class HiddenStateVariance:
         Raises:
             ValueError: no real token was seen, or the hidden states of a layer are all the same.
         """
-        if self.count == 0:
+        if not self.counts:
             raise ValueError(
                 "The batches held no real token, so hidden states have no variance. Check the data's masks."
             )
-        variance = torch.stack(self.deviations) / self.count
+        per_layer = zip(self.deviations, self.counts, strict=True)
+        variance = torch.stack([spread / count for spread, count in per_layer])
         if not bool(((variance > 0) & variance.isfinite()).all()):
             raise ValueError(
-                f"The teacher's hidden states have variances {variance.tolist()} over {self.count} tokens; each has "
-                "to be finite and above 0 to compare with. Check the data and the teacher's weights, or use more "
+                f"The teacher's hidden states have variances {variance.tolist()} over {self.counts[0]} tokens; each "
+                "has to be finite and above 0 to compare with. Check the data and the teacher's weights, or use more "
                 "variance_samples."
             )
         return variance
@@ -461,6 +512,7 @@ def measure_variances(
     variances = [HiddenStateVariance() for _ in terms]
     for inputs, outputs in sample:
         for term, variance in zip(terms, variances, strict=True):
-            variance.update(term.states(outputs), term.mask(inputs))
+            mask = term.mask(inputs)
+            variance.update(term.states(outputs, mask), mask)
     for term, variance in zip(terms, variances, strict=True):
         term.variance = variance.result()

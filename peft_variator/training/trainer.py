@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from accelerate.utils import send_to_device
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, has_length
 
 from ..compat import BestModelLoader
@@ -34,6 +36,35 @@ from .teacher import InPlaceTeacher, SeparateTeacher, Teacher, TrainedAdapters
 
 
 __all__ = ["DistillationTrainer", "ExactLossTrainer", "sample_examples", "sample_ratio"]
+
+
+# Between the seeds of two epochs, so that a run's order is not another seed's, one epoch later.
+EPOCH_STRIDE = 1_000_003
+
+
+class OrderOfEpoch(Sampler[int]):
+    """A sampler by length, whose order follows from a seed and the epoch.
+
+    transformers' own goes on from whatever has been drawn before, which after a resumption is nothing.
+
+    Args:
+        sampler: draws the orders.
+        seed: of all orders.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + EPOCH_STRIDE * self.epoch)
+        return iter(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch from now on."""
+        self.epoch = epoch
 
 
 class ExactLossTrainer(Trainer):
@@ -55,6 +86,14 @@ class ExactLossTrainer(Trainer):
         super().__init__(**trainer_arguments)
         self._running = RunningLosses()
         self._evaluation: EvaluationSums | None = None
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """See `Trainer`. The order by length is that of seed and epoch alone, and so the same after a resumption."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return OrderOfEpoch(sampler, seed)
+        return sampler
 
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         """The parts of the loss of a batch, by the names in `terms`, and the outputs that the Trainer goes on with."""
@@ -209,6 +248,7 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         self.ratios = TrainedRatios(self.adapters, args.ratios) if args.ratios else None
         super().__init__(model=model, args=args, **trainer_arguments)
         base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._takes_use_cache = "use_cache" in signature(base_model.forward).parameters
         self._shifts_labels = prediction_of(base_model) is CAUSAL
         self.terms = build_terms(base_model, args, self.label_names, self._mean_task_loss)
         self.teacher = self._build_teacher(model, teacher_model)
@@ -329,14 +369,18 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             teacher = self._teacher_outputs(model, inputs)
         else:
             teacher = self._teacher_outputs_without_dropout(model, inputs)
-        outputs = model(**inputs, **self._extra_arguments)
+        outputs = model(**{**inputs, **self._extra_arguments})
         losses = {name: term.loss(outputs, teacher, inputs) for name, term in self.terms.items()}
         return losses, {name: value for name, value in outputs.items() if name not in HIDDEN_KEYS}
 
     @property
     def _extra_arguments(self) -> dict[str, bool]:
         needs_states = any(isinstance(term, HiddenTerm | EmbeddingTerm) for term in self.terms.values())
-        return {"output_hidden_states": True} if needs_states else {}
+        # Nothing is generated; and a layer that runs again in the backward pass would add to its cache again.
+        return {
+            **({"output_hidden_states": True} if needs_states else {}),
+            **({"use_cache": False} if self._takes_use_cache else {}),
+        }
 
     def _teacher_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.teacher is None:
@@ -555,8 +599,8 @@ class TrainedRatios:
 
 
 def sample_examples(dataset: Any, count: int) -> list[Any]:
-    """Up to `count` examples, spread evenly over the data set, or its first ones if its length is not known."""
-    if not has_length(dataset):
+    """Up to `count` examples, spread evenly over the data set, or the first ones of a stream."""
+    if not has_length(dataset) or isinstance(dataset, IterableDataset):
         return list(islice(dataset, count))
     count = min(count, len(dataset))
     return [dataset[index * len(dataset) // count] for index in range(count)]

@@ -227,6 +227,7 @@ BAD: list[tuple[list[str], str]] = [
     (["causal-pruned", "--kl-weight", "1.5"], "from 0 to 1"),
     (["causal-pruned", "--steps", "0"], "--steps is 0; it has to be at least 1"),
     (["causal-pruned", "--rank", "0"], "must be an integer of at least 1"),
+    (["causal-pruned", "--adapter", "some", "--alpha", "8"], "--rank and --alpha are of a new adapter"),
     (["encoder-pruned"], "follows the hidden states of the dense model. Name that with --teacher"),
     (["encoder-pruned", "--kl-weight", "0.1"], "--kl-weight needs predictions"),
 ]

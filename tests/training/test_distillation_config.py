@@ -25,6 +25,29 @@ def test_only_three_defaults_of_training_arguments_change() -> None:
     assert changed == {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("loss_k4", False),
+        ("eval_hidden_loss_k16", False),
+        ("loss", False),
+        ("agreement_k4", True),
+        ("agreement", True),
+    ],
+)
+def test_losses_at_a_ratio_are_to_be_low(metric: str, greater: bool, tmp_path: Path) -> None:
+    fields = {"metric_for_best_model": metric, "output_dir": str(tmp_path), "use_cpu": True}
+    assert DistillationConfig(**fields).greater_is_better is greater
+    assert DistillationConfig(**fields, greater_is_better=True).greater_is_better
+
+
+def test_noise_on_embeddings_needs_a_base_in_training_mode(tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "use_cpu": True, "neftune_noise_alpha": 5.0}
+    with pytest.raises(ValueError, match=r"neftune_noise_alpha=5.0 .*base_dropout=True"):
+        DistillationConfig(**fields)
+    assert DistillationConfig(**fields, base_dropout=True).neftune_noise_alpha == 5.0
+
+
 def test_every_field_has_a_help() -> None:
     own = {field.name for field in fields(DistillationConfig)} - {field.name for field in fields(TrainingArguments)}
     assert own == {

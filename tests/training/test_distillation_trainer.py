@@ -13,10 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
+from peft_variator import VariatorConfig
 from peft_variator.training import DistillationTrainer
 from peft_variator.tuners.variator import VariatorLayer
+from tests.tiny_models import tiny_model
+from tests.training.training_cases import make_examples
 
 
 ALL_LOSSES = {"hidden_weight": 1.0, "logits_weight": 0.5, "task_weight": 0.3}
@@ -192,16 +195,60 @@ def test_a_micro_batch_without_labels_adds_nothing(trainer, plugin_model, exampl
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
+def test_orders_by_length_are_those_of_seed_and_epoch(trainer) -> None:
+    run = trainer("bert", train_sampling_strategy="group_by_length")
+    sampler = run._get_train_sampler()
+    first = list(sampler)
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    assert sorted(first) == sorted(sampler) == list(range(len(sampler)))
+    assert first != list(sampler)
+
+
+def test_checkpointing_switches_caches_off(trainer) -> None:
+    """A decoder's layer that runs again in the backward pass would find its keys in the cache."""
+    model = get_peft_model(tiny_model("t5gemma"), VariatorConfig(compression_ratio=2))
+    examples = [{"input_ids": [5, 6, 7, 8, 9, 10], "labels": [4, 5, 6, 7]}] * 4
+    losses = []
+    for checkpointing in (True, False):
+        fields = {"gradient_checkpointing": checkpointing, "train_dataset": examples, "max_steps": 1}
+        run = trainer("t5", model, **fields, learning_rate=0.0, data_collator=default_data_collator, fit_samples=0)
+        run.train()
+        losses.append(logged(run)[0])
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_tokens_with_several_streams_are_compared_side_by_side(trainer) -> None:
+    model = get_peft_model(tiny_model("gemma3n"), VariatorConfig(compression_ratio=2))
+    examples = [{"input_ids": list(range(5, 17))}] * 4
+    run = trainer("llama", model, max_steps=1, train_dataset=examples, data_collator=default_data_collator)
+    run.train()
+    assert 0 < logged(run)[0] < 1
+
+
+def test_the_best_checkpoint_by_a_loss_at_one_ratio_is_that_with_the_lowest(trainer, tmp_path: Path) -> None:
+    fields = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    fields |= {"metric_for_best_model": "loss_k4", "load_best_model_at_end": True, "ratios": [2, 4]}
+    data = make_examples("bert", 8)
+    run = trainer("bert", **fields, output_dir=str(tmp_path), eval_dataset=data, learning_rate=0.02)
+    run.train()
+    assert run.state.best_metric == min(logged(run, "eval_loss_k4"))
+
+
 def random_lora(model: nn.Module, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": ["query", "value"], **fields}))
 
 
-@pytest.mark.parametrize("kind", ["ratios", "dropout"])
+@pytest.mark.parametrize("kind", ["ratios", "dropout", "lengths"])
 def test_resuming_gives_the_same_losses(trainer, base_model, plugin_model, tmp_path: Path, kind: str) -> None:
     def run(**fields: Any) -> DistillationTrainer:
+        extra: dict[str, Any]
         if kind == "ratios":
             model, extra = plugin_model("bert"), {"ratios": [2, 4, 8]}
+        elif kind == "lengths":  # step 3 of 6 is in the second epoch of two steps
+            model, extra = plugin_model("bert"), {"train_sampling_strategy": "group_by_length"}
+            extra["train_dataset"] = make_examples("bert", 8)
         else:
             model, extra = random_lora(base_model("bert"), lora_dropout=0.5, init_lora_weights=False), {}
         fields |= {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
@@ -476,6 +523,6 @@ def test_batches_that_lack_something_are_named(trainer, plugin_model, examples, 
         run.train()
     run = trainer("bert")
     with pytest.raises(ValueError, match="The model returned no hidden_states, only last_hidden_state"):
-        run.terms["hidden"].states({"last_hidden_state": torch.zeros(1)})
+        run.terms["hidden"].states({"last_hidden_state": torch.zeros(1)}, None)
     with pytest.raises(RuntimeError, match="The variance of hidden_states has not been measured"):
         run.terms["hidden"].loss({}, {}, {})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers as T
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -13,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from peft_variator.models import shifts_labels
 from peft_variator.training.loss_masks import (
     CAUSAL,
     EXAMPLES,
@@ -20,12 +24,43 @@ from peft_variator.training.loss_masks import (
     TOKENS,
     batch_size,
     decoder_tokens,
+    has_several_labels,
     input_tokens,
     labelled_tokens,
     predicting_tokens,
     prediction_of,
+    stacks_of,
 )
 from peft_variator.tuners.variator.attention_mask import last_tokens
+
+
+WIDTHS_OF_BART = {
+    "vocab_size": 9,
+    "d_model": 8,
+    "max_position_embeddings": 32,
+    **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 1 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 8 for part in ("encoder", "decoder")},
+    **{f"{name}_token_id": place for place, name in enumerate(("pad", "bos", "eos", "decoder_start"))},
+}
+WIDTHS_OF_BERT = {
+    "vocab_size": 9,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
+BART_LIKE = [
+    T.BartForCausalLM,
+    T.BlenderbotForCausalLM,
+    T.BlenderbotSmallForCausalLM,
+    T.MBartForCausalLM,
+    T.MarianForCausalLM,
+    T.MvpForCausalLM,
+    T.PLBartForCausalLM,
+    T.PegasusForCausalLM,
+    T.TrOCRForCausalLM,
+]
 
 
 IDS = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
@@ -111,6 +146,65 @@ def test_prediction_of_heads(cls: type[PreTrainedModel], prediction: object) -> 
     )
     assert prediction_of(cls(config)) is prediction
     assert prediction_of(type("Mine", (cls,), {})(config)) is prediction
+
+
+UNSHIFTED_CASES = [
+    (T.XLMWithLMHeadModel, T.XLMConfig(vocab_size=9, emb_dim=8, n_layers=1, n_heads=1)),
+    (T.XLNetLMHeadModel, T.XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=1, d_inner=8)),
+    *[(cls, cls.config_class(**WIDTHS_OF_BART)) for cls in BART_LIKE],
+    (T.WhisperForCausalLM, T.WhisperConfig(**WIDTHS_OF_BART, max_source_positions=4)),
+    (T.BertLMHeadModel, T.BertConfig(**WIDTHS_OF_BERT, is_decoder=True)),
+    (T.LlamaForCausalLM, T.LlamaConfig(**WIDTHS_OF_BERT)),
+]
+
+
+@pytest.mark.parametrize(("cls", "config"), UNSHIFTED_CASES, ids=[cls.__name__ for cls, _ in UNSHIFTED_CASES])
+def test_labels_count_where_the_models_own_loss_counts_them(cls: Any, config: Any) -> None:
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    inputs = {"input_ids": torch.randint(3, 9, (2, 6))}
+    labels = torch.randint(3, 9, (2, 6))
+    labels[:, 3:] = -100
+    labels[0, 1] = -100
+    outputs = model(**inputs, labels=labels)
+    found = prediction_of(model)
+    assert found is not None
+    used = found.mask({**inputs, "labels": labels})
+    counted = labels[:, 1:] if shifts_labels(model) else labels
+    targets = counted[counted != -100]
+    expected = torch.nn.functional.cross_entropy(outputs.logits[used], targets)
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_several_labels_are_told_by_the_problem_or_by_the_labels() -> None:
+    floats, classes = {"labels": torch.zeros(2, 3)}, {"labels": torch.zeros(2, dtype=torch.long)}
+    assert has_several_labels("multi_label_classification", EXAMPLES, {})
+    assert has_several_labels(None, EXAMPLES, floats)
+    assert not has_several_labels(None, EXAMPLES, classes)
+    assert not has_several_labels("single_label_classification", EXAMPLES, floats)
+    assert not has_several_labels(None, CAUSAL, floats)
+    assert decoder_tokens({"input_ids": IDS, **floats}).shape == IDS.shape
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_frames_of_sound(padded: bool) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    config = T.Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 200 if padded else 400 :] = 0
+    frames = stacks_of(T.Wav2Vec2Model(config))["hidden_states"]
+    found = frames({"input_values": torch.zeros(2, 400), "attention_mask": mask})
+    length = T.Wav2Vec2Model(config).eval()(torch.zeros(1, 400)).last_hidden_state.shape[1]
+    assert found.shape == (2, length)
+    assert found.sum(1).tolist() == [length, length // 2 if padded else length]
+    assert frames({"input_values": torch.zeros(2, 400)}) is None
+    whisper = T.WhisperConfig(**WIDTHS_OF_BART, max_source_positions=20)
+    whole = stacks_of(T.WhisperForConditionalGeneration(whisper))["encoder_hidden_states"]
+    finer = torch.arange(40).lt(torch.tensor([[40], [20]])).long()
+    assert whole({"input_features": torch.zeros(2, 80, 40), "attention_mask": finer}).sum(1).tolist() == [20, 10]
+    with pytest.raises(ValueError, match=r"attention_mask has 30 positions.*Leave it out"):
+        whole({"input_features": torch.zeros(2, 80, 30), "attention_mask": finer[:, :30]})
 
 
 def test_a_module_of_another_kind_has_no_known_prediction() -> None:

@@ -36,6 +36,17 @@ def test_without_a_mask_all_tokens_count() -> None:
     torch.testing.assert_close(variance.result()[0], layers[0].flatten(0, 1).var(0, correction=0).mean())
 
 
+def test_layers_of_fewer_tokens_have_variances_of_their_own() -> None:
+    """As the stages of a hierarchical vision model."""
+    batches = [[torch.randn(2, 16, 3), torch.randn(2, 4, 6), torch.randn(2, 1, 12)] for _ in range(3)]
+    variance = HiddenStateVariance()
+    for layers in batches:
+        variance.update(layers, None)
+    for layer, found in enumerate(variance.result()):
+        tokens = torch.cat([layers[layer] for layers in batches]).flatten(0, 1)
+        torch.testing.assert_close(found, tokens.var(0, correction=0).mean())
+
+
 def test_half_precision_is_summed_in_float32() -> None:
     states = (100 + torch.randn(4, 50, 8)).bfloat16()
     variance = HiddenStateVariance()
@@ -71,7 +82,13 @@ class Stream(IterableDataset):
         yield from range(1000)
 
 
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return 1000
+
+
 def test_a_sample_is_spread_evenly_or_comes_first() -> None:
     assert sample_examples(list(range(10)), 4) == [0, 2, 5, 7]
     assert sample_examples(list(range(3)), 8) == [0, 1, 2]
     assert sample_examples(Stream(), 3) == [0, 1, 2]
+    assert sample_examples(SizedStream(), 3) == [0, 1, 2]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ...compat import FORWARD_SLOTS, annotate_export, checkpoint_function, forward_slot, set_checkpoint_function
+from ...models import shifts_labels
 from .attention_mask import TokenOrder, real_tokens, single_mask, token_ranks
 from .forward_context import (
     IGNORED_LABEL,
@@ -456,7 +457,8 @@ def _is_encoder_decoder(module: nn.Module) -> bool:
 
 
 def _has_language_head(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+    has_head = isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+    return has_head and shifts_labels(module)
 
 
 def _pooled_pad_id(surrounding: list[nn.Module]) -> int | None:
