@@ -7,12 +7,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForCausalLM
 
+from peft_variator import VariatorConfig
 from tests.cli.commands import run_command
 from tests.cli.saved_plugins import save_plugin
-from tests.word_tokenizer import word_tokenizer
+from tests.tiny_models import tiny_model
+from tests.word_tokenizer import BERT_SPECIAL, numbered_words, word_tokenizer
 
 
 invoke = partial(run_command, "export")
@@ -47,6 +50,37 @@ def test_a_file_that_runs_without_torch(tmp_path: Path) -> None:
     assert status == 1
     assert "model.onnx" in err
     assert (output.parent / "tokenizer.json").read_bytes() == before
+
+
+def test_a_classifier_of_pairs_is_told_which_text_a_token_is_of(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    tiny_model("bert-sequence", **sizes, vocab_size=40, initializer_range=0.5).save_pretrained(tmp_path / "model")
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    words, pair = [*BERT_SPECIAL, *numbered_words(36)], "[CLS] $A [SEP] $B:1 [SEP]:1"
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    tokenizer = word_tokenizer(words, "[CLS] $A [SEP]", pair, **special, model_input_names=names)
+    tokenizer.save_pretrained(tmp_path / "model")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    config = VariatorConfig.from_tokenizer(tokenizer, compression_ratio=2, init_weights=False, task_type="SEQ_CLS")
+    get_peft_model(base, config).save_pretrained(tmp_path / "plugin")
+    output = tmp_path / "out" / "model.onnx"
+    status, out, err = invoke(tmp_path / "plugin", "--output", output)
+    assert status == 0, err
+    assert "Inputs input_ids, attention_mask, token_type_ids" in out
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    inputs = tokenizer(
+        ["w1 w2 w3 w4 w5", "w1 w2"], ["w7 w8 w9", "w9 w3 w2 w1 w4 w4"], padding=True, return_tensors="pt"
+    )
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    model = PeftModel.from_pretrained(base, tmp_path / "plugin").eval()
+    with torch.no_grad():
+        wanted, one_text = model(**inputs).logits, model(**inputs | {"token_type_ids": None}).logits
+    (found,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - one_text).abs().max() > 0.01
 
 
 def test_what_can_t_be_exported(tmp_path: Path) -> None:

@@ -16,13 +16,16 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
 
 import peft_variator
-from peft_variator import VariatorConfig, allocate
+from peft_variator import VariatorConfig, allocate, using_ratio
 from peft_variator.profiling import count_flops
+from peft_variator.profiling.allocation import _error, _output_of
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
@@ -178,6 +181,27 @@ def test_a_classifier_of_as_many_labels_as_tokens() -> None:
     torch.manual_seed(0)
     base = BertForSequenceClassification(BertConfig(vocab_size=99, num_labels=64, **SIZES))
     allocate(base, text(2), 0.2)
+
+
+def test_padding_of_labels_does_not_count() -> None:
+    """A decoder gives something at the places of labels that are -100, and nobody reads it."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 99}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    batch = text(1, 24)[0]
+    labels = torch.randint(3, 99, (2, 6))
+    model = get_peft_model(base, VariatorConfig(compression_ratio=4, correction_dim=8)).eval()
+    errors = []
+    for pads in (0, 30):
+        padded = batch | {"labels": torch.cat([labels, torch.full((2, pads), -100)], dim=1)}
+        with torch.no_grad():
+            with using_ratio(model, 1):
+                target = _output_of(model(**padded))
+            errors.append(_error(model, [padded], [target]))
+    # The last group of a text may hold other tokens, no more.
+    assert 0 < errors[0] == pytest.approx(errors[1], rel=0.3)
 
 
 def test_a_model_that_has_a_plugin() -> None:

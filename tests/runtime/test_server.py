@@ -289,6 +289,8 @@ def test_limits_and_wrong_input(server: Server) -> None:
         ({"input": "a", "max_ratio": True}, 422),
         ({"input": "a", "slo_ms": "5"}, 422),
         ({"input": "a", "encoding_format": "hex"}, 422),
+        ({"input": "a", "compression_ratio": 4}, 422),
+        ({"input": "a", "encoding_format": "base64", "user": "somebody"}, 200),
         ({"input": ["a"] * 13}, 413),
         ({"input": "a " * 20_000}, 413),
         ({"input": ["a"] * 12}, 200),
