@@ -27,6 +27,7 @@ from ..profiling import (
     share_weights,
     speedup,
     time_alternately,
+    was_busy,
 )
 from ..training import load_plugin
 from ..training.evaluation import measure_ratios
@@ -41,6 +42,8 @@ __all__ = ["EvaluateJob", "Evaluation", "RatioResult", "evaluate"]
 
 # Fewer texts than these give figures that others would change visibly.
 ENOUGH_TEXTS = 32
+# Below this share of a batch, padding is not worth a word.
+LEAST_PADDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Evaluation:
         tokens: `min`, `median` and `max` of the tokens of a text, as the model got it; `None` for images.
         cut: texts that were longer than the model can read, and cut.
         timed_examples: how many of the examples were timed.
+        padding: share of the timed batches' tokens that is padding; `None` for images.
         batch_size: examples in a batch.
         environment: machine and versions.
         base_seconds: the base's seconds for the timed batches, one sample a round.
@@ -143,6 +147,7 @@ class Evaluation:
     tokens: dict[str, float] | None
     cut: int
     timed_examples: int
+    padding: float | None
     batch_size: int
     environment: dict[str, Any]
     base_seconds: list[float]
@@ -220,6 +225,7 @@ def _evaluate(job: EvaluateJob, saved: SavedPlugin, device: torch.device, report
         tokens=_spread_of(examples.lengths),
         cut=examples.cut,
         timed_examples=min(examples.count, len(examples.timed) * job.batch_size),
+        padding=_padding_of(examples.timed),
         batch_size=job.batch_size,
         environment=environment,
         base_seconds=seconds[None],
@@ -359,6 +365,12 @@ def _described(result: RatioResult) -> str:
     return f"k = {result.ratio} is {spread['median']:.2f}× ({spread['low']:.2f}–{spread['high']:.2f}) with {quality}"
 
 
+def _padding_of(batches: Sequence[Batch]) -> float | None:
+    masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
+    tokens = sum(mask.numel() for mask in masks)
+    return 1 - sum(int(mask.ne(0).sum()) for mask in masks) / tokens if tokens else None
+
+
 def _spread_of(lengths: Sequence[int]) -> dict[str, float] | None:
     return {"min": min(lengths), "median": median(lengths), "max": max(lengths)} if lengths else None
 
@@ -394,12 +406,18 @@ def _show(found: Evaluation, reporter: Reporter) -> None:
         f"Quality on {found.examples} {texts}, time on {found.timed_examples} in batches of {found.batch_size}; base "
         "and plugin ran in turn in one process."
     )
+    if found.padding is not None and found.padding >= LEAST_PADDING:
+        lines.append(
+            f"Padding is {found.padding:.0%} of the base's tokens in these batches, and part of what is saved: "
+            "batches of texts of like length save it without a plugin."
+        )
     reporter.show_figures(f"{found.adapter} on {', '.join(found.data)}", rows, lines)
     warn_about_load(found.environment, reporter)
     if found.examples < ENOUGH_TEXTS:
         few = f"{found.examples} {texts} are few" if found.examples > 1 else f"One {texts[:-1]} is little"
         reporter.warn(f"{few}: others would give other figures. Give more --data.")
-    reporter.say(found.verdict)
+    busy = " The machine was busy: run it again before you believe it." if was_busy(found.environment) else ""
+    reporter.say(f"{found.verdict}{busy}")
 
 
 def command_line(job: EvaluateJob) -> str:

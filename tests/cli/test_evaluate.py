@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
 from peft_variator import VariatorConfig
+from peft_variator.cli import evaluate as evaluate_module
 from peft_variator.cli.evaluate import RatioResult, judge
 from peft_variator.cli.main import app
 from tests.cli.saved_plugins import save_plugin
@@ -155,6 +156,22 @@ def test_what_is_told(tmp_path: Path, data: Path) -> None:
     (verdict,) = (line for line in out.splitlines() if "pay" in line)
     assert "k = 4" in verdict
     assert "20 texts are few" in err
+
+
+def test_padding_and_a_busy_machine_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = save_plugin(tmp_path, trained_ratios=[2])
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\n" + "".join(" ".join(["w1"] * count) + "\n" for count in (4, 46) * 8))
+    words = [plugin, "--data", texts, *QUICK, "--batch-size", "16"]
+    monkeypatch.setattr(evaluate_module, "was_busy", lambda environment: False)
+    status, out, err = invoke(*words, "--json", tmp_path / "found.json")
+    assert status == 0, err
+    # 8 texts of 6 tokens and 8 of 48, with [CLS] and [SEP].
+    assert json.loads((tmp_path / "found.json").read_text())["padding"] == pytest.approx(1 - (6 + 48) / 96)
+    assert "Padding is 44% of the base's tokens" in " ".join(out.split())
+    assert "run it again" not in out
+    monkeypatch.setattr(evaluate_module, "was_busy", lambda environment: True)
+    assert "run it again before you believe it" in invoke(*words)[1]
 
 
 @pytest.mark.parametrize(
