@@ -250,7 +250,10 @@ def test_what_is_shipped_is_whole(folder, scripts):
         scripts("weights").WEIGHTS[scripts("frontier").model_of(folder.name)].sha256
         in (folder / "README.md").read_text()
     )
-    card = ModelCard.load(folder / "README.md").data
+    loaded = ModelCard.load(folder / "README.md")
+    frontier = scripts("frontier")
+    assert frontier.speed_table(folder.name, config["trained_ratios"], frontier.RESULTS) in loaded.text
+    card = loaded.data
     assert card.pipeline_tag
     found = [(result.metric_type, result.metric_value) for result in card.eval_results]
     wanted = scripts("frontier").measured_values(folder.name, config["trained_ratios"])
