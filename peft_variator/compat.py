@@ -51,6 +51,8 @@ torch:
 - `nn.TransformerEncoderLayer`'s fused operator, which is taken where no module inside has a hook: no private name,
   but to be looked up all the same.
 - `_forward_hooks` and `_forward_pre_hooks` of a module: whether calling it does more than its class says.
+- `torch.utils._pytree.tree_leaves`, `tree_map`: the tensors in the arguments of a block, however deep they lie, which
+  pruning follows and copies.
 - `torch.Tensor._make_wrapper_subclass` and `torch.utils._pytree.tree_map_only`: a tensor that holds others and unpacks
   them when it is computed with, as torch's own documentation of subclasses writes it.
 - `torch.utils._python_dispatch.is_traceable_wrapper_subclass`: telling quantized tensors from plain ones.
@@ -76,7 +78,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers import PreTrainedModel
 
 
@@ -108,6 +110,8 @@ __all__ = [
     "offload_hook",
     "repeated_by_reentrant_checkpoint",
     "set_checkpoint_function",
+    "tree_leaves",
+    "tree_map",
     "tree_map_only",
 ]
 

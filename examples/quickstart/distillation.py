@@ -87,8 +87,8 @@ def distil(
         paragraphs: plain text.
         ratios: compression ratios; each step draws one.
         steps: optimizer steps.
-        batch_size: passages a step.
-        seed: of passages, their order and the ratios.
+        batch_size: texts a step.
+        seed: of texts, their order and the ratios.
         bf16: whether products of matrices are in bfloat16.
         console: where progress is shown.
 

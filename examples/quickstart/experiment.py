@@ -40,8 +40,8 @@ class Settings:
 
     Args:
         steps: optimizer steps.
-        batch_size: passages a step.
-        seed: of the passages, their order and the ratios.
+        batch_size: texts a step.
+        seed: of the texts, their order and the ratios.
         held_out_paragraphs: at most this many are measured on; `None`: all.
         timed_batch: sequences in the batch that is timed.
         rounds: timed samples of each ratio.

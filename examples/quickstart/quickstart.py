@@ -39,12 +39,12 @@ RESULTS, PLOT = "results.json", "speed_and_quality.png"
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Passages of text in a step.")] = 32,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for plugin, figures and plot.")] = Path(
         "outputs/quickstart"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the passages, their order and the ratios.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the texts, their order and the ratios.")] = 0,
     data: Annotated[
         Path | None, typer.Option(help="Folder with stsb/sts-test.csv: measure the correlation on STS-B, too.")
     ] = None,

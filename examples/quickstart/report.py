@@ -99,7 +99,7 @@ def make_notes(results: Results) -> list[str]:
         "share of them whose nearest other paragraph is the base's (± standard error).",
         *([] if results.stsb is None else [_about_stsb(results)]),
         f"Plugin: {parameters['plugin']:,} parameters beside {parameters['base']:,} of the base; "
-        f"{settings['steps']} steps of {settings['batch_size']} passages, seed {settings['seed']}, "
+        f"{settings['steps']} steps of {settings['batch_size']} texts, seed {settings['seed']}, "
         f"products in {'bfloat16' if settings['bf16'] else 'float32'}, "
         f"{seconds['training']:.0f} s of training in a run of {seconds['total']:.0f} s.",
         *_machine_notes(results.environment),
