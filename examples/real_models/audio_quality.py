@@ -16,6 +16,7 @@ __all__ = ["spoken_digits", "spoken_text", "word_errors"]
 
 BATCH = 8
 MAX_NEW_TOKENS = 96
+SHOWN = 5  # utterances with the most errors
 
 
 def spoken_digits(
@@ -65,6 +66,9 @@ def _rates(
     return {
         "wer": _rate(found, said),
         "wer_to_base": _rate(found, expected),
+        # A transcript that ends in a loop has as many errors as a dozen others.
+        "most_errors_to_base": sorted(map(word_errors, found, expected), reverse=True)[:SHOWN],
+        "errors_to_base": sum(map(word_errors, found, expected)),
         "utterances": len(utterances),
         "words": sum(map(len, said)),
         "example": " ".join(found[0]),
