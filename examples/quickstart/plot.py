@@ -23,6 +23,13 @@ STYLES: dict[Kind, tuple[str, str]] = {
     "int8": ("#555555", "s"),
     "bf16": ("#555555", "s"),
 }
+# Where a name stands beside its point: offset in points, alignment across and along.
+PLACES = (
+    ((5, 6), "left", "bottom"),
+    ((5, 3), "left", "bottom"),
+    ((-8, -2), "right", "center"),
+    ((5, -6), "left", "top"),
+)
 
 
 def save_plot(results: Results, path: str | Path) -> None:
@@ -61,17 +68,16 @@ def _draw(axes: Axes, rows: list[Row], values: list[float], errors: list[float] 
         spread = [[row.speedup.median - row.speedup.low], [row.speedup.high - row.speedup.median]]
         height = None if errors is None else errors[index]
         axes.errorbar(row.speedup.median, value, xerr=spread, yerr=height, fmt=marker, capsize=2, color=color)
-        # Neighbours on the line are close to each other: every second name stands below, to the left, and so does what
-        # int8 alone gives, which is near the line.
-        below = row.kind == "int8" or (row.kind == "plugin" and index % 2 == 1)
-        offset, align = ((-6, -6), "right") if below else ((5, 6), "left")
+        # Neighbours on the line are close to each other: their names stand around it.
+        place = index % len(PLACES) if row.kind == "plugin" else -1 if row.kind == "int8" else 0
+        offset, across, along = PLACES[place]
         axes.annotate(
             row.name,
             (row.speedup.median, value),
             offset,
             textcoords="offset points",
-            ha=align,
-            va="top" if below else "bottom",
+            ha=across,
+            va=along,
             fontsize=9,
             color=color,
         )
