@@ -49,7 +49,7 @@ def find_subject(model: str | None, adapter: str | None) -> tuple[str, list[int]
         adapter: folder or Hub name of a saved plugin; `None`: a fresh one is measured.
 
     Raises:
-        OSError: there is no such adapter.
+        OSError: there is no such adapter, or no such base as it names.
         ValueError: no model is named, or a folder with an adapter alone is named as one.
     """
     if model is not None and Path(model, "adapter_config.json").is_file() and not Path(model, "config.json").is_file():
@@ -58,11 +58,9 @@ def find_subject(model: str | None, adapter: str | None) -> tuple[str, list[int]
             f"{shlex.join(['peft-variator', 'bench', '--adapter', model])}"
         )
     if adapter is not None:
-        try:
-            saved = open_plugin(adapter, model)
-        except OSError as error:  # here the base is no option
-            hint = f"peft-variator bench FOLDER --adapter {shlex.quote(adapter)}"
-            raise OSError(str(error).replace("can be named with --base.", f"can be named: {hint}")) from error
+        saved = open_plugin(adapter, model)
+        if model is None:
+            saved.check_base(f"as MODEL: {shlex.join(['peft-variator', 'bench', 'FOLDER', '--adapter', adapter])}")
         return saved.base, saved.ratios
     if model is None:
         raise ValueError("Name a model to measure a fresh plugin on, or a saved plugin with --adapter DIR.")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, default_data_collator
 
 from ..bases.config import pop_quantization, read_quantization
-from ..files import check_data_name, check_new_folder, new_folder
+from ..files import new_folder
 from ..models import check_vocabulary, find_task, load_whole, model_class, name_some, read_model_config
 from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
@@ -53,11 +53,8 @@ class PruneSettings:
 def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
     """Prune a model, save it with a report of its zeros, and tell."""
     config, data, method = settings.config, settings.data, settings.config.pruning_method
-    check_new_folder(settings.output)
     reporter.check()
     settings.publishing.check()
-    for name in data:
-        check_data_name(name)
     if not data and (method.statistics is not None or config.allocation == "ecoflap"):
         raise ValueError(
             f"method={method.name!r} with allocation={config.allocation!r} needs calibration data: give --data."

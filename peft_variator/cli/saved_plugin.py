@@ -57,6 +57,20 @@ class SavedPlugin:
         """The ratios it was trained for; where that is not recorded, its own."""
         return [ratio for ratio in self.config.trained_ratios or () if ratio > 1] or [self.config.compression_ratio]
 
+    def check_base(self, option: str) -> None:
+        """Raise unless the base can be had.
+
+        Args:
+            option: how the command is told of another place of it, as the end of a sentence.
+
+        Raises:
+            OSError: there is no such base.
+        """
+        try:
+            check_reachable(self.base)
+        except OSError as error:
+            raise OSError(f"{error}. A folder that holds this base can be named {option}") from error
+
     def load_base(self, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, bool]:
         """The base in the class that the plugin was saved from, and whether its pooler has no weights.
 
@@ -64,10 +78,7 @@ class SavedPlugin:
             OSError: there is no such base.
             ValueError: neither the base nor the plugin holds all weights.
         """
-        try:
-            check_reachable(self.base)
-        except OSError as error:
-            raise OSError(f"{error}. A folder that holds this base can be named with --base.") from error
+        self.check_base("with --base.")
         with without_loading_report():
             loaded, info = self._class().from_pretrained(self.base, output_loading_info=True, dtype=dtype)
         in_adapter = {key.removeprefix(KEY_PREFIX) for key in load_peft_weights(self.name, device="cpu")}

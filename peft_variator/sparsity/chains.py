@@ -12,6 +12,7 @@ runs the model and looks at three things:
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -231,9 +232,7 @@ def find_chains(model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequ
     by_name: dict[str, list[_Run]] = {}
     for run in (run for batch in runs for run in batch):
         by_name.setdefault(run.name, []).append(run)
-    repeated = {
-        name for names in ([run.name for run in batch] for batch in runs) for name in names if names.count(name) > 1
-    }
+    repeated = {name for batch in runs for name, count in Counter(run.name for run in batch).items() if count > 1}
     chains: list[Chain] = []
     for name in dict.fromkeys(run.name for batch in sorted(runs, key=_reached, reverse=True) for run in batch):
         own = by_name[name]

@@ -168,6 +168,16 @@ def test_a_model_that_is_not_there(tmp_path):
     assert f"Error: There is no folder '{tmp_path / 'nothing'}'" in err
 
 
+def test_a_base_that_is_not_there_can_be_named_as_the_model(tmp_path):
+    plugin = save_plugin(tmp_path, layers=1)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    status, _, err = invoke("--adapter", plugin, "--rounds", "2")
+    assert status == 1
+    told = " ".join(err.split())
+    assert f"can be named as MODEL: peft-variator bench FOLDER --adapter {plugin}" in told
+    assert invoke(tmp_path / "moved", "--adapter", plugin, "--rounds", "2", "--ratio", "2", "--length", "8")[0] == 0
+
+
 @pytest.mark.parametrize("architecture", ["whisper", "wav2vec2"])
 def test_sound(tmp_path, architecture, monkeypatch):
     monkeypatch.setattr("peft_variator.profiling.inputs.SAMPLES", 4000)

@@ -88,6 +88,23 @@ def instructblip() -> Case:
     return T.InstructBlipForConditionalGeneration(config), batch
 
 
+QWEN_VL_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VOCABULARY - 2,
+    "vision_start_token_id": VOCABULARY - 3,
+    "vision_end_token_id": VOCABULARY - 4,
+}
+
+
+def qwen_vl_batch() -> dict[str, Any]:
+    """Two texts, each with an image of 4 x 4 patches of 4 x 4 pixels in two frames, which become 4 tokens."""
+    batch = image_text_batch(4)
+    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
+    batch["pixel_values"] = torch.randn(32, 3 * 2 * 4 * 4)
+    batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
+    return batch
+
+
 def qwen2_vl() -> Case:
     config = T.Qwen2VLConfig(
         text_config={
@@ -106,16 +123,9 @@ def qwen2_vl() -> Case:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
-        image_token_id=IMAGE,
-        video_token_id=VOCABULARY - 2,
-        vision_start_token_id=VOCABULARY - 3,
-        vision_end_token_id=VOCABULARY - 4,
+        **QWEN_VL_TOKENS,
     )
-    batch = image_text_batch(4)
-    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
-    batch["pixel_values"] = torch.randn(32, 3 * 2 * 4 * 4)
-    batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
-    return T.Qwen2VLForConditionalGeneration(config), batch
+    return T.Qwen2VLForConditionalGeneration(config), qwen_vl_batch()
 
 
 def paligemma() -> Case:

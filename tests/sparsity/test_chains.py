@@ -11,7 +11,7 @@ from peft_variator.sparsity import PruningConfig, prune
 from peft_variator.sparsity.chains import find_chains
 from peft_variator.sparsity.modules import block_stacks
 
-from .cases import GROUPED, IMAGE, image_text_batch, make, reference_masks, text_batch, wanda_mask
+from .cases import GROUPED, IMAGE, QWEN_VL_TOKENS, make, qwen_vl_batch, reference_masks, text_batch, wanda_mask
 
 
 def chains_of(model, *batches):
@@ -293,16 +293,9 @@ def qwen3_vl():
             "deepstack_visual_indexes": [0, 1],
             "num_position_embeddings": 16,
         },
-        image_token_id=IMAGE,
-        video_token_id=IMAGE - 1,
-        vision_start_token_id=IMAGE - 2,
-        vision_end_token_id=IMAGE - 3,
+        **QWEN_VL_TOKENS,
     )
-    batch = image_text_batch(4)
-    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
-    batch["pixel_values"] = torch.randn(32, 3 * 2 * 4 * 4)
-    batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
-    return T.Qwen3VLForConditionalGeneration(config), [text_batch(), batch]
+    return T.Qwen3VLForConditionalGeneration(config), [text_batch(), qwen_vl_batch()]
 
 
 @pytest.mark.parametrize("build", [rwkv, qwen3_vl])
