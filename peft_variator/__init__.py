@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         fold_updates,
         quantize_plugin,
         set_compression_ratio,
+        shrink_plugin,
         using_ratio,
     )
 
@@ -54,6 +55,7 @@ __all__ = [
     "prune",
     "quantize_plugin",
     "set_compression_ratio",
+    "shrink_plugin",
     "using_ratio",
 ]
 
@@ -73,6 +75,7 @@ _ROOMS = {
         "fold_updates",
         "quantize_plugin",
         "set_compression_ratio",
+        "shrink_plugin",
         "using_ratio",
     ),
 }

@@ -164,6 +164,11 @@ def in_int8(run: dict[str, Any]) -> bool:
     return "--int8" in run["command"]
 
 
+def told_of_bits(run: dict[str, Any]) -> str:
+    """What a run's copied neurons were shrunk to, in words; empty where they are whole."""
+    return f"stored in {run['shrunk']['bits']} bits a number" if "shrunk" in run else ""
+
+
 def speed_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
     """How many times as fast as the base a plugin is, with machine and spread; empty if it was not measured.
 
@@ -331,9 +336,11 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
         told += "Base and plugin are in int8 here; what they are held against is the base in float32. "
     before = run.get("before")
     commands = ([] if before is None else [before["command"]]) + [run["command"]]
+    commands += [run["shrunk"]["command"]] if "shrunk" in run else []
+    stored = f", {told_of_bits(run)} where they are copied neurons" if "shrunk" in run else ""
     steps = "" if before is None else f"{before['steps']} and then "
     return (
-        f"{told}{count:,} parameters ({share:.1f} % of the base's), "
+        f"{told}{count:,} parameters ({share:.1f} % of the base's){stored}, "
         f"{steps}{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"
         "```sh\n" + "\n".join(commands) + "\n```"
     )

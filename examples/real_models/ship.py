@@ -12,13 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from frontier import RESULTS, in_int8, measured_values, model_of, quality_table, speed_table
+from frontier import RESULTS, in_int8, measured_values, model_of, quality_table, speed_table, told_of_bits
 from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
 
 from peft_variator import VariatorConfig
 from peft_variator.adapter_card import CardContent, make_card
+from peft_variator.cli.shrink import in_half_precision
 from peft_variator.files import write_text
 from peft_variator.training.model_card import PLUGIN_TAGS
 
@@ -75,9 +76,7 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         made = Path(folder) / output.name
         made.mkdir()
-        tensors = load_file(run / "plugin" / "adapter_model.safetensors")
-        # Integers are numbers of neurons, far below 2**31.
-        halves = {key: v.half() if v.is_floating_point() else v.int() for key, v in tensors.items()}
+        halves = in_half_precision(load_file(run / "plugin" / "adapter_model.safetensors"))
         config = VariatorConfig.from_pretrained(str(run / "plugin"))
         config.base_model_name_or_path = WEIGHTS[name].hub_id
         if ratio is not None:
@@ -126,6 +125,11 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         f"plugin: {recipe['steps']} steps of {recipe['batch_size']} {unit}, one seed, on {trained_on}.",
         *([f"- Begun with {before['steps']} steps by `{before['command']}`"] if (before := run.get("before")) else []),
         f"- Command: `{run['command']}`",
+        *(
+            [f"- Its copied neurons are {told}, by `{run['shrunk']['command']}`."]
+            if (told := told_of_bits(run))
+            else []
+        ),
         f"- Licence: {weights.licence}, that of the weights.",
     ]
     body = "\n\n".join(line for line in lines if line)

@@ -134,7 +134,7 @@ def _describe_adapter(files: ModelFiles) -> AdapterInfo:
     config = files.read_json(ADAPTER_CONFIG_NAME) or {}
     kind = str(config.get("peft_type"))
     weights = files.weights("adapter_model*.safetensors")
-    parameters = sum(map(_count, filter(_is_floating, weights.values()))) if weights else None
+    parameters = _count_parameters(weights, config.get("correction_bits")) if weights else None
     base = config.get("base_model_name_or_path") or None
     base_parameters = None if base is None else _count_base(str(base), config.get("revision"))
     share = None if parameters is None or not base_parameters else parameters / base_parameters
@@ -165,6 +165,7 @@ SETTINGS = {
         "correction_dim",
         "correction_form",
         "correction_rank",
+        "correction_bits",
         "compensation_rank",
         "output_bias",
         "keep_first_tokens",
@@ -227,6 +228,15 @@ def _is_floating(tensor: TensorInfo) -> bool:
 
 def _count(tensor: TensorInfo) -> int:
     return prod(tensor.shape)
+
+
+def _count_parameters(weights: Mapping[str, TensorInfo], bits: int | None) -> int:
+    """Number of parameters of an adapter; of one that was shrunk with what fills up blocks, without scales."""
+    if bits is None:
+        return sum(map(_count, filter(_is_floating, weights.values())))
+    rounded = sum(_count(tensor) for key, tensor in weights.items() if key.endswith(".difference"))
+    others = (t for key, t in weights.items() if not key.endswith(".scales"))
+    return rounded * 8 // bits + sum(map(_count, filter(_is_floating, others)))
 
 
 def _count_base(base: str, revision: str | None) -> int | None:

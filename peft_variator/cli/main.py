@@ -699,6 +699,28 @@ def serve_command(
     )
 
 
+@_command("shrink", "Store a plugin in a few bits a number.", makes_folder=True)
+def shrink_command(
+    adapter: Plugin,
+    output: Output,
+    bits: Annotated[int, typer.Option(help="Bits of each number of the copied neurons, 4 or 8.")] = 4,
+    base: Base = None,
+    license: License = None,
+    push_to_hub: PushToHub = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write ADAPTER with the neurons that it copies as rounded differences from its base's: far fewer bytes.
+
+    For plugins that copy neurons whole (decompression 'neurons' without --correction-rank). It is as fast as before
+    and loaded as before, onto the same base; its copies are not trained on. ADAPTER is not changed.
+    """
+    from .publishing import Publishing
+    from .shrink import shrink
+
+    shrink(adapter, output, bits, base, Publishing(push_to_hub, license), Reporter(json, None, quiet))
+
+
 @_command("train", "Train a compression plugin for a model.", makes_folder=True)
 @_with_options(_run_options(), after="flops_saved")
 def train_command(

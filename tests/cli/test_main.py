@@ -43,6 +43,7 @@ COMMANDS = [
     "prune",
     "restore",
     "serve",
+    "shrink",
     "train",
     "unpack",
 ]

@@ -237,6 +237,32 @@ def test_a_shipped_plugin_loads_onto_its_base(scripts, tmp_path):
         torch.testing.assert_close(loaded(ids)[0], plugin(ids)[0], rtol=0, atol=5e-3)
 
 
+def test_a_shrunk_run_is_shipped_like_any_other(scripts, tmp_path):
+    base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+    config = VariatorConfig(decompression="neurons", correction_dim=32, trained_ratios=[4], init_weights=False)
+    plugin = get_peft_model(copy.deepcopy(base), config).eval()
+    run, small, results = tmp_path / "run", tmp_path / "small", tmp_path / "results"
+    results.mkdir()
+    plugin.save_pretrained(run / "plugin")
+    facts = {"parameters": {"base": 1000, "plugin": 50}, "recipe": {"steps": 7, "batch_size": 2, "ratios": [4]}}
+    (run / "run.json").write_text(json.dumps({**facts, "weights_sha256": "abc", "command": "python train.py"}))
+    loaded = scripts("weights").Loaded(copy.deepcopy(base), None)
+    scripts("shrink").shrink(loaded, run, small, 8, "python shrink.py")
+    for name, folder in (("all-MiniLM-L6-v2", run), ("all-MiniLM-L6-v2-small", small)):
+        scripts("ship").ship("all-MiniLM-L6-v2", folder, tmp_path / "plugins" / name, results)
+    sizes = [
+        (tmp_path / "plugins" / name / "adapter_model.safetensors").stat().st_size
+        for name in ("all-MiniLM-L6-v2", "all-MiniLM-L6-v2-small")
+    ]
+    assert sizes[1] < 0.7 * sizes[0]
+    card = (tmp_path / "plugins" / "all-MiniLM-L6-v2-small" / "README.md").read_text()
+    assert "stored in 8 bits a number, by `python shrink.py`" in card
+    ids = torch.randint(5, 99, (2, 16))
+    found = PeftModel.from_pretrained(base, str(tmp_path / "plugins" / "all-MiniLM-L6-v2-small")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids)[0], plugin(ids)[0], rtol=0, atol=0.05)
+
+
 SHIPPED = sorted(folder.parent for folder in (EXAMPLE.parent / "plugins").glob("*/adapter_config.json"))
 
 

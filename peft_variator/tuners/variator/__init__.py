@@ -7,7 +7,7 @@ from .folding import fold_updates
 from .layer import VariatorLayer
 from .model import VariatorModel
 from .neuron_selection import calibrate
-from .quantization import quantize_plugin
+from .quantization import quantize_plugin, shrink_plugin
 from .ratios import exported_ratio, set_compression_ratio, using_ratio
 
 
@@ -21,6 +21,7 @@ __all__ = [
     "fold_updates",
     "quantize_plugin",
     "set_compression_ratio",
+    "shrink_plugin",
     "using_ratio",
 ]
 

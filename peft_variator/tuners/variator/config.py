@@ -23,6 +23,7 @@ DEFAULT_BOTTLENECK = 64
 MOST_KEPT = 2**16
 PATCH_GROUPINGS = ("window", "raster")
 CORRECTION_FORMS = ("added", "sliced")
+CORRECTION_BITS = (4, 8)
 _PARTS = r"(?:.*\.)?(?:{})(?:\..*)?$"  # groups without numbers: the pattern may refer to its own
 
 
@@ -198,6 +199,14 @@ class VariatorConfig(SavedConfig):
             "them whole."
         },
     )
+    correction_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bits of each number of the copied neurons in a plugin that was shrunk: 4 or 8. They are the base "
+            "model's rows, read when the plugin is loaded, and a rounded difference. Written by "
+            "`peft_variator.shrink_plugin`; `None`: they are whole."
+        },
+    )
     compensation_rank: int | None = field(
         default=None,
         metadata={
@@ -309,7 +318,7 @@ class VariatorConfig(SavedConfig):
             self.bottleneck_dim = None
 
     def _choose_bottleneck(self) -> None:
-        for name in ("correction_pattern", "correction_rank"):
+        for name in ("correction_pattern", "correction_rank", "correction_bits"):
             if getattr(self, name):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} belongs to decompression='neurons', not to 'bottleneck'. Set "
@@ -346,6 +355,14 @@ class VariatorConfig(SavedConfig):
         for name in ("correction_rank", "compensation_rank"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 1)
+        if self.correction_bits is not None:
+            if self.correction_bits not in CORRECTION_BITS:
+                raise ValueError(f"correction_bits={shown(self.correction_bits)} has to be 4 or 8, or None.")
+            if self.correction_rank is not None:
+                raise ValueError(
+                    f"correction_bits={self.correction_bits} beside correction_rank={self.correction_rank}: an update "
+                    "of low rank is small as it is. Leave one of them out."
+                )
         share = self.keep_outliers
         if share is not None and (not isinstance(share, float) or not 0 < share < 1):
             raise ValueError(
@@ -377,6 +394,11 @@ class VariatorConfig(SavedConfig):
                 )
         elif width is not None:
             whole_number(name, width, 1)
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the copied neurons are the base model's rows and something that is kept."""
+        return self.correction_rank is not None or self.correction_bits is not None
 
     @property
     def bottleneck_width(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...field_types import check_memory
 from .fused import expand_rows, runs_fused
-from .linear_maps import UpdatedRows, apply_linear, is_quantized_map
+from .linear_maps import RowsOfBase, apply_linear, is_quantized_map
 from .merging import Groups, PackedGroups
 from .network import Network
 from .neurons import Modules, NeuronIndex, create_copies
@@ -122,7 +122,8 @@ class NeuronsDecompression(Decompression):
     F(m) is the network's output for the token's group, m its merged vector. The copies w, u, v of the neurons' weights
     start as the base model's and are trained; the base model is only called, so it may be quantised or packed later.
     Untrained and with S all neurons, a token gets what the base model gives, F(x). With `correction_rank` the copies
-    are the base model's rows with a low-rank update, see [`UpdatedRows`].
+    are the base model's rows with a low-rank update, see [`UpdatedRows`], and with
+    `correction_bits` those rows with a rounded difference, see [`RoundedRows`].
 
     With `correction_form="sliced"` the layer runs the network without S at rows of groups, F₋S(m), and nothing is
     taken off: y = F₋S(m) + Σ_{j∈S} v_j·a_j(x), the same as long as the copies are the base model's neurons.
@@ -147,10 +148,10 @@ class NeuronsDecompression(Decompression):
         unmasked = _neuron_outputs(modules, tokens if merged is None else tokens.index_select(0, merged))
         rest = output.flatten(0, -2).to(unmasked.dtype)
         up: Tensor | Callable[[Tensor], Tensor]
-        if is_quantized_map(out) or (isinstance(out, UpdatedRows) and out.quantized_map() is not None):
+        if is_quantized_map(out) or (isinstance(out, RowsOfBase) and out.quantized_map() is not None):
             up = partial(apply_linear, out)
         else:
-            assert isinstance(out, nn.Linear | UpdatedRows)  # what `create` made
+            assert isinstance(out, nn.Linear | RowsOfBase)  # what `create` made
             up = out.weight.to(unmasked.dtype)
             if merged is None and runs_fused(unmasked, rest, up):
                 of_rows = None if neurons.is_sliced else self._neurons_of_rows(rows.to(tokens.dtype), groups, modules)

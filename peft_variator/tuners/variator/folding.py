@@ -17,7 +17,7 @@ from .compensation import CompensatedLinear
 from .forward_context import selection_of
 from .hooks import StackForward, forward_of
 from .layer import VariatorLayer, plugin_layers
-from .linear_maps import UpdatedRows, as_linear
+from .linear_maps import RowsOfBase, as_linear
 
 
 __all__ = ["fold_updates"]
@@ -101,6 +101,6 @@ def _fold_correction(layer: VariatorLayer) -> None:
         return
     layer.read_base(name)
     for part, module in layer.modules_of(name).items():
-        if isinstance(module, UpdatedRows):
+        if isinstance(module, RowsOfBase):
             getattr(layer, part)[name] = module.quantized_map() or as_linear(module.weight, module.bias)
     layer.find_plain_network(name)  # whose maps may be others now

@@ -440,7 +440,7 @@ class VariatorLayer(PluginModule):
         return self._plain[0]
 
     def read_base(self, plugin: str, again: bool = False) -> None:
-        """Read what a plugin with a `correction_rank` takes of the base model's weights, where that has changed.
+        """Read what a plugin takes of the base model's weights (`reads_base`), where that has changed.
 
         Args:
             plugin: name of the plugin.
@@ -449,7 +449,8 @@ class VariatorLayer(PluginModule):
         Raises:
             RuntimeError: it has changed and can't be read, or code is being compiled.
         """
-        if self.configs[plugin].correction_rank is None or self.decompressions[plugin] != NeuronsDecompression.name:
+        config = self.configs[plugin]
+        if not config.reads_base or self.decompressions[plugin] != NeuronsDecompression.name:
             return
         if not again and self._neurons(plugin).has_read():
             return
@@ -457,7 +458,8 @@ class VariatorLayer(PluginModule):
         if network is None or not network.is_readable:
             raise RuntimeError(
                 f"{self.name}: the plugin {plugin!r} adds to rows of the base model's weights (correction_rank="
-                f"{self.configs[plugin].correction_rank}), which have not been read yet and can't be read here. "
+                f"{config.correction_rank}, correction_bits={config.correction_bits}), which have not been read yet "
+                "and can't be read here. "
                 "Load it onto a base that is in memory, and call the model once before it is compiled."
             )
         read_rows(self.modules_of(plugin), network)

@@ -23,6 +23,8 @@ from .network import weight_of
 
 __all__ = [
     "FloatLinear",
+    "RoundedRows",
+    "RowsOfBase",
     "StraightThroughForward",
     "SummedMap",
     "UpdatedRows",
@@ -33,6 +35,10 @@ __all__ = [
     "pass_gradients",
     "unwrap_gradients",
 ]
+
+
+# Numbers of a rounded difference that share a scale.
+BLOCK = 64
 
 
 class FloatLinear(nn.Module):
@@ -77,7 +83,26 @@ class SummedMap(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class UpdatedRows(SummedMap):
+class RowsOfBase(SummedMap):
+    """The base model's weights of some neurons, W_S, and what is added to them, which alone is saved."""
+
+    bias: nn.Parameter | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The sum, shape `(out_features, in_features)`."""
+        raise NotImplementedError
+
+    def set_rows(self, rows: Tensor) -> None:
+        """Take W_S anew; a quantised sum with the old one is forgotten."""
+        raise NotImplementedError
+
+    def quantized_map(self) -> nn.Module | None:
+        """The sum as a quantised map, where there is one that is up to date."""
+        raise NotImplementedError
+
+
+class UpdatedRows(RowsOfBase):
     """The base model's weights of some neurons with an update, W_S + B·A, which alone is trained and saved.
 
     Args:
@@ -99,17 +124,79 @@ class UpdatedRows(SummedMap):
 
     @property
     def weight(self) -> Tensor:
-        """W_S + B·A, shape `(out_features, in_features)`."""
         return torch.addmm(self.rows.to(self.B.dtype), self.B, self.A)
 
     def quantized_map(self) -> nn.Module | None:
-        """The sum as a quantised map, where there is one that is up to date."""
         return self.quantized_sum("rows", self.B)
 
     def set_rows(self, rows: Tensor) -> None:
-        """Take W_S anew; a sum with the old one is forgotten."""
         self.rows = rows.to(self.B.device).clone()
         self.quantized.clear()
+
+
+class RoundedRows(RowsOfBase):
+    """Copies of some of the base model's neurons, kept as W_S and a rounded difference from it.
+
+    The difference is cut into blocks of 64 numbers in the order of the rows, and a block is whole numbers of `bits`
+    bits times one scale (absmax rounding by blocks, as in Dettmers et al. 2022, https://arxiv.org/abs/2110.02861,
+    section 2.1, with steps of one size). Two numbers of four bits share a byte, the first one in its lower half.
+    The sum runs as it is: a call costs what a plain map costs. It is not trained; the bias may be.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bits: 4 or 8.
+        bias: whether there is a bias.
+    """
+
+    difference: Tensor
+    scales: Tensor
+    summed: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool) -> None:
+        super().__init__()
+        self.bits = bits
+        blocks = -(-in_features * out_features // BLOCK)
+        self.register_buffer("difference", torch.zeros(blocks, BLOCK * bits // 8, dtype=torch.uint8))
+        self.register_buffer("scales", torch.zeros(blocks))
+        self.register_buffer("summed", torch.zeros(out_features, in_features), persistent=False)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.quantized = {}
+
+    @property
+    def weight(self) -> Tensor:
+        return self.summed
+
+    def quantized_map(self) -> nn.Module | None:
+        bias = self.bias
+        return self.quantized.get("rows") if bias is None else self.quantized_sum("rows", bias)
+
+    def set_rows(self, rows: Tensor) -> None:
+        rows = rows.to(self.scales.device, self.summed.dtype)
+        self.summed = rows + self._decoded()[: rows.numel()].view_as(rows).to(rows.dtype)
+        self.quantized.clear()
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor, rows: Tensor) -> None:
+        """Keep a weight as its rounded difference from W_S, both of shape `(out_features, in_features)`."""
+        difference = (weight.float() - rows.to(weight.device).float()).flatten()
+        blocks = nn.functional.pad(difference, (0, self.scales.numel() * BLOCK - difference.numel())).view(-1, BLOCK)
+        half = 2 ** (self.bits - 1)
+        # Divided by is what a file holds of the scale, in half precision maybe. The largest number lies half a step
+        # beyond the last one up, since there is one less above zero than below.
+        self.scales.copy_((blocks.abs().amax(1) / (half - 0.5)).half())
+        scales = self.scales.float()
+        numbers = (blocks / torch.where(scales > 0, scales, 1).unsqueeze(1)).round()
+        codes = (numbers.clamp(-half, half - 1) + half).to(torch.uint8)
+        self.difference.copy_(codes if self.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4)
+        self.set_rows(rows)
+
+    def _decoded(self) -> Tensor:
+        """The difference, flat, with what fills up the last block."""
+        codes = self.difference
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+        return ((codes.float() - 2 ** (self.bits - 1)) * self.scales.float().unsqueeze(1)).flatten()
 
 
 def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -130,7 +217,7 @@ def is_quantized_map(module: Any) -> bool:
     """Whether a linear map is quantised, by torch, torchao or bitsandbytes."""
     if is_torch_quantized(module):
         return True
-    if isinstance(module, FloatLinear | UpdatedRows | BaseTunerLayer):
+    if isinstance(module, FloatLinear | RowsOfBase | BaseTunerLayer):
         return False  # of an adapter around a map `weight` is the map's, which is not all that it computes
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or type(weight) is nn.Parameter:
@@ -140,7 +227,7 @@ def is_quantized_map(module: Any) -> bool:
 
 def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
     """A linear map in the dtype of its input: the small plugin follows the activations."""
-    if isinstance(module, UpdatedRows):
+    if isinstance(module, RowsOfBase):
         module = module.quantized_map() or module
     if isinstance(module, DynamicLinear):
         output = module(inputs.float())  # it takes nothing else
@@ -150,7 +237,7 @@ def apply_linear(module: nn.Module, inputs: Tensor) -> Tensor:
         output = module(inputs)
         assert isinstance(output, Tensor)  # what it gives
         return output.to(inputs.dtype)
-    assert isinstance(module, nn.Linear | FloatLinear | UpdatedRows)  # what plugins are made of
+    assert isinstance(module, nn.Linear | FloatLinear | RowsOfBase)  # what plugins are made of
     bias = None if module.bias is None else module.bias.to(inputs.dtype)
     return linear(inputs, module.weight.to(inputs.dtype), bias)
 

@@ -109,6 +109,14 @@ class VariatorModel(TidyTuner):
             _refresh_stacks(model)
             self._warn_about_patterns(config, list(self._placements))
             self._warn_about_decompression(config, adapter_name)
+            if config.correction_bits is not None and not config.inference_mode:
+                warnings.warn(
+                    f"correction_bits={config.correction_bits}: the neurons that {adapter_name!r} copies are rounded "
+                    "and will not be trained, only what is beside them. To train it on, load the plugin that it was "
+                    "made from.",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -157,7 +165,9 @@ class VariatorModel(TidyTuner):
         others = [layer.name for layer in layers if layer.decompressions[adapter_name] != config.decompression]
         if others:
             unused = [
-                name for name in ("correction_dim", "correction_pattern", "correction_rank") if getattr(config, name)
+                name
+                for name in ("correction_dim", "correction_pattern", "correction_rank", "correction_bits")
+                if getattr(config, name)
             ]
             ignored = f" {', '.join(unused)} mean nothing there." if unused else ""
             warnings.warn(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...field_types import check_memory
-from .linear_maps import UpdatedRows
+from .linear_maps import RoundedRows, RowsOfBase, UpdatedRows
 from .network import Network
 
 
@@ -23,6 +23,7 @@ __all__ = [
     "create_copies",
     "has_left_its_start",
     "read_rows",
+    "weights_of",
 ]
 
 Modules = Mapping[str, nn.Module]
@@ -47,7 +48,7 @@ class NeuronIndex(nn.Module):
         self.is_sliced = is_sliced
         self._rest: tuple[Tensor, Tensor] | None = None
         self.read_for: Tensor | None = None
-        """The index that the base model's rows were read for, where `correction_rank` has the plugin read them."""
+        """The index that the base model's rows were read for, where the plugin reads them (`reads_base`)."""
         self.register_load_state_dict_post_hook(_forget)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -91,21 +92,29 @@ def create_copies(dim: int, config: VariatorConfig, network: Network, name: str)
         name: full name of the module where it starts, in the base model.
 
     Raises:
-        ValueError: the network has too few neurons, or only an update of the base model's rows is trained and these
-            can't be read.
+        ValueError: the network has too few neurons; or what is kept is added to the base model's rows, and these
+            can't be read, or the plugin is new and was never shrunk.
     """
-    width, rank = config.correction_width(network.width, name), config.correction_rank
-    if rank is not None and not network.is_readable:
+    width, rank, bits = config.correction_width(network.width, name), config.correction_rank, config.correction_bits
+    if config.reads_base and not network.is_readable:
+        field_name = "correction_bits" if rank is None else "correction_rank"
         raise ValueError(
-            f"correction_rank={rank} adds to rows of the base model's feed-forward networks, whose weights cannot be "
-            "read here, as they are on disk or in a form that nothing turns back into numbers. Load the base in "
-            "memory, or use a plugin with correction_rank=None."
+            f"{field_name}={getattr(config, field_name)} adds to rows of the base model's feed-forward networks, "
+            "whose weights cannot be read here, as they are on disk or in a form that nothing turns back into "
+            f"numbers. Load the base in memory, or use a plugin with {field_name}=None."
+        )
+    if bits is not None and not config.was_saved:
+        raise ValueError(
+            f"correction_bits={bits}: rounded copies are not trained, so a new plugin has none. Leave it out, and "
+            "call peft_variator.shrink_plugin(model, bits) once the plugin is trained."
         )
 
     if rank is not None:
         check_memory("correction_rank", rank, rank * (dim + width), min(dim, width), name)
 
     def new_map(in_features: int, out_features: int, bias: bool) -> nn.Module:
+        if bits is not None:
+            return RoundedRows(in_features, out_features, bits, bias)
         if rank is None:
             return nn.Linear(in_features, out_features, bias=bias)
         return UpdatedRows(in_features, out_features, rank, bias)
@@ -120,7 +129,7 @@ def create_copies(dim: int, config: VariatorConfig, network: Network, name: str)
     }
     if network.gated:
         modules["variator_neuron_gate"] = new_map(dim, width, True)
-    if network.is_readable and (rank is None or not config.was_saved):  # else the file says whose rows are read
+    if network.is_readable and not (config.reads_base and config.was_saved):  # else the file says whose rows are read
         if config.init_weights:
             copy_neurons(modules, network, index)
         elif rank is not None:
@@ -146,7 +155,7 @@ def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
     with torch.no_grad():
         neurons.index.copy_(index)
         neurons.forget()
-        for part, (weight, bias) in _weights_of(network, index).items():
+        for part, (weight, bias) in weights_of(network, index).items():
             module = modules[part]
             if isinstance(module, UpdatedRows):
                 module.set_rows(weight)
@@ -160,8 +169,10 @@ def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
 
 def has_left_its_start(modules: Modules, network: Network) -> bool:
     """Whether a plugin's copies differ from the base model's neurons."""
-    for part, (weight, bias) in _weights_of(network, _index_of(modules).index).items():
+    for part, (weight, bias) in weights_of(network, _index_of(modules).index).items():
         module = modules[part]
+        if isinstance(module, RoundedRows):
+            return True  # that is done to trained ones
         if isinstance(module, UpdatedRows):
             if bool(module.B.any()):
                 return True
@@ -180,9 +191,9 @@ def read_rows(modules: Modules, network: Network) -> None:
         network: the base model's network.
     """
     neurons = _index_of(modules)
-    for part, (weight, _) in _weights_of(network, neurons.index).items():
+    for part, (weight, _) in weights_of(network, neurons.index).items():
         module = modules[part]
-        if isinstance(module, UpdatedRows):
+        if isinstance(module, RowsOfBase):
             module.set_rows(weight)
     neurons.read_for = neurons.index
 
@@ -193,7 +204,7 @@ def _index_of(modules: Modules) -> NeuronIndex:
     return neurons
 
 
-def _weights_of(network: Network, index: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+def weights_of(network: Network, index: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Weight and bias of some of the base model's neurons, by the plugin's part."""
     found: dict[str, tuple[Tensor, Tensor | None]] = {
         "variator_neuron_into": network.into_rows(index),

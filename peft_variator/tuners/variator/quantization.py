@@ -1,4 +1,4 @@
-"""Plugins on quantised bases: what of a plugin is quantised, and how it is saved."""
+"""Plugins in few bits: quantised as their base is, to run, or shrunk, to be stored."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from torch.ao.quantization.qconfig import (
 )
 
 from .compensation import CompensatedLinear
+from .config import CORRECTION_BITS
 from .layer import VariatorLayer
-from .linear_maps import UpdatedRows, as_linear, is_quantized_map, is_torch_quantized
+from .linear_maps import RoundedRows, RowsOfBase, as_linear, is_quantized_map, is_torch_quantized
 from .network import bias_of, unwrapped, weight_of
+from .neurons import NeuronIndex, weights_of
 from .ratios import layers_of
 
 
-__all__ = ["float_corrections", "float_state", "quantize_plugin", "quantized_parts"]
+__all__ = ["float_corrections", "float_state", "quantize_plugin", "quantized_parts", "shrink_plugin"]
 
 Quantize = Callable[[nn.Module], object]
 
@@ -34,7 +36,8 @@ def quantize_plugin(
 ) -> None:
     """Quantise a plugin's correction as its base is quantised, in place; call it last, when both are there.
 
-    Quantised are the maps of the decompression, with `correction_rank` the sums of rows and update, and the maps with
+    Quantised are the maps of the decompression, with `correction_rank` the sums of rows and update (with
+    `correction_bits` those of rows and difference), and the maps with
     a low-rank update (`compensation_rank`), for which W + B·A is kept beside W. In floating point stay the scores and
     the updates themselves. What is quantised already, by a quantiser that ran over the whole model, stays as it is.
     Updates can be trained on, which drops their sums; other quantised maps can't. A plugin that is saved afterwards
@@ -69,6 +72,63 @@ def quantize_plugin(
         change()
 
 
+@torch.no_grad()
+def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = None) -> None:
+    """Round the neurons that a trained plugin copies, in place, so that its file is small.
+
+    What is kept of a copy is its difference from the base model's neuron in `bits` bits a number, and one scale for 64
+    of them; see [`RoundedRows`]. The plugin is loaded onto the same base, whose rows are read again then. It runs as
+    fast as before, and its copies are not trained on.
+
+    Args:
+        model: a model with a plugin with `decompression="neurons"`, whose copies are whole.
+        bits: 4 or 8.
+        adapter_name: which plugin; `None`: the active one.
+
+    Raises:
+        ValueError: the model has no such plugin, or one without whole copies (a bottleneck, a low-rank update, one
+            that was shrunk or quantised), or the base model's weights can't be read. Nothing has been changed.
+    """
+    if bits not in CORRECTION_BITS:
+        raise ValueError(f"bits={bits!r} has to be 4 or 8.")
+    chosen = layers_of(model, adapter_name)
+    made = [part for layer, name in chosen for part in _round_copies(layer, name, bits)]
+    if not made:
+        raise ValueError("shrink_plugin: the plugin copies no neurons (decompression='neurons'), so none are rounded.")
+    for layer, part, name, module in made:
+        getattr(layer, part)[name] = module
+    for layer, name in chosen:
+        layer.configs[name].correction_bits = bits
+        neurons = layer.modules_of(name).get("variator_neurons")
+        if isinstance(neurons, NeuronIndex):
+            neurons.read_for = neurons.index
+
+
+def _round_copies(layer: VariatorLayer, name: str, bits: int) -> Iterator[tuple[VariatorLayer, str, str, RoundedRows]]:
+    """The rounded copies of a layer, with what they take the place of."""
+    modules, network = layer.modules_of(name), layer.network()
+    neurons = modules.get("variator_neurons")
+    if not isinstance(neurons, NeuronIndex):
+        return  # a bottleneck
+    if network is None or not network.is_readable:
+        raise ValueError(
+            f"shrink_plugin: the base model's weights at {layer.name!r} cannot be read, as they are on disk or in a "
+            "form that nothing turns back into numbers. Load the base in memory."
+        )
+    for part, (rows, _) in weights_of(network, neurons.index).items():
+        module = modules[part]
+        if type(module) is not nn.Linear or is_quantized_map(module):
+            raise ValueError(
+                f"shrink_plugin: {layer.name!r} has a {type(module).__name__} where a plugin with whole copies in "
+                "floating point has an nn.Linear: it has a correction_rank, or was shrunk or quantised before."
+            )
+        rounded = RoundedRows(module.in_features, module.out_features, bits, module.bias is not None)
+        rounded.to(module.weight.device).to(module.weight.dtype).train(module.training)
+        rounded.bias = module.bias
+        rounded.set_weight(module.weight, rows)
+        yield layer, part, name, rounded
+
+
 def quantized_parts(model: nn.Module, adapter_name: str) -> list[str]:
     """Full names of a plugin's maps that are quantised, so that no floating-point weights can be loaded into them."""
     return [name for name, _ in _parts(model, adapter_name)]
@@ -90,7 +150,7 @@ def float_corrections(model: nn.Module, adapter_name: str | None = None) -> list
 
 def _is_float(module: nn.Module) -> bool:
     """Whether a map of a correction could be quantised and is not."""
-    if isinstance(module, UpdatedRows):
+    if isinstance(module, RowsOfBase):
         return not module.quantized
     return isinstance(module, nn.Linear) and not is_quantized_map(module)
 
@@ -120,7 +180,7 @@ def _quantize_layer(layer: VariatorLayer, adapter_name: str, way: Quantize) -> I
     """What puts the quantised maps of a layer's plugin in their places."""
     layer.read_base(adapter_name)
     for part, module in layer.modules_of(adapter_name).items():
-        if isinstance(module, UpdatedRows):
+        if isinstance(module, RowsOfBase):
             yield partial(setitem, module.quantized, "rows", _quantized(as_linear(module.weight, module.bias), way))
         elif isinstance(module, nn.Linear) and not is_quantized_map(module):
             quantized = _quantized(as_linear(module.weight, module.bias), way)

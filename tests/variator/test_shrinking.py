@@ -1,0 +1,248 @@
+"""A plugin whose copied neurons are kept as rounded differences from the base model's."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from peft_variator import VariatorConfig, calibrate, fold_updates, quantize_plugin, shrink_plugin
+from peft_variator.tuners.variator.layer import plugin_layers
+from peft_variator.tuners.variator.linear_maps import BLOCK, RoundedRows
+from tests.tiny_models import BY_NAME, Case, by_name
+
+
+CASES = [BY_NAME[name] for name in ("bert", "llama", "gpt2", "phi3", "vit")]
+FIELDS: dict[str, Any] = {"decompression": "neurons", "correction_dim": 8, "compensation_rank": 2}
+
+
+def trained(case: Case, **fields: Any) -> Any:
+    """A plugin whose weights have left their start by a little, as by training."""
+    model = get_peft_model(case.build(), VariatorConfig(**FIELDS | fields)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "variator_" in name:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def copies(model: nn.Module) -> list[tuple[str, Any]]:
+    parts = ("variator_neuron_into", "variator_neuron_gate", "variator_neuron_out")
+    return [
+        (f"{layer.name}.{part}", module)
+        for layer in plugin_layers(model)
+        for part, module in layer.modules_of(layer.active_plugin or "default").items()
+        if part in parts
+    ]
+
+
+def first(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return next(iter(model(**inputs).values()))
+
+
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def rounded_plainly(difference: Tensor, bits: int) -> Tensor:
+    """The reference: block by block and number by number."""
+    numbers, half = difference.flatten().tolist(), 2 ** (bits - 1)
+    found: list[float] = []
+    for start in range(0, len(numbers), BLOCK):
+        block = numbers[start : start + BLOCK]
+        scale = float(torch.tensor(max(map(abs, block)) / (half - 0.5)).half())
+        found += [min(max(round(x / scale), -half), half - 1) * scale if scale else 0.0 for x in block]
+    return torch.tensor(found).view_as(difference)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    bits=st.sampled_from((4, 8)),
+    size=st.sampled_from((0.0, 1e-9, 1e-4, 0.02, 3.0)),
+    seed=st.integers(0, 99),
+)
+def test_rounding_against_the_plainest(rows: int, columns: int, bits: int, size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, columns, generator=generator).double().float()
+    difference = size * torch.randn(rows, columns, generator=generator)
+    module = RoundedRows(columns, rows, bits, bias=False)
+    module.set_weight(base + difference, base)
+    wanted = rounded_plainly((base + difference) - base, bits)
+    torch.testing.assert_close(module.weight, base + wanted, rtol=0, atol=1e-6 * (1 + size))
+    # Half a step at most, of which there are 2 ** bits − 1 over twice the largest number of the block; and up to
+    # 2 ** (bits − 1) times what half precision rounds a step by, half a unit of its 11 bits or of its smallest number.
+    largest, half = float(difference.abs().max()), 2 ** (bits - 1)
+    bound = 0.5 * largest / (half - 0.5) + largest * 2**-11 + half * 2**-25
+    assert float((module.weight - base - difference).abs().max()) <= 1.01 * bound + 1e-6
+    assert module.difference.numel() == -(-rows * columns // BLOCK) * BLOCK * bits // 8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+def test_it_is_saved_small_and_loaded_every_way(case: Case, bits: int, tmp_path: Path) -> None:
+    model, inputs = trained(case), case.inputs(2, 12)
+    whole = first(model, inputs)
+    before = {name: module.weight.detach().clone() for name, module in copies(model)}
+    model.save_pretrained(tmp_path / "whole")
+    shrink_plugin(model, bits)
+    for name, module in copies(model):
+        assert isinstance(module, RoundedRows)
+        # The differences are of 0.02 times a normal number, and half a step is 1/15 or 1/255 of the largest.
+        assert 0 < float((module.weight - before[name]).abs().max()) < 0.02 * 5 / (2**bits - 1)
+    small = first(model, inputs)
+    assert not torch.equal(small, whole)
+    if bits == 8:
+        torch.testing.assert_close(small, whole, rtol=0.02, atol=0.02)
+    model.save_pretrained(tmp_path / "small")
+    kept = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert not any("variator_neuron_into.weight" in key or "summed" in key for key in kept)
+    bytes_of = {
+        folder: sum(
+            value.nbytes
+            for key, value in load_file(tmp_path / folder / "adapter_model.safetensors").items()
+            if "variator_neuron_" in key and not key.endswith("bias")
+        )
+        for folder in ("whole", "small")
+    }
+    assert bytes_of["small"] <= bytes_of["whole"] * (bits / 32 + 1 / BLOCK) + 300  # blocks that are not full
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            case.build(), str(tmp_path / "small"), low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        assert torch.equal(first(loaded, inputs), small)
+    assert loaded.peft_config["default"].correction_bits == bits
+    base = case.build()
+    base.load_adapter(str(tmp_path / "small"))
+    assert torch.equal(first(base.eval(), inputs), small)
+    assert torch.equal(first(copy.deepcopy(loaded), inputs), small)
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert_alike(again, kept)
+    loaded.set_compression_ratio(1)
+    with loaded.disable_adapter():
+        plain = first(loaded, inputs)
+    assert torch.equal(first(loaded, inputs), plain)
+
+
+def test_beside_a_plugin_that_is_whole(tmp_path: Path) -> None:
+    """Its neighbour stays as it is."""
+    case = BY_NAME["bert"]
+    model, inputs = trained(case), case.inputs(2, 12)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "other")
+    whole = first(model, inputs)
+    shrink_plugin(model, 4, "other")
+    assert torch.equal(first(model, inputs), whole)
+    assert model.peft_config["default"].correction_bits is None
+    model.set_adapter("other")
+    assert not torch.equal(first(model, inputs), whole)
+    assert all(isinstance(module, RoundedRows) for _, module in copies(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_bases_of_every_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    case = BY_NAME["bert"]
+    model, inputs = trained(case), case.inputs(2, 12)
+    shrink_plugin(model)
+    expected = first(model, inputs)
+    model.save_pretrained(tmp_path)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.05
+    loaded = PeftModel.from_pretrained(case.build().to(dtype), str(tmp_path)).eval()
+    torch.testing.assert_close(first(loaded, inputs).float(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(first(model.to(dtype), inputs).float(), expected, rtol=0, atol=tolerance)
+    whole = trained(case).to(dtype)
+    reference = first(whole, inputs)
+    shrink_plugin(whole, 8)
+    torch.testing.assert_close(first(whole, inputs).float(), reference.float(), rtol=0, atol=0.05)
+
+
+def test_forms_folds_and_compiled_code() -> None:
+    case = BY_NAME["bert"]
+    inputs = case.inputs(2, 12)
+    for form in ("added", "sliced"):
+        model = trained(case, correction_form=form)
+        shrink_plugin(model, 8)
+        expected = first(model, inputs)
+        folded = fold_updates(model)
+        assert not any(isinstance(module, RoundedRows) for module in folded.modules())
+        torch.testing.assert_close(first(folded, inputs), expected, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, dynamic=True)(**inputs)
+        torch.testing.assert_close(next(iter(compiled.values())), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_over_a_quantised_base(tmp_path: Path) -> None:
+    case = BY_NAME["bert"]
+    model, inputs = trained(case), case.inputs(2, 12)
+    shrink_plugin(model)
+    expected = first(model, inputs)
+    model.save_pretrained(tmp_path)
+    base = torch.ao.quantization.quantize_dynamic(case.build().eval(), {nn.Linear}, dtype=torch.qint8)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(first(loaded, inputs), expected, rtol=0, atol=0.3)
+    quantize_plugin(loaded)
+    assert all(module.quantized for _, module in copies(loaded))
+    torch.testing.assert_close(first(loaded, inputs), expected, rtol=0, atol=0.3)
+    loaded.save_pretrained(tmp_path / "again")  # the rounded differences, as they were
+    kept, again = (load_file(each / "adapter_model.safetensors") for each in (tmp_path, tmp_path / "again"))
+    assert_alike(again, kept)
+
+
+def test_what_can_t_be_shrunk_is_left_as_it_was(tmp_path: Path) -> None:
+    case = BY_NAME["bert"]
+    model = trained(case)
+    for bits in (0, 2, 16, True, "4", None, 4.5):
+        with pytest.raises(ValueError, match=r"bits=.* has to be 4 or 8"):
+            shrink_plugin(model, bits)
+        with pytest.raises((ValueError, TypeError), match="correction_bits"):
+            VariatorConfig(**FIELDS, correction_bits=bits or 3)
+    with pytest.raises(ValueError, match="no adapter|no plugin|other"):
+        shrink_plugin(model, 4, "other")
+    bottleneck = get_peft_model(case.build(), VariatorConfig(bottleneck_dim=4))
+    with pytest.raises(ValueError, match="copies no neurons"):
+        shrink_plugin(bottleneck)
+    ranked = trained(case, correction_rank=2)
+    with pytest.raises(ValueError, match="whole copies"):
+        shrink_plugin(ranked)
+    assert ranked.peft_config["default"].correction_bits is None
+    shrink_plugin(model)
+    with pytest.raises(ValueError, match="whole copies"):
+        shrink_plugin(model)
+    with pytest.raises(ValueError, match="has been trained"):
+        calibrate(model, [case.inputs()])
+    with pytest.raises(ValueError, match="shrink_plugin"):
+        get_peft_model(case.build(), VariatorConfig(**FIELDS, correction_bits=4))
+    with pytest.raises(ValueError, match="low rank"):
+        VariatorConfig(decompression="neurons", correction_rank=2, correction_bits=4)
+    with pytest.raises(ValueError, match="correction_bits=4 belongs to"):
+        VariatorConfig(decompression="bottleneck", correction_bits=4)
+
+
+def test_training_one_on_warns(tmp_path: Path) -> None:
+    case = BY_NAME["bert"]
+    model = trained(case)
+    shrink_plugin(model)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(case.build(), str(tmp_path))
+    with pytest.warns(UserWarning, match="correction_bits=4: .* will not be trained"):
+        loaded = PeftModel.from_pretrained(case.build(), str(tmp_path), is_trainable=True)
+    trains = [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
+    assert any("variator_scorer" in name for name in trains)
+    assert not any("difference" in name or "scales" in name for name in trains)
