@@ -23,11 +23,13 @@ __all__ = [
     "check_memory",
     "check_regex",
     "is_whole",
+    "name_some",
     "shown",
     "whole_number",
 ]
 
 INTEGER_LIMIT = 2**31  # sizes and counts end up in 32-bit indices of kernels
+NAMES_SHOWN = 3
 SEED_LIMIT = 2**32  # of NumPy's generators
 FLOAT_LIMIT = float(np.finfo(np.float32).max)  # beyond it a number is infinite once it meets a tensor
 ENTRIES_LIMIT = 2**24
@@ -306,3 +308,9 @@ def shown(value: object) -> str:
     except Exception:  # integers of more digits than Python writes out, nested too deeply, a broken repr
         return f"<{type(value).__name__}>"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def name_some(names: Iterable[str]) -> str:
+    """The first of some names in alphabetical order, and how many more there are, for a message."""
+    first, rest = (ordered := sorted(names))[:NAMES_SHOWN], ordered[NAMES_SHOWN:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")

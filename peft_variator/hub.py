@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo, validate_repo_id
 from safetensors import SafetensorError
 
-from .models import check_model_name
+from .model_files import check_model_name
 
 
 __all__ = ["ModelFiles", "check_push", "open_files", "push_folder"]

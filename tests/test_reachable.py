@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from peft_variator.cli.main import app
-from peft_variator.models import check_reachable, read_model_config
+from peft_variator.model_files import check_reachable, read_model_config
 from peft_variator.sentence_folder import sentence_files
 from peft_variator.training import load_plugin
 

@@ -16,7 +16,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from peft_variator import quantize_plugin
 from peft_variator.training import DistillationConfig
-from peft_variator.training.losses import HiddenStateVariance, hidden_state_loss
+from peft_variator.training.loss_terms import HiddenStateVariance
+from peft_variator.training.losses import hidden_state_loss
 
 
 __all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize", "with_plugin"]

@@ -3,7 +3,7 @@
 Importing the package makes transformers know packed models, see `Sparse24Config`, and SparseLoRA packed layers.
 """
 
-from ..models import CheckpointError
+from ..model_files import CheckpointError
 from .config import Sparse24Config
 from .convert import pack_checkpoint, unpack_checkpoint
 from .linear import Sparse24Linear, describe_paths, register_packed_layout

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
-from ..field_types import shown
-from ..models import ADAPTER_CONFIG_NAME, KEY_PREFIX, CheckpointError, name_some, read_fields
+from ..field_types import name_some, shown
+from ..model_files import ADAPTER_CONFIG_NAME, CheckpointError, read_fields
+from ..models import KEY_PREFIX
 from ..tuners.sparse_lora import SparseLoraConfig, SparseLoraLayer, WeightLayout
 from ..tuners.sparse_lora.fingerprints import matches_fingerprint
 from ..tuners.sparse_lora.functional import merge_update, sum_updates

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from ..field_types import shown
-from ..models import CheckpointError, read_fields
+from ..model_files import CheckpointError, read_fields
 
 
 try:  # the same numbers, five times as fast; not built for every processor

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..bitmask import mask_width, unpack_mask
-from ..models import CheckpointError
+from ..model_files import CheckpointError
 from .checkpoint import StoredTensor
 from .packing import LayoutError, PackedWeight, check_packed, check_packed_sizes, gather_kept, pack, unpack
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..adapter_card import set_license
 from ..bitmask import mask_width
 from ..files import check_new_folder, naming_full_disk, write_text
-from ..models import CONFIG_NAME, CheckpointError, build_empty, model_class, read_config, read_model_config
+from ..model_files import CONFIG_NAME, CheckpointError, read_config, read_model_config
+from ..models import build_empty, model_class
 from ..sentence_folder import copy_files, sentence_files
 from .checkpoint import INDEX_NAME, Checkpoint, ShardWriter, StoredTensor, TensorSpec
 from .compressed_tensors import StoredWeight, find_stored_weights

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
-from ..models import CheckpointError, is_pooler, name_some
+from ..field_types import name_some
+from ..model_files import CheckpointError
+from ..models import is_pooler
 from .checkpoint import Checkpoint
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import Rules, names_layer

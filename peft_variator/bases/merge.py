@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bitmask import unpack_mask
-from ..models import CheckpointError, adapter_base
+from ..model_files import CheckpointError, adapter_base
 from ..tuners.sparse_lora.fingerprints import base_fingerprint, same_base
 from .adapter_file import AdapterFile
 from .checkpoint import TensorSpec

@@ -24,7 +24,8 @@ from transformers.quantizers.auto import (
 
 from ..compat import before_upload
 from ..files import new_folder
-from ..models import CheckpointError, blaming_config, build_empty, read_model_config
+from ..model_files import CheckpointError, read_model_config
+from ..models import blaming_config, build_empty
 from .checkpoint import (
     CHECKSUM_METADATA,
     INDEX_NAME,

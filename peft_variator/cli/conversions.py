@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedModel
 from ..bases import MergeReport, merge_checkpoint, pack_checkpoint, unpack_checkpoint
 from ..bases.convert import ConversionReport
 from ..hub import open_files
-from ..models import check_model_name, is_pooler, model_class
+from ..model_files import check_model_name
+from ..models import is_pooler, model_class
 from ..tuners.variator.released import convert_checkpoint
 from .console import Reporter, next_commands
 from .publishing import Publishing

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from ..field_types import shown
-from ..models import Task, load_tokenizer
+from ..model_files import load_tokenizer
+from ..models import Task
 from ..profiling import count_positions
 from ..training.data import (
     ImageFolder,

@@ -19,8 +19,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
+from ..field_types import name_some
 from ..files import check_new_file, replacing_with
-from ..models import find_task, load_tokenizer, name_some
+from ..model_files import load_tokenizer
+from ..models import find_task
 from ..training import load_plugin
 from ..tuners.variator import VariatorConfig, fold_updates
 from ..version import __version__

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel
 from ..bases import Sparse24Config
 from ..bases.config import pop_quantization, read_quantization
 from ..hub import ModelFiles, open_files
-from ..models import ADAPTER_CONFIG_NAME, CONFIG_NAME, model_class
+from ..model_files import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from ..models import model_class
 from .console import Reporter
 
 

@@ -14,8 +14,10 @@ import torch
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, default_data_collator
 
 from ..bases.config import pop_quantization, read_quantization
+from ..field_types import name_some
 from ..files import new_folder
-from ..models import check_vocabulary, find_task, load_whole, model_class, name_some, read_model_config
+from ..model_files import check_vocabulary, read_model_config
+from ..models import find_task, load_whole, model_class
 from ..profiling import count_positions
 from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune

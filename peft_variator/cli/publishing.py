@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..adapter_card import set_license
 from ..hub import check_push, push_folder
-from ..models import ADAPTER_CONFIG_NAME, read_fields
+from ..model_files import ADAPTER_CONFIG_NAME, read_fields
 from .console import Reporter
 
 

@@ -22,16 +22,9 @@ from transformers import (
 )
 
 from ..adapter_card import AUTO_CLASSES
-from ..models import (
-    ADAPTER_CONFIG_NAME,
-    KEY_PREFIX,
-    check_reachable,
-    find_task,
-    is_pooler,
-    load_config,
-    name_some,
-    without_loading_report,
-)
+from ..field_types import name_some
+from ..model_files import ADAPTER_CONFIG_NAME, check_reachable
+from ..models import KEY_PREFIX, find_task, is_pooler, load_config, without_loading_report
 from ..tuners.variator import VariatorConfig
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..files import check_new_file
-from ..models import main_input, read_model_config
+from ..model_files import read_model_config
+from ..models import main_input
 from .console import Reporter
 from .saved_plugin import open_plugin
 

@@ -30,7 +30,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import check_new_file, check_new_folder, naming_full_disk, new_folder, write_text
-from ..models import Task, check_model_name, check_reachable, read_config, takes_sound
+from ..model_files import check_model_name, check_reachable, read_config
+from ..models import Task, takes_sound
 from ..profiling import build_model, count_positions, find_device, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig, DistillationTrainer

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
-from ..models import check_model_name, load_tokenizer, load_whole
+from ..model_files import check_model_name, load_tokenizer
+from ..models import load_whole
 from ..pooling import check_pooling
 from ..profiling import count_positions
 from ..sentence_folder import read_recipe

@@ -17,18 +17,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..bases.checkpoint import read_index
 from ..bases.loading_plan import KeyNames
 from ..bitmask import mask_width, unpack_mask
-from ..field_types import shown
-from ..models import (
-    CONFIG_NAME,
-    CheckpointError,
-    adapter_base,
-    build_empty,
-    download_hint,
-    model_class,
-    name_some,
-    read_fields,
-    read_model_config,
-)
+from ..field_types import name_some, shown
+from ..model_files import CONFIG_NAME, CheckpointError, adapter_base, download_hint, read_fields, read_model_config
+from ..models import build_empty, model_class
 from .modules import WHOLE_MODEL, find_prunable
 from .patterns import Pattern
 from .sparsity_report import ModuleSparsity, SparsityReport, add_up, count_module

@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bases import Sparse24Linear
 from ..compat import is_quantized_tensor, offload_hook
+from ..field_types import name_some
 from ..files import replacing
-from ..models import name_some
 from .config import PruningConfig
 from .patterns import Pattern, Target, check_width
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..models import name_some
+from ..field_types import name_some
 from ..tuners.variator.forward_context import single_blocks
 from .chains import Batch, Call, Chain, find_chains, hooked, leaves, run_model
 from .modules import PrunableModule, block_stacks, innermost

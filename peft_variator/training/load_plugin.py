@@ -13,7 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load
 from torch import nn
 
 from ..adapter_state import read_keys, undone_on_error
-from ..models import KEY_PREFIX, check_reachable
+from ..model_files import check_reachable
+from ..models import KEY_PREFIX
 from ..offloading import refuse_disk_offload
 
 

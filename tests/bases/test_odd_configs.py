@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from peft_variator.bases import load_base, merge_checkpoint, pack_checkpoint, unpack_checkpoint
 from peft_variator.cli.main import app
-from peft_variator.models import CheckpointError, load_config, read_model_config
+from peft_variator.model_files import CheckpointError, read_model_config
+from peft_variator.models import load_config
 from peft_variator.sparsity import inspect_checkpoint
 
 from .models import logits

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
-from peft_variator.training.losses import HiddenStateVariance
+from peft_variator.training.loss_terms import HiddenStateVariance
 from peft_variator.training.trainer import sample_examples
 
 

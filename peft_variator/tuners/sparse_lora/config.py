@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ...adapter_card import CardContent, hub_id, pipeline_tag, usage_of_config
-from ...adapter_state import SavedConfig
 from ...field_types import check_regex, shown
+from ...saved_config import SavedConfig
 
 
 __all__ = ["SparseLoraConfig"]

@@ -17,11 +17,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...adapter_state import NamedConfigs, TidyTuner, check_adapter_state, modules_in_layers
+from ...adapter_state import TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import include_all_linear_layers, keep_from_fused_operator
-from ...field_types import check_memory
-from ...models import name_some
+from ...field_types import check_memory, name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
+from ...saved_config import NamedConfigs
 from .base_weight import find_layout, has_forward_of_its_own
 from .config import SparseLoraConfig
 from .fingerprints import base_fingerprint, same_base

@@ -10,8 +10,8 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from transformers import PreTrainedTokenizerBase
 
 from ...adapter_card import CardContent, hub_id, pipeline_tag, usage_of_config
-from ...adapter_state import SavedConfig
 from ...field_types import check_choice, check_regex, shown, whole_number
+from ...saved_config import SavedConfig
 from .decompression import DECOMPRESSIONS
 from .scoring import SCORINGS
 

@@ -16,11 +16,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...adapter_state import AdapterStateError, NamedConfigs, TidyTuner, check_adapter_state, modules_in_layers
+from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import keep_from_fused_operator, keep_quantized_modules
 from ...field_types import shown
 from ...models import KEY_PREFIX
 from ...offloading import refuse_disk_offload, refuse_rewriting
+from ...saved_config import NamedConfigs
 from .architectures import Placement, check_not_refused, default_targets, layer_of_torch, place
 from .compensation import compensate
 from .config import VariatorConfig, matches_pattern
