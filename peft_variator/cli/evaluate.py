@@ -31,7 +31,7 @@ from ..profiling import (
 )
 from ..training import load_plugin
 from ..training.evaluation import measure_ratios
-from ..training.loss_masks import CAUSAL, Prediction, prediction_of, stacks_of
+from ..training.loss_masks import CAUSAL, EXAMPLES, Prediction, prediction_of, stacks_of
 from .bench import warn_about_load
 from .console import Reporter, option_words
 from .examples import Batch, load_evaluation_data, warn_about_unreadable
@@ -97,7 +97,8 @@ class RatioResult:
         ratio: k.
         quality: measures by name: `cosine` of the last hidden states to the base's, mean over tokens (of an
             encoder–decoder `encoder_cosine` and `decoder_cosine`); `embedding_cosine` of their means over each text;
-            `agreement`, the share of predictions that are the base's; `nll` of a token, in nats.
+            `agreement`, the share of predictions that are the base's, or of heads that give a number `score_error`,
+            how far it is from the base's; `nll` of a token, in nats.
         flops_saved: share of the base's operations that are not done.
         seconds: seconds for the timed batches, one sample a round.
         speedup: how many times faster than the base, `low`, `median` and `high` quartile over the rounds.
@@ -249,6 +250,8 @@ def _check_bounds(job: EvaluateJob, base: PreTrainedModel, prediction: Predictio
         )
     if job.min_agreement is not None and prediction is None:
         raise ValueError(f"--min-agreement needs a model that predicts, and {name} has no head. Use --min-cosine.")
+    if job.min_agreement is not None and prediction is EXAMPLES and _gives_a_number(base):
+        raise ValueError(f"--min-agreement needs classes, and this {name} gives a number. Use --min-cosine.")
     if job.max_nll is not None and not has_text_head:
         raise ValueError(
             f"--max-nll needs a model that predicts text, and {name} is none. Use --min-cosine"
@@ -256,6 +259,11 @@ def _check_bounds(job: EvaluateJob, base: PreTrainedModel, prediction: Predictio
         )
     if prediction is None and len(stacks_of(base)) > 1:
         raise ValueError(f"{name} has a decoder and no head, so nothing tells what it is to predict.")
+
+
+def _gives_a_number(base: PreTrainedModel) -> bool:
+    """Whether a head for whole examples gives a score, as of a reranker."""
+    return base.config.problem_type == "regression" or base.config.num_labels == 1
 
 
 # The clock

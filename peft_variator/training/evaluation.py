@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..pooling import pool
 from ..tuners.variator.forward_context import next_token_labels
-from .loss_masks import CAUSAL, Prediction, prediction_of, stacks_of, without_streams
+from .loss_masks import CAUSAL, EXAMPLES, Prediction, has_several_labels, prediction_of, stacks_of, without_streams
 from .teacher import measured_adapters
 
 
@@ -47,14 +47,16 @@ def measure_quality(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
 
     Returns:
         dict[str, float]: `cosine` (mean over tokens) and `relative_error` (‖student − teacher‖ / ‖teacher‖ over all
-        tokens), of an encoder–decoder model each with `encoder_` and `decoder_` before it; for language models also
-        `agreement`, the share of used predictions whose most likely token is the same.
+        tokens), of an encoder–decoder model each with `encoder_` and `decoder_` before it; for models with a head also
+        `agreement`, the share of used predictions that are the same: the most likely class or token, or where an
+        example has any number of labels each of them, given or not. For heads that give a number, `score_error`: how
+        far it is from the base's, in its own units.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters, stacks, prediction = measured_adapters(model), stacks_of(base), prediction_of(base)
     model.eval()
     comparisons = {key: _Comparison() for key in stacks}
-    same: list[Tensor] = []
+    answers: dict[str, list[Tensor]] = defaultdict(list)
     for inputs in batches:
         arguments = {**inputs, "output_hidden_states": True}
         outputs = model(**arguments)
@@ -67,13 +69,14 @@ def measure_quality(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> d
             comparisons[key].add(*states)
         if prediction is not None:
             used = prediction.mask(inputs)
-            choices = [prediction.logits(each)[used].argmax(-1) for each in (outputs, target)]
-            same.append(choices[0] == choices[1])
+            logits, wanted = (prediction.logits(each)[used].float() for each in (outputs, target))
+            for name, values in _compare_answers(base, prediction, inputs, logits, wanted).items():
+                answers[name].append(values)
     results: dict[str, float] = {}
     for key, comparison in comparisons.items():
         prefix = key.removesuffix("hidden_states")
         results |= {f"{prefix}{name}": value for name, value in comparison.results().items()}
-    return results | ({"agreement": float(torch.cat(same).double().mean())} if same else {})
+    return results | {name: float(torch.cat(parts).double().mean()) for name, parts in answers.items()}
 
 
 @torch.inference_mode()
@@ -98,7 +101,8 @@ def measure_ratios(
         dict[int, dict[str, float]]: for each ratio, and for 1, the base: `cosine`, the mean over tokens of that of the
         last hidden states to the base's (of an encoder–decoder `encoder_cosine` and `decoder_cosine`);
         `embedding_cosine` of their means over each text, for models without a head; `agreement`, the share of
-        predictions that are the base's; `nll` of a token in nats, where the batches have labels.
+        predictions that are the base's, or `score_error`, as of `measure_quality`; `nll` of a token in nats, where the
+        batches have labels.
     """
     base = plugin.get_base_model()
     stacks, prediction = stacks_of(base), prediction_of(base)
@@ -118,7 +122,7 @@ def measure_ratios(
                     ours, theirs = (pool(states, mask, "mean") for states in (ours, theirs))
                     found["embedding_cosine"].append(torch.cosine_similarity(ours, theirs, dim=-1))
             if prediction is not None:
-                for name, values_of in _compare_predictions(prediction, batch, outputs, reference).items():
+                for name, values_of in _compare_predictions(base, prediction, batch, outputs, reference).items():
                     found[name].append(values_of)
         if on_batch is not None:
             on_batch()
@@ -128,13 +132,25 @@ def measure_ratios(
     }
 
 
+def _compare_answers(
+    base: nn.Module, prediction: Prediction, batch: Mapping[str, Any], logits: Tensor, wanted: Tensor
+) -> dict[str, Tensor]:
+    """For each used prediction whether it is the base's, or how far from it, of logits `(predictions, classes)`."""
+    problem = getattr(getattr(base, "config", None), "problem_type", None) if prediction is EXAMPLES else None
+    if logits.shape[-1] == 1 or problem == "regression":
+        return {"score_error": (logits - wanted).abs().mean(-1)}
+    if has_several_labels(problem, prediction, batch):
+        return {"agreement": ((logits > 0) == (wanted > 0)).float().mean(-1)}
+    return {"agreement": (logits.argmax(-1) == wanted.argmax(-1)).float()}
+
+
 def _compare_predictions(
-    prediction: Prediction, batch: Mapping[str, Any], outputs: Any, reference: Any
+    base: nn.Module, prediction: Prediction, batch: Mapping[str, Any], outputs: Any, reference: Any
 ) -> dict[str, Tensor]:
     """For each used prediction whether it is the base's, and how unlikely its label is."""
     used = prediction.mask(batch)
     logits, wanted = (prediction.logits(each)[used].float() for each in (outputs, reference))
-    found = {"agreement": (logits.argmax(-1) == wanted.argmax(-1)).float()}
+    found = _compare_answers(base, prediction, batch, logits, wanted)
     if "labels" in batch:
         labels = batch["labels"]
         if prediction is CAUSAL:

@@ -19,7 +19,7 @@ from peft_variator import VariatorConfig
 from peft_variator.cli import evaluate as evaluate_module
 from peft_variator.cli.evaluate import RatioResult, judge
 from peft_variator.cli.main import app
-from tests.cli.saved_plugins import save_plugin
+from tests.cli.saved_plugins import save_base, save_plugin
 from tests.tiny_models import tiny_model
 
 
@@ -108,6 +108,23 @@ def test_a_classifier_s_agreement(tmp_path: Path, data: Path) -> None:
     ]
     assert report["ratios"][0]["quality"]["agreement"] == pytest.approx(sum(map(float, same)) / len(same))
     assert report["largest_ratio"] == 8
+
+
+def test_a_reranker_has_no_agreement(tmp_path: Path, data: Path) -> None:
+    """One number is the largest of one, so every two rerankers would agree."""
+    save_base(tmp_path / "model", "classifier")
+    folder = tmp_path / "model"
+    base = BertForSequenceClassification.from_pretrained(folder, num_labels=1, ignore_mismatched_sizes=True)
+    base.save_pretrained(folder)
+    config = VariatorConfig(init_weights=False, task_type="SEQ_CLS")
+    get_peft_model(BertForSequenceClassification.from_pretrained(folder), config).save_pretrained(tmp_path / "plugin")
+    status, _, err = invoke(tmp_path / "plugin", "--data", data, *QUICK, "--min-agreement", "0.9")
+    assert status == 1
+    assert "this BertForSequenceClassification gives a number" in err
+    report = report_of(tmp_path / "plugin", "--data", data, "--ratio", "8", "--min-cosine", "0")
+    quality = report["ratios"][0]["quality"]
+    assert "agreement" not in quality
+    assert quality["score_error"] > 0
 
 
 def test_an_encoder_decoder(tmp_path: Path, data: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import evaluate
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from training_cases import build_base, build_plugin, collate_batch, make_examples
 
+from peft_variator import VariatorConfig
 from peft_variator.metrics import path
-from peft_variator.training.evaluation import measure_quality
+from peft_variator.training.evaluation import measure_quality, measure_ratios
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture
@@ -78,3 +80,32 @@ def test_names_of_the_measures(batches) -> None:
         "decoder_relative_error",
         "agreement",
     }
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [("single_label_classification", 3), ("multi_label_classification", 3), ("regression", 3), (None, 1)],
+)
+def test_what_a_head_s_numbers_are_decides_how_they_agree(problem: str | None, labels: int) -> None:
+    """Against the plainest count; of one number, a reranker's, the largest entry would always be the same."""
+    torch.manual_seed(0)
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    base = tiny_model("bert-sequence", **fields, num_labels=labels, problem_type=problem, initializer_range=0.5)
+    config = VariatorConfig(task_type="SEQ_CLS", compression_ratio=4, init_weights=False)
+    model = get_peft_model(base, config).eval()
+    batches = [{"input_ids": torch.randint(5, 90, (4, 12))} for _ in range(3)]
+    with torch.no_grad():
+        mine = torch.cat([model(**batch).logits for batch in batches])
+        with model.disable_adapter():
+            wanted = torch.cat([model(**batch).logits for batch in batches])
+    if labels == 1 or problem == "regression":
+        name, expected = "score_error", float((mine - wanted).abs().mean())
+    elif problem == "multi_label_classification":
+        name, expected = "agreement", float((mine.sigmoid().round() == wanted.sigmoid().round()).float().mean())
+    else:
+        name, expected = "agreement", float((mine.argmax(1) == wanted.argmax(1)).float().mean())
+    found, by_ratio = measure_quality(model, batches), measure_ratios(model, batches, [4])
+    assert found[name] == pytest.approx(expected, abs=1e-5)
+    assert by_ratio[4][name] == pytest.approx(expected, abs=1e-5)
+    assert by_ratio[1][name] == (0 if name == "score_error" else 1)
+    assert not {"agreement", "score_error"} - {name} & set(found)

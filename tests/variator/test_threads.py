@@ -259,3 +259,18 @@ def test_a_ratio_that_was_not_trained_warns_once(recwarn: pytest.WarningsRecorde
     messages = [str(warning.message) for warning in recwarn if "trained for" in str(warning.message)]
     assert len(messages) == 2
     assert all("[2, 4]" in message for message in messages)
+
+
+def test_a_warning_points_to_the_line_that_chose_the_ratio(recwarn: pytest.WarningsRecorder) -> None:
+    model = with_plugin(BERT, trained_ratios=[4])
+    recwarn.clear()
+    model.set_compression_ratio(8)  # by way of the PeftModel
+    model.base_model.set_compression_ratio(16)
+    set_compression_ratio(model, 32)
+    with model.using_ratio(64):
+        pass
+    with using_ratio(model, 128):
+        pass
+    found = [warning for warning in recwarn if "trained for" in str(warning.message)]
+    assert len(found) == 5
+    assert {warning.filename for warning in found} == {__file__}

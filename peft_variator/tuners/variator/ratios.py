@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +19,9 @@ from .layer import VariatorLayer, plugin_layers
 
 
 __all__ = ["compression_ratio_of", "exported_ratio", "layers_of", "set_compression_ratio", "using_ratio"]
+
+# Modules whose code stands between a user's and this one's.
+_BETWEEN = re.compile(r"(peft_variator(?!\.cli\b)|peft|contextlib)\b")
 
 
 def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> None:
@@ -154,5 +159,16 @@ def _warn_if_untrained(layer: VariatorLayer, name: str, k: int) -> None:
         f"compression_ratio={k}: the plugin {name!r} was trained for the ratios {trained}. It works, and may lose "
         "more than at those.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller() -> int:
+    """How many frames above the one that asks the user's code is: methods of a PeftModel, say, lie between.
+
+    The command line, which tells warnings of its own package without a place, counts as the user.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _BETWEEN.match(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
