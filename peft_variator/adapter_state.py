@@ -37,6 +37,7 @@ from .saved_config import NamedConfigs, SavedConfig
 
 __all__ = [
     "AdapterStateError",
+    "ExactlyLoadedLayer",
     "ModelSnapshot",
     "TidyTuner",
     "check_adapter_state",
@@ -149,6 +150,7 @@ class TidyTuner(BaseTuner):
             with undone_on_error(self.model) as before:
                 config = self.peft_config[adapter_name]
                 config.check()
+                _refuse_untrainable(self.model, config)
                 key_mapping = key_mapping_while_loading() if config.was_saved else None
                 if key_mapping is not None:
                     _check_file(self.model, config, key_mapping)
@@ -198,6 +200,26 @@ class TidyTuner(BaseTuner):
                 before.restore()
                 tuner.peft_config.pop(adapter_name)
             raise
+
+
+class ExactlyLoadedLayer(BaseTunerLayer):
+    """A layer whose loaded tensors keep their numbers.
+
+    PEFT moves tensors to the base layer's device and dtype when an adapter is put in, and with `low_cpu_mem_usage`
+    once more when they have been loaded, which would round them on a base in half precision. So what a layer gives as
+    `_get_base_layer_device_and_dtype` has a dtype only while `is_new`.
+    """
+
+    is_new = False
+
+    @contextmanager
+    def as_new(self) -> Iterator[None]:
+        """Around putting an adapter in."""
+        self.is_new = True
+        try:
+            yield
+        finally:
+            self.is_new = False
 
 
 def _warn_about_nothing(tuner: BaseTuner, config: SavedConfig) -> None:
@@ -283,9 +305,9 @@ def _check_file(model: nn.Module, config: SavedConfig, key_mapping: Mapping[str,
             "that it was made for, or save it again with save_pretrained."
         )
     keys = {_renamed(key, key_mapping) for key in keys}
-    whole = (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
+    whole = _modules_saved_whole(config)
     for name, module in model.named_modules():
-        if not name.endswith(whole) or not whole:
+        if not name.endswith(whole):
             continue
         saved = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         if any(isinstance(inner, BaseTunerLayer) for inner in saved.modules()):
@@ -323,6 +345,22 @@ def _renew_card(model: PeftModel, folder: str) -> None:
     config = model.peft_config.get("default")
     if isinstance(config, SavedConfig):
         write_card(folder, config.card(None if config.task_type else type(model.get_base_model()).__name__))
+
+
+def _modules_saved_whole(config: SavedConfig) -> tuple[str, ...]:
+    """What the names of modules end in that PEFT trains and saves whole: those named, and heads of the task."""
+    return (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
+
+
+def _refuse_untrainable(model: nn.Module, config: SavedConfig) -> None:
+    whole = _modules_saved_whole(config)
+    for name, module in model.named_modules():
+        if name.endswith(whole) and not all(each.is_floating_point() for each in module.parameters()):
+            raise ValueError(
+                f"modules_to_save, or task_type={str(config.task_type)!r}, would train {name!r}, which is packed or "
+                "quantised and can't be trained. Leave it out, or make it dense first: pack the model with "
+                f"ignore=[{name!r}]."
+            )
 
 
 def _check_adapter_name(adapter_name: str) -> None:

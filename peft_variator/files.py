@@ -31,6 +31,7 @@ __all__ = [
     "replacing",
     "replacing_folder",
     "replacing_with",
+    "sole_writer",
     "write_text",
 ]
 
@@ -247,6 +248,25 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             os.replace(earlier, target)
             raise
         shutil.rmtree(earlier, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Make a folder where there is none, and hold it, so that no other run that holds it writes there meanwhile.
+
+    Raises:
+        FileExistsError: another one does.
+        OSError: no folder can be made there.
+    """
+    os.makedirs(folder, exist_ok=True)
+    lock = _lock(Path(folder))
+    if lock is None and fcntl is not None:
+        raise FileExistsError(f"Another run is writing to {str(folder)!r}. Wait for its end, or name another output.")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def cache_folder() -> Path:

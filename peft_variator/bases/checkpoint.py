@@ -138,15 +138,17 @@ class Checkpoint:
     def from_directory(cls, directory: str | os.PathLike[str]) -> Checkpoint:
         """Read the headers of the checkpoint in a directory, one file or sharded with an index.
 
+        Where both are there it is the one file, as for `from_pretrained`.
+
         Raises:
             CheckpointError: there is no safetensors checkpoint, or index and files disagree.
         """
         folder = Path(directory)
         index = folder / INDEX_NAME
-        if not index.exists():
-            if not (folder / WEIGHTS_NAME).exists():
-                raise CheckpointError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
+        if (folder / WEIGHTS_NAME).exists():
             return cls.from_files([folder / WEIGHTS_NAME])
+        if not index.exists():
+            raise CheckpointError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
         weight_map = read_index(index)
         checkpoint = cls.from_files(folder / name for name in sorted(set(weight_map.values())))
         for name, file in weight_map.items():

@@ -22,11 +22,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter_card import set_license
 from ..bitmask import mask_width
-from ..files import check_new_folder, naming_full_disk, write_text
+from ..files import check_new_folder, naming_full_disk, sole_writer, write_text
 from ..model_files import CONFIG_NAME, CheckpointError, read_config, read_model_config
 from ..models import build_empty, model_class
 from ..sentence_folder import copy_files, sentence_files
-from .checkpoint import INDEX_NAME, Checkpoint, ShardWriter, StoredTensor, TensorSpec
+from .checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, ShardWriter, StoredTensor, TensorSpec
 from .compressed_tensors import StoredWeight, find_stored_weights
 from .config import (
     METHOD,
@@ -368,7 +368,7 @@ def rewrite(
     with stage.opened():
         weight_map = _write_shards(source.checkpoint, every, stage.path, on_progress)
         names = set(weight_map.values()) | {CONFIG_NAME}
-        if (source.path / INDEX_NAME).exists():
+        if set(weight_map.values()) != {WEIGHTS_NAME}:
             index = {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
             write_text(stage.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
             names.add(INDEX_NAME)
@@ -440,7 +440,7 @@ class StagedFolder:
     """The folder `.NAME.partial` beside the folder NAME to make. A run that was killed is taken up where it stopped.
 
     Raises:
-        FileExistsError: a file or a folder that is not empty is at `output`.
+        FileExistsError: a file or a folder that is not empty is at `output`, or another run is filling it.
     """
 
     def __init__(self, output: str | os.PathLike[str], job: dict[str, Any]) -> None:
@@ -453,10 +453,10 @@ class StagedFolder:
     def opened(self) -> Iterator[None]:
         """Where it is there, to be filled; an error of a full disk names the folder to make, and what is left."""
         kept = f"; what is complete stays in {str(self.path)!r} for the same run to go on with"
-        with naming_full_disk(self._named, self.path, kept):
+        with naming_full_disk(self._named, self.path, kept), sole_writer(self.path):
             if self._read_state() != self._job:
-                shutil.rmtree(self.path, ignore_errors=True)
-                self.path.mkdir(parents=True)
+                for entry in self.path.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
                 write_text(self.path / _STATE_NAME, self._job)
             yield
 

@@ -155,8 +155,8 @@ class _Merge:
                 "and not into its dense original."
             )
         recorded = self._adapter.config.base_fingerprint
-        matrices = (self._read(self._adapter.weights[name])[0] for name in self._adapter.modules)
-        if recorded is not None and not same_base(recorded, base_fingerprint(matrices) or ""):
+        masks = (self._read(self._adapter.weights[name])[1] for name in self._adapter.modules)
+        if recorded is not None and not same_base(recorded, base_fingerprint(masks) or ""):
             raise CheckpointError(
                 f"{self._folder.path}: its zeros are others than those of the base that the adapter in "
                 f"{self._adapter.path} was trained above (base_fingerprint in adapter_config.json). Merge into that "

@@ -86,7 +86,7 @@ def load_base(
     local = Path(path).is_dir() and not kwargs.get("subfolder")
     config = read_model_config(path, **hub)
     fields = config.to_dict()
-    if local and not kwargs.get("dtype") and not names_dtype(fields):
+    if local and not (kwargs.get("dtype") or kwargs.get("torch_dtype")) and not names_dtype(fields):
         kwargs["dtype"] = Checkpoint.from_directory(path).dtype
     entry = pop_quantization(fields)
     if entry is None:
@@ -120,10 +120,17 @@ def save_base(model: PreTrainedModel, output: str | os.PathLike[str], **kwargs: 
 
     Raises:
         FileExistsError: `output` exists and is not empty.
+        ValueError: a `state_dict` is given for a packed model, of which transformers would save its own.
     """
+    packed = isinstance(getattr(model.config, "quantization_config", None), Sparse24Config)
+    if packed and kwargs.get("state_dict") is not None:
+        raise ValueError(
+            "save_base: of a packed model its own weights are saved, not those of a state_dict. Load them into the "
+            "model first: model.load_state_dict(state_dict)."
+        )
     with new_folder(os.fspath(output)) as folder:
         model.save_pretrained(folder, **kwargs)
-        if isinstance(getattr(model.config, "quantization_config", None), Sparse24Config):
+        if packed:
             write_notice(folder)
 
 
@@ -294,7 +301,9 @@ def _checksums(model: PreTrainedModel) -> Iterable[tuple[str, str]]:
         yield from (
             (saved, checksum(value)) for saved, value in revert_weight_conversion(model, {name: tensor}).items()
         )
-    yield from ((saved, checksum(value)) for saved, value in revert_weight_conversion(model, state).items())
+    saved = revert_weight_conversion(model, state)
+    # Under the model's own names, too, which a file has with `save_original_format=False`.
+    yield from ((name, checksum(value)) for name, value in {**state, **saved}.items())
 
 
 class DecodeWeight(ConversionOps):

@@ -232,11 +232,11 @@ def _count(tensor: TensorInfo) -> int:
 
 
 def _count_parameters(weights: Mapping[str, TensorInfo], bits: int | None) -> int:
-    """Number of parameters of an adapter; of one that was shrunk with what fills up blocks, without scales."""
+    """Number of parameters of an adapter; of one that was shrunk with what fills up blocks."""
     if bits is None:
         return sum(map(_count, filter(_is_floating, weights.values())))
     rounded = sum(_count(tensor) for key, tensor in weights.items() if key.endswith(".difference"))
-    others = (t for key, t in weights.items() if not key.endswith(".scales"))
+    others = (t for key, t in weights.items() if not key.endswith((".scales", ".fingerprint")))
     return rounded * 8 // bits + sum(map(_count, filter(_is_floating, others)))
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..field_types import is_whole, whole_number
 from ..pooling import check_pooling
 from ..tuners.variator import using_ratio
+from ..tuners.variator.layer import plugin_layers
 from ..tuners.variator.ratios import compression_ratio_of
 from .engine_metrics import BatchRecord, Counts, EngineMetrics
 from .policies import FixedRatio, Policy
@@ -157,6 +158,13 @@ class Engine:
             raise TypeError(f"max_length={max_length!r} has to be an integer or None.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} has to be at least 1.")
+        if max_length is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
+            marks = tokenizer.num_special_tokens_to_add()
+            if max_length <= marks:
+                raise ValueError(
+                    f"max_length={max_length} leaves no room for a text beside the {marks} tokens that the tokenizer "
+                    f"puts around it, and would cut nothing. It has to be at least {marks + 1}."
+                )
         if is_sentence_transformer(self.model):
             if tokenizer is not None or max_length is not None:
                 raise ValueError(
@@ -371,6 +379,10 @@ class Engine:
         except BaseException as error:
             return self._queue.remove(set(self._queue.view()).__contains__), 1, error
 
+    def _merges(self) -> bool:
+        """Whether the plugin is on, which its owner may switch off beside the engine."""
+        return any(layer.active_plugin is not None for layer in plugin_layers(self.model))
+
     def _run(self, texts: list[QueuedText], ratio: int) -> None:
         started = self._clock()
         failure: BaseException | None = None
@@ -381,6 +393,8 @@ class Engine:
         except BaseException as error:  # whatever it is, the next batch may be all right
             failure = error
         ended = self._clock()
+        if not self._merges():
+            ratio = 1
         late = [ended > text.deadline for text in texts]
         if failure is None:
             self._deliver(texts, answers, ratio, late, ended)

@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_variator import SparseLoraConfig, VariatorConfig
-from peft_variator.bases import Sparse24Linear
+from peft_variator.bases import CheckpointError, Sparse24Linear, merge_checkpoint, pack_checkpoint
 
 from .models import contents, logits, tiny_llama
 from .reference import same_bits, two_four_linear
@@ -141,3 +142,68 @@ def test_merging_a_plain_lora_is_refused_with_the_reason(packed_dir, safe_merge)
     ):
         packed.merge_and_unload(safe_merge=safe_merge)
     assert same_bits(logits(packed), before)
+
+
+def test_zeros_that_a_packed_base_keeps_are_part_of_its_mask(tmp_path):
+    """Of 1:4 weights a packed base keeps one zero of each group, which an adapter fills; not so on the dense one."""
+    model = tiny_llama()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            groups = module.weight.data.view(-1, 4)
+            largest = groups.abs().argmax(1, keepdim=True)
+            groups.mul_(torch.zeros_like(groups).scatter_(1, largest, 1))
+    model.save_pretrained(tmp_path / "dense")
+    pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    above = adapted(packed, SparseLoraConfig(r=4))
+    expected = logits(above)
+    above.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), tmp_path / "adapter")
+    assert same_bits(logits(again), expected)
+    with pytest.raises(ValueError, match="trained on another base"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="its zeros are others"):
+        merge_checkpoint(tmp_path / "dense", tmp_path / "adapter", tmp_path / "wrong", packed=True)
+    merge_checkpoint(tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged", packed=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [SparseLoraConfig(r=2), VariatorConfig(bottleneck_dim=4)], ids=["lora", "plugin"])
+def test_a_packed_layer_is_no_module_to_save(packed_dir, config):
+    config = copy.deepcopy(config)
+    config.modules_to_save = ["down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(packed_dir)
+    with pytest.raises(ValueError, match=r"modules_to_save.*down_proj.*ignore="):
+        get_peft_model(model, config)
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparseLoraConfig(r=2, target_modules=["q_proj"]),
+        VariatorConfig(correction_dim=8, compensation_rank=2),
+        VariatorConfig(bottleneck_dim=4),
+    ],
+    ids=["lora", "neurons", "bottleneck"],
+)
+def test_what_is_loaded_onto_a_base_in_half_precision_is_not_rounded(config, low_cpu_mem_usage, tmp_path):
+    model = adapted(tiny_llama().to(torch.bfloat16), config)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    base = tiny_llama().to(torch.bfloat16)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    found = get_peft_model_state_dict(loaded)
+    assert found.keys() == saved.keys()
+    assert any(not torch.equal(value, value.bfloat16().to(value.dtype)) for value in saved.values())
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
+    halves = PeftModel.from_pretrained(
+        tiny_llama().to(torch.bfloat16),
+        tmp_path,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        autocast_adapter_dtype=False,
+    )
+    floating = [value for value in get_peft_model_state_dict(halves).values() if value.is_floating_point()]
+    assert {value.dtype for value in floating} == {torch.bfloat16}

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from peft_variator.bases import CheckpointError, checkpoint, pack_checkpoint, unpack_checkpoint
 from peft_variator.bases.packing import pack
 from peft_variator.cli.main import app
+from peft_variator.files import sole_writer
 
 from .models import contents, logits, tiny_bert, tiny_llama
 from .reference import reference_pack, same_bits, two_four
@@ -348,3 +349,28 @@ def test_the_readme_says_first_what_transformers_alone_does(tmp_path) -> None:
         assert text.startswith("---\nlicense: mit\n---\n\n**Import `peft_variator` before you load this model.**")
         assert text.endswith("# My model\n")
         assert text.count("random numbers") == 1
+
+
+def test_one_file_beside_an_index_is_what_is_loaded(dense_dir, tmp_path):
+    """As `from_pretrained` reads them: a model saved in shards over one saved in a file leaves both."""
+    model = AutoModelForCausalLM.from_pretrained(dense_dir)
+    model.save_pretrained(tmp_path / "both")
+    loaded = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "both"))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(3)
+    model.save_pretrained(tmp_path / "both", max_shard_size="20KB")
+    assert (tmp_path / "both" / "model.safetensors").exists()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "both")), loaded)
+    pack_checkpoint(tmp_path / "both", tmp_path / "packed")
+    assert same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), loaded)
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "again")
+    assert same_bits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), loaded)
+
+
+def test_two_runs_do_not_write_to_one_output(dense_dir, tmp_path):
+    output = tmp_path / "packed"
+    with sole_writer(tmp_path / ".packed.partial"), pytest.raises(FileExistsError, match="Another run is writing"):
+        pack_checkpoint(dense_dir, output)
+    assert not output.exists()
+    pack_checkpoint(dense_dir, output)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(output)), logits(tiny_llama()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +22,15 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
-from peft_variator.bases import CheckpointError, Sparse24Config, Sparse24Linear, pack_checkpoint, quantizer
+from peft_variator.bases import (
+    CheckpointError,
+    Sparse24Config,
+    Sparse24Linear,
+    load_base,
+    pack_checkpoint,
+    quantizer,
+)
+from peft_variator.bases.quantizer import save_base
 
 from .models import ON_DISK, contents, logits, tiny_bert, tiny_llama, tiny_t5
 from .reference import same_bits
@@ -124,8 +133,8 @@ def test_a_model_can_move_and_be_cast(packed_dir):
 
 
 def test_sharded_files(dense_dir, tmp_path):
-    load(dense_dir).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-    pack_checkpoint(tmp_path / "dense", tmp_path / "packed")
+    load(dense_dir).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    pack_checkpoint(tmp_path / "sharded", tmp_path / "packed")
     assert len(list((tmp_path / "packed").glob("model-*.safetensors"))) > 2
     assert same_bits(logits(load(tmp_path / "packed")), logits(tiny_llama()))
     assert same_bits(logits(load(tmp_path / "packed", device_map=DEVICE_MAPS["disk"])), logits(tiny_llama()))
@@ -333,3 +342,21 @@ def test_a_fresh_process_loads_it_after_importing_the_package_alone(packed_dir):
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "14"
+
+
+def test_a_dtype_by_its_old_name(packed_dir, tmp_path):
+    shutil.copytree(packed_dir, tmp_path / "no_dtype")
+    config = json.loads((tmp_path / "no_dtype" / "config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "no_dtype" / "config.json").write_text(json.dumps(config))
+    for name in ("dtype", "torch_dtype"):
+        assert load_base(tmp_path / "no_dtype", **{name: torch.float16}).dtype == torch.float16
+    assert load_base(tmp_path / "no_dtype").dtype == torch.float32
+
+
+def test_a_state_dict_beside_a_packed_model_is_refused(packed_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed_dir)
+    with pytest.raises(ValueError, match="not those of a state_dict"):
+        save_base(model, tmp_path / "out", state_dict=model.state_dict())
+    assert not (tmp_path / "out").exists()
+    save_base(tiny_llama(), tmp_path / "dense", state_dict=tiny_llama().state_dict())

@@ -649,3 +649,24 @@ def test_a_folder_that_lowers_texts_is_for_sentence_transformers_alone(folder: P
     model = AutoModel.from_pretrained(tmp_path / "lowered")
     with Engine(model, TOKENIZER) as engine, pytest.raises(ValueError, match="do_lower_case"):
         engine.embed(["A"])
+
+
+def test_a_plugin_that_is_switched_off_runs_at_one_and_says_so(model: Any) -> None:
+    records = []
+    with Engine(model, TOKENIZER, FixedRatio(4), on_batch=records.append) as engine:
+        assert engine.embed(["a b c"]).ratios == [4]
+        model.base_model.disable_adapter_layers()
+        try:
+            assert engine.embed(["a b c"]).ratios == [1]
+        finally:
+            model.base_model.enable_adapter_layers()
+        assert engine.embed(["a b c"]).ratios == [4]
+    assert [record.ratio for record in records] == [4, 1, 4]
+
+
+def test_a_length_without_room_for_a_text(model: Any) -> None:
+    marks = TOKENIZER.num_special_tokens_to_add()
+    with pytest.raises(ValueError, match=f"at least {marks + 1}"):
+        Engine(model, TOKENIZER, max_length=marks)
+    with Engine(model, TOKENIZER, max_length=marks + 1) as engine, pytest.warns(UserWarning, match="tokens"):
+        assert engine.embed(["a b c d e"]).lengths == [marks + 1]

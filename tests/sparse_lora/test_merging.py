@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from peft_variator import SparseLoraConfig
@@ -184,3 +184,31 @@ def test_merge_and_unmerge_a_model() -> None:
         torch.testing.assert_close(outputs(model, case), expected_base)
     torch.testing.assert_close(outputs(model, case), expected)
     assert not any(module.merged for module in model.modules() if isinstance(module, SparseLoraLinear))
+
+
+def test_a_scale_that_is_set_while_merged_waits_for_the_next_merge() -> None:
+    layer = make_layer(torch.float32)
+    base = layer.base_layer.weight.detach().clone()
+    layer.sparse_low_rank_B["two"].data.zero_()
+    layer.merge(adapter_names=["one"])
+    merged = layer.base_layer.weight.detach().clone()
+    layer.set_scale("one", 5.0)
+    layer.merge(adapter_names=["two"])  # adds nothing
+    torch.testing.assert_close(layer.base_layer.weight, merged, rtol=0, atol=1e-6)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, base, rtol=0, atol=1e-6)
+    layer.merge(adapter_names=["one"])
+    torch.testing.assert_close(layer.base_layer.weight - base, 5 * (merged - base), rtol=0, atol=1e-5)
+
+
+def test_nothing_is_loaded_into_an_adapter_that_is_merged() -> None:
+    model = get_peft_model(build("llama"), SparseLoraConfig(init_lora_weights=False))
+    state = {name: 3 * value for name, value in get_peft_model_state_dict(model).items()}
+    layer = next(module for module in model.modules() if isinstance(module, SparseLoraLinear))
+    before = layer.base_layer.weight.detach().clone()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged into the base"):
+        set_peft_model_state_dict(model, state)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, before, rtol=0, atol=1e-6)
+    set_peft_model_state_dict(model, state)

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_variator import VariatorConfig
-from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
+from tests.tiny_models import ALL, BERT, BY_NAME, LLAMA, Case, by_name
 
 from .reference import assert_the_plugin_alone_learns, first
 
@@ -164,3 +164,12 @@ def test_many_tokens_and_few_give_the_same() -> None:
             module.register_forward_hook(lambda module, args, output: seen.append(1))
     torch.testing.assert_close(first(model, inputs), summed, rtol=1e-4, atol=1e-5)
     assert seen
+
+
+def test_maps_whose_weights_alone_are_read_get_no_update() -> None:
+    """WavLM's attention hands the weights of its maps to torch, so an update around one would do nothing."""
+    case = BY_NAME["wavlm"]
+    model = compensated(case)
+    assert updates_of(model)
+    assert not any("attention" in name for name in updates_of(model))
+    assert_the_plugin_alone_learns(model.train(), case)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import load_checkpoint_in_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate, fold_updates, quantize_plugin, shrink_plugin
+from peft_variator.cli.shrink import in_half_precision
 from peft_variator.tuners.variator.layer import plugin_layers
 from peft_variator.tuners.variator.linear_maps import BLOCK, RoundedRows
 from tests.tiny_models import BY_NAME, Case, by_name
@@ -114,7 +118,7 @@ def test_it_is_saved_small_and_loaded_every_way(case: Case, bits: int, tmp_path:
         folder: sum(
             value.nbytes
             for key, value in load_file(tmp_path / folder / "adapter_model.safetensors").items()
-            if "variator_neuron_" in key and not key.endswith("bias")
+            if "variator_neuron_" in key and not key.endswith(("bias", "fingerprint"))
         )
         for folder in ("whole", "small")
     }
@@ -246,3 +250,120 @@ def test_training_one_on_warns(tmp_path: Path) -> None:
     trains = [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
     assert any("variator_scorer" in name for name in trains)
     assert not any("difference" in name or "scales" in name for name in trains)
+
+
+def test_configurations_that_others_have_too_stay() -> None:
+    case, config = BY_NAME["bert"], VariatorConfig(**FIELDS)
+    model = get_peft_model(case.build(), config)
+    model.add_adapter("other", config)
+    another = get_peft_model(case.build(), config)
+    shrink_plugin(model, 4, "default")
+    assert config.correction_bits is None
+    assert [model.peft_config[name].correction_bits for name in ("default", "other")] == [4, None]
+    assert another.peft_config["default"].correction_bits is None
+    get_peft_model(case.build(), config)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_numbers_of_neurons_in_few_bits(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    """As in a file that the command writes."""
+    case = BY_NAME["bert"]
+    model, inputs = trained(case, correction_form="sliced"), case.inputs(2, 12)
+    shrink_plugin(model, 8)
+    expected = first(model, inputs)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(in_half_precision(load_file(file)), file, metadata={"format": "pt"})
+    loaded = PeftModel.from_pretrained(case.build(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    torch.testing.assert_close(first(loaded, inputs), expected, rtol=0, atol=0.01)
+
+
+READING: list[dict[str, Any]] = [{}, {"correction_rank": 2}]
+
+
+@pytest.mark.parametrize("fields", READING, ids=["shrunk", "rank"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_under_a_lora_that_is_merged_or_not(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """What is added to the base's rows is added to those without the LoRA, whenever they are read."""
+    case, targets = BY_NAME[name], ["dense"] if name == "bert" else ["gate_proj", "up_proj", "down_proj"]
+
+    def base() -> Any:
+        built = case.build()
+        torch.manual_seed(0)
+        built.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), "task")
+        return built
+
+    def loras(model: nn.Module) -> list[LoraLayer]:
+        return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+    model, inputs = (
+        get_peft_model(base(), VariatorConfig(**FIELDS | fields), adapter_name="plugin").eval(),
+        case.inputs(2, 12),
+    )
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "variator_" in parameter_name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    expected = first(model, inputs)
+    for module in loras(model):
+        module.merge()
+    torch.testing.assert_close(first(model, inputs), expected, rtol=0, atol=1e-4)
+    if not fields:
+        shrink_plugin(model, 8)
+    model.save_pretrained(tmp_path)
+    for merges in (False, True):
+        other = base()
+        for module in loras(other) if merges else ():
+            module.merge()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*was shrunk beside other weights")
+            loaded = PeftModel.from_pretrained(other, str(tmp_path / "plugin"), adapter_name="plugin").eval()
+        torch.testing.assert_close(first(loaded, inputs), expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("fields", READING, ids=["shrunk", "rank"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_weights_that_are_written_later_are_read_again(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Whichever way they come into the model."""
+    case = BY_NAME[name]
+    model, inputs = trained(case, **fields), case.inputs(2, 12)
+    if not fields:
+        shrink_plugin(model, 8)
+    expected, state = first(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+
+    def other() -> Any:
+        """Another base with another plugin."""
+        torch.manual_seed(7)
+        made = get_peft_model(type(case.build())(case.build().config), VariatorConfig(**FIELDS | fields)).eval()
+        if not fields:
+            shrink_plugin(made, 8)
+        return made
+
+    ways: dict[str, Callable[[Any], object]] = {
+        "state": lambda made: made.load_state_dict(state),
+        "assigned": lambda made: made.load_state_dict(state, assign=True),
+        "accelerate": lambda made: load_checkpoint_in_model(made, str(tmp_path), device_map={"": "cpu"}),
+    }
+    for way, load in ways.items():
+        made = other()
+        first(made, inputs)  # read once
+        load(made)
+        assert torch.equal(first(made, inputs), expected), way
+        load(made := other())  # and where it was not called before
+        assert torch.equal(first(made, inputs), expected), way
+
+
+def test_another_base_than_its_own_warns(tmp_path: Path) -> None:
+    case = BY_NAME["bert"]
+    model = trained(case)
+    shrink_plugin(model)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    other = type(case.build())(case.build().config)
+    with pytest.warns(UserWarning, match="was shrunk beside other weights than this base's"):
+        PeftModel.from_pretrained(other, str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was shrunk beside other weights")
+        for dtype in (torch.float32, torch.bfloat16):
+            PeftModel.from_pretrained(case.build().to(dtype), str(tmp_path))

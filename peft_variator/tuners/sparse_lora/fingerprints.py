@@ -63,24 +63,25 @@ def _signs(count: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(seed).choice([-1.0, 1.0], size=(count, _PROJECTIONS)))
 
 
-def base_fingerprint(weights: Iterable[torch.Tensor | None]) -> str | None:
-    """What identifies the zeros of several weights: whether each of a few fixed places of every weight is 0.
+def base_fingerprint(masks: Iterable[torch.Tensor | None]) -> str | None:
+    """What identifies the masks of several weights: whether each of a few fixed places of every weight is kept.
 
-    A hash would change with every cast: some weights vanish in float16, one in a hundred in int8.
+    A hash would change with every cast: some weights vanish in float16, one in a hundred in int8. The mask and not the
+    weight is asked, as a packed weight may keep a place where it is 0.
 
     Args:
-        weights: floating point (out, in) each, in the order of their modules; taken one after the other.
+        masks: M of each module, bool (out, in), in the order of the modules; taken one after the other.
 
     Returns:
-        16 hexadecimal digits a weight, or None if one of the weights is None.
+        16 hexadecimal digits a mask, or None if one of the masks is None.
     """
     digits = []
-    for weight in weights:
-        if weight is None:
+    for mask in masks:
+        if mask is None:
             return None
-        places = _places(weight.numel())
-        rows, columns = torch.from_numpy(np.stack(np.divmod(places, weight.shape[1]))).to(weight.device)
-        digits.append(np.packbits(weight.detach()[rows, columns].ne(0).cpu().numpy()).tobytes().hex())
+        places = _places(mask.numel())
+        rows, columns = torch.from_numpy(np.stack(np.divmod(places, mask.shape[1]))).to(mask.device)
+        digits.append(np.packbits(mask[rows, columns].cpu().numpy()).tobytes().hex())
     return "".join(digits)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...adapter_state import ExactlyLoadedLayer
 from ...bitmask import pack_mask, unpack_mask
 from ...compat import BufferDict, is_quantized_tensor, repeated_by_reentrant_checkpoint
 from .base_weight import WeightLayout, find_layout, get_layout
@@ -25,7 +26,7 @@ from .functional import MaskedWeight, effective_weight, masked_linear, merge_upd
 __all__ = ["SparseLoraConv2d", "SparseLoraLayer", "SparseLoraLinear"]
 
 
-class SparseLoraLayer(nn.Module, BaseTunerLayer):
+class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
     """A base layer with weight W, computed with (W + Σ s·B·A) ⊙ M over the active adapters (arXiv 2404.02424).
 
     Weights are matrices of shape (out_features, in_features) here, whatever shape the base layer keeps them in; for a
@@ -108,7 +109,8 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.sparse_low_rank_A[adapter_name] = nn.Parameter(torch.empty(rank, self.in_features))
         self.sparse_low_rank_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank))
         self._init_parameters(adapter_name, config.init_lora_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with self.as_new():
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _init_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
@@ -358,7 +360,11 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
         self.sparse_low_rank_dense_weight = weight.clone() if self._packed_mask(names) is not None else None
         self.sparse_low_rank_merged_mask = pack_mask(kept)
         self.layout.write(self.get_base_layer(), merged)
-        self.merged_adapters, self._merged_scaling = names, [self.scaling[name] for name in names]
+        self.merged_adapters, self._merged_scaling = names, self._scaling_of(names)
+
+    def _scaling_of(self, names: list[str]) -> list[float]:
+        """s of adapters as they are merged; of those that are, which come first, as it was then."""
+        return self._merged_scaling + [self.scaling[name] for name in names[len(self._merged_scaling) :]]
 
     @torch.no_grad()
     def check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -374,7 +380,9 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
 
     def _merged(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor, Tensor]:
         """W, M and (W + Σ s·B·A) ⊙ M of these adapters, (out, in) each."""
-        weight, kept, update = self._original_weight(), self._kept(names), self._update(names)
+        weight, kept = self._original_weight(), self._kept(names)
+        a, b, _ = self._factors(names)
+        update = sum_updates(a, b, self._scaling_of(names), weight.dtype)
         merged = merge_update(weight, update, kept)
         if safe_merge and not (update.isfinite().all() and merged.isfinite().all()):
             raise ValueError(
@@ -419,11 +427,16 @@ class SparseLoraLayer(nn.Module, BaseTunerLayer):
     def _modules_with_weights(self) -> tuple[nn.Module, ...]:
         return self.get_base_layer(), self.sparse_low_rank_A, self.sparse_low_rank_B
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The dtype of the base layer's weight."""
+        return self._base_tensors()[0].dtype
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype | None]:
         """PEFT looks for a `weight`, which packed layers don't have, and puts adapters of offloaded ones on meta."""
         with self._onloaded():
             tensor = self._base_tensors()[0]
-            return tensor.device, tensor.dtype
+            return tensor.device, tensor.dtype if self.is_new else None
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...adapter_state import TidyTuner, check_adapter_state, modules_in_layers
+from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers
 from ...compat import include_all_linear_layers, keep_from_fused_operator
 from ...field_types import check_memory, name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
@@ -174,10 +174,19 @@ class SparseLoraModel(TidyTuner):
     ) -> dict[str, torch.Tensor]:
         """Where PEFT shows a tuner what it is going to load: the place to refuse it."""
         with cls.loading(model, adapter_name, config):
+            _refuse_merged(_layers_of(_base_model(model), adapter_name), adapter_name)
             whole = check_adapter_state(model, adapter_name, state_dict, config.source)
             if config.mask == "stored" and not whole:
                 _check_sources(_layers_of(_base_model(model), adapter_name), adapter_name, state_dict, config.source)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As `BaseTuner`'s; without it, what was loaded has the dtype of the base, too."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in () if autocast_adapter_dtype else self._layers():
+            for factors in (layer.sparse_low_rank_A, layer.sparse_low_rank_B):
+                if adapter_name in factors and not factors[adapter_name].is_meta:
+                    factors[adapter_name].data = factors[adapter_name].data.to(layer.base_dtype)
 
     def _layers(self) -> list[SparseLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, SparseLoraLayer)]
@@ -299,6 +308,16 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, SparseLoraLayer
     }
 
 
+def _refuse_merged(layers: Mapping[str, SparseLoraLayer], adapter_name: str) -> None:
+    """Raise where an adapter is merged: what was added to the base could not be taken off once A and B are others."""
+    merged = [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]
+    if merged:
+        raise AdapterStateError(
+            f"Adapter {adapter_name!r} is merged into the base ({name_some(merged)}), so no other tensors can be "
+            "loaded into it: it could not be unmerged any more. Call unmerge_adapter() first."
+        )
+
+
 def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) -> None:
     """Say once for all modules of an adapter in which of them its mask masks nothing."""
     dense = [name for name, layer in layers.items() if layer.masks_nothing(adapter_name)]
@@ -312,7 +331,8 @@ def _warn_about_dense(layers: Mapping[str, SparseLoraLayer], adapter_name: str) 
 
 def _record_base(config: SparseLoraConfig, adapter_name: str, layers: Mapping[str, SparseLoraLayer]) -> None:
     """Note in the config where the base is not zero, or compare it with what is noted there."""
-    found = base_fingerprint(layer.base_weight() for layer in layers.values())
+    masks = (None if layer.base_weight() is None else layer.get_mask(adapter_name) for layer in layers.values())
+    found = base_fingerprint(masks)
     if found is None:
         return
     if config.base_fingerprint is None:

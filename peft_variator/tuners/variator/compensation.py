@@ -6,6 +6,7 @@ for every token, and on the maps of the feed-forward network for the merged rows
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +76,8 @@ class CompensatedLinear(SummedMap, PluginModule):
         for part, module in zip(self.adapter_layer_names, (down, up), strict=True):
             getattr(self, part)[adapter_name] = module
         self.quantized.pop(adapter_name, None)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with self.as_new():
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -184,11 +186,21 @@ def _maps_of_attention(model: nn.Module, placement: Placement, networks: list[st
     for name, module in model.get_submodule(block).named_modules(prefix=block):
         if name.startswith(inside) or any(name == each or name.startswith(f"{each}.") for each in networks):
             continue
-        if isinstance(module, nn.MultiheadAttention):
+        if _reads_weights_of_maps(module):
             inside += (f"{name}.",)
         elif is_map(module):
             inside += (f"{name}.",)
             yield name
+
+
+def _reads_weights_of_maps(module: nn.Module) -> bool:
+    """Whether an attention takes the weights of its maps without calling them, as torch's own does, and WavLM's."""
+    functions = [function for kind in type(module).__mro__ for function in vars(kind).values()]
+    return isinstance(module, nn.MultiheadAttention) or any(
+        "multi_head_attention_forward" in function.__code__.co_names
+        for function in functions
+        if inspect.isfunction(function)
+    )
 
 
 def _block_of(key: str) -> str | None:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ...adapter_state import ExactlyLoadedLayer
 from .config import VariatorConfig
 from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression, NeuronsDecompression
 from .forward_context import PluginRatios, runs_single_blocks
-from .linear_maps import FloatLinear
+from .linear_maps import FloatLinear, RoundedRows
 from .merging import Groups, SharedGroups
-from .network import Network, find_network
+from .network import Network, Stamp, find_network, stamp
 from .neurons import NeuronIndex, read_rows
 from .outliers import OutlierProbe
 from .scoring import SCORINGS, Scoring
 from .token_groups import MergeRule, StackGroups, rule_of
 
 
-__all__ = ["FeedForwardEnd", "PluginModule", "PluginStack", "VariatorLayer", "plugin_layers"]
+__all__ = ["FeedForwardEnd", "PluginModule", "PluginStack", "VariatorLayer", "plugin_layers", "read_base_behind"]
+
+Place = tuple[nn.Module, str, nn.Module]
+"""A module that holds another one, under which name, and that other one."""
 
 
 class PluginStack(Protocol):
@@ -34,7 +39,7 @@ class PluginStack(Protocol):
         """Undo what was put around the stack, when no plugin is left."""
 
 
-class PluginModule(nn.Module, BaseTunerLayer):
+class PluginModule(nn.Module, ExactlyLoadedLayer):
     """What both ends of a plugin have in common: a wrapped module, and the stack that it is part of.
 
     Args:
@@ -80,9 +85,14 @@ class PluginModule(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype of the parameters; a network has no `weight`, and a quantised one has neither."""
-        for parameter in base_layer.parameters():
-            return parameter.device, parameter.dtype if parameter.is_floating_point() else None
-        return None, None
+        parameter = next(base_layer.parameters(), None)
+        return None if parameter is None else parameter.device, self.base_dtype if self.is_new else None
+
+    @property
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the wrapped module's parameters; `None`: they are no floating-point numbers."""
+        parameter = next(self.get_base_layer().parameters(), None)
+        return parameter.dtype if parameter is not None and parameter.is_floating_point() else None
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Raise: a replica's layers would ask the original's stack for the call they belong to."""
@@ -192,7 +202,8 @@ class VariatorLayer(PluginModule):
         """The module that holds this one, and the end of the network; in a tuple, as they are no parts of this one."""
         self.observer: Callable[[VariatorLayer, Tensor, Groups, str], None] | None = None
         """Sees hidden states and groups in place of the plugin, which then runs the base model's network."""
-        self._plain: tuple[Network, list[tuple[nn.Module, str, nn.Module]]] | None = None
+        self._plain: tuple[Network, list[Place]] | None = None
+        self._read: dict[str, tuple[list[Place], list[Stamp]]] = {}  # where plugins have read, and what was there
         self.observes_all = False
         """Whether the observer sees calls where nothing is merged here, too; outliers are then merged like others."""
         for part in self.adapter_layer_names:
@@ -223,12 +234,17 @@ class VariatorLayer(PluginModule):
             parts["variator_outliers"] = probe
         for part, module in {"variator_scorer": scorer, **parts}.items():
             getattr(self, part)[adapter_name] = module
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with self.as_new():
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._read.pop(adapter_name, None)
+        if config.reads_base and network is not None and network.is_readable and not config.was_saved:
+            self.note_read(adapter_name, network)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a plugin; see `BaseTunerLayer.delete_adapter`."""
         super().delete_adapter(adapter_name)
+        self._read.pop(adapter_name, None)
         if self.stack is not None:
             self.stack.release_if_unused()
 
@@ -409,38 +425,44 @@ class VariatorLayer(PluginModule):
         """
         if plugin not in self.decompressions or not self._is_sliced(plugin):
             return
-        end = None if self.around is None else self.around[1]
-        roots: list[nn.Module] = [self] if end is None else [self, end]
         network = self.network()
         wrong = None if network is None else network.unsliceable_map()
         if network is None or wrong is not None:
-            found = [name for root in roots for name, module in root.named_modules() if module is wrong]
+            found = [name for root in self._roots() for name, module in root.named_modules() if module is wrong]
             kind = "" if wrong is None else f" ({found[0]}, a {type(wrong).__name__})"
             raise ValueError(
                 f"correction_form='sliced' runs a network without some of its neurons, and the weights of "
                 f"{self.name}{kind} cannot be sliced: they are quantised, packed, on disk, or under another adapter. "
                 "Use a plugin with correction_form='added', which only calls the network, or load plain weights."
             )
-        places = [
+        self._plain = network, self._places_of(network)
+
+    def _roots(self) -> list[nn.Module]:
+        """The modules that the network is inside of."""
+        end = None if self.around is None else self.around[1]
+        return [self] if end is None else [self, end]
+
+    def _places_of(self, network: Network) -> list[Place]:
+        """Where the maps of the network are."""
+        return [
             (holder, name, module)
-            for root in roots
+            for root in self._roots()
             for holder in root.modules()
             for name, module in holder.named_children()
             if any(module is each for each in network.maps)
         ]
-        self._plain = network, places
 
     def _plain_network(self, plugin: str) -> Network:
         """The network whose maps are sliced, looked for anew where any of them was replaced."""
         known = self._plain
         is_compiling = torch.compiler.is_compiling()  # what is compiled is what was there
-        if known is None or not (is_compiling or all(getattr(at, name) is module for at, name, module in known[1])):
+        if known is None or not (is_compiling or _are_there(known[1])):
             self.find_plain_network(plugin)
         assert self._plain is not None  # it has been found
         return self._plain[0]
 
     def read_base(self, plugin: str, again: bool = False) -> None:
-        """Read what a plugin takes of the base model's weights (`reads_base`), where that has changed.
+        """Read what a plugin takes of the base model's weights (`reads_base`), where it or these have changed.
 
         Args:
             plugin: name of the plugin.
@@ -452,7 +474,7 @@ class VariatorLayer(PluginModule):
         config = self.configs[plugin]
         if not config.reads_base or self.decompressions[plugin] != NeuronsDecompression.name:
             return
-        if not again and self._neurons(plugin).has_read():
+        if not again and self._neurons(plugin).has_read() and not self._was_written(plugin):
             return
         network = None if torch.compiler.is_compiling() else self.network()
         if network is None or not network.is_readable:
@@ -463,6 +485,50 @@ class VariatorLayer(PluginModule):
                 "Load it onto a base that is in memory, and call the model once before it is compiled."
             )
         read_rows(self.modules_of(plugin), network)
+        self.note_read(plugin, network)
+        maps = self.modules_of(plugin).values()
+        if not all(module.fits for module in maps if isinstance(module, RoundedRows)):
+            warnings.warn(
+                f"The plugin {plugin!r} was shrunk beside other weights than this base's: its copied neurons are "
+                "differences from those, and what it gives here is off. Load it onto the base that it was made for; "
+                "where a LoRA was merged into that since, and unloaded, shrink the whole plugin anew.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def note_read(self, plugin: str, network: Network) -> None:
+        """Note where a plugin has read, and what was there."""
+        places = self._places_of(network)
+        self._read[plugin] = places, self._stamps(plugin, places)
+
+    def _stamps(self, plugin: str, places: list[Place]) -> list[Stamp]:
+        """Of what a plugin reads of the base model, and of what it adds to that and sums once."""
+        rounded = [module for module in self.modules_of(plugin).values() if isinstance(module, RoundedRows)]
+        return [each for module in (*(module for _, _, module in places), *rounded) for each in stamp(module)]
+
+    def _was_written(self, plugin: str) -> bool:
+        """Whether what was read has been written to or replaced since, other than by a loaded state, and can be read.
+
+        Not looked at in code that is compiled, which is for the weights that there were, nor in processes of a group,
+        where FSDP puts weights together for every call.
+        """
+        distributed = torch.distributed
+        if torch.compiler.is_compiling() or (distributed.is_available() and distributed.is_initialized()):
+            return False
+        known = self._read.get(plugin)
+        if known is not None and _are_there(known[0]):
+            now = self._stamps(plugin, known[0])
+            if len(now) == len(known[1]) and all(
+                a is b and n == m for (a, n), (b, m) in zip(now, known[1], strict=True)
+            ):
+                return False
+        network = self.network()
+        if network is None or not network.is_readable:
+            return False  # offloaded, say: what was read stays
+        if known is None:  # it was read when it was made
+            self.note_read(plugin, network)
+            return False
+        return True
 
     def probe_of(self, plugin: str) -> OutlierProbe | None:
         """What tells the outliers of a plugin with `keep_outliers`; `None`: it has none here."""
@@ -552,6 +618,19 @@ class VariatorLayer(PluginModule):
                     "as a residual, a mask or positions, which is not merged with them. Name modules inside of it "
                     "where the feed-forward network starts (target_modules) and ends (end_module)."
                 )
+
+
+def _are_there(places: list[Place]) -> bool:
+    return all(getattr(at, name) is module for at, name, module in places)
+
+
+def read_base_behind(layer: VariatorLayer, end: FeedForwardEnd) -> None:
+    """Have what a plugin takes of the base read anew after a state was loaded into the end of its network, too."""
+    end.register_load_state_dict_post_hook(partial(_read_base_of, layer))
+
+
+def _read_base_of(layer: VariatorLayer, end: nn.Module, incompatible_keys: Any) -> None:
+    _read_base_again(layer, incompatible_keys)
 
 
 def _read_base_again(layer: nn.Module, incompatible_keys: Any) -> None:

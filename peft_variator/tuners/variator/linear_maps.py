@@ -39,6 +39,9 @@ __all__ = [
 
 # Numbers of a rounded difference that share a scale.
 BLOCK = 64
+# By how much of themselves fingerprints differ at least where the weights are another model's: of unrelated ones by
+# about √2, of weights rounded to four bits by about 0.1.
+OTHER_BASE = 0.3
 
 
 class FloatLinear(nn.Module):
@@ -130,8 +133,9 @@ class UpdatedRows(RowsOfBase):
         return self.quantized_sum("rows", self.B)
 
     def set_rows(self, rows: Tensor) -> None:
-        self.rows = rows.to(self.B.device).clone()
-        self.quantized.clear()
+        if not same_numbers(self.rows, rows):
+            self.rows = rows.to(self.B.device).clone()
+            self.quantized.clear()
 
 
 class RoundedRows(RowsOfBase):
@@ -142,6 +146,9 @@ class RoundedRows(RowsOfBase):
     section 2.1, with steps of one size). Two numbers of four bits share a byte, the first one in its lower half.
     The sum runs as it is: a call costs what a plain map costs. It is not trained; the bias may be.
 
+    Sums of W_S with signs are kept, too: by them `fits` tells whether the rows that were read last are about those
+    that the difference was taken from, as those of a quantised base are.
+
     Args:
         in_features: width of the input.
         out_features: width of the output.
@@ -151,6 +158,7 @@ class RoundedRows(RowsOfBase):
 
     difference: Tensor
     scales: Tensor
+    fingerprint: Tensor
     summed: Tensor
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool) -> None:
@@ -159,9 +167,11 @@ class RoundedRows(RowsOfBase):
         blocks = -(-in_features * out_features // BLOCK)
         self.register_buffer("difference", torch.zeros(blocks, BLOCK * bits // 8, dtype=torch.uint8))
         self.register_buffer("scales", torch.zeros(blocks))
+        self.register_buffer("fingerprint", torch.zeros(BLOCK))
         self.register_buffer("summed", torch.zeros(out_features, in_features), persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.quantized = {}
+        self.fits = True
 
     @property
     def weight(self) -> Tensor:
@@ -172,15 +182,19 @@ class RoundedRows(RowsOfBase):
         return self.quantized.get("rows") if bias is None else self.quantized_sum("rows", bias)
 
     def set_rows(self, rows: Tensor) -> None:
+        kept = self.fingerprint.float().cpu()
+        self.fits = bool((_fingerprint(rows) - kept).norm() <= OTHER_BASE * kept.norm())
         rows = rows.to(self.scales.device, self.summed.dtype)
-        self.summed = rows + self._decoded()[: rows.numel()].view_as(rows).to(rows.dtype)
-        self.quantized.clear()
+        summed = rows + self._decoded()[: rows.numel()].view_as(rows).to(rows.dtype)
+        if not same_numbers(self.summed, summed):
+            self.summed = summed
+            self.quantized.clear()
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor, rows: Tensor) -> None:
         """Keep a weight as its rounded difference from W_S, both of shape `(out_features, in_features)`."""
         difference = (weight.float() - rows.to(weight.device).float()).flatten()
-        blocks = nn.functional.pad(difference, (0, self.scales.numel() * BLOCK - difference.numel())).view(-1, BLOCK)
+        blocks = _in_blocks(difference)
         half = 2 ** (self.bits - 1)
         # Divided by is what a file holds of the scale, in half precision maybe. The largest number lies half a step
         # beyond the last one up, since there is one less above zero than below.
@@ -189,6 +203,7 @@ class RoundedRows(RowsOfBase):
         numbers = (blocks / torch.where(scales > 0, scales, 1).unsqueeze(1)).round()
         codes = (numbers.clamp(-half, half - 1) + half).to(torch.uint8)
         self.difference.copy_(codes if self.bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4)
+        self.fingerprint.copy_(_fingerprint(rows))
         self.set_rows(rows)
 
     def _decoded(self) -> Tensor:
@@ -197,6 +212,24 @@ class RoundedRows(RowsOfBase):
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
         return ((codes.float() - 2 ** (self.bits - 1)) * self.scales.float().unsqueeze(1)).flatten()
+
+
+def _in_blocks(numbers: Tensor) -> Tensor:
+    """Numbers in their order, shape `(blocks, 64)`; what is missing from the last block is 0."""
+    flat = numbers.flatten()
+    return nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _fingerprint(rows: Tensor) -> Tensor:
+    """Sums over the blocks of some weights, each with a sign drawn once and for all; shape `(64,)`, on the CPU."""
+    blocks = _in_blocks(rows.detach().float().cpu())
+    signs = torch.randint(2, (len(blocks), 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (blocks * signs).sum(0)
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are alike, and on one device: what was made of one need not be made anew."""
+    return one.device == other.device and one.dtype == other.dtype and not one.is_meta and torch.equal(one, other)
 
 
 def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

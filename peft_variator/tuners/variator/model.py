@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +28,8 @@ from .compensation import compensate
 from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
-from .layer import FeedForwardEnd, PluginModule, VariatorLayer, plugin_layers
+from .layer import FeedForwardEnd, PluginModule, VariatorLayer, plugin_layers, read_base_behind
+from .linear_maps import RoundedRows
 from .outliers import OutlierProbe
 from .quantization import float_state, quantized_parts
 from .ratios import compression_ratio_of, set_compression_ratio, using_ratio
@@ -278,14 +280,17 @@ class VariatorModel(TidyTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep a plugin in single precision on a base model in half precision; see `BaseTuner`."""
-        modules = [module for module in self.model.modules() if isinstance(module, PluginModule)]
-        containers = [getattr(module, name) for module in modules for name in module.adapter_layer_names]
-        for container in containers if autocast_adapter_dtype else ():
-            module = container[adapter_name] if adapter_name in container else nn.Module()
-            # A probe's weight is no parameter, since nothing trains it.
-            for tensor in module.buffers() if isinstance(module, OutlierProbe) else module.parameters():
-                if tensor.dtype in (torch.float16, torch.bfloat16):
-                    tensor.data = tensor.data.float()
+        halves = (torch.float16, torch.bfloat16)
+        for layer in (module for module in self.model.modules() if isinstance(module, PluginModule)):
+            containers = [getattr(layer, name) for name in layer.adapter_layer_names]
+            for module in (each[adapter_name] for each in containers if adapter_name in each):
+                # What nothing trains is no parameter: a probe's weight, and what is rounded.
+                untrained = module.buffers() if isinstance(module, OutlierProbe | RoundedRows) else ()
+                for tensor in (each for each in chain(module.parameters(), untrained) if not each.is_meta):
+                    if autocast_adapter_dtype and tensor.dtype in halves:
+                        tensor.data = tensor.data.float()
+                    elif not autocast_adapter_dtype and tensor.dtype == torch.float32 and layer.base_dtype in halves:
+                        tensor.data = tensor.data.to(layer.base_dtype)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -408,6 +413,8 @@ def _wrap_network(
         reads_text=placement.kind in ("encoder", "causal"),
     )
     layer.around = (parent, end_module)
+    if end_module is not None:
+        read_base_behind(layer, end_module)
     setattr(parent, target_name, layer)
     return layer
 

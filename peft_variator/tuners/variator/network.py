@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from ...compat import is_quantized_tensor
 
 
-__all__ = ["Network", "bias_of", "features_of", "find_network", "is_map", "unwrapped", "weight_of"]
+__all__ = ["Network", "Stamp", "bias_of", "features_of", "find_network", "is_map", "stamp", "unwrapped", "weight_of"]
+
+Stamp = tuple[object, int]
+"""A tensor (or a module without any) and how often it was written to: another one, where it may have other numbers."""
 
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu_impl", "intermediate_act_fn")
 
@@ -98,20 +101,25 @@ class Network:
         """Whether neurons have a gate."""
         return self.fused or self.gate is not None
 
-    def into_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """w and c of some neurons, shapes `(r, d)` and `(r,)`."""
-        return _rows(self.into, index)
+    def into_rows(self, index: Tensor, merged: bool = True) -> tuple[Tensor, Tensor]:
+        """w and c of some neurons, shapes `(r, d)` and `(r,)`.
 
-    def gate_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        Args:
+            index: numbers of the neurons, shape `(r,)`.
+            merged: as for `weight_of`, here and below.
+        """
+        return _rows(self.into, index, merged)
+
+    def gate_rows(self, index: Tensor, merged: bool = True) -> tuple[Tensor, Tensor]:
         """u and e of some neurons, shapes `(r, d)` and `(r,)`."""
         if self.fused:
-            return _rows(self.into, index + self.width)
+            return _rows(self.into, index + self.width, merged)
         assert self.gate is not None  # asked of gated networks only
-        return _rows(self.gate, index)
+        return _rows(self.gate, index, merged)
 
-    def out_columns(self, index: Tensor) -> Tensor:
+    def out_columns(self, index: Tensor, merged: bool = True) -> Tensor:
         """v of some neurons, shape `(d, r)`."""
-        weight = weight_of(self.out)
+        weight = weight_of(self.out, merged=merged)
         return weight.index_select(1, index.to(weight.device))
 
     def neurons(self, hidden_states: Tensor) -> Tensor:
@@ -155,12 +163,16 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]  # `is_map` looked
 
 
-def weight_of(module: nn.Module, dequantize: bool = True) -> Tensor:
+def weight_of(module: nn.Module, dequantize: bool = True, merged: bool = True) -> Tensor:
     """The weight of a linear map as plain numbers, shape `(out_features, in_features)`.
 
     Args:
         module: the map, or PEFT's wrapper of one.
         dequantize: whether a quantised weight of torch's is turned into plain numbers.
+        merged: whether adapters that are merged into the weight count. `False`: it is the weight without them.
+
+    Raises:
+        ValueError: an adapter is merged in a way that cannot be taken off.
     """
     inner = unwrapped(module)
     weight: Any = inner.weight() if callable(inner.weight) else inner.weight  # torch's quantised layers have a method
@@ -171,7 +183,24 @@ def weight_of(module: nn.Module, dequantize: bool = True) -> Tensor:
     elif dequantize and (weight.is_quantized or is_quantized_tensor(weight)):
         weight = weight.dequantize()
     assert isinstance(weight, Tensor)  # `is_readable` says so
+    while not merged and isinstance(module, BaseTunerLayer):  # of several methods, one around the other
+        for name in module.merged_adapters:
+            weight = weight.detach() - _merged_delta(module, name).to(weight)
+        module = cast(Any, module).base_layer
     return weight.detach().t() if isinstance(inner, Conv1D) else weight.detach()
+
+
+def _merged_delta(module: Any, name: str) -> Tensor:
+    """What an adapter has added to the weight of a map, in the weight's own shape."""
+    if not hasattr(module, "get_delta_weight") or name in getattr(module, "lora_variant", ()):
+        raise ValueError(
+            f"The adapter {name!r} is merged into a weight that a Variator plugin reads without adapters, and a "
+            f"{type(module).__name__} can't tell what it has added. Unmerge it first, or use a plugin with whole "
+            "copies."
+        )
+    delta = module.get_delta_weight(name)
+    assert isinstance(delta, Tensor)  # what PEFT's layers give
+    return delta.detach()
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
@@ -186,8 +215,15 @@ def unwrapped(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _rows(module: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias = weight_of(module), bias_of(module)
+def stamp(module: nn.Module) -> list[Stamp]:
+    """Of all that a map (or PEFT's wrapper of one) holds itself; writing through `.data` leaves no trace."""
+    inner = unwrapped(module)
+    tensors = [each for each in (*inner._parameters.values(), *inner._buffers.values()) if each is not None]
+    return [(each, 0 if each.is_inference() else each._version) for each in tensors] or [(inner, 0)]
+
+
+def _rows(module: nn.Module, index: Tensor, merged: bool) -> tuple[Tensor, Tensor]:
+    weight, bias = weight_of(module, merged=merged), bias_of(module)
     rows = weight.index_select(0, index.to(weight.device))
     if bias is None:
         return rows, rows.new_zeros(rows.shape[0])

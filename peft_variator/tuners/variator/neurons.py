@@ -70,7 +70,8 @@ class NeuronIndex(nn.Module):
     def flags(self, width: int) -> Tensor:
         """Which neurons of a network of `width` are copied, shape `(width,)`."""
         none = torch.zeros(width, dtype=torch.bool, device=self.index.device)
-        return none.index_fill(0, self.index, 1)  # an int: torch.jit.trace has no such operator for a bool
+        # In a file the numbers may have 32 bits. An int: torch.jit.trace has no such operator for a bool.
+        return none.index_fill(0, self.index.long(), 1)
 
     def has_read(self) -> bool:
         """Whether the base model's rows were read for these neurons."""
@@ -155,10 +156,11 @@ def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
     with torch.no_grad():
         neurons.index.copy_(index)
         neurons.forget()
+        rows = weights_of(network, index, merged=False) if any(map(_is_updated, modules.values())) else {}
         for part, (weight, bias) in weights_of(network, index).items():
             module = modules[part]
             if isinstance(module, UpdatedRows):
-                module.set_rows(weight)
+                module.set_rows(rows[part][0])
                 module.B.zero_()
             else:
                 module.get_parameter("weight").copy_(weight)
@@ -191,11 +193,15 @@ def read_rows(modules: Modules, network: Network) -> None:
         network: the base model's network.
     """
     neurons = _index_of(modules)
-    for part, (weight, _) in weights_of(network, neurons.index).items():
+    for part, (weight, _) in weights_of(network, neurons.index, merged=False).items():
         module = modules[part]
         if isinstance(module, RowsOfBase):
             module.set_rows(weight)
     neurons.read_for = neurons.index
+
+
+def _is_updated(module: nn.Module) -> bool:
+    return isinstance(module, UpdatedRows)
 
 
 def _index_of(modules: Modules) -> NeuronIndex:
@@ -204,14 +210,21 @@ def _index_of(modules: Modules) -> NeuronIndex:
     return neurons
 
 
-def weights_of(network: Network, index: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias of some of the base model's neurons, by the plugin's part."""
+def weights_of(network: Network, index: Tensor, merged: bool = True) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and bias of some of the base model's neurons, by the plugin's part.
+
+    Args:
+        network: the base model's network.
+        index: numbers of the neurons, shape `(r,)`.
+        merged: whether adapters that are merged into the weights count. What is added to the base model's rows is
+            added to those without: they are the same whether an adapter is merged or not.
+    """
     found: dict[str, tuple[Tensor, Tensor | None]] = {
-        "variator_neuron_into": network.into_rows(index),
-        "variator_neuron_out": (network.out_columns(index), None),
+        "variator_neuron_into": network.into_rows(index, merged),
+        "variator_neuron_out": (network.out_columns(index, merged), None),
     }
     if network.gated:
-        found["variator_neuron_gate"] = network.gate_rows(index)
+        found["variator_neuron_gate"] = network.gate_rows(index, merged)
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any, cast
@@ -98,10 +99,25 @@ def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = No
     for layer, part, name, module in made:
         getattr(layer, part)[name] = module
     for layer, name in chosen:
-        layer.configs[name].correction_bits = bits
-        neurons = layer.modules_of(name).get("variator_neurons")
-        if isinstance(neurons, NeuronIndex):
+        neurons, network = layer.modules_of(name).get("variator_neurons"), layer.network()
+        if isinstance(neurons, NeuronIndex) and network is not None:
             neurons.read_for = neurons.index
+            layer.note_read(name, network)
+    for name in dict.fromkeys(name for _, name in chosen):
+        _set_config(model, [layer for layer, each in chosen if each == name], name, bits)
+
+
+def _set_config(model: nn.Module, layers: Sequence[VariatorLayer], name: str, bits: int) -> None:
+    """Give a plugin a configuration of its own that says what was done: others may have been made from the same."""
+    before = layers[0].configs[name]
+    config = copy.copy(before)
+    config.correction_bits = bits
+    for layer in layers:
+        layer.configs[name] = config
+    for module in model.modules():
+        configs = vars(module).get("peft_config")
+        if isinstance(configs, dict) and configs.get(name) is before:
+            configs[name] = config
 
 
 def _round_copies(layer: VariatorLayer, name: str, bits: int) -> Iterator[tuple[VariatorLayer, str, str, RoundedRows]]:
@@ -115,7 +131,7 @@ def _round_copies(layer: VariatorLayer, name: str, bits: int) -> Iterator[tuple[
             f"shrink_plugin: the base model's weights at {layer.name!r} cannot be read, as they are on disk or in a "
             "form that nothing turns back into numbers. Load the base in memory."
         )
-    for part, (rows, _) in weights_of(network, neurons.index).items():
+    for part, (rows, _) in weights_of(network, neurons.index, merged=False).items():
         module = modules[part]
         if type(module) is not nn.Linear or is_quantized_map(module):
             raise ValueError(
