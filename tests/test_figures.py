@@ -107,6 +107,19 @@ def test_the_plugin_that_is_shipped(readme: str) -> None:
     assert f"a single text of 128 tokens is slower, {one['median']:.1f} times" in readme
 
 
+def test_the_larger_encoder_s_plugin(readme: str) -> None:
+    results = EXAMPLES / "real_models" / "results"
+    base = record(results / "base-all-mpnet-base-v2.json")["parts"]["stsb"]["spearman"]
+    plugin = record(results / "plugin-all-mpnet-base-v2-k16.json")["parts"]["stsb"]["spearman"]
+    (speed,) = [
+        row["speedup"]["plugin"]
+        for row in record(results / "speed-all-mpnet-base-v2-k16.json")["rows"]
+        if (row["batch"], row["length"]) == (32, 128)
+    ]
+    told = f"all-mpnet-base-v2: {base:.1f} → {plugin:.1f} at k = 16, for {speed['median']:.2f} times"
+    assert f"{told} [{speed['low']:.2f}–{speed['high']:.2f}]" in readme
+
+
 def test_what_plugins_weigh(readme: str) -> None:
     sizes = [path.stat().st_size / 1e6 for path in (EXAMPLES / "plugins").glob("*/adapter_model.safetensors")]
     assert f"those that are shipped: {min(sizes):.1f} to {max(sizes):.1f} MB" in readme

@@ -164,6 +164,12 @@ def in_int8(run: dict[str, Any]) -> bool:
     return "--int8" in run["command"]
 
 
+def runs_before(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Command and steps of the runs that a run went on from, the first one first."""
+    before = run.get("before")
+    return [] if before is None else [*runs_before(before), before]
+
+
 def told_of_bits(run: dict[str, Any]) -> str:
     """What a run's copied neurons were shrunk to, in words; empty where they are whole."""
     return f"stored in {run['shrunk']['bits']} bits a number" if "shrunk" in run else ""
@@ -334,11 +340,11 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
     told = "" if shipped else "Not shipped. "
     if in_int8(run):
         told += "Base and plugin are in int8 here; what they are held against is the base in float32. "
-    before = run.get("before")
-    commands = ([] if before is None else [before["command"]]) + [run["command"]]
+    before = runs_before(run)
+    commands = [each["command"] for each in before] + [run["command"]]
     commands += [run["shrunk"]["command"]] if "shrunk" in run else []
     stored = f", {told_of_bits(run)} where they are copied neurons" if "shrunk" in run else ""
-    steps = "" if before is None else f"{before['steps']} and then "
+    steps = "".join(f"{each['steps']} and then " for each in before)
     return (
         f"{told}{count:,} parameters ({share:.1f} % of the base's){stored}, "
         f"{steps}{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"

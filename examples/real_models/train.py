@@ -197,7 +197,8 @@ def main() -> None:
     first = None if arguments.start is None else arguments.start.parent / "run.json"
     if first is not None and first.is_file():
         before = json.loads(first.read_text())
-        record["before"] = {"command": before["command"], "steps": before["recipe"]["steps"]}
+        earlier = {"before": before["before"]} if "before" in before else {}
+        record["before"] = {"command": before["command"], "steps": before["recipe"]["steps"]} | earlier
     write_text(result, json.dumps(record | figures, indent=2) + "\n")
 
 

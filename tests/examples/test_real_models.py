@@ -238,8 +238,8 @@ def test_a_shipped_plugin_loads_onto_its_base(scripts, tmp_path):
 
 
 def test_a_shrunk_run_is_shipped_like_any_other(scripts, tmp_path):
-    base = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
-    config = VariatorConfig(decompression="neurons", correction_dim=32, trained_ratios=[4], init_weights=False)
+    base = BertModel(BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128))
+    config = VariatorConfig(decompression="neurons", correction_dim=96, trained_ratios=[4], init_weights=False)
     plugin = get_peft_model(copy.deepcopy(base), config).eval()
     run, small, results = tmp_path / "run", tmp_path / "small", tmp_path / "results"
     results.mkdir()

@@ -59,6 +59,8 @@ def fold_updates(model: Model) -> Model:
         forward = forward_of(module)
         if isinstance(forward, StackForward):
             forward.fix_choices()
+    for layer in plugin_layers(copied):
+        _fold_correction(layer)  # first: it may read the maps of the network, which are the base model's still
     sums: dict[int, nn.Module] = {}
     for name, module in list(copied.named_modules(remove_duplicate=False)):
         if isinstance(module, CompensatedLinear):
@@ -66,7 +68,7 @@ def fold_updates(model: Model) -> Model:
                 sums[id(module)] = _summed(module)
             copied.set_submodule(name, sums[id(module)])
     for layer in plugin_layers(copied):
-        _fold_correction(layer)
+        _look_again(layer)
     return copied
 
 
@@ -103,4 +105,14 @@ def _fold_correction(layer: VariatorLayer) -> None:
     for part, module in layer.modules_of(name).items():
         if isinstance(module, RowsOfBase):
             getattr(layer, part)[name] = module.quantized_map() or as_linear(module.weight, module.bias)
-    layer.find_plain_network(name)  # whose maps may be others now
+
+
+def _look_again(layer: VariatorLayer) -> None:
+    """Have a layer know its network's maps, which may be others now, and that there is nothing more to read."""
+    name = _plugin_of(layer.stack, layer.name)
+    if name is None:
+        return
+    layer.find_plain_network(name)
+    network = layer.network()
+    if network is not None:
+        layer.note_read(name, network)

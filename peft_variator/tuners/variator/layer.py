@@ -496,6 +496,12 @@ class VariatorLayer(PluginModule):
                 stacklevel=2,
             )
 
+    def forget_base(self, plugin: str) -> None:
+        """Have the next call read the base."""
+        neurons = self.modules_of(plugin).get("variator_neurons")
+        if isinstance(neurons, NeuronIndex):
+            neurons.read_for = None
+
     def note_read(self, plugin: str, network: Network) -> None:
         """Note where a plugin has read, and what was there."""
         places = self._places_of(network)
@@ -630,14 +636,18 @@ def read_base_behind(layer: VariatorLayer, end: FeedForwardEnd) -> None:
 
 
 def _read_base_of(layer: VariatorLayer, end: nn.Module, incompatible_keys: Any) -> None:
-    _read_base_again(layer, incompatible_keys)
+    for plugin in layer.rules:
+        layer.read_base(plugin, again=True)
 
 
 def _read_base_again(layer: nn.Module, incompatible_keys: Any) -> None:
     """After a state was loaded, which may have brought other neurons or another base."""
     assert isinstance(layer, VariatorLayer)  # whose hook this is
     for plugin in layer.rules:
-        layer.read_base(plugin, again=True)
+        if layer.has_end:  # into which no state was loaded yet: it is read with that one, or in the next call
+            layer.forget_base(plugin)
+        else:
+            layer.read_base(plugin, again=True)
         probe = layer.probe_of(plugin)
         if probe is not None:
             probe.look_again()
