@@ -73,7 +73,7 @@ def shrink(
         f"Wrote {report.output}: {decimal(after)}, where {adapter} has {decimal(before)}. The copied neurons have "
         f"{bits} bits a number, all else is in half precision.",
         "It is loaded like any plugin, onto the same base. What it gives differs a little, so measure it anew:",
-        *next_commands(["evaluate", output, "--data", "my_texts.txt"]),
+        *next_commands(["evaluate", output, "--data", "my_texts.txt", *([] if base is None else ["--base", base])]),
     )
     publishing.push(output, reporter)
 

@@ -27,6 +27,7 @@ def test_a_plugin_in_few_bits(bits: int, share: float, tmp_path: Path) -> None:
     status, out, err = invoke(plugin, "--output", output, "--bits", bits, "--json", tmp_path / "report.json")
     assert status == 0, err
     assert f"Next: peft-variator evaluate {output} --data my_texts.txt" in out
+    assert f"its copies in {bits} bits a number" in (output / "README.md").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["bits"] == bits
     assert report["bytes_after"] == (output / "adapter_model.safetensors").stat().st_size

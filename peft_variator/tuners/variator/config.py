@@ -440,7 +440,8 @@ class VariatorConfig(SavedConfig):
             ratio=f"{self.compression_ratio}{rows}",
             trained="not recorded" if trained is None else ", ".join(map(str, trained)),
             scoring=self.scoring,
-            decompression=self.decompression,
+            decompression=f"{self.decompression}"
+            + ("" if self.correction_bits is None else f", its copies in {self.correction_bits} bits a number"),
             kept=f"the first {self.keep_first_tokens} and the last {self.keep_last_tokens} of a text"
             + (f", and {len(self.keep_token_ids)} special ones" if self.keep_token_ids else "")
             + (f", and {self.keep_outliers:.3g} of its tokens, by a probe" if self.keep_outliers else ""),
