@@ -259,14 +259,22 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         OSError: no folder can be made there.
     """
     os.makedirs(folder, exist_ok=True)
-    lock = _lock(Path(folder))
-    if lock is None and fcntl is not None:
-        raise FileExistsError(f"Another run is writing to {str(folder)!r}. Wait for its end, or name another output.")
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"Another run is writing to {str(folder)!r}. Wait for its end, or name another output."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        os.close(descriptor)
 
 
 def cache_folder() -> Path:

@@ -45,3 +45,9 @@ def refuse_disk_offload(model: nn.Module) -> None:
             "into it: its tensors would be looked for on the disk. Load the model without disk offload; "
             "device_map='cpu' will do."
         )
+
+
+def is_offloading(module: nn.Module) -> bool:
+    """Whether accelerate brings in the weights of a module for each call, and takes them away after it."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))

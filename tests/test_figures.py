@@ -118,6 +118,11 @@ def test_the_larger_encoder_s_plugin(readme: str) -> None:
     ]
     told = f"all-mpnet-base-v2: {base:.1f} → {plugin:.1f} at k = 16, for {speed['median']:.2f} times"
     assert f"{told} [{speed['low']:.2f}–{speed['high']:.2f}]" in readme
+    found = [
+        record(results / f"{name}.json")["parts"]["squad"]["first"]
+        for name in ("plugin-all-mpnet-base-v2-k16", "base-all-mpnet-base-v2")
+    ]
+    assert f"own paragraph first for {found[0]:.1f} %, where the base has {found[1]:.1f}" in readme
 
 
 def test_what_plugins_weigh(readme: str) -> None:

@@ -390,11 +390,11 @@ class Engine:
         try:
             with torch.no_grad(), self._at_ratio(ratio):
                 answers = texts[0].request.task.run([text.encoded for text in texts])
+            if not self._merges():
+                ratio = 1
         except BaseException as error:  # whatever it is, the next batch may be all right
             failure = error
         ended = self._clock()
-        if not self._merges():
-            ratio = 1
         late = [ended > text.deadline for text in texts]
         if failure is None:
             self._deliver(texts, answers, ratio, late, ended)

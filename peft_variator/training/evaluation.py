@@ -151,8 +151,9 @@ def _compare_predictions(
     used = prediction.mask(batch)
     logits, wanted = (prediction.logits(each)[used].float() for each in (outputs, reference))
     found = _compare_answers(base, prediction, batch, logits, wanted)
-    if "labels" in batch:
-        labels = batch["labels"]
+    has_classes = "labels" in batch and not batch["labels"].is_floating_point()
+    if has_classes and "agreement" in found:
+        labels: Any = batch["labels"]
         if prediction is CAUSAL:
             labels = next_token_labels(batch, (labels.shape[0], labels.shape[1]))
         found["nll"] = nn.functional.cross_entropy(logits, labels[used], reduction="none")

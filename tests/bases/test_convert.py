@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -374,3 +375,12 @@ def test_two_runs_do_not_write_to_one_output(dense_dir, tmp_path):
     assert not output.exists()
     pack_checkpoint(dense_dir, output)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(output)), logits(tiny_llama()))
+
+
+def test_a_file_system_without_locks_is_written_to(dense_dir, tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("peft_variator.files.fcntl.flock", unsupported)
+    pack_checkpoint(dense_dir, tmp_path / "packed")
+    assert (tmp_path / "packed" / "config.json").exists()

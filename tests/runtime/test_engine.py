@@ -670,3 +670,15 @@ def test_a_length_without_room_for_a_text(model: Any) -> None:
         Engine(model, TOKENIZER, max_length=marks)
     with Engine(model, TOKENIZER, max_length=marks + 1) as engine, pytest.warns(UserWarning, match="tokens"):
         assert engine.embed(["a b c d e"]).lengths == [marks + 1]
+
+
+def test_several_active_plugins_fail_their_batch_alone(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "other")
+    with Engine(model, TOKENIZER, FixedRatio(4)) as engine:
+        expected = engine.embed(["a b c"]).embeddings
+        model.base_model.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match="Only one Variator plugin"):
+            engine.embed(["a b c"])
+        model.set_adapter("default")
+        assert torch.equal(engine.embed(["a b c"]).embeddings, expected)

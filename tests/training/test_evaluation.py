@@ -94,6 +94,9 @@ def test_what_a_head_s_numbers_are_decides_how_they_agree(problem: str | None, l
     config = VariatorConfig(task_type="SEQ_CLS", compression_ratio=4, init_weights=False)
     model = get_peft_model(base, config).eval()
     batches = [{"input_ids": torch.randint(5, 90, (4, 12))} for _ in range(3)]
+    if labels == 1:  # a number's label has no likelihood
+        labelled = [{**batch, "labels": torch.rand(4, 1)} for batch in batches]
+        assert "nll" not in measure_ratios(model, labelled, [4])[4]
     with torch.no_grad():
         mine = torch.cat([model(**batch).logits for batch in batches])
         with model.disable_adapter():

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import load_checkpoint_in_model
+from accelerate import cpu_offload, load_checkpoint_in_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, OFTConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.oft.layer import OFTLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_variator import VariatorConfig, calibrate, fold_updates, quantize_plugin, shrink_plugin
 from peft_variator.cli.shrink import in_half_precision
+from peft_variator.offloading import is_offloading
+from peft_variator.tuners.variator import layer as layer_module
 from peft_variator.tuners.variator.layer import plugin_layers
 from peft_variator.tuners.variator.linear_maps import BLOCK, RoundedRows
 from tests.tiny_models import BY_NAME, Case, by_name
@@ -210,7 +215,7 @@ def test_over_a_quantised_base(tmp_path: Path) -> None:
 def test_what_can_t_be_shrunk_is_left_as_it_was(tmp_path: Path) -> None:
     case = BY_NAME["bert"]
     model = trained(case)
-    for bits in (0, 2, 16, True, "4", None, 4.5):
+    for bits in (0, 2, 16, True, "4", None, 4.5, 4.0):
         with pytest.raises(ValueError, match=r"bits=.* has to be 4 or 8"):
             shrink_plugin(model, bits)
         with pytest.raises((ValueError, TypeError), match="correction_bits"):
@@ -369,3 +374,60 @@ def test_another_base_than_its_own_warns(tmp_path: Path) -> None:
         warnings.filterwarnings("error", message=".*was shrunk beside other weights")
         for dtype in (torch.float32, torch.bfloat16):
             PeftModel.from_pretrained(case.build().to(dtype), str(tmp_path))
+
+
+def test_a_call_without_gradients_leaves_it_trainable() -> None:
+    case = BY_NAME["bert"]
+    model = trained(case)
+    shrink_plugin(model)
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter.mul_(1.0)  # so that it is read again
+    with torch.inference_mode():
+        model(**case.inputs(2, 12))
+    outputs = next(iter(model.train()(**case.inputs(2, 12)).values()))
+    outputs.square().mean().backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fields", READING, ids=["shrunk", "rank"])
+def test_nothing_is_read_again_while_it_trains(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["bert"]
+    model = trained(case, **fields)
+    if not fields:
+        shrink_plugin(model)
+    first(model, case.inputs(2, 12))
+    reads: list[Any] = []
+    monkeypatch.setattr(layer_module, "read_rows", lambda *arguments: reads.append(arguments))
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(2):
+        next(iter(model.train()(**case.inputs(2, 12)).values())).square().mean().backward()
+        optimizer.step()
+    assert not reads
+
+
+@pytest.mark.parametrize("fields", READING, ids=["shrunk", "rank"])
+def test_weights_that_are_offloaded_later_are_not_kept(fields: dict[str, Any]) -> None:
+    case = BY_NAME["llama"]
+    model = trained(case, **fields | {"compensation_rank": None})
+    if not fields:
+        shrink_plugin(model)
+    first(model, case.inputs(2, 12))
+    maps = [layer.base_layer.gate_proj for layer in plugin_layers(model)]
+    weights = [weakref.ref(module.weight) for module in maps]
+    for module in maps:
+        cpu_offload(module, torch.device("cpu"))
+    gc.collect()
+    assert all(is_offloading(module) for module in maps)
+    assert all(weight() is None for weight in weights)
+
+
+def test_an_adapter_that_multiplies_cannot_be_taken_off() -> None:
+    case = BY_NAME["llama"]
+    base = case.build()
+    base.add_adapter(OFTConfig(oft_block_size=4, target_modules=["gate_proj"]), "task")
+    for module in base.modules():
+        if isinstance(module, OFTLayer):
+            module.merge()
+    with pytest.raises(ValueError, match="can't tell what it has added. Unmerge it first"):
+        get_peft_model(base, VariatorConfig(**FIELDS, correction_rank=2), adapter_name="plugin")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter_state import ExactlyLoadedLayer
+from ...offloading import is_offloading
 from .config import VariatorConfig
 from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression, NeuronsDecompression
 from .forward_context import PluginRatios, runs_single_blocks
 from .linear_maps import FloatLinear, RoundedRows
 from .merging import Groups, SharedGroups
-from .network import Network, Stamp, find_network, stamp
+from .network import Network, Stamp, are_same, find_network, stamp, stamps_of
 from .neurons import NeuronIndex, read_rows
 from .outliers import OutlierProbe
 from .scoring import SCORINGS, Scoring
@@ -27,6 +29,7 @@ __all__ = ["FeedForwardEnd", "PluginModule", "PluginStack", "VariatorLayer", "pl
 
 Place = tuple[nn.Module, str, nn.Module]
 """A module that holds another one, under which name, and that other one."""
+WeakPlace = tuple[nn.Module, str, weakref.ref[nn.Module]]
 
 
 class PluginStack(Protocol):
@@ -203,7 +206,7 @@ class VariatorLayer(PluginModule):
         self.observer: Callable[[VariatorLayer, Tensor, Groups, str], None] | None = None
         """Sees hidden states and groups in place of the plugin, which then runs the base model's network."""
         self._plain: tuple[Network, list[Place]] | None = None
-        self._read: dict[str, tuple[list[Place], list[Stamp]]] = {}  # where plugins have read, and what was there
+        self._read: dict[str, tuple[list[WeakPlace], list[Stamp]]] = {}  # where plugins have read, and what was there
         self.observes_all = False
         """Whether the observer sees calls where nothing is merged here, too; outliers are then merged like others."""
         for part in self.adapter_layer_names:
@@ -484,7 +487,8 @@ class VariatorLayer(PluginModule):
                 "and can't be read here. "
                 "Load it onto a base that is in memory, and call the model once before it is compiled."
             )
-        read_rows(self.modules_of(plugin), network)
+        with torch.inference_mode(False), torch.no_grad():  # kept for calls that train, too
+            read_rows(self.modules_of(plugin), network)
         self.note_read(plugin, network)
         maps = self.modules_of(plugin).values()
         if not all(module.fits for module in maps if isinstance(module, RoundedRows)):
@@ -505,29 +509,33 @@ class VariatorLayer(PluginModule):
     def note_read(self, plugin: str, network: Network) -> None:
         """Note where a plugin has read, and what was there."""
         places = self._places_of(network)
-        self._read[plugin] = places, self._stamps(plugin, places)
+        weak = [(holder, name, weakref.ref(module)) for holder, name, module in places]
+        self._read[plugin] = weak, self._stamps(plugin, [module for _, _, module in places])
 
-    def _stamps(self, plugin: str, places: list[Place]) -> list[Stamp]:
+    def _stamps(self, plugin: str, maps: list[nn.Module]) -> list[Stamp]:
         """Of what a plugin reads of the base model, and of what it adds to that and sums once."""
         rounded = [module for module in self.modules_of(plugin).values() if isinstance(module, RoundedRows)]
-        return [each for module in (*(module for _, _, module in places), *rounded) for each in stamp(module)]
+        own = [stamp(tensor) for module in rounded for tensor in (module.difference, module.scales)]
+        return [each for module in maps for each in stamps_of(module)] + own
 
     def _was_written(self, plugin: str) -> bool:
         """Whether what was read has been written to or replaced since, other than by a loaded state, and can be read.
 
         Not looked at in code that is compiled, which is for the weights that there were, nor in processes of a group,
-        where FSDP puts weights together for every call.
+        where FSDP puts weights together for every call, as Accelerate brings those in that are offloaded.
         """
         distributed = torch.distributed
         if torch.compiler.is_compiling() or (distributed.is_available() and distributed.is_initialized()):
             return False
         known = self._read.get(plugin)
-        if known is not None and _are_there(known[0]):
-            now = self._stamps(plugin, known[0])
-            if len(now) == len(known[1]) and all(
-                a is b and n == m for (a, n), (b, m) in zip(now, known[1], strict=True)
-            ):
+        if known is not None:
+            maps = [module for at, name, module in known[0] if getattr(at, name) is module()]
+            found = [each for each in (module() for _, _, module in known[0]) if each is not None]
+            if len(maps) == len(known[0]) and are_same(self._stamps(plugin, found), known[1]):
                 return False
+        around = [] if self.around is None else [self.around[0]]
+        if any(map(is_offloading, (self, self.base_layer, *around))):
+            return False
         network = self.network()
         if network is None or not network.is_readable:
             return False  # offloaded, say: what was read stays

@@ -5,6 +5,7 @@ y = Σ_j v_j·a_j(x) + b with a_j(x) = act(w_j·x + c_j), or act(w_j·x + c_j)·
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,11 +20,25 @@ from transformers.pytorch_utils import Conv1D
 from ...compat import is_quantized_tensor
 
 
-__all__ = ["Network", "Stamp", "bias_of", "features_of", "find_network", "is_map", "stamp", "unwrapped", "weight_of"]
+__all__ = [
+    "Network",
+    "Stamp",
+    "are_same",
+    "bias_of",
+    "features_of",
+    "find_network",
+    "is_map",
+    "stamp",
+    "stamps_of",
+    "unwrapped",
+    "weight_of",
+]
 
-Stamp = tuple[object, int]
+Stamp = tuple[weakref.ref[Any], int]
 """A tensor (or a module without any) and how often it was written to: another one, where it may have other numbers."""
 
+# Layers of PEFT's, and of the other method here, that add to a weight; others multiply it.
+_ADDITIVE = ("LoraLayer", "LoHaLayer", "LoKrLayer", "SparseLoraLayer")
 _ACTIVATIONS = ("act", "act_fn", "activation", "activation_fn", "gelu_impl", "intermediate_act_fn")
 
 
@@ -185,14 +200,18 @@ def weight_of(module: nn.Module, dequantize: bool = True, merged: bool = True) -
     assert isinstance(weight, Tensor)  # `is_readable` says so
     while not merged and isinstance(module, BaseTunerLayer):  # of several methods, one around the other
         for name in module.merged_adapters:
-            weight = weight.detach() - _merged_delta(module, name).to(weight)
+            delta = _merged_delta(module, name)
+            weight = weight if delta is None else weight.detach() - delta.to(weight)
         module = cast(Any, module).base_layer
     return weight.detach().t() if isinstance(inner, Conv1D) else weight.detach()
 
 
-def _merged_delta(module: Any, name: str) -> Tensor:
-    """What an adapter has added to the weight of a map, in the weight's own shape."""
-    if not hasattr(module, "get_delta_weight") or name in getattr(module, "lora_variant", ()):
+def _merged_delta(module: Any, name: str) -> Tensor | None:
+    """What an adapter has added to the weight of a map, in the weight's own shape; `None`: it was deleted since."""
+    if name not in module._get_available_adapters():
+        return None  # it is part of the base now
+    adds = any(kind.__name__ in _ADDITIVE for kind in type(module).__mro__)
+    if not adds or name in getattr(module, "lora_variant", ()):
         raise ValueError(
             f"The adapter {name!r} is merged into a weight that a Variator plugin reads without adapters, and a "
             f"{type(module).__name__} can't tell what it has added. Unmerge it first, or use a plugin with whole "
@@ -215,11 +234,22 @@ def unwrapped(module: nn.Module) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def stamp(module: nn.Module) -> list[Stamp]:
+def stamps_of(module: nn.Module) -> list[Stamp]:
     """Of all that a map (or PEFT's wrapper of one) holds itself; writing through `.data` leaves no trace."""
     inner = unwrapped(module)
     tensors = [each for each in (*inner._parameters.values(), *inner._buffers.values()) if each is not None]
-    return [(each, 0 if each.is_inference() else each._version) for each in tensors] or [(inner, 0)]
+    return [stamp(each) for each in tensors] or [(weakref.ref(inner), 0)]
+
+
+def are_same(stamps: list[Stamp], others: list[Stamp]) -> bool:
+    """Whether stamps are of the same tensors, and none was written to between."""
+    pairs = zip(stamps, others, strict=False)
+    return len(stamps) == len(others) and all(a() is not None and a() is b() and n == m for (a, n), (b, m) in pairs)
+
+
+def stamp(tensor: Tensor) -> Stamp:
+    """Of one tensor, which it does not keep in memory."""
+    return weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _rows(module: nn.Module, index: Tensor, merged: bool) -> tuple[Tensor, Tensor]:

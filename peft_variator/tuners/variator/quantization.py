@@ -90,7 +90,7 @@ def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = No
         ValueError: the model has no such plugin, or one without whole copies (a bottleneck, a low-rank update, one
             that was shrunk or quantised), or the base model's weights can't be read. Nothing has been changed.
     """
-    if bits not in CORRECTION_BITS:
+    if not isinstance(bits, int) or bits not in CORRECTION_BITS:
         raise ValueError(f"bits={bits!r} has to be 4 or 8.")
     chosen = layers_of(model, adapter_name)
     made = [part for layer, name in chosen for part in _round_copies(layer, name, bits)]
