@@ -259,22 +259,17 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         OSError: no folder can be made there.
     """
     os.makedirs(folder, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"Another run is writing to {str(folder)!r}. Wait for its end, or name another output."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        lock = _lock(Path(folder))
+    except BlockingIOError as error:
+        raise FileExistsError(
+            f"Another run is writing to {str(folder)!r}. Wait for its end, or name another output."
+        ) from error
+    try:
         yield
     finally:
-        os.close(descriptor)
+        if lock is not None:
+            os.close(lock)
 
 
 def cache_folder() -> Path:
@@ -356,21 +351,28 @@ def _remove_leftovers(target: Path) -> None:
         for folder in target.parent.iterdir():
             found = name.fullmatch(folder.name)
             if found and (found[1] or time.time() - folder.stat().st_mtime > _SURELY_LOCKED_SECONDS):
-                lock = _lock(folder)
-                if lock is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.close(lock)
+                with suppress(BlockingIOError):  # one that is being written
+                    lock = _lock(folder)
+                    if lock is not None:
+                        shutil.rmtree(folder, ignore_errors=True)
+                        os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold a folder until the file descriptor is closed or the process ends; `None`: another holds it, or none can."""
+    """Hold a folder until the file descriptor is closed or the process ends; `None`: there are no locks here.
+
+    Raises:
+        BlockingIOError: another holds it.
+    """
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return descriptor
 

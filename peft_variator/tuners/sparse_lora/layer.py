@@ -214,7 +214,7 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
 
     def _update(self, adapter_names: Sequence[str]) -> Tensor:
         """Σ s·B·A, (out, in), in float32 or better."""
-        return sum_updates(*self._factors(adapter_names), dtype=self._base_tensors()[0].dtype)
+        return sum_updates(*self._factors(adapter_names), dtype=self.base_dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """(s·B·A) ⊙ M of one adapter, (out_features, in_features), in float32 or better."""
@@ -337,8 +337,7 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
         if self.sparse_low_rank_merged_mask is None:
             return weight
         kept = unpack_mask(self.sparse_low_rank_merged_mask, self.in_features)
-        a, b, _ = self._factors(self.merged_adapters)
-        return merge_update(weight, -sum_updates(a, b, self._merged_scaling, weight.dtype), kept)
+        return merge_update(weight, -self._merged_update(self.merged_adapters), kept)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -362,6 +361,11 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
         self.layout.write(self.get_base_layer(), merged)
         self.merged_adapters, self._merged_scaling = names, self._scaling_of(names)
 
+    def _merged_update(self, names: list[str]) -> Tensor:
+        """Σ s·B·A of adapters as they are merged, (out, in), in float32 or better."""
+        a, b, _ = self._factors(names)
+        return sum_updates(a, b, self._scaling_of(names), self.base_dtype)
+
     def _scaling_of(self, names: list[str]) -> list[float]:
         """s of adapters as they are merged; of those that are, which come first, as it was then."""
         return self._merged_scaling + [self.scaling[name] for name in names[len(self._merged_scaling) :]]
@@ -381,8 +385,7 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
     def _merged(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor, Tensor]:
         """W, M and (W + Σ s·B·A) ⊙ M of these adapters, (out, in) each."""
         weight, kept = self._original_weight(), self._kept(names)
-        a, b, _ = self._factors(names)
-        update = sum_updates(a, b, self._scaling_of(names), weight.dtype)
+        update = self._merged_update(names)
         merged = merge_update(weight, update, kept)
         if safe_merge and not (update.isfinite().all() and merged.isfinite().all()):
             raise ValueError(

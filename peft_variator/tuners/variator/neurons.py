@@ -156,17 +156,15 @@ def copy_neurons(modules: Modules, network: Network, index: Tensor) -> None:
     with torch.no_grad():
         neurons.index.copy_(index)
         neurons.forget()
-        rows = weights_of(network, index, merged=False) if any(map(_is_updated, modules.values())) else {}
         for part, (weight, bias) in weights_of(network, index).items():
             module = modules[part]
             if isinstance(module, UpdatedRows):
-                module.set_rows(rows[part][0])
                 module.B.zero_()
             else:
                 module.get_parameter("weight").copy_(weight)
             if bias is not None:
                 module.get_parameter("bias").copy_(bias)
-    neurons.read_for = neurons.index
+        read_rows(modules, network)
 
 
 def has_left_its_start(modules: Modules, network: Network) -> bool:
@@ -186,22 +184,18 @@ def has_left_its_start(modules: Modules, network: Network) -> bool:
 
 
 def read_rows(modules: Modules, network: Network) -> None:
-    """Read the base model's rows anew, for copies of which only an update is kept.
+    """Read the base model's rows anew, for copies of which only an update or a difference is kept.
 
     Args:
         modules: what `create_copies` made.
         network: the base model's network.
     """
     neurons = _index_of(modules)
-    for part, (weight, _) in weights_of(network, neurons.index, merged=False).items():
-        module = modules[part]
-        if isinstance(module, RowsOfBase):
-            module.set_rows(weight)
+    added = {part: module for part, module in modules.items() if isinstance(module, RowsOfBase)}
+    weights = weights_of(network, neurons.index, merged=False) if added else {}
+    for part, module in added.items():
+        module.set_rows(weights[part][0])
     neurons.read_for = neurons.index
-
-
-def _is_updated(module: nn.Module) -> bool:
-    return isinstance(module, UpdatedRows)
 
 
 def _index_of(modules: Modules) -> NeuronIndex:

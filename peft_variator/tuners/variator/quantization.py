@@ -98,13 +98,10 @@ def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = No
         raise ValueError("shrink_plugin: the plugin copies no neurons (decompression='neurons'), so none are rounded.")
     for layer, part, name, module in made:
         getattr(layer, part)[name] = module
-    for layer, name in chosen:
-        neurons, network = layer.modules_of(name).get("variator_neurons"), layer.network()
-        if isinstance(neurons, NeuronIndex) and network is not None:
-            neurons.read_for = neurons.index
-            layer.note_read(name, network)
     for name in dict.fromkeys(name for _, name in chosen):
         _set_config(model, [layer for layer, each in chosen if each == name], name, bits)
+    for layer, name in chosen:
+        layer.read_base(name, again=True)  # which notes what was read
 
 
 def _set_config(model: nn.Module, layers: Sequence[VariatorLayer], name: str, bits: int) -> None:
