@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -199,16 +200,16 @@ class Block(Part):
     start: int
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def length(self) -> int:
         return int(torch.Size(self.shape).numel())
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of tokens in one group."""
         return int(torch.Size(self.shape[1::2]).numel())
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Number of groups in one sequence."""
         return int(torch.Size(self.shape[::2]).numel())
@@ -244,6 +245,17 @@ class Block(Part):
     def _grid(self) -> list[int]:
         """The shape with one member in place of all."""
         return [count for extent in self.shape[::2] for count in (extent, 1)]
+
+
+def _is_one_short_product(tokens: Tensor) -> bool:
+    """Whether one product of matrices merges faster than a sum member by member does.
+
+    It is one call in place of two a member, which is what counts for a single text; the strides of several sequences
+    would have it copy them first, and in half precision such small products have no fast path on every processor.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which would hold on to the batch's size
+        return False
+    return tokens.shape[0] == 1 and tokens.dtype == torch.float32
 
 
 @dataclass
@@ -313,8 +325,11 @@ class SharedGroups(Groups):
     def _merge_block(block: Block, tokens: Tensor, member_scores: MemberScores) -> Tensor:
         if block.size == 1:
             return tokens[:, block.start : block.start + block.length]
-        members = block.members(tokens)
-        weights = member_scores(block).float().softmax(dim=-1).to(tokens.dtype).unsqueeze(-2).unbind(-1)
+        shares = member_scores(block).float().softmax(dim=-1).to(tokens.dtype)
+        if _is_one_short_product(tokens) and len(block.shape) == 2:
+            in_groups = tokens[:, block.start : block.start + block.length].unflatten(1, block.shape)
+            return torch.matmul(shares.unsqueeze(-2), in_groups).squeeze(-2)
+        members, weights = block.members(tokens), shares.unsqueeze(-2).unbind(-1)
         merged = members[0] * weights[0]
         for member, weight in zip(members[1:], weights[1:], strict=True):
             merged = torch.addcmul(merged, member, weight)
