@@ -1,7 +1,9 @@
-"""Begin a run with the plugin of another run in networks more: what was trained stays, what is new is fitted.
+"""Begin a run with the plugin of another one: in networks more, which are fitted, or with copies trained in full.
 
 python examples/real_models/widen.py --data DATA --cache CACHE --model all-mpnet-base-v2 --run RUN --output START \
   --plugin '{"layers_to_transform": null, "correction_pattern": {"layer.0.intermediate": 1280}}'
+python examples/real_models/widen.py --data DATA --cache CACHE --model SmolLM2-135M-Instruct --run RUN --output START \
+  --plugin '{"correction_rank": null}'
 """
 
 from __future__ import annotations
@@ -13,14 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from recipes import RECIPES, make_dataset, plugin_config
-from safetensors.torch import load_file
+from torch import Tensor
 from train import collator
 from weights import WEIGHTS, Loaded, load
 
 from peft_variator import VariatorConfig, calibrate, fit_correction
 from peft_variator.files import write_text
+from peft_variator.profiling import share_weights
+from peft_variator.tuners.variator.linear_maps import RowsOfBase
 
 
 __all__ = ["widen"]
@@ -45,11 +49,12 @@ def widen(
         ValueError: if a network that was trained has another width now.
     """
     config = VariatorConfig.from_pretrained(str(run / "plugin"))
-    trained = load_file(run / "plugin" / "adapter_model.safetensors")
     ratios = json.loads((run / "run.json").read_text())["recipe"]["ratios"]
     before = {key: getattr(config, key) for key in KEPT}
     pattern = before["correction_pattern"] | fields.pop("correction_pattern", {})
+    old = PeftModel.from_pretrained(share_weights(base.model), str(run / "plugin"))
     model = get_peft_model(base.model, plugin_config(name, base, **before | fields | {"correction_pattern": pattern}))
+    trained = in_full(old) if model.peft_config["default"].correction_rank is None else get_peft_model_state_dict(old)
     texts = make_dataset(name, base, data, examples, seed)
     collate, size = collator(WEIGHTS[name].kind, base), RECIPES[name].batch_size
     batches = [collate([texts[i] for i in range(at, min(at + size, examples))]) for at in range(0, examples, size)]
@@ -62,12 +67,25 @@ def widen(
     model.save_pretrained(str(output / "plugin"))
 
 
+def in_full(model: PeftModel) -> dict[str, Tensor]:
+    """The state of a plugin whose copies are whole, though they were stored as updates of the base's rows."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(model)
+    for path, module in model.named_modules():
+        if isinstance(module, RowsOfBase):
+            name = path.removesuffix(".default")
+            bias = {} if module.bias is None else {f"{name}.bias": module.bias.detach()}
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")} | bias
+            state[f"{name}.weight"] = module.weight.detach()
+    return state
+
+
 #: What a plugin keeps of the one that it goes on with, unless it is told otherwise.
 KEPT = (
     "decompression",
     "correction_dim",
     "correction_pattern",
     "compression_ratio",
+    "correction_rank",
     "compensation_rank",
     "layers_to_transform",
 )
