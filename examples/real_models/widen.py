@@ -55,11 +55,12 @@ def widen(
     old = PeftModel.from_pretrained(share_weights(base.model), str(run / "plugin"))
     model = get_peft_model(base.model, plugin_config(name, base, **before | fields | {"correction_pattern": pattern}))
     trained = in_full(old) if model.peft_config["default"].correction_rank is None else get_peft_model_state_dict(old)
-    texts = make_dataset(name, base, data, examples, seed)
-    collate, size = collator(WEIGHTS[name].kind, base), RECIPES[name].batch_size
-    batches = [collate([texts[i] for i in range(at, min(at + size, examples))]) for at in range(0, examples, size)]
-    calibrate(model, batches, ratios)
-    fit_correction(model, batches, ratios)
+    if get_peft_model_state_dict(model).keys() - trained.keys():
+        texts = make_dataset(name, base, data, examples, seed)
+        collate, size = collator(WEIGHTS[name].kind, base), RECIPES[name].batch_size
+        batches = [collate([texts[i] for i in range(at, min(at + size, examples))]) for at in range(0, examples, size)]
+        calibrate(model, batches, ratios)
+        fit_correction(model, batches, ratios)
     state = get_peft_model_state_dict(model)
     if changed := [key for key, value in trained.items() if key not in state or state[key].shape != value.shape]:
         raise ValueError(f"{changed[0]} of {run / 'plugin'} does not fit; leave the trained networks as they are.")
