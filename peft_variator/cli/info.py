@@ -169,6 +169,7 @@ SETTINGS = {
         "correction_rank",
         "correction_bits",
         "compensation_rank",
+        "compensation_bits",
         "output_bias",
         "keep_first_tokens",
         "keep_last_tokens",
@@ -237,8 +238,9 @@ def _count_parameters(weights: Mapping[str, TensorInfo], bits: int | None) -> in
     if bits not in CORRECTION_BITS:
         return sum(map(_count, filter(_is_floating, weights.values())))
     rounded = sum(_count(tensor) for key, tensor in weights.items() if key.endswith(".difference"))
+    whole = sum(_count(tensor) for key, tensor in weights.items() if key.endswith(".numbers"))
     others = (t for key, t in weights.items() if not key.endswith((".scales", ".fingerprint")))
-    return rounded * 8 // bits + sum(map(_count, filter(_is_floating, others)))
+    return rounded * 8 // bits + whole + sum(map(_count, filter(_is_floating, others)))
 
 
 def _count_base(base: str, revision: str | None) -> int | None:

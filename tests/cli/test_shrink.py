@@ -22,7 +22,10 @@ invoke = partial(run_command, "shrink")
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.3), (8, 0.45)])
 def test_a_plugin_in_few_bits(bits: int, share: float, tmp_path: Path) -> None:
-    plugin, output = save_plugin(tmp_path, decompression="neurons", correction_dim=24), tmp_path / "small"
+    plugin, output = (
+        save_plugin(tmp_path, decompression="neurons", correction_dim=24, compensation_rank=2),
+        tmp_path / "small",
+    )
     before = (plugin / "adapter_model.safetensors").read_bytes()
     status, out, err = invoke(plugin, "--output", output, "--bits", bits, "--json", tmp_path / "report.json")
     assert status == 0, err
@@ -33,7 +36,7 @@ def test_a_plugin_in_few_bits(bits: int, share: float, tmp_path: Path) -> None:
     assert report["bytes_after"] == (output / "adapter_model.safetensors").stat().st_size
     kept = load_file(output / "adapter_model.safetensors")
     assert sum(value.nbytes for value in kept.values()) < share * report["bytes_before"]
-    assert {value.dtype for value in kept.values()} == {torch.uint8, torch.float16, torch.int32}
+    assert {value.dtype for value in kept.values()} == {torch.uint8, torch.int8, torch.float16, torch.int32}
     assert (plugin / "adapter_model.safetensors").read_bytes() == before
     ids = torch.arange(3, 27).view(2, 12)
     found = []
@@ -47,6 +50,7 @@ def test_a_plugin_in_few_bits(bits: int, share: float, tmp_path: Path) -> None:
     assert status == 0
     info = json.loads((tmp_path / "info.json").read_text())
     assert info["settings"]["correction_bits"] == bits
+    assert info["settings"]["compensation_bits"] == 8
     whole = tmp_path / "whole.json"
     assert run_command("info", plugin, "--json", whole)[0] == 0
     # But for what fills up the last block of each map.

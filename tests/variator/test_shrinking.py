@@ -25,8 +25,9 @@ from peft_variator import VariatorConfig, calibrate, fold_updates, quantize_plug
 from peft_variator.cli.shrink import in_half_precision
 from peft_variator.offloading import is_offloading
 from peft_variator.tuners.variator import layer as layer_module
+from peft_variator.tuners.variator.compensation import CompensatedLinear
 from peft_variator.tuners.variator.layer import plugin_layers
-from peft_variator.tuners.variator.linear_maps import BLOCK, RoundedRows
+from peft_variator.tuners.variator.linear_maps import BLOCK, RoundedFactor, RoundedRows
 from tests.tiny_models import BY_NAME, Case, by_name
 
 
@@ -145,6 +146,73 @@ def test_it_is_saved_small_and_loaded_every_way(case: Case, bits: int, tmp_path:
     with loaded.disable_adapter():
         plain = first(loaded, inputs)
     assert torch.equal(first(loaded, inputs), plain)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rank=st.integers(1, 9),
+    width=st.integers(1, 70),
+    is_up=st.booleans(),
+    size=st.sampled_from((0.0, 1e-9, 1e-4, 0.02, 3.0)),
+    seed=st.integers(0, 99),
+)
+def test_rounding_of_a_factor_against_the_plainest(rank: int, width: int, is_up: bool, size: float, seed: int) -> None:
+    weight = size * torch.randn(
+        (width, rank) if is_up else (rank, width), generator=torch.Generator().manual_seed(seed)
+    )
+    factor = RoundedFactor(weight.shape[1], weight.shape[0], is_up=is_up)
+    factor.set_weight(weight)
+    directions = weight.T.tolist() if is_up else weight.tolist()
+    found = []
+    for numbers in directions:
+        scale = float(torch.tensor(max(map(abs, numbers)) / 127).half())
+        found.append([min(max(round(x / scale), -127), 127) * scale if scale else 0.0 for x in numbers])
+    expected = torch.tensor(found).T if is_up else torch.tensor(found)
+    # Where a number lies half way between two steps, the quotient may be rounded either way.
+    step = torch.tensor([[max(map(abs, numbers)) / 127] for numbers in directions])
+    assert bool(((factor.weight - expected).abs() <= 1.01 * (step.T if is_up else step) + 1e-7).all())
+    assert ((factor.weight - expected).abs() > 1e-6 + 1e-3 * size / 127).float().mean() <= 0.02
+
+
+def test_compensation_is_rounded_with_the_copies(tmp_path: Path) -> None:
+    case = BY_NAME["llama"]
+    model, inputs = trained(case, correction_dim=1.0), case.inputs(2, 12)
+    around = [module for module in model.modules() if isinstance(module, CompensatedLinear)]
+    before = [module.factors("default") for module in around]
+    shrink_plugin(model, 8)
+    for module, factors in zip(around, before, strict=True):
+        for weight, was, dim in zip(module.factors("default"), factors, (1, 0), strict=True):
+            assert not torch.equal(weight, was)
+            assert bool(((weight - was).abs() <= 0.51 * was.abs().amax(dim, keepdim=True) / 127 + 1e-6).all())
+    expected = first(model, inputs)
+    model.save_pretrained(tmp_path)
+    kept = {key: value for key, value in load_file(tmp_path / "adapter_model.safetensors").items() if "compen" in key}
+    assert {key.rsplit(".", 1)[1] for key in kept} == {"numbers", "scales"}
+    assert all(value.dtype == torch.int8 for key, value in kept.items() if key.endswith("numbers"))
+    loaded = PeftModel.from_pretrained(case.build(), str(tmp_path), is_trainable=False).eval()
+    assert loaded.peft_config["default"].compensation_bits == 8
+    # What a call kept follows what is written later, and stays out of the way of a gradient.
+    with torch.inference_mode():
+        loaded(**inputs)
+        for module in loaded.modules():
+            if isinstance(module, RoundedFactor):
+                module.numbers.zero_()
+    assert not torch.equal(first(loaded, inputs), expected)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(first(loaded, inputs), expected)
+    next(iter(loaded.requires_grad_(True)(**inputs).values())).sum().backward()
+
+
+def test_a_plugin_without_compensation_has_none_rounded(tmp_path: Path) -> None:
+    case = BY_NAME["bert"]
+    model = trained(case, compensation_rank=None)
+    shrink_plugin(model)
+    assert model.peft_config["default"].compensation_bits is None
+    for fields, message in (({"compensation_bits": 4}, "has to be 8"), ({"compensation_rank": None}, "without comp")):
+        with pytest.raises(ValueError, match=message):
+            VariatorConfig(**FIELDS | {"compensation_bits": 8} | fields)
+    with pytest.raises(ValueError, match="shrink_plugin"):
+        get_peft_model(case.build(), VariatorConfig(**FIELDS, compensation_bits=8))
 
 
 def test_beside_a_plugin_that_is_whole(tmp_path: Path) -> None:

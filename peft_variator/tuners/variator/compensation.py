@@ -19,7 +19,7 @@ from ...field_types import check_memory
 from .architectures import Placement
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
-from .linear_maps import FloatLinear, SummedMap, apply_linear, as_linear
+from .linear_maps import FloatLinear, RoundedFactor, SummedMap, apply_linear, as_linear
 from .network import bias_of, features_of, is_map, weight_of
 
 
@@ -54,6 +54,16 @@ class CompensatedLinear(SummedMap, PluginModule):
         down, up = (getattr(self, part)[adapter_name].weight for part in self.adapter_layer_names)
         return down, up
 
+    @torch.no_grad()
+    def rounded(self, adapter_name: str) -> Iterator[tuple[str, RoundedFactor]]:
+        """A and B of a plugin in few bits, with the names of what they take the place of."""
+        for part, weight in zip(self.adapter_layer_names, self.factors(adapter_name), strict=True):
+            is_up = part == self.adapter_layer_names[1]
+            factor = RoundedFactor(weight.shape[1], weight.shape[0], is_up=is_up)
+            factor.to(weight.device).to(weight.dtype).train(self.training)
+            factor.set_weight(weight)
+            yield part, factor
+
     def summed(self, adapter_name: str) -> nn.Linear:
         """W + B·A of a plugin as a map in floating point, in float32 or better."""
         down, up = self.factors(adapter_name)
@@ -69,10 +79,16 @@ class CompensatedLinear(SummedMap, PluginModule):
         assert rank is not None  # `compensate` asks
         widths = (self.in_features, self.out_features)
         check_memory("compensation_rank", rank, rank * sum(widths), min(widths), self.network_name)
-        down = FloatLinear(self.in_features, rank, bias=False)
-        up = FloatLinear(rank, self.out_features, bias=False)
-        if config.init_weights:
-            nn.init.zeros_(up.weight)
+        down: nn.Module
+        up: nn.Module
+        if config.compensation_bits is not None:  # of a plugin that was shrunk, whose file has the numbers
+            down = RoundedFactor(self.in_features, rank, is_up=False)
+            up = RoundedFactor(rank, self.out_features, is_up=True)
+        else:
+            down = FloatLinear(self.in_features, rank, bias=False)
+            up = FloatLinear(rank, self.out_features, bias=False)
+            if config.init_weights:
+                nn.init.zeros_(up.weight)
         for part, module in zip(self.adapter_layer_names, (down, up), strict=True):
             getattr(self, part)[adapter_name] = module
         self.quantized.pop(adapter_name, None)
@@ -147,9 +163,17 @@ def compensate(model: nn.Module, placements: list[Placement], config: VariatorCo
         placements: where these are.
         config: the plugin's configuration; without a `compensation_rank` nothing is done.
         adapter_name: the plugin's name.
+
+    Raises:
+        ValueError: it is rounded, and the plugin is new.
     """
     if config.compensation_rank is None:
         return
+    if config.compensation_bits is not None and not config.was_saved:
+        raise ValueError(
+            f"compensation_bits={config.compensation_bits}: rounded updates are not trained, so a new plugin has "
+            "none. Leave it out, and call peft_variator.shrink_plugin(model, bits) once the plugin is trained."
+        )
     done: set[int] = set()
     networks = [name for placement in placements for name in placement.ends]
     for placement in placements:

@@ -24,6 +24,7 @@ MOST_KEPT = 2**16
 PATCH_GROUPINGS = ("window", "raster")
 CORRECTION_FORMS = ("added", "sliced")
 CORRECTION_BITS = (4, 8)
+COMPENSATION_BITS = 8
 _PARTS = r"(?:.*\.)?(?:{})(?:\..*)?$"  # groups without numbers: the pattern may refer to its own
 
 
@@ -214,6 +215,13 @@ class VariatorConfig(SavedConfig):
             "attention for all tokens, those of the network for the merged rows. `None`: there is none."
         },
     )
+    compensation_bits: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bits of each number of the compensation in a plugin that was shrunk: 8. Written by "
+            "`peft_variator.shrink_plugin`; `None`: they are whole."
+        },
+    )
     output_bias: bool = field(
         default=False,
         metadata={"help": "Whether the bottleneck adds a bias to what a merged token gets, as the paper's code does."},
@@ -363,6 +371,15 @@ class VariatorConfig(SavedConfig):
                     f"correction_bits={self.correction_bits} beside correction_rank={self.correction_rank}: an update "
                     "of low rank is small as it is. Leave one of them out."
                 )
+        if self.compensation_bits not in (None, COMPENSATION_BITS):
+            raise ValueError(
+                f"compensation_bits={shown(self.compensation_bits)} has to be {COMPENSATION_BITS}, or None."
+            )
+        if self.compensation_bits is not None and self.compensation_rank is None:
+            raise ValueError(
+                f"compensation_bits={self.compensation_bits} without compensation_rank: there is no compensation that "
+                "could have been rounded. Leave it out."
+            )
         share = self.keep_outliers
         if share is not None and (not isinstance(share, float) or not 0 < share < 1):
             raise ValueError(
@@ -441,7 +458,8 @@ class VariatorConfig(SavedConfig):
             trained="not recorded" if trained is None else ", ".join(map(str, trained)),
             scoring=self.scoring,
             decompression=f"{self.decompression}"
-            + ("" if self.correction_bits is None else f", its copies in {self.correction_bits} bits a number"),
+            + ("" if self.correction_bits is None else f", its copies in {self.correction_bits} bits a number")
+            + ("" if self.compensation_bits is None else f", its compensation in {self.compensation_bits}"),
             kept=f"the first {self.keep_first_tokens} and the last {self.keep_last_tokens} of a text"
             + (f", and {len(self.keep_token_ids)} special ones" if self.keep_token_ids else "")
             + (f", and {self.keep_outliers:.3g} of its tokens, by a probe" if self.keep_outliers else ""),

@@ -23,6 +23,7 @@ from .network import weight_of
 
 __all__ = [
     "FloatLinear",
+    "RoundedFactor",
     "RoundedRows",
     "RowsOfBase",
     "StraightThroughForward",
@@ -60,6 +61,48 @@ class FloatLinear(nn.Module):
     def extra_repr(self) -> str:
         """As of `nn.Linear`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class RoundedFactor(nn.Module):
+    """A or B of a low-rank update in 8 bits a number, with a scale for each of the r directions. Nothing trains it.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        is_up: whether it is B, shape `(out_features, r)`, with a direction a column; A, `(r, in_features)`, has rows.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, is_up: bool) -> None:
+        super().__init__()
+        self.is_up = is_up
+        self._decoded: tuple[Tensor, Tensor, list[int], Tensor] | None = None
+        self.register_buffer("numbers", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scales", torch.zeros((1, in_features) if is_up else (out_features, 1)))
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Keep a weight, shape `(out_features, in_features)`, rounded (absmax, in steps of one size)."""
+        # Divided by is what a file holds of the scale, in half precision maybe.
+        scales = (weight.float().abs().amax(int(not self.is_up), keepdim=True) / 127).half().float()
+        numbers = (weight.float() / torch.where(scales > 0, scales, 1)).round()
+        self.scales.copy_(scales)
+        self.numbers.copy_(numbers.clamp(-127, 127))
+
+    @property
+    def weight(self) -> Tensor:
+        """The numbers times their scales, made once for what is kept: a state may be loaded without a word to it."""
+        if torch.compiler.is_compiling():
+            return self.numbers.to(self.scales.dtype) * self.scales
+        numbers, scales = self.numbers, self.scales
+        versions = [0 if each.is_inference() else each._version for each in (numbers, scales)]
+        known = self._decoded
+        if known is None or known[0] is not numbers or known[1] is not scales or known[2] != versions:
+            with torch.inference_mode(False):  # what trains later may need it, too
+                self._decoded = known = numbers, scales, versions, numbers.to(scales.dtype) * scales
+        return known[3]
 
 
 class SummedMap(nn.Module):

@@ -29,7 +29,7 @@ from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
 from .layer import FeedForwardEnd, PluginModule, VariatorLayer, plugin_layers, read_base_behind
-from .linear_maps import RoundedRows
+from .linear_maps import RoundedFactor, RoundedRows
 from .outliers import OutlierProbe
 from .quantization import float_state, quantized_parts
 from .ratios import compression_ratio_of, set_compression_ratio, using_ratio
@@ -113,10 +113,11 @@ class VariatorModel(TidyTuner):
             self._warn_about_patterns(config, list(self._placements))
             self._warn_about_decompression(config, adapter_name)
             if config.correction_bits is not None and not config.inference_mode:
+                compensation = "" if config.compensation_bits is None else ", and its compensation,"
                 warnings.warn(
-                    f"correction_bits={config.correction_bits}: the neurons that {adapter_name!r} copies are rounded "
-                    "and will not be trained, only what is beside them. To train it on, load the plugin that it was "
-                    "made from.",
+                    f"correction_bits={config.correction_bits}: the neurons that {adapter_name!r} copies"
+                    f"{compensation} are rounded and will not be trained, only what is beside them. To train it on, "
+                    "load the plugin that it was made from.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -285,7 +286,7 @@ class VariatorModel(TidyTuner):
             containers = [getattr(layer, name) for name in layer.adapter_layer_names]
             for module in (each[adapter_name] for each in containers if adapter_name in each):
                 # What nothing trains is no parameter: a probe's weight, and what is rounded.
-                untrained = module.buffers() if isinstance(module, OutlierProbe | RoundedRows) else ()
+                untrained = module.buffers() if isinstance(module, OutlierProbe | RoundedRows | RoundedFactor) else ()
                 for tensor in (each for each in chain(module.parameters(), untrained) if not each.is_meta):
                     if autocast_adapter_dtype and tensor.dtype in halves:
                         tensor.data = tensor.data.float()

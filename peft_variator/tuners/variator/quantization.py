@@ -19,7 +19,7 @@ from torch.ao.quantization.qconfig import (
 )
 
 from .compensation import CompensatedLinear
-from .config import CORRECTION_BITS
+from .config import COMPENSATION_BITS, CORRECTION_BITS
 from .layer import VariatorLayer
 from .linear_maps import RoundedRows, RowsOfBase, as_linear, is_quantized_map, is_torch_quantized
 from .network import bias_of, unwrapped, weight_of
@@ -75,11 +75,12 @@ def quantize_plugin(
 
 @torch.no_grad()
 def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = None) -> None:
-    """Round the neurons that a trained plugin copies, in place, so that its file is small.
+    """Round the neurons that a trained plugin copies, and its compensation, in place, so that its file is small.
 
     What is kept of a copy is its difference from the base model's neuron in `bits` bits a number, and one scale for 64
-    of them; see [`RoundedRows`]. The plugin is loaded onto the same base, whose rows are read again then. It runs as
-    fast as before, and its copies are not trained on.
+    of them; see [`RoundedRows`]. The updates of `compensation_rank` have 8 bits; see [`RoundedFactor`]. The plugin is
+    loaded onto the same base, whose rows are read again then. It runs as fast as before, and what is rounded is not
+    trained on.
 
     Args:
         model: a model with a plugin with `decompression="neurons"`, whose copies are whole.
@@ -96,8 +97,19 @@ def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = No
     made = [part for layer, name in chosen for part in _round_copies(layer, name, bits)]
     if not made:
         raise ValueError("shrink_plugin: the plugin copies no neurons (decompression='neurons'), so none are rounded.")
+    names = {name for _, name in chosen}
+    compensated = [module for module in model.modules() if isinstance(module, CompensatedLinear)]
+    factors = [
+        (module, name, *each)
+        for module in compensated
+        for name in names & module.adapters()
+        for each in module.rounded(name)
+    ]
     for layer, part, name, module in made:
         getattr(layer, part)[name] = module
+    for around, name, part, factor in factors:
+        getattr(around, part)[name] = factor
+        around.quantized.pop(name, None)
     for name in dict.fromkeys(name for _, name in chosen):
         _set_config(model, [layer for layer, each in chosen if each == name], name, bits)
     for layer, name in chosen:
@@ -109,6 +121,7 @@ def _set_config(model: nn.Module, layers: Sequence[VariatorLayer], name: str, bi
     before = layers[0].configs[name]
     config = copy.copy(before)
     config.correction_bits = bits
+    config.compensation_bits = None if config.compensation_rank is None else COMPENSATION_BITS
     for layer in layers:
         layer.configs[name] = config
     for module in model.modules():
