@@ -170,6 +170,11 @@ def runs_before(run: dict[str, Any]) -> list[dict[str, Any]]:
     return [] if before is None else [*runs_before(before), before]
 
 
+def commands_of(before: dict[str, Any]) -> list[str]:
+    """Commands of a run that another one went on from: what trained it, and what widened it, if anything did."""
+    return [before["command"], *([before["widened"]["command"]] if "widened" in before else [])]
+
+
 def told_of_bits(run: dict[str, Any]) -> str:
     """What a run's copied neurons were shrunk to, in words; empty where they are whole."""
     return f"stored in {run['shrunk']['bits']} bits a number" if "shrunk" in run else ""
@@ -341,7 +346,7 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
     if in_int8(run):
         told += "Base and plugin are in int8 here; what they are held against is the base in float32. "
     before = runs_before(run)
-    commands = [each["command"] for each in before] + [run["command"]]
+    commands = [command for each in before for command in commands_of(each)] + [run["command"]]
     commands += [run["shrunk"]["command"]] if "shrunk" in run else []
     stored = f", {told_of_bits(run)} where they are copied neurons" if "shrunk" in run else ""
     steps = "".join(f"{each['steps']} and then " for each in before)

@@ -12,7 +12,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from frontier import RESULTS, in_int8, measured_values, model_of, quality_table, runs_before, speed_table, told_of_bits
+from frontier import (
+    RESULTS,
+    commands_of,
+    in_int8,
+    measured_values,
+    model_of,
+    quality_table,
+    runs_before,
+    speed_table,
+    told_of_bits,
+)
 from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
@@ -123,7 +133,10 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
         f"- Weights: {weights.attribution}. SHA-256 of their file: `{run['weights_sha256']}`.",
         f"- Trained for k = {', '.join(map(str, ratios))} by distillation from the base without "
         f"plugin: {recipe['steps']} steps of {recipe['batch_size']} {unit}, one seed, on {trained_on}.",
-        *(f"- Begun with {each['steps']} steps by `{each['command']}`" for each in runs_before(run)),
+        *(
+            f"- Begun with {each['steps']} steps by `{'`, then `'.join(commands_of(each))}`"
+            for each in runs_before(run)
+        ),
         f"- Command: `{run['command']}`",
         *(
             [f"- Its copied neurons are {told}, by `{run['shrunk']['command']}`."]

@@ -51,7 +51,7 @@ def widen(
     config = VariatorConfig.from_pretrained(str(run / "plugin"))
     ratios = json.loads((run / "run.json").read_text())["recipe"]["ratios"]
     before = {key: getattr(config, key) for key in KEPT}
-    pattern = before["correction_pattern"] | fields.pop("correction_pattern", {})
+    pattern = before["correction_pattern"] | fields.get("correction_pattern", {})
     old = PeftModel.from_pretrained(share_weights(base.model), str(run / "plugin"))
     model = get_peft_model(base.model, plugin_config(name, base, **before | fields | {"correction_pattern": pattern}))
     trained = in_full(old) if model.peft_config["default"].correction_rank is None else get_peft_model_state_dict(old)

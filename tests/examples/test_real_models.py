@@ -263,6 +263,40 @@ def test_a_shrunk_run_is_shipped_like_any_other(scripts, tmp_path):
         torch.testing.assert_close(found(ids)[0], plugin(ids)[0], rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("fields", [{"layers_to_transform": None}, {"correction_rank": None}], ids=["layers", "full"])
+def test_a_run_begins_with_the_plugin_of_another_one(scripts, tmp_path, monkeypatch, fields):
+    """What was trained stays, the networks that are new are fitted, and where none is new nothing changes."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+    base = BertModel(BertConfig(hidden_size=32, **shape)).eval()
+    config = {"correction_dim": 24, "correction_rank": 2, "compensation_rank": 2, "layers_to_transform": [1]}
+    old = get_peft_model(copy.deepcopy(base), VariatorConfig(**config, decompression="neurons", init_weights=False))
+    old.save_pretrained(tmp_path / "run" / "plugin")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": {"ratios": [4]}}))
+    widen, texts = scripts("widen"), [{"input_ids": torch.randint(5, 99, (24,)).tolist()} for _ in range(32)]
+    monkeypatch.setattr(widen, "make_dataset", lambda *_: texts)
+    loaded = scripts("weights").Loaded(copy.deepcopy(base), word_tokenizer(numbered_words(80), pad_token="w0"))
+    widen.widen("all-MiniLM-L6-v2", loaded, tmp_path, tmp_path / "run", tmp_path / "start", fields, 32, 0)
+    new = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "start" / "plugin")).eval()
+    ids = torch.randint(5, 99, (2, 16))
+    states = [PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "run" / "plugin")).eval(), new]
+    for model in states:
+        model.set_compression_ratio(4)
+    with torch.no_grad():
+        before, after = (model(ids)[0] for model in states)
+    if "correction_rank" in fields:
+        torch.testing.assert_close(after, before)
+        assert not any(".A" in name for name, _ in new.named_parameters() if "neuron" in name)
+        with pytest.raises(ValueError, match="leave the trained networks as they are"):
+            widen.widen(
+                "all-MiniLM-L6-v2", loaded, tmp_path, tmp_path / "run", tmp_path, {"correction_dim": 16}, 32, 0
+            )
+        return
+    assert not torch.allclose(after, before)
+    kept, found = (dict(model.named_parameters()) for model in states)
+    assert all(torch.equal(found[name], value) for name, value in kept.items() if "variator" in name)
+    assert any("layer.0" in name and "variator" in name for name in found)
+
+
 SHIPPED = sorted(folder.parent for folder in (EXAMPLE.parent / "plugins").glob("*/adapter_config.json"))
 
 
