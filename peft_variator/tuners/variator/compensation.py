@@ -130,7 +130,7 @@ class CompensatedLinear(SummedMap, PluginModule):
         """Name, A and B of the plugin that merges in the call under way; `None`: none does, or it has no update."""
         call = None if self.stack is None else self.stack.current_groups()
         choice = None if call is None else call.choices.get(self.network_name)
-        if choice is None or choice[0] not in self.adapters():
+        if choice is None or choice[0] not in getattr(self, self.adapter_layer_names[0]):
             return None
         return choice[0], *self.factors(choice[0])
 
@@ -141,12 +141,13 @@ class CompensatedLinear(SummedMap, PluginModule):
         `.data`, as PEFT does it when it merges: that leaves no trace in the weight's version.
         """
         inputs = tensors[0]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(inputs.device.type):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        few = self.in_features * self.out_features // (self.in_features + self.out_features)
+        if inputs.numel() // self.in_features <= few or torch.is_autocast_enabled(inputs.device.type):
             return False
         # In half precision the sum would round the update away.
-        all_single = all(tensor.dtype == torch.float32 for tensor in tensors)
-        few = self.in_features * self.out_features // (self.in_features + self.out_features)
-        return all_single and inputs.numel() // self.in_features > few
+        return all(tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def _forget_sums(module: nn.Module, _: object) -> None:
