@@ -140,14 +140,15 @@ def _describe_adapter(files: ModelFiles) -> AdapterInfo:
     base = config.get("base_model_name_or_path") or None
     base_parameters = None if base is None else _count_base(str(base), config.get("revision"))
     share = None if parameters is None or not base_parameters else parameters / base_parameters
-    facts = (files.read_json("training.json") or {}).get("facts") or {}
+    facts = _facts_of(files)
+    trained, mapping = config.get("trained_ratios"), config.get("auto_mapping")
     return AdapterInfo(
         kind="adapter",
         method=METHODS.get(kind, kind),
         base=base,
-        base_class=(config.get("auto_mapping") or {}).get("base_model_class") or config.get("task_type"),
+        base_class=(mapping.get("base_model_class") if isinstance(mapping, dict) else None) or config.get("task_type"),
         ratios=_ratios(config) if kind == "VARIATOR" else None,
-        trained_ratios=config.get("trained_ratios"),
+        trained_ratios=trained if isinstance(trained, list) else None,
         settings=_settings(kind, config),
         parameters=parameters,
         bytes=files.bytes_of("adapter_model*"),
@@ -157,6 +158,15 @@ def _describe_adapter(files: ModelFiles) -> AdapterInfo:
         quality=_quality(facts),
         data=facts.get("data"),
     )
+
+
+def _facts_of(files: ModelFiles) -> dict[str, Any]:
+    """What `train` or `restore` wrote about its run; nothing where `training.json` is another program's."""
+    try:
+        facts = (files.read_json("training.json") or {}).get("facts")
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 SETTINGS = {
@@ -197,31 +207,40 @@ def _settings(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _ratios(config: Mapping[str, Any]) -> list[int]:
     """The rows of a schedule; else the ratio of the configuration, and those of single modules."""
     own = config.get("compression_ratio", 4)
-    rows = config.get("ratio_schedule") or config.get("ratio_pattern") or {}
-    named = map(int, rows) if config.get("ratio_schedule") else rows.values()
-    return list(dict.fromkeys([own, *sorted(set(named))]))
+    schedule, pattern = config.get("ratio_schedule"), config.get("ratio_pattern")
+    named = [*schedule] if isinstance(schedule, dict) else []
+    if not named and isinstance(pattern, dict):
+        named = [*pattern.values()]
+    return list(dict.fromkeys([own, *sorted({int(each) for each in named if str(each).isdecimal()})]))
 
 
 def _flops(facts: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
     """What `peft-variator train` counted; nothing of it stands in what `restore` wrote."""
-    rows = facts.get("ratios")
-    if not isinstance(rows, list):
-        return None
-    return {
-        str(row["ratio"]): {
-            "base": row["flops_base"],
-            "plugin": row["flops_plugin"],
-            "saved": 1 - row["flops_plugin"] / row["flops_base"],
-        }
-        for row in rows
-    }
+    found = {}
+    for row in _rows(facts):
+        base, plugin = row.get("flops_base"), row.get("flops_plugin")
+        if isinstance(base, int) and isinstance(plugin, int) and base > 0:
+            found[str(row["ratio"])] = {"base": base, "plugin": plugin, "saved": 1 - plugin / base}
+    return found or None
 
 
 def _quality(facts: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    losses = facts.get("losses")
+    states = {str(row["ratio"]): row.get("after") for row in _rows(facts)} or (
+        losses if isinstance(losses, dict) else {}
+    )
+    found = {
+        str(state): {str(name): value for name, value in measured.items() if isinstance(value, int | float)}
+        for state, measured in states.items()
+        if isinstance(measured, dict)
+    }
+    return found or None
+
+
+def _rows(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `train` wrote for each ratio."""
     rows = facts.get("ratios")
-    if isinstance(rows, list):
-        return {str(row["ratio"]): row["after"] for row in rows}
-    return facts.get("losses")
+    return [row for row in rows if isinstance(row, dict) and "ratio" in row] if isinstance(rows, list) else []
 
 
 def _is_floating(tensor: TensorInfo) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
 from ..profiling import allocate, count_flops, find_task, load_config
+from ..profiling.inputs import without_padding
 from ..sentence_folder import loading_class, sentence_files
 from ..training import DistillationTrainer, load_plugin
 from ..training.evaluation import measure_quality
@@ -186,8 +187,13 @@ class TrainJob(RunSettings):
         return qualities
 
     def _flops(self, plugin: PeftModel, task: Task, ratios: list[int], data: TrainingData) -> dict[int, int]:
-        """Operations of one held-out batch at each ratio: of a causal model the prefill, as `generate` runs it."""
+        """Operations of one held-out batch at each ratio: of a causal model the prefill, as `generate` runs it.
+
+        Padding counts as text: what a plugin saves by leaving it out depends on how texts are put together.
+        """
         inputs = next(data.held_out_batches(self.batch_size, plugin.device))
+        if "attention_mask" in inputs:
+            inputs = without_padding(inputs)
         if task == "causal":
             del inputs["labels"]
             inputs |= {"use_cache": True, "logits_to_keep": 1}

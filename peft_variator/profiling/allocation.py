@@ -7,6 +7,7 @@ not trained, changes in the model's output, under a budget of FLOPs that is met 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from ..training.loss_masks import decoder_tokens
 from ..tuners.variator import VariatorConfig, calibrate
 from ..tuners.variator.forward_context import parameter_names
 from ..tuners.variator.layer import VariatorLayer, plugin_layers
-from ..tuners.variator.neuron_selection import needs_calibration
+from ..tuners.variator.neuron_selection import needs_calibration, sum_over_processes
 from .flops import count_flops
 from .inputs import count_positions
 
@@ -56,7 +57,8 @@ def allocate(
 
     Args:
         base: the model, without a plugin. It is left as it was.
-        batches: arguments of the model's call, by name, as for [`peft_variator.calibrate`]; a few are enough.
+        batches: arguments of the model's call, by name, as for [`peft_variator.calibrate`]; a few are enough. Of
+            several processes each passes its own, and all get the same configuration.
         flops_saved: share of the model's forward FLOPs to save, between 0 and 1; or several, by the compression ratio
             that is to mean each of them, as in `{2: 0.30, 4: 0.45, 8: 0.55}`.
         length: tokens of the text whose FLOPs count; `None`: the longest of the batches. Images have their own.
@@ -79,7 +81,7 @@ def allocate(
         raise ValueError("allocate: there are no batches to measure on.")
     if any(True for _ in plugin_layers(base)):
         raise ValueError("allocate: the model has a Variator plugin already. Call unload() first.")
-    inputs = _inputs_of_length(base, examples, length)
+    inputs = _of_first_process(_inputs_of_length(base, examples, length))
     with evaluating(base), _trainable_as_before(base):
         total = count_flops(base, inputs)
         modules = _measure(base, examples, inputs, total, ratios, fields)
@@ -153,6 +155,16 @@ def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str,
         whole_number("allocate: compression_ratio, which names a row,", k, 2)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
             raise ValueError(f"allocate: flops_saved={share!r} is a share of the FLOPs, so it lies between 0 and 1.")
+        if share <= TOLERANCE:
+            raise ValueError(
+                f"allocate: flops_saved={share!r} is met to within {TOLERANCE}, so to save nothing would do. Ask for "
+                "more."
+            )
+    if len(targets) > 1 and fields.get("scoring") == "concat":
+        raise ValueError(
+            f"allocate: scoring='concat' is tied to one ratio, and flops_saved has the rows {[*targets]}. Name one "
+            "share, or take scoring='token', which serves all of them."
+        )
     return targets
 
 
@@ -177,12 +189,17 @@ def _without_labels(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _inputs_of_length(base: nn.Module, examples: list[dict[str, Any]], length: int | None) -> dict[str, Any]:
     """One example of the length whose FLOPs count, without padding."""
-    first = {name: value[:1] if isinstance(value, Tensor) else value for name, value in examples[0].items()}
+    first = _first_example(examples)
     ids = first.get("input_ids")
     if not isinstance(ids, Tensor) or any("pixel" in name or "features" in name for name in first):
         if length is not None:
             raise ValueError(f"allocate: length={length} is for text; the inputs of this model have their own size.")
         return first
+    if ids.dim() != 2:
+        raise ValueError(
+            f"allocate: input_ids have the shape {tuple(ids.shape)}, where (batch, length) is meant. Measure the "
+            "model's body, as in allocate(model.base_model, …), whose layers are the same."
+        )
     if length is not None:
         whole_number("allocate: length", length, 2)
     else:
@@ -203,6 +220,29 @@ def _inputs_of_length(base: nn.Module, examples: list[dict[str, Any]], length: i
     if "logits_to_keep" in parameter_names(base):
         inputs["logits_to_keep"] = 1  # as `generate` asks for
     return inputs
+
+
+def _first_example(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first example that is not padding alone."""
+    for batch in examples:
+        mask, row = batch.get("attention_mask"), 0
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            rows = mask.ne(0).any(dim=1).nonzero().flatten().tolist()
+            if not rows:
+                continue
+            row = rows[0]
+        return {name: value[row : row + 1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    raise ValueError("allocate: the batches hold padding alone; attention_mask is 0 everywhere.")
+
+
+def _of_first_process(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the first process has, where there are several: they count the same FLOPs."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return inputs
+    shared = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    devices = {value.device for value in inputs.values() if isinstance(value, Tensor)}
+    return on_device(shared[0], next(iter(devices)))
 
 
 def _measure(
@@ -283,17 +323,24 @@ def _output_of(outputs: Any) -> Tensor:
 
 @torch.no_grad()
 def _error(model: nn.Module, batches: list[dict[str, Any]], targets: list[Tensor]) -> float:
-    """Squared change of the output over its variance; padding does not count."""
-    changed, size = 0.0, 0.0
+    """Squared change of the output over its variance, of all processes; padding does not count."""
+    sums = torch.zeros(2, dtype=torch.float64, device=targets[0].device)
     for batch, target in zip(batches, targets, strict=True):
         output, mask = _output_of(model(**batch)), batch.get("attention_mask")
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             mask = decoder_tokens(batch)  # of the decoder is what comes out
-        real: Tensor | bool = True
+        real = torch.ones(1, dtype=torch.bool, device=target.device)
         if isinstance(mask, Tensor) and target.dim() == 3 and mask.shape == target.shape[:2]:
-            real = mask.ne(0).unsqueeze(-1)
-        changed += float(((output - target).square() * real).sum())
-        size += float(((target - target.mean(dim=-1, keepdim=True)).square() * real).sum())
+            real = mask.ne(0).unsqueeze(-1).to(target.device)
+        parts = output - target, target - target.mean(dim=-1, keepdim=True)
+        sums += torch.stack([torch.where(real, part, 0).double().square().sum() for part in parts])
+    sum_over_processes([sums])
+    changed, size = sums.tolist()
+    if not math.isfinite(changed + size):
+        raise ValueError(
+            "allocate: the model's output has values that are not finite on these batches, so nothing can be "
+            "compared. Look for NaN in its weights, or run it in float32."
+        )
     return changed / max(size, 1e-12)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _Shape = tuple[int, ...]
 # formula would be counted as free, so it is reported instead.
 _PRODUCTS = frozenset(
     "addbmm addmm addmv addr attention baddbmm bmm conv1d conv2d conv3d convolution dot gru linear lstm matmul mm mv "
-    "rnn vdot".split()
+    "rnn transformer trilinear vdot".split()
 )
 
 
@@ -107,6 +108,17 @@ class _UncountedProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _in_single_operators() -> Iterator[None]:
+    """Have torch's own attention and encoder layers run as the operators that they consist of, not as one."""
+    is_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fused)
+
+
 @torch.no_grad()
 def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     """Floating-point operations of `model(**inputs)`; a multiplication and an addition count as two.
@@ -124,10 +136,11 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     Raises:
         ValueError: the model uses a matrix product that has no formula; it would count as free.
     """
-    model(**inputs)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with _UncountedProducts(counter) as uncounted, counter:
+    with _in_single_operators():
         model(**inputs)
+        with _UncountedProducts(counter) as uncounted, counter:
+            model(**inputs)
     if uncounted.names:
         raise ValueError(
             f"No FLOP formula is known for {', '.join(sorted(uncounted.names))}, so {type(model).__name__} would seem "

@@ -22,8 +22,9 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Bytes that `run` holds at its peak beyond what was held before: activations and buffers, not weights or inputs.
 
     On CUDA this is the peak of torch's caching allocator. On the CPU every allocation and release that torch's
-    allocator makes while `run` runs is traced by `torch.profiler`, and the peak of their running sum is taken, to the
-    byte and whatever other processes do. Buffers that math libraries keep for themselves are seen by neither.
+    allocator makes in this thread while `run` runs is traced by `torch.profiler`, and the peak of their running sum is
+    taken, to the byte and whatever other processes do. Buffers that math libraries keep for themselves are seen by
+    neither.
 
     Args:
         run: the work; its result is dropped.

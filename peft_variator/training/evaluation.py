@@ -103,6 +103,9 @@ def measure_ratios(
         `embedding_cosine` of their means over each text, for models without a head; `agreement`, the share of
         predictions that are the base's, or `score_error`, as of `measure_quality`; `nll` of a token in nats, where the
         batches have labels.
+
+    Raises:
+        ValueError: the base gives values that are not finite.
     """
     base = plugin.get_base_model()
     stacks, prediction = stacks_of(base), prediction_of(base)
@@ -126,6 +129,11 @@ def measure_ratios(
                     found[name].append(values_of)
         if on_batch is not None:
             on_batch()
+    if not all(bool(each.isfinite().all()) for parts in values[1].values() for each in parts):
+        raise ValueError(
+            "The base model gives values that are not finite on these examples, so nothing can be held against them. "
+            "Look for NaN in its weights, or run it in float32."
+        )
     return {
         ratio: {name: float(torch.cat(parts).double().mean()) for name, parts in found.items()}
         for ratio, found in values.items()

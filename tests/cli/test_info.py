@@ -79,6 +79,29 @@ def test_trained_ratios_and_what_training_measured(base: Path, tmp_path: Path) -
     assert all(word in told for word in ("20.0%", "40.0%", "0.7500", "notes.txt"))
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        [1],
+        {"facts": [1]},
+        {"facts": {"ratios": [3, {"ratio": 2}], "losses": 3}},
+        {"facts": {"ratios": [{"ratio": 2, "flops_base": 0, "flops_plugin": 1, "after": {"cosine": None}}]}},
+        {"facts": {"ratios": [{"ratio": 2, "after": [1]}]}},
+    ],
+)
+def test_what_another_program_wrote_is_not_known(base: Path, tmp_path: Path, record: Any) -> None:
+    save_plugin(base, tmp_path / "plugin")
+    (tmp_path / "plugin" / "training.json").write_text(json.dumps(record))
+    config = tmp_path / "plugin" / "adapter_config.json"
+    odd = {"trained_ratios": 3, "auto_mapping": "x", "ratio_schedule": {"x": {}}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | odd))
+    found = figures(tmp_path / "plugin")
+    assert found["flops"] is None
+    assert not any(found["quality"].values()) if found["quality"] else found["quality"] is None
+    assert found["trained_ratios"] is None
+    assert "Trained for" in info(tmp_path / "plugin").stdout
+
+
 @pytest.mark.parametrize(("mask", "rank"), [("stored", 2), ("weight", 3)])
 def test_a_sparse_lora_counts_its_parameters_alone(mask: str, rank: int, tmp_path: Path) -> None:
     if mask == "stored":

@@ -421,7 +421,8 @@ def test_ratios_and_widths_for_a_share_of_the_flops(tmp_path: Path) -> None:
     assert set(config.ratio_schedule) == {2, 8}
     assert (config.correction_rank, config.compensation_rank) == (2, 2)
     rows = json.loads((output / "training.json").read_text())["facts"]["ratios"]
-    assert rows[0]["flops_plugin"] > rows[1]["flops_plugin"]
+    # Texts of uneven lengths: what is saved by leaving padding out is not counted.
+    assert [1 - row["flops_plugin"] / row["flops_base"] for row in rows] == pytest.approx([0.1, 0.15], abs=0.02)
 
 
 def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ def test_spaces_of_different_width(neighbours):
     assert neighbours(torch.cat([references, torch.zeros(12, 3)], dim=1), references, k=2) == 1
 
 
-@pytest.mark.parametrize("k", [0, 3, -1])
+@pytest.mark.parametrize("k", [0, 3, -1, 1.5, "2"])
 def test_neighbours_that_do_not_exist(neighbours, k):
-    with pytest.raises(ValueError, match=f"k is {k}; with 3 texts it must be from 1 to 2"):
+    with pytest.raises(ValueError, match=f"k is {k!r}; with 3 texts it must be an integer from 1 to 2"):
         neighbours([[1.0], [2.0], [3.0]], [[1.0], [2.0], [3.0]], k=k)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ import peft_variator
 from peft_variator import VariatorConfig, allocate, using_ratio
 from peft_variator.profiling import count_flops
 from peft_variator.profiling.allocation import _error, _output_of
+from tests.processes import run_processes
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
@@ -126,6 +129,14 @@ def test_images() -> None:
         ({"flops_saved": {2: 0.2, 8: 0.3}, "compression_ratio": 4}, "none of the rows"),
         ({"correction_dim": 999}, "999"),
         ({"length": 1000}, "length=1000, and the model has 512 positions"),
+        ({"flops_saved": 0.01}, "flops_saved=0.01 is met to within 0.02"),
+        ({"flops_saved": {2: 0.01, 4: 0.2}}, "flops_saved=0.01 is met to within 0.02"),
+        ({"flops_saved": {2: 0.1, 4: 0.2}, "scoring": "concat"}, "scoring='concat' is tied to one ratio"),
+        ({"batches": [{"input_ids": torch.ones(2, 3, 8, dtype=torch.long)}]}, r"the shape \(1, 3, 8\)"),
+        (
+            {"batches": [{"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.zeros(2, 8)}]},
+            "alone",
+        ),
     ],
 )
 def test_what_cannot_be_done(arguments: dict[str, Any], named: str) -> None:
@@ -154,6 +165,34 @@ def as_it_was(base: nn.Module) -> Iterator[None]:
     before = state()
     yield
     assert state() == before
+
+
+def test_a_first_text_that_is_padding_alone_is_passed_over() -> None:
+    batches = text(1)
+    batches[0]["attention_mask"][0] = 0
+    config = allocate(bert(), batches, 0.2, length=64)
+    assert abs(share_saved(bert(), config, text(1)[0], 4) - 0.2) <= 0.02
+
+
+def _allocate_in_one_process(rank: int, folder: str) -> None:
+    config = allocate(bert(), text(2)[rank : rank + 1], {2: 0.1, 4: 0.2}, length=48 + 8 * rank)
+    Path(folder, f"{rank}.json").write_text(json.dumps([config.ratio_schedule, config.correction_pattern]))
+
+
+def test_several_processes_agree(tmp_path: Path) -> None:
+    """Each has batches of its own; the first one's length counts."""
+    run_processes(_allocate_in_one_process, str(tmp_path))
+    config = allocate(bert(), text(2), {2: 0.1, 4: 0.2}, length=48)
+    alone = json.loads(json.dumps([config.ratio_schedule, config.correction_pattern]))
+    assert [json.loads(Path(tmp_path, f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
+
+
+def test_values_that_are_not_finite_are_told() -> None:
+    base, batches = bert(), text(1)
+    with torch.no_grad():
+        base.embeddings.word_embeddings.weight[batches[0]["input_ids"][0, 5]] = torch.nan
+    with pytest.raises(ValueError, match="values that are not finite"):
+        allocate(base, batches, 0.2)
 
 
 def test_the_base_is_left_as_it_was() -> None:

@@ -158,6 +158,20 @@ def test_a_product_without_a_formula_is_refused():
         count_flops(Call(torch.addr), inputs)
 
 
+def test_layers_of_torch_that_run_as_one_operator_are_counted():
+    """In evaluation mode, where they may, as in training mode."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    inputs = {"src": ones(2, 8, 16)}
+    # Per token: four maps of 16 × 16 and two of 16 × 32, and scores and values over 8 tokens.
+    expected = 2 * 2 * 8 * (4 * 16 * 16 + 2 * 16 * 32 + 2 * 8 * 16)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert count_flops(layer.train(), inputs) == count_flops(layer.eval(), inputs) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+    bilinear = torch.nn.Bilinear(3, 3, 2)
+    with pytest.raises(ValueError, match="trilinear"):
+        count_flops(bilinear, {"input1": ones(2, 3), "input2": ones(2, 3)})
+
+
 PACKED = {
     "_int_mm": (ones(32, 16, dtype=torch.int8), ones(16, 8, dtype=torch.int8)),
     "_weight_int8pack_mm": (

@@ -37,6 +37,14 @@ def test_an_exact_plugin_is_perfect_and_another_is_not(batches, name: str) -> No
         assert worse[measure] != pytest.approx(value, abs=1e-4) or measure == "agreement"
 
 
+def test_a_base_that_is_not_finite_is_told(batches) -> None:
+    model = build_plugin("bert")
+    with torch.no_grad():
+        next(iter(model.get_base_model().parameters()))[:] = torch.nan
+    with pytest.raises(ValueError, match="The base model gives values that are not finite"):
+        measure_ratios(model, batches("bert", 3), [4])
+
+
 def test_the_measures_are_those_of_the_metric(batches) -> None:
     model = build_plugin("bert", init_weights=False).eval()
     metric = evaluate.load(path("fidelity"), "hidden")

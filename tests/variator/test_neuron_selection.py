@@ -93,6 +93,21 @@ def test_a_network_that_writes_nothing_keeps_its_neurons() -> None:
     assert not needs_calibration(model)
 
 
+def test_values_that_are_not_finite_choose_no_neurons() -> None:
+    """In any network: each sees what the one before gives."""
+    model, outliers = with_neurons(), with_neurons(keep_outliers=0.2)
+    before, texts = chosen(model), batches()
+    for each in (model, outliers):
+        with torch.no_grad():
+            each.get_input_embeddings().weight[texts[0]["input_ids"][0, 3]] = torch.nan
+    with pytest.warns(UserWarning, match="not finite .* which neurons to copy there stays as it is"):
+        calibrate(model, texts)
+    assert chosen(model) == before
+    assert needs_calibration(model)
+    with pytest.raises(ValueError, match="not finite .* no probe for keep_outliers"):
+        calibrate(outliers, texts)
+
+
 def test_a_plugin_that_was_fitted_is_trained_as_it_is(tmp_path: Path) -> None:
     """Also where one of its networks had nothing to fit, and so looks new."""
     model = with_neurons(correction_pattern={"layer.0": layers_of(with_neurons())[0].network().width})

@@ -49,8 +49,8 @@ class NearestNeighbour(evaluate.Metric):
 
     def _compute(self, predictions: Any, references: Any, k: int = 1) -> dict[str, float]:
         predicted, base = as_rows(predictions, "predictions"), as_rows(references, "references")
-        if not 1 <= k < len(base):
-            raise ValueError(f"k is {k}; with {len(base)} texts it must be from 1 to {len(base) - 1}.")
+        if not isinstance(k, int) or not 1 <= k < len(base):
+            raise ValueError(f"k is {k!r}; with {len(base)} texts it must be an integer from 1 to {len(base) - 1}.")
         found = _neighbours(predicted, k, "predictions")
         wanted = _neighbours(base, k, "references")
         shared = [len(np.intersect1d(*pair)) for pair in zip(found, wanted, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...field_types import whole_number
+from ...field_types import name_some, whole_number
 from ...models import evaluating, on_device
 from .decompression import NeuronsDecompression
 from .forward_context import selection_of
@@ -123,8 +124,18 @@ def _choose_neurons(
     sum_over_processes([*spreads.values(), *merged.values()])
     if not all(bool(count) for count in merged.values()):
         raise nothing_merges("calibrate")
+    unknown = [name for name, spread in spreads.items() if not bool(spread.isfinite().all())]
+    if unknown:
+        warnings.warn(
+            f"calibrate: the base model gives values that are not finite on these batches at {name_some(unknown)}, so "
+            "which neurons to copy there stays as it is. Look for NaN in its weights, or run it in float32.",
+            UserWarning,
+            stacklevel=3,
+        )
     for layer, plugin, network in layers:
         modules, spread = layer.modules_of(plugin), spreads[layer.name]
+        if layer.name in unknown:
+            continue
         width = copied_by(layer, plugin).numel()
         if bool(spread.any()):  # else the network writes nothing, and one choice is as good as another
             copy_neurons(modules, network, spread.topk(width).indices.sort().values)
@@ -139,6 +150,11 @@ def _fit_probes(
         run_batches(model, batches)
     sum_over_processes(each.sums for each in norms.fits.values())
     for layer, probe in probes.items():
+        if not bool(norms.fits[layer].sums.isfinite().all()):
+            raise ValueError(
+                f"calibrate: the base model gives values that are not finite on these batches ({layer.name}), so no "
+                "probe for keep_outliers can be fitted. Look for NaN in its weights, or run it in float32."
+            )
         weight = norms.fits[layer].solve()
         if weight is None:
             raise ValueError(
