@@ -111,6 +111,7 @@ class EmbeddingRecipe:
         normalize: whether it is scaled to length 1.
         max_length: most tokens of a text; `None`: as many as the model has positions.
         prompt: put before every text.
+        truncate_dim: how many of its first entries an embedding has, cut after it was scaled; `None`: all.
         unknown: what the folder does with it besides, which only sentence-transformers can.
     """
 
@@ -118,6 +119,7 @@ class EmbeddingRecipe:
     normalize: bool = True
     max_length: int | None = None
     prompt: str = ""
+    truncate_dim: int | None = None
     unknown: tuple[str, ...] = ()
 
 
@@ -153,6 +155,7 @@ def read_recipe(model: str) -> EmbeddingRecipe:
         normalize=normalize,
         max_length=max_length,
         prompt=(general.get("prompts") or {}).get(general.get("default_prompt_name")) or "",
+        truncate_dim=general.get("truncate_dim"),
         unknown=tuple(unknown),
     )
 

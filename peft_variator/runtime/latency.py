@@ -43,6 +43,12 @@ class LatencyCheck:
     measured: float
     interpolated: float
 
+    def __post_init__(self) -> None:
+        for name in ("measured", "interpolated"):
+            seconds = getattr(self, name)
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+                raise ValueError(f"checks: {name}={seconds!r} is no positive number of seconds.")
+
     @property
     def relative_error(self) -> float:
         """|interpolated − measured| / measured."""
@@ -87,7 +93,11 @@ class LatencyTable:
         for name in ("ratios", "batch_sizes", "lengths"):
             object.__setattr__(self, name, checked_axis(name, getattr(self, name)))
         rows = {int(k): tuple(tuple(map(float, row)) for row in rows) for k, rows in self.seconds.items()}
+        if len(rows) < len(self.seconds) or {*rows} - {*self.ratios}:
+            raise ValueError(f"seconds has the ratios {[*self.seconds]}, and the table has {list(self.ratios)}.")
         object.__setattr__(self, "seconds", rows)
+        if not isinstance(self.environment, Mapping):
+            raise ValueError(f"environment={self.environment!r} has to be a mapping, of what the machine was.")
         for k in self.ratios:
             shape = [len(row) for row in rows.get(k, ())]
             if shape != [len(self.lengths)] * len(self.batch_sizes):
@@ -234,7 +244,10 @@ class LatencyTable:
         Raises:
             ValueError: it is no latency table of this format.
         """
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("The latency table is no JSON that can be read: it is nested too deeply.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"This is no latency table of format {FORMAT}. Write one with LatencyTable.save.")
         try:
@@ -243,7 +256,7 @@ class LatencyTable:
                 ratios=tuple(content["ratios"]),
                 batch_sizes=tuple(content["batch_sizes"]),
                 lengths=tuple(content["lengths"]),
-                seconds={int(k): rows for k, rows in content["seconds"].items()},
+                seconds=content["seconds"],
                 quality=None if quality is None else {int(k): value for k, value in quality.items()},
                 checks=tuple(LatencyCheck(**check) for check in content["checks"]),
                 model=content["model"],

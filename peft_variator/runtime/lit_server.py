@@ -165,6 +165,8 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
         else:
             status, message = 422, _summary(error) if isinstance(error, RequestValidationError) else ""
         if request.url.path == self.api_path:
+            if isinstance(error, RequestValidationError):  # the endpoint, which counts requests, was not reached
+                self.metrics.requests.labels("invalid").inc()
             self.metrics.failed.labels(_FAILURES.get(status, "backend" if status >= 500 else "validation")).inc()
         kind = "server_error" if status == 429 or status >= 500 else "invalid_request_error"
         return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)

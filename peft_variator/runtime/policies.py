@@ -276,7 +276,7 @@ class _Planner(Policy):
         """How many texts of about the first one's length stand at the front, if a batch of them and one of the others
         take less than one of all, which would be padded to the longest."""
         longest = max(1 << length_class(lengths[0]), SHORTEST_CLASS)
-        least = longest // 2 if longest > SHORTEST_CLASS else 0
+        least = longest // 2 if longest > SHORTEST_CLASS else -1  # a recorded text may have no token
         if least < min(lengths) and max(lengths) <= longest:
             return len(lengths)
         count = next((index for index, length in enumerate(lengths) if not least < length <= longest))

@@ -215,9 +215,13 @@ def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence
         missing = sorted({*(settings.ratios or ())} - {*table.ratios})
         if missing:
             raise ValueError(f"{path} has no ratios {missing}, only {list(table.ratios)}. Remove it to measure anew.")
-        if settings.ratios:  # what was measured besides is not to be chosen
-            table = table.restrict(settings.ratios)
-        return table
+        kept = settings.ratios or [k for k in table.ratios if k in ratios]
+        if not kept:
+            raise ValueError(
+                f"{path} has the ratios {list(table.ratios)}, and the plugin was trained for {list(ratios)}. Remove it to "
+                "measure anew, or name some with --ratio."
+            )
+        return table.restrict(kept)  # what was measured besides is not to be chosen
     bounds = [bound for bound in (count_positions(find_transformer(model).config), settings.max_length) if bound]
     lengths = sorted({min((length, *bounds)) for length in LENGTHS})
     known = (quality_from_card(settings.adapter) if settings.adapter else None) or {}

@@ -277,11 +277,13 @@ class Embed(Task):
             )
         self.served = served
         self.poolings = recipe.poolings if pooling is None else (pooling,)
-        self.normalize = recipe.normalize if normalize is None else normalize
-        self.prompt = recipe.prompt
+        # As sentence-transformers does: its modules' scaling comes before the cut, that which is asked for after it.
+        self.normalizes_first, self.normalize = recipe.normalize and normalize is None, bool(normalize)
+        self.prompt, self.truncate_dim = recipe.prompt, recipe.truncate_dim
         most = [each for each in (served.max_length, recipe.max_length) if each is not None]
         self.max_length = min(most, default=None)
-        self.width = served.inner.config.get_text_config().hidden_size * len(self.poolings)
+        width = served.inner.config.get_text_config().hidden_size * len(self.poolings)
+        self.width = min(width, self.truncate_dim or width)
         # Without the head, which would compute logits of every token for nothing.
         self.has_body = served.inner.base_model is not served.inner
         # Some models name none, and a head keeps its hidden states to itself unless it is asked for them.
@@ -298,6 +300,7 @@ class Embed(Task):
         hidden = outputs.hidden_states[-1] if self.asks else outputs.last_hidden_state
         vectors = torch.cat([pool(hidden, batch["attention_mask"], name) for name in self.poolings], dim=-1)
         vectors = vectors.float()
+        vectors = (to_length_one(vectors, dim=-1) if self.normalizes_first else vectors)[:, : self.truncate_dim]
         return list((to_length_one(vectors, dim=-1) if self.normalize else vectors).cpu())
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
@@ -320,6 +323,8 @@ class EmbedSentences(Task):
         self.normalize = normalize
         self.prompt = (self.sentences.prompts or {}).get(self.sentences.default_prompt_name or "") or None
         self.width = self.sentences.get_embedding_dimension()
+        # A convolution over tokens sees the padding beside them.
+        self.one_by_one = any(type(module).__name__ == "CNN" for module in self.sentences)
 
     def encode(self, texts: list[str], **options: Any) -> list[Encoded]:
         with self.served.lock:
@@ -352,6 +357,8 @@ class EmbedSentences(Task):
                 _warn_about_cut(most)
 
     def run(self, texts: Sequence[Encoded]) -> list[Tensor]:
+        if self.one_by_one and len(texts) > 1:
+            return [vector for text in texts for vector in self.run([text])]
         shared = texts[0].shared  # type: ignore[attr-defined]
         side = getattr(self.served.tokenizer, "padding_side", "right")
         features: dict[str, Any] = {**shared, **self.served.padded(texts, side)}
@@ -367,13 +374,22 @@ class EmbedSentences(Task):
 
         for module in self.sentences:
             if isinstance(module, Pooling) and self.pooling is not None:
-                features["sentence_embedding"] = pool(features["token_embeddings"], mask, self.pooling)
+                pooled = mask if module.include_prompt else _without_prompt(mask, features.get("prompt_length"))
+                features["sentence_embedding"] = pool(features["token_embeddings"], pooled, self.pooling)
             elif not isinstance(module, Normalize) or self.normalize is None:
                 features = module(features)
         return features
 
     def assemble(self, answers: list[Tensor], **about: Any) -> Embeddings:
         return Embeddings(_stacked(answers, self.width or 0), **about)
+
+
+def _without_prompt(mask: Tensor, length: Any) -> Tensor:
+    """A mask of shape `(batch, length)` without the first `length` tokens of each text, padded on whichever side."""
+    if length is None:
+        return mask
+    length = int(length[0]) if isinstance(length, Tensor) else int(length)
+    return mask.masked_fill(mask.cumsum(dim=1) <= length, 0)
 
 
 class _SentenceEncoding(dict[str, list[int]]):

@@ -557,6 +557,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, rest in cases.items():
         sentence_transformers.SentenceTransformer(modules=[transformer, *rest]).save(str(path / name))
+    cut = sentence_transformers.SentenceTransformer(modules=[transformer, *cases["normalized"]], truncate_dim=8)
+    cut.save(str(path / "cut"))
     return path
 
 
@@ -586,15 +588,21 @@ def test_a_sentence_transformer_alone(folder: Path, name: str) -> None:
         Engine(sentences, TOKENIZER)
 
 
-@pytest.mark.parametrize("name", ["cls", "normalized"])
+@pytest.mark.parametrize("name", ["cls", "normalized", "cut"])
 def test_a_model_of_such_a_folder_embeds_as_the_folder_says(folder: Path, name: str) -> None:
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoTokenizer
 
-    wanted = SentenceTransformer(str(folder / name), device="cpu").encode(SENTENCES)
+    sentences = SentenceTransformer(str(folder / name), device="cpu")
     model, own = AutoModel.from_pretrained(folder / name), AutoTokenizer.from_pretrained(folder / name)
+    wanted = torch.tensor(sentences.encode(SENTENCES))
     with Engine(model, own) as engine:
-        torch.testing.assert_close(engine.embed(SENTENCES).embeddings, torch.tensor(wanted), atol=1e-5, rtol=0)
+        torch.testing.assert_close(engine.embed(SENTENCES).embeddings, wanted, atol=1e-5, rtol=0)
+        assert engine.embed([]).embeddings.shape == (0, wanted.shape[1])
+    # Scaled after the cut where that is asked for, and never twice.
+    wanted = torch.tensor(sentences.encode(SENTENCES, normalize_embeddings=True))
+    with Engine(model, own, normalize=True) as engine:
+        torch.testing.assert_close(engine.embed(SENTENCES).embeddings, wanted, atol=1e-5, rtol=0)
 
 
 def test_what_only_sentence_transformers_can_is_told(folder: Path) -> None:
@@ -605,6 +613,32 @@ def test_what_only_sentence_transformers_can_is_told(folder: Path) -> None:
         engine.embed(["a"])
     with Engine(model, TOKENIZER, pooling="mean", normalize=True) as engine:
         assert engine.embed(["a"]).embeddings.shape == (1, 32)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_prompt_that_is_left_out_stays_out_of_the_pooling_that_is_named(folder: Path, side: str) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    parts = [modules.Transformer(str(folder / "base")), modules.Pooling(32, include_prompt=False)]
+    sentences = SentenceTransformer(modules=parts, prompts={"query": "a b "}, default_prompt_name="query")
+    sentences.tokenizer.padding_side = side
+    wanted = torch.tensor(sentences.encode(SENTENCES))
+    for options in ({}, {"pooling": "mean"}):
+        with Engine(sentences, **options) as engine:
+            torch.testing.assert_close(engine.embed(SENTENCES).embeddings, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_convolution_over_tokens_sees_no_padding(folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    torch.manual_seed(0)
+    parts = [modules.Transformer(str(folder / "base")), modules.CNN(32, out_channels=8), modules.Pooling(24)]
+    sentences = SentenceTransformer(modules=parts)
+    wanted = torch.tensor([sentences.encode(text).tolist() for text in SENTENCES])
+    with Engine(sentences) as engine:
+        torch.testing.assert_close(engine.embed(SENTENCES).embeddings, wanted, atol=1e-5, rtol=0)
 
 
 def test_the_limits_of_a_sentence_transformer(folder: Path) -> None:

@@ -91,7 +91,13 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     assert made_table().error is None
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"format": 1}', '{"format": 2}'])
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "x", None, True])
+def test_a_check_is_of_a_time(seconds: Any) -> None:
+    with pytest.raises(ValueError, match="checks: measured"):
+        LatencyCheck(1, 2, 8, seconds, 0.1)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[" * 100_000, "no json", '{"format": 1}', '{"format": 2}'])
 def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(ValueError, match="table.json"):
@@ -107,6 +113,9 @@ def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
         ({"seconds": {1: ((0.1,),)}}, "seconds"),
         ({"seconds": {1: ((0.1, -0.1),)}}, "seconds"),
         ({"seconds": {1: ((0.1, float("nan")),)}}, "seconds"),
+        ({"seconds": {1: ((0.1, 0.2),), 2: ((-1.0, 0.2),)}}, "seconds has the ratios"),
+        ({"seconds": {"1": ((0.1, 0.2),), "01": ((0.1, 0.2),)}}, "seconds has the ratios"),
+        ({"environment": None}, "environment=None"),
         ({"quality": {2: 0.5}}, "quality"),
         ({"quality": {1: float("nan")}}, "quality"),
     ],

@@ -145,6 +145,13 @@ def test_any_sequence_will_do(make: Any) -> None:
     assert make().choose(0.0, deque(queue), 4) == make().choose(0.0, queue, 4)
 
 
+def test_a_text_without_a_token_is_run() -> None:
+    """As a recorded trace may have one."""
+    for make in (SlackFit, Oracle):
+        assert make(TABLE).choose(0.0, burst(1, 1e6, length=0), 1) == (1, 1)
+        assert make(TABLE).choose(0.0, burst(1, 1e6, length=0) + burst(2, 1e6, length=16), 1)[1] >= 1
+
+
 def test_idle_is_the_base() -> None:
     for last in (1, 2, 8):
         assert SlackFit(TABLE).choose(5.0, [], last) == (1, 0)

@@ -316,6 +316,9 @@ def test_the_ratio_can_be_asked_for(server: Server) -> None:
     assert np.abs(vectors(limited) - fast).max() > 1e-4
 
 
+KINDS = ("count", "success", "failure")
+
+
 def metrics(server: Server) -> dict[str, float]:
     lines = [line.rpartition(" ") for line in server.get("/metrics").splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in lines}
@@ -325,7 +328,10 @@ def metrics(server: Server) -> dict[str, float]:
 def test_metrics(server: Server) -> None:
     server.client.embeddings.create(input=["a", "b"], model="any")
     server.post(input=[])
+    server.post(input="a", slo_ms=-1)
     found = metrics(server)
+    of = {name: sum(n for each, n in found.items() if each.startswith(f"te_request_{name}_total")) for name in KINDS}
+    assert of["count"] == of["success"] + of["failure"]
     assert found['te_request_count_total{method="batch"}'] >= 2
     assert found['te_request_failure_total{err="validation"}'] >= 1
     assert found["te_embed_queue_duration_count"] >= 2
