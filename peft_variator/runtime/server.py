@@ -199,29 +199,36 @@ def _make_policy(settings: ServeSettings, model: nn.Module) -> Policy:
     if settings.policy == FixedRatio.name:
         (k,) = settings.ratios or ()
         return FixedRatio(k, settings.batch_size)
-    ratios = settings.ratios or _trained_ratios(model)
+    trained = _trained_ratios(model)
+    ratios = settings.ratios or trained or DEFAULT_RATIOS
     if settings.policy == QueueThreshold.name:
         steps = {k: 8 << index for index, k in enumerate(sorted({*ratios} - {1}))}
         return QueueThreshold(steps, settings.batch_size)
-    table = _read_or_measure(settings, model, ratios)
+    table = _read_table(settings, trained) or _measure_table(settings, model, ratios)
     return SlackFit(table, max_batch=settings.batch_size, reserve_ms=RESERVE_MS)
 
 
-def _read_or_measure(settings: ServeSettings, model: nn.Module, ratios: Sequence[int]) -> LatencyTable:
-    """The latency table: from its file, or measured now and written there."""
+def _read_table(settings: ServeSettings, trained: Sequence[int] | None) -> LatencyTable | None:
+    """The latency table in its file, if there is one: with the ratios that were named, or trained, alone."""
     path = settings.table
-    if path is not None and Path(path).exists():
-        table = LatencyTable.load(path)
-        missing = sorted({*(settings.ratios or ())} - {*table.ratios})
-        if missing:
-            raise ValueError(f"{path} has no ratios {missing}, only {list(table.ratios)}. Remove it to measure anew.")
-        kept = settings.ratios or [k for k in table.ratios if k in ratios]
-        if not kept:
-            raise ValueError(
-                f"{path} has the ratios {list(table.ratios)}, and the plugin was trained for {list(ratios)}. Remove it to "
-                "measure anew, or name some with --ratio."
-            )
-        return table.restrict(kept)  # what was measured besides is not to be chosen
+    if path is None or not Path(path).exists():
+        return None
+    table = LatencyTable.load(path)
+    missing = sorted({*(settings.ratios or ())} - {*table.ratios})
+    if missing:
+        raise ValueError(f"{path} has no ratios {missing}, only {list(table.ratios)}. Remove it to measure anew.")
+    kept = settings.ratios or [k for k in table.ratios if trained is None or k in trained]
+    if not kept:
+        raise ValueError(
+            f"{path} has the ratios {list(table.ratios)}, and the plugin was trained for {list(trained or ())}. "
+            "Remove it to measure anew, or name some with --ratio."
+        )
+    return table.restrict(kept)  # what was measured besides is not to be chosen
+
+
+def _measure_table(settings: ServeSettings, model: nn.Module, ratios: Sequence[int]) -> LatencyTable:
+    """The latency table, measured now and written to its file, if one is named."""
+    path = settings.table
     bounds = [bound for bound in (count_positions(find_transformer(model).config), settings.max_length) if bound]
     lengths = sorted({min((length, *bounds)) for length in LENGTHS})
     known = (quality_from_card(settings.adapter) if settings.adapter else None) or {}
@@ -250,7 +257,7 @@ class _ProgressLines:
             self.log.warning("Measuring latencies: %d samples so far.", self.samples)
 
 
-def _trained_ratios(model: nn.Module) -> Sequence[int]:
+def _trained_ratios(model: nn.Module) -> Sequence[int] | None:
     models = (model, find_transformer(model))  # transformers' own loader keeps plugins on the transformer
     configs = [config for each in models for config in (getattr(each, "peft_config", None) or {}).values()]
-    return next((each.trained_ratios for each in configs if getattr(each, "trained_ratios", None)), DEFAULT_RATIOS)
+    return next((each.trained_ratios for each in configs if getattr(each, "trained_ratios", None)), None)

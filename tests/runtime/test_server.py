@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -398,6 +399,23 @@ def test_batches_are_no_larger_than_asked_for(folder: Path, policy: str | None) 
     assert [record.size for record in records] == [3, 3, 1]
 
 
+def test_a_table_offers_what_was_trained_alone(folder: Path, tmp_path: Path) -> None:
+    from peft_variator.runtime.server import ServeSettings, make_engine
+
+    config = json.loads(
+        (shutil.copytree(folder / "adapter", tmp_path / "adapter") / "adapter_config.json").read_text()
+    )
+    settings = ServeSettings(str(folder / "base"), str(tmp_path / "adapter"), table=str(folder / "table.json"))
+    for trained, named, kept in (([2], None, (1, 2)), (None, None, (1, 2, 8)), ([2], (8,), (1, 8))):
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(config | {"trained_ratios": trained}))
+        with make_engine(replace(settings, ratios=named)) as engine:
+            assert engine.policy.ratios == kept
+    file.write_text(json.dumps(config | {"trained_ratios": [16]}))
+    with pytest.raises(ValueError, match=r"the ratios \[1, 2, 8\], and the plugin was trained for \[16\]"):
+        make_engine(settings)
+
+
 @pytest.mark.slow
 def test_a_table_is_measured_once_and_kept(folder: Path, tmp_path: Path) -> None:
     from peft_variator.runtime.server import ServeSettings, make_engine
@@ -411,7 +429,7 @@ def test_a_table_is_measured_once_and_kept(folder: Path, tmp_path: Path) -> None
     assert LatencyTable.load(path) == measured[0].policy.table == measured[1].policy.table
     assert measured[0].policy.ratios == (1, 4)
     assert measured[0].policy.table.batch_sizes == (1, 2)
-    assert measured[0].policy.table.lengths == (16, 20)
+    assert measured[0].policy.table.lengths == (4, 20)
     with pytest.raises(ValueError, match=r"no ratios \[8\]"):
         make_engine(replace(settings, ratios=(8,)))
 
