@@ -237,10 +237,13 @@ def test_on_bases_of_every_precision(dtype: torch.dtype, tmp_path: Path) -> None
     shrink_plugin(model)
     expected = first(model, inputs)
     model.save_pretrained(tmp_path)
-    tolerance = 1e-6 if dtype == torch.float32 else 0.05
+    # In half precision the whole model differs, by 0.01 in the mean and what the largest is depends on the machine.
+    most, mean = (1e-6, 1e-6) if dtype == torch.float32 else (0.1, 0.015)
     loaded = PeftModel.from_pretrained(case.build().to(dtype), str(tmp_path)).eval()
-    torch.testing.assert_close(first(loaded, inputs).float(), expected, rtol=0, atol=tolerance)
-    torch.testing.assert_close(first(model.to(dtype), inputs).float(), expected, rtol=0, atol=tolerance)
+    for each in (loaded, model.to(dtype)):
+        error = (first(each, inputs).float() - expected).abs()
+        assert float(error.max()) <= most
+        assert float(error.mean()) <= mean
     whole = trained(case).to(dtype)
     reference = first(whole, inputs)
     shrink_plugin(whole, 8)

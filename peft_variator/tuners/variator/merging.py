@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -200,16 +199,16 @@ class Block(Part):
     start: int
     shape: tuple[int, ...]
 
-    @cached_property
+    @property
     def length(self) -> int:
         return int(torch.Size(self.shape).numel())
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Number of tokens in one group."""
         return int(torch.Size(self.shape[1::2]).numel())
 
-    @cached_property
+    @property
     def groups(self) -> int:
         """Number of groups in one sequence."""
         return int(torch.Size(self.shape[::2]).numel())
