@@ -238,7 +238,7 @@ def test_on_bases_of_every_precision(dtype: torch.dtype, tmp_path: Path) -> None
     expected = first(model, inputs)
     model.save_pretrained(tmp_path)
     # In half precision the whole model differs, by 0.01 in the mean and what the largest is depends on the machine.
-    most, mean = (1e-6, 1e-6) if dtype == torch.float32 else (0.1, 0.015)
+    most, mean = (2e-5, 2e-6) if dtype == torch.float32 else (0.1, 0.015)
     loaded = PeftModel.from_pretrained(case.build().to(dtype), str(tmp_path)).eval()
     for each in (loaded, model.to(dtype)):
         error = (first(each, inputs).float() - expected).abs()
