@@ -35,6 +35,7 @@ accelerate:
   the hook that moves inputs to the module's device, and stays when accelerate replaces or removes its hook.
 
 torch:
+- `_version` of a tensor: whether it was written to since. To go when torch tells it in public.
 - `torch._C._current_graph_task_id`: whether a forward runs inside of a backward and of which, as
   `torch.utils.checkpoint` asks it; -1 outside.
 - `torch._C._autograd._top_saved_tensors_default_hooks`: whether a checkpoint that is not reentrant repeats a forward;
@@ -97,6 +98,7 @@ __all__ = [
     "checkpoint_function",
     "export_annotation",
     "forward_slot",
+    "in_process_group",
     "include_all_linear_layers",
     "is_plain_linear",
     "is_quantized_tensor",
@@ -110,6 +112,7 @@ __all__ = [
     "offload_hook",
     "repeated_by_reentrant_checkpoint",
     "set_checkpoint_function",
+    "tensor_version",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
@@ -305,6 +308,16 @@ def backward_id() -> int:
 def repeated_by_reentrant_checkpoint() -> bool:
     """Whether a forward with gradients is one that a checkpoint with `use_reentrant=True` repeats in a backward."""
     return backward_id() != -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """A count of a tensor's changes in place; 0 where none is kept."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def in_process_group() -> bool:
+    """Whether this process is one of a group of torch's; builds without distribution have no such question."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from .compat import offload_hook
 
-__all__ = ["DISK_OFFLOAD_MESSAGE", "has_lost_its_hook", "refuse_disk_offload", "refuse_rewriting"]
+
+__all__ = ["DISK_OFFLOAD_MESSAGE", "has_lost_its_hook", "is_offloading", "refuse_disk_offload", "refuse_rewriting"]
 
 DISK_OFFLOAD_MESSAGE = (
     "The model is partly offloaded to disk, and PeftModel.from_pretrained rewrites the files that such a model was "
@@ -18,7 +20,7 @@ DISK_OFFLOAD_MESSAGE = (
 def has_lost_its_hook(module: nn.Module) -> bool:
     """Whether the parameters of a module are on disk and nothing is left that would bring them in."""
     on_disk = any(parameter.is_meta for parameter in module.parameters(recurse=False))
-    return on_disk and not hasattr(module, "_hf_hook")  # accelerate's name
+    return on_disk and offload_hook(module) is None
 
 
 def refuse_rewriting(model: nn.Module) -> None:
@@ -49,5 +51,5 @@ def refuse_disk_offload(model: nn.Module) -> None:
 
 def is_offloading(module: nn.Module) -> bool:
     """Whether accelerate brings in the weights of a module for each call, and takes them away after it."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = offload_hook(module)
     return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))

@@ -31,9 +31,17 @@ __all__ = ["widen"]
 
 
 def widen(
-    name: str, base: Loaded, data: Path, run: Path, output: Path, fields: dict[str, Any], examples: int, seed: int
+    name: str,
+    base: Loaded,
+    data: Path,
+    run: Path,
+    output: Path,
+    fields: dict[str, Any],
+    examples: int,
+    seed: int,
+    command: str = "",
 ) -> None:
-    """Write `output/plugin`, from which `train.py --start` goes on.
+    """Write `output/plugin`, from which `train.py --start` goes on, and `output/run.json`, which says what was done.
 
     Args:
         name: one of `RECIPES`.
@@ -44,12 +52,14 @@ def widen(
         fields: fields of `VariatorConfig` that differ from that plugin's.
         examples: how many the networks that are new are calibrated and fitted with.
         seed: of those examples.
+        command: how this was asked for.
 
     Raises:
         ValueError: if a network that was trained has another width now.
     """
     config = VariatorConfig.from_pretrained(str(run / "plugin"))
-    ratios = json.loads((run / "run.json").read_text())["recipe"]["ratios"]
+    record = json.loads((run / "run.json").read_text())
+    ratios = record["recipe"]["ratios"]
     before = {key: getattr(config, key) for key in KEPT}
     pattern = before["correction_pattern"] | fields.get("correction_pattern", {})
     old = PeftModel.from_pretrained(share_weights(base.model), str(run / "plugin"))
@@ -66,6 +76,7 @@ def widen(
         raise ValueError(f"{changed[0]} of {run / 'plugin'} does not fit; leave the trained networks as they are.")
     set_peft_model_state_dict(model, state | trained)
     model.save_pretrained(str(output / "plugin"))
+    write_text(output / "run.json", json.dumps(record | {"widened": {"command": command}}, indent=2) + "\n")
 
 
 def in_full(model: PeftModel) -> dict[str, Tensor]:
@@ -114,10 +125,8 @@ def main() -> None:
         arguments.plugin,
         arguments.examples,
         arguments.seed,
+        shlex.join(["python", *sys.argv]),
     )
-    record = json.loads((arguments.run / "run.json").read_text())
-    command = shlex.join(["python", *sys.argv])
-    write_text(arguments.output / "run.json", json.dumps(record | {"widened": {"command": command}}, indent=2) + "\n")
     print(f"Wrote {arguments.output}. Next: train.py --start {arguments.output / 'plugin'}")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
+from ..compat import in_process_group
 from ..field_types import whole_number
 from ..models import evaluating, on_device
 from ..training.loss_masks import decoder_tokens
@@ -237,7 +238,7 @@ def _first_example(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _of_first_process(inputs: dict[str, Any]) -> dict[str, Any]:
     """What the first process has, where there are several: they count the same FLOPs."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not in_process_group():
         return inputs
     shared = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}]
     torch.distributed.broadcast_object_list(shared, src=0)

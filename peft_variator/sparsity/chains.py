@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..compat import tree_leaves, tree_map
+from ..compat import tensor_version, tree_leaves, tree_map
 from ..models import on_device
 
 
@@ -134,13 +134,8 @@ class _Run:
     def note_writes(self) -> None:
         """Look whether arguments have been changed in place since the call began."""
         self.writes |= any(
-            (tensor := ref()) is not None and _version(tensor) != noted for ref, noted in self.arguments
+            (tensor := ref()) is not None and tensor_version(tensor) != noted for ref, noted in self.arguments
         )
-
-
-def _version(tensor: Tensor) -> int:
-    """A count of a tensor's changes in place; 0 where none is kept."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _links(call: Call, previous: Sequence[tuple[Any, int]]) -> dict[Slot, int]:
@@ -149,7 +144,7 @@ def _links(call: Call, previous: Sequence[tuple[Any, int]]) -> dict[Slot, int]:
         slot: index
         for slot, value in call.items()
         for index, (leaf, noted) in enumerate(previous)
-        if isinstance(value, Tensor) and value is leaf and _version(value) == noted
+        if isinstance(value, Tensor) and value is leaf and tensor_version(value) == noted
     }
     tensors = [slot for slot, value in call.items() if isinstance(value, Tensor)]
     return found if tensors and found.get(tensors[0]) == 0 else {}
@@ -170,10 +165,10 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         given = _tensors((args, kwargs))
         sources = self._sources_of(given)
-        noted = [_version(tensor) for tensor in given]
+        noted = [tensor_version(tensor) for tensor in given]
         result = func(*args, **(kwargs or {}))
         if sources:
-            written = [tensor for tensor, before in zip(given, noted, strict=True) if _version(tensor) != before]
+            written = [tensor for tensor, before in zip(given, noted, strict=True) if tensor_version(tensor) != before]
             whole = [tensor._base for tensor in written if tensor._base is not None]
             for tensor in [*_tensors(result), *written, *whole]:
                 self._sources[tensor] = self._sources.get(tensor, frozenset()) | sources
@@ -188,14 +183,14 @@ class _Recorder(TorchFunctionMode):
         call = Call(list(args), dict(kwargs))
         links = _links(call, self._previous)
         others = [value for slot, value in call.items() if slot not in links]
-        arguments = [(weakref.ref(tensor), _version(tensor)) for tensor in _tensors((call.args, call.kwargs))]
+        arguments = [(weakref.ref(tensor), tensor_version(tensor)) for tensor in _tensors((call.args, call.kwargs))]
         previous = self.runs[-1].name if self.runs else None
         self.runs.append(_Run(name, previous, links, self._sources_of(_tensors(others)), arguments))
 
     def after(self, name: str, args: Any, output: Any) -> None:
         """Note what the block gives, and follow it from here."""
         self.runs[-1].note_writes()
-        self._previous = [(leaf, _version(leaf) if isinstance(leaf, Tensor) else 0) for leaf in leaves(output)]
+        self._previous = [(leaf, tensor_version(leaf) if isinstance(leaf, Tensor) else 0) for leaf in leaves(output)]
         for tensor in _tensors(output):
             self._sources[tensor] = frozenset({name})
         self._in_block = False

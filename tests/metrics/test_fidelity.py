@@ -147,6 +147,11 @@ def test_neighbours_that_do_not_exist(neighbours, k):
         neighbours([[1.0], [2.0], [3.0]], [[1.0], [2.0], [3.0]], k=k)
 
 
+def test_a_number_of_neighbours_of_numpy_will_do(neighbours):
+    _, references = make_rows(12, 4)
+    assert neighbours(references, references, k=np.int64(2)) == 1
+
+
 def test_neighbours_of_zero_rows(neighbours):
     with pytest.raises(ValueError, match="Row 0 of references is all zeros"):
         neighbours([[1.0], [2.0]], [[0.0], [2.0]])

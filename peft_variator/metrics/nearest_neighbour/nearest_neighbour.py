@@ -8,6 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from peft_variator.field_types import is_whole
 from peft_variator.metrics.common import as_rows, pair_info
 
 
@@ -49,7 +50,7 @@ class NearestNeighbour(evaluate.Metric):
 
     def _compute(self, predictions: Any, references: Any, k: int = 1) -> dict[str, float]:
         predicted, base = as_rows(predictions, "predictions"), as_rows(references, "references")
-        if not isinstance(k, int) or not 1 <= k < len(base):
+        if not is_whole(k) or not 1 <= k < len(base):
             raise ValueError(f"k is {k!r}; with {len(base)} texts it must be an integer from 1 to {len(base) - 1}.")
         found = _neighbours(predicted, k, "predictions")
         wanted = _neighbours(base, k, "references")

@@ -57,8 +57,8 @@ class CompensatedLinear(SummedMap, PluginModule):
     @torch.no_grad()
     def rounded(self, adapter_name: str) -> Iterator[tuple[str, RoundedFactor]]:
         """A and B of a plugin in few bits, with the names of what they take the place of."""
-        for part, weight in zip(self.adapter_layer_names, self.factors(adapter_name), strict=True):
-            is_up = part == self.adapter_layer_names[1]
+        factors = self.factors(adapter_name)
+        for part, weight, is_up in zip(self.adapter_layer_names, factors, (False, True), strict=True):
             factor = RoundedFactor(weight.shape[1], weight.shape[0], is_up=is_up)
             factor.to(weight.device).to(weight.dtype).train(self.training)
             factor.set_weight(weight)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter_state import ExactlyLoadedLayer
+from ...compat import in_process_group
 from ...offloading import is_offloading
 from .config import VariatorConfig
 from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression, NeuronsDecompression
@@ -524,8 +525,7 @@ class VariatorLayer(PluginModule):
         Not looked at in code that is compiled, which is for the weights that there were, nor in processes of a group,
         where FSDP puts weights together for every call, as Accelerate brings those in that are offloaded.
         """
-        distributed = torch.distributed
-        if torch.compiler.is_compiling() or (distributed.is_available() and distributed.is_initialized()):
+        if torch.compiler.is_compiling() or in_process_group():
             return False
         known = self._read.get(plugin)
         if known is not None:

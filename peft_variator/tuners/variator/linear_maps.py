@@ -17,7 +17,7 @@ from torch.ao.nn.quantized import Linear as TorchQuantizedLinear
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.nn.functional import linear
 
-from ...compat import is_quantized_tensor
+from ...compat import is_quantized_tensor, tensor_version
 from .network import weight_of
 
 
@@ -97,7 +97,7 @@ class RoundedFactor(nn.Module):
         if torch.compiler.is_compiling():
             return self.numbers.to(self.scales.dtype) * self.scales
         numbers, scales = self.numbers, self.scales
-        versions = [0 if each.is_inference() else each._version for each in (numbers, scales)]
+        versions = [tensor_version(numbers), tensor_version(scales)]
         known = self._decoded
         if known is None or known[0] is not numbers or known[1] is not scales or known[2] != versions:
             with torch.inference_mode(False):  # what trains later may need it, too

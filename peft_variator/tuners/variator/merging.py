@@ -213,9 +213,13 @@ class Block(Part):
         """Number of groups in one sequence."""
         return int(torch.Size(self.shape[::2]).numel())
 
+    def laid_out(self, tokens: Tensor) -> Tensor:
+        """A view of the block's tokens, shape `(batch, *shape, dim)`, of tokens of shape `(batch, length, dim)`."""
+        return tokens[:, self.start : self.start + self.length].unflatten(1, self.shape)
+
     def members(self, tokens: Tensor) -> list[Tensor]:
         """Views of the members; see [`Part`]."""
-        block = tokens[:, self.start : self.start + self.length].unflatten(1, self.shape)
+        block = self.laid_out(tokens)
         if len(self.shape) == 2:
             return list(block.unbind(2))
         return [column for row in block.unbind(2) for column in row.unbind(3)]
@@ -232,8 +236,7 @@ class Block(Part):
             tokens: shape `(batch, length, dim)`.
             rows: shape `(batch, groups, dim)`.
         """
-        block = tokens[:, self.start : self.start + self.length].unflatten(1, self.shape)
-        block.add_(rows.unflatten(1, self._grid))
+        self.laid_out(tokens).add_(rows.unflatten(1, self._grid))
 
     def rows(self, first: int, device: torch.device) -> Tensor:
         """The row of each token, for rows numbered from `first`; shape `(length,)`."""
@@ -326,8 +329,7 @@ class SharedGroups(Groups):
             return tokens[:, block.start : block.start + block.length]
         shares = member_scores(block).float().softmax(dim=-1).to(tokens.dtype)
         if _is_one_short_product(tokens) and len(block.shape) == 2:
-            in_groups = tokens[:, block.start : block.start + block.length].unflatten(1, block.shape)
-            return torch.matmul(shares.unsqueeze(-2), in_groups).squeeze(-2)
+            return torch.matmul(shares.unsqueeze(-2), block.laid_out(tokens)).squeeze(-2)
         members, weights = block.members(tokens), shares.unsqueeze(-2).unbind(-1)
         merged = members[0] * weights[0]
         for member, weight in zip(members[1:], weights[1:], strict=True):

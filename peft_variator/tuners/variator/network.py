@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 from transformers.pytorch_utils import Conv1D
 
-from ...compat import is_quantized_tensor
+from ...compat import is_quantized_tensor, tensor_version
 
 
 __all__ = [
@@ -249,7 +249,7 @@ def are_same(stamps: list[Stamp], others: list[Stamp]) -> bool:
 
 def stamp(tensor: Tensor) -> Stamp:
     """Of one tensor, which it does not keep in memory."""
-    return weakref.ref(tensor), 0 if tensor.is_inference() else tensor._version
+    return weakref.ref(tensor), tensor_version(tensor)
 
 
 def _rows(module: nn.Module, index: Tensor, merged: bool) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...compat import in_process_group
 from ...field_types import name_some, whole_number
 from ...models import evaluating, on_device
 from .decompression import NeuronsDecompression
@@ -233,7 +234,7 @@ def run_batches_at(
 
 def sum_over_processes(sums: Iterable[Tensor]) -> None:
     """Add up what several processes have counted, in place; nothing happens where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_process_group():
         for each in sums:
             torch.distributed.all_reduce(each)
 

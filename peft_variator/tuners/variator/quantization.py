@@ -97,12 +97,12 @@ def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = No
     made = [part for layer, name in chosen for part in _round_copies(layer, name, bits)]
     if not made:
         raise ValueError("shrink_plugin: the plugin copies no neurons (decompression='neurons'), so none are rounded.")
-    names = {name for _, name in chosen}
+    names = dict.fromkeys(name for _, name in chosen)
     compensated = [module for module in model.modules() if isinstance(module, CompensatedLinear)]
     factors = [
         (module, name, *each)
         for module in compensated
-        for name in names & module.adapters()
+        for name in names.keys() & module.adapters()
         for each in module.rounded(name)
     ]
     for layer, part, name, module in made:
@@ -110,7 +110,7 @@ def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = No
     for around, name, part, factor in factors:
         getattr(around, part)[name] = factor
         around.quantized.pop(name, None)
-    for name in dict.fromkeys(name for _, name in chosen):
+    for name in names:
         _set_config(model, [layer for layer, each in chosen if each == name], name, bits)
     for layer, name in chosen:
         layer.read_base(name, again=True)  # which notes what was read
