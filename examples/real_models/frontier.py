@@ -171,8 +171,8 @@ def runs_before(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def commands_of(before: dict[str, Any]) -> list[str]:
-    """Commands of a run that another one went on from: what trained it, and what widened it, if anything did."""
-    return [before["command"], *([before["widened"]["command"]] if "widened" in before else [])]
+    """Commands of a run that another one went on from: what trained it, and what resized it, if anything did."""
+    return [before["command"], *([before["resized"]["command"]] if "resized" in before else [])]
 
 
 def told_of_bits(run: dict[str, Any]) -> str:

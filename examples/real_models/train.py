@@ -197,7 +197,7 @@ def main() -> None:
     first = None if arguments.start is None else arguments.start.parent / "run.json"
     if first is not None and first.is_file():
         before = json.loads(first.read_text())
-        earlier = {key: before[key] for key in ("before", "widened") if key in before}
+        earlier = {key: before[key] for key in ("before", "resized") if key in before}
         record["before"] = {"command": before["command"], "steps": before["recipe"]["steps"]} | earlier
     write_text(result, json.dumps(record | figures, indent=2) + "\n")
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertModel,
+    LlamaConfig,
+    LlamaModel,
     WhisperConfig,
     WhisperForConditionalGeneration,
     default_data_collator,
@@ -272,10 +274,10 @@ def test_a_run_begins_with_the_plugin_of_another_one(scripts, tmp_path, monkeypa
     old = get_peft_model(copy.deepcopy(base), VariatorConfig(**config, decompression="neurons", init_weights=False))
     old.save_pretrained(tmp_path / "run" / "plugin")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": {"ratios": [4]}}))
-    widen, texts = scripts("widen"), [{"input_ids": torch.randint(5, 99, (24,)).tolist()} for _ in range(32)]
-    monkeypatch.setattr(widen, "make_dataset", lambda *_: texts)
+    resize, texts = scripts("resize"), [{"input_ids": torch.randint(5, 99, (24,)).tolist()} for _ in range(32)]
+    monkeypatch.setattr(resize, "make_dataset", lambda *_: texts)
     loaded = scripts("weights").Loaded(copy.deepcopy(base), word_tokenizer(numbered_words(80), pad_token="w0"))
-    widen.widen("all-MiniLM-L6-v2", loaded, tmp_path, tmp_path / "run", tmp_path / "start", fields, 32, 0)
+    resize.resize("all-MiniLM-L6-v2", loaded, tmp_path, tmp_path / "run", tmp_path / "start", fields, 32, 0)
     new = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "start" / "plugin")).eval()
     ids = torch.randint(5, 99, (2, 16))
     states = [PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "run" / "plugin")).eval(), new]
@@ -286,8 +288,8 @@ def test_a_run_begins_with_the_plugin_of_another_one(scripts, tmp_path, monkeypa
     if "correction_rank" in fields:
         torch.testing.assert_close(after, before)
         assert not any(".A" in name for name, _ in new.named_parameters() if "neuron" in name)
-        with pytest.raises(ValueError, match="leave the trained networks as they are"):
-            widen.widen(
+        with pytest.raises(ValueError, match="can get fewer neurons where its copies are whole"):
+            resize.resize(
                 "all-MiniLM-L6-v2", loaded, tmp_path, tmp_path / "run", tmp_path, {"correction_dim": 16}, 32, 0
             )
         return
@@ -295,6 +297,42 @@ def test_a_run_begins_with_the_plugin_of_another_one(scripts, tmp_path, monkeypa
     kept, found = (dict(model.named_parameters()) for model in states)
     assert all(torch.equal(found[name], value) for name, value in kept.items() if "variator" in name)
     assert any("layer.0" in name and "variator" in name for name in found)
+
+
+@pytest.mark.parametrize("is_gated", [False, True], ids=["plain", "gated"])
+def test_a_run_goes_on_with_fewer_neurons(scripts, tmp_path, monkeypatch, is_gated):
+    """Neurons that write nothing are the first to go, and what those that say the same leave is made good for."""
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+    kind = (LlamaModel, LlamaConfig) if is_gated else (BertModel, BertConfig)
+    base = kind[0](kind[1](hidden_size=32, **shape)).eval()
+    config = VariatorConfig(
+        decompression="neurons", correction_dim=24, compensation_rank=2, init_weights=False, compression_ratio=4
+    )
+    old = get_peft_model(copy.deepcopy(base), config).eval()
+    parts = {name.split(".")[-2]: module for name, module in old.named_modules() if name.endswith(".default")}
+    with torch.no_grad():
+        out = parts["variator_neuron_out"].weight
+        out[:, 3] = 0
+        out[:, 8] = 0
+        for part in ("variator_neuron_into", "variator_neuron_gate")[: 1 + is_gated]:
+            for parameter in parts[part].parameters():  # the sixth and the twentieth are the same neuron
+                parameter[20] = parameter[6]
+        out[:, 6] /= 8
+    old.save_pretrained(tmp_path / "run" / "plugin")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": {"ratios": [2, 4]}}))
+    resize, texts = scripts("resize"), [{"input_ids": torch.randint(5, 99, (24,)).tolist()} for _ in range(40)]
+    monkeypatch.setattr(resize, "make_dataset", lambda *_: texts)
+    loaded = scripts("weights").Loaded(copy.deepcopy(base), word_tokenizer(numbered_words(80), pad_token="w0"))
+    fields = {"correction_dim": 21}
+    resize.resize("all-MiniLM-L6-v2", loaded, tmp_path, tmp_path / "run", tmp_path / "start", fields, 40, 0)
+    new = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "start" / "plugin")).eval()
+    kept = next(buffer for name, buffer in new.named_buffers() if name.endswith("variator_neurons.default.index"))
+    assert kept.numel() == 21
+    ids = torch.randint(5, 99, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(new(ids)[0], old(ids)[0], rtol=0.02, atol=0.02)
+    with pytest.raises(ValueError, match="can get fewer neurons where its copies are whole"):
+        resize.resize("all-MiniLM-L6-v2", loaded, tmp_path, tmp_path / "run", tmp_path, {"correction_dim": 32}, 40, 0)
 
 
 SHIPPED = sorted(folder.parent for folder in (EXAMPLE.parent / "plugins").glob("*/adapter_config.json"))
