@@ -5,8 +5,8 @@ good for the others as well as they can.
 
 python examples/real_models/resize.py --data DATA --cache CACHE --model all-mpnet-base-v2 --run RUN --output START \
   --plugin '{"layers_to_transform": null, "correction_pattern": {"layer.0.intermediate": 1280}}'
-python examples/real_models/resize.py --data DATA --cache CACHE --model SmolLM2-135M-Instruct --run RUN --output START \
-  --plugin '{"correction_rank": null}'
+python examples/real_models/resize.py --data DATA --cache CACHE --model SmolLM2-135M-Instruct --run RUN \
+  --output START --plugin '{"correction_rank": null}'
 python examples/real_models/resize.py --data DATA --cache CACHE --model all-mpnet-base-v2 --run RUN --output START \
   --plugin '{"correction_dim": 448}'
 """
