@@ -95,36 +95,6 @@ def test_the_benchmark(readme: str) -> None:
     assert f"Qwen2.5-0.5B's shape {speeds[1]}: {min(shares):.2f} to {max(shares):.2f} of what" in readme
 
 
-def test_the_plugin_that_is_shipped(readme: str) -> None:
-    results = EXAMPLES / "real_models" / "results"
-    base = record(results / "base-all-MiniLM-L6-v2.json")["parts"]["stsb"]["spearman"]
-    plugin = record(results / "plugin-all-MiniLM-L6-v2-k32.json")["parts"]["stsb"]["spearman"]
-    rows = record(results / "speed-all-MiniLM-L6-v2-k32.json")["rows"]
-    speed = {(row["batch"], row["length"]): row["speedup"]["plugin"] for row in rows}
-    many, one = speed[32, 128], speed[1, 128]
-    assert f"STS-B {base:.1f} → {plugin:.1f} at k = 32" in readme
-    assert f"{many['median']:.2f} times as fast [{many['low']:.2f}–{many['high']:.2f}]" in readme
-    assert f"a single text of 128 tokens is slower, {one['median']:.1f} times" in readme
-
-
-def test_the_larger_encoder_s_plugin(readme: str) -> None:
-    results = EXAMPLES / "real_models" / "results"
-    base = record(results / "base-all-mpnet-base-v2.json")["parts"]["stsb"]["spearman"]
-    plugin = record(results / "plugin-all-mpnet-base-v2-k16.json")["parts"]["stsb"]["spearman"]
-    (speed,) = [
-        row["speedup"]["plugin"]
-        for row in record(results / "speed-all-mpnet-base-v2-k16.json")["rows"]
-        if (row["batch"], row["length"]) == (32, 128)
-    ]
-    told = f"all-mpnet-base-v2: {base:.1f} → {plugin:.1f} at k = 16, for {speed['median']:.2f} times"
-    assert f"{told} [{speed['low']:.2f}–{speed['high']:.2f}]" in readme
-    found = [
-        record(results / f"{name}.json")["parts"]["squad"]["first"]
-        for name in ("plugin-all-mpnet-base-v2-k16", "base-all-mpnet-base-v2")
-    ]
-    assert f"own paragraph first for {found[0]:.1f} %, where the base has {found[1]:.1f}" in readme
-
-
 def test_what_plugins_weigh(readme: str) -> None:
     sizes = [path.stat().st_size / 1e6 for path in (EXAMPLES / "plugins").glob("*/adapter_model.safetensors")]
     assert f"those that are shipped: {min(sizes):.1f} to {max(sizes):.1f} MB" in readme

@@ -17,7 +17,16 @@ from peft_variator.files import write_text
 from peft_variator.markdown import make_table, replace_between
 
 
-__all__ = ["in_int8", "measured_values", "model_of", "quality_table", "speed_table", "write_page"]
+__all__ = [
+    "in_int8",
+    "measured_values",
+    "model_of",
+    "quality_table",
+    "shipped_table",
+    "speed_table",
+    "write_page",
+    "write_readme",
+]
 
 RESULTS = Path(__file__).parent / "results"
 PLUGINS = Path(__file__).parents[1] / "plugins"
@@ -72,8 +81,18 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("sentences", "wer_to_base", "read sentences, word errors against the base's transcript, %", 2, False),
     ),
 }
-# The shape that is drawn where the first of a record isn't the one that people ask for.
+SHOWN_RATIO = {
+    "all-MiniLM-L6-v2": 32,
+    "all-mpnet-base-v2": 16,
+    "SmolLM2-135M-Instruct": 8,
+    "dinov2-vit-s14": 4,
+    "whisper-tiny.en": 4,
+}
+"""Of the plugins that are shipped, the ratio that the README's table has: one that their loss allows."""
+SHOWN_FIGURES = {"text": ("stsb", "squad"), "causal": ("wikitext2-256",), "vision": ("cifar10",), "audio": ("digits",)}
+"""The parts of a measurement that the README's table has."""
 MAIN_SHAPE = {"all-mpnet-base-v2": (8, 128), "dinov2-vit-s14": (8, 0)}
+"""The shape that is drawn where the first of a record isn't the one that people ask for."""
 
 
 def model_of(plugin: str) -> str | None:
@@ -224,26 +243,89 @@ def _draw(plugins: dict[str, list[int]], results: Path, file: Path) -> bool:
         results: folder of what was measured.
         file: the picture.
     """
-    import matplotlib
+    frontier = _frontier(plugins, results)
+    if frontier is None:
+        return False
+    drawn, figure, name = frontier.plugins, frontier.figure, next(iter(plugins))
+    plot, (axes,) = _plot(6, 4 + 0.1 * (len(drawn) - 1), 1, 1)
+    _draw_frontier(axes, frontier)
+    if len(drawn) > 1:
+        plot.legend(loc="outside lower center", ncols=2, fontsize="small")
+    first = next(iter(drawn.values()))[0]
+    axes.set_xlabel(f"times as fast as the base at {first.shape}, {first.threads} CPU threads (right is better)")
+    axes.set_ylabel(f"{figure.title}\n({'up' if figure.more_is_better else 'down'} is better)")
+    title = f"{name} with its plugin (one seed)" if len(drawn) == 1 else f"{name} with its plugins (one seed each)"
+    axes.set_title(f"{title}\nbars: quartiles of the time", fontsize=11)
+    _save(plot, file)
+    return True
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def _draw_shipped(shipped: dict[str, list[int]], results: Path, file: Path) -> None:
+    """Draw quality against speed of the plugins that are shipped, a panel each.
+
+    Args:
+        shipped: name of a folder → the plugin's ratios.
+        results: folder of what was measured.
+        file: the picture.
+    """
+    found = {name: _frontier({name: ratios}, results) for name, ratios in shipped.items()}
+    frontiers = {name: frontier for name, frontier in found.items() if frontier is not None}
+    columns = 3
+    rows = -(-len(frontiers) // columns)
+    plot, panels = _plot(11, 3.4 * rows, rows, columns)
+    for axes, (name, frontier) in zip(panels, frontiers.items(), strict=False):
+        _draw_frontier(axes, frontier)
+        first = next(iter(frontier.plugins.values()))[0]
+        better = "up" if frontier.figure.more_is_better else "down"
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(f"times as fast as the base, {first.shape}", fontsize=8)
+        axes.set_ylabel(f"{frontier.figure.title}\n({better} is better)", fontsize=8)
+        axes.tick_params(labelsize=8)
+    for axes in panels[len(frontiers) :]:
+        axes.set_axis_off()
+    plot.suptitle("Plugins that are shipped, two CPU threads, bars: quartiles of the time", fontsize=11)
+    _save(plot, file)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What is drawn of a model: the base's quality, and points by plugin."""
+
+    figure: Figure
+    base: float
+    plugins: dict[str, list[Point]]
+
+
+def _frontier(plugins: dict[str, list[int]], results: Path) -> Frontier | None:
+    """Quality and speed of a model's plugins; `None` where no plugin has both."""
     name = next(iter(plugins))
     columns = {plugin: _measured(plugin, ratios, results) for plugin, ratios in plugins.items()}
     figure = next((each for each in figures_of(name) if _comparable(each, columns[name])), None)
     if figure is None:
-        return False
+        return None
     drawn = {
         plugin: _points(plugin, ratios, columns[plugin], figure, results)
         for plugin, ratios in plugins.items()
         if _comparable(figure, columns[plugin])
     }
     drawn = {plugin: points for plugin, points in drawn.items() if points}
-    if not drawn:
-        return False
-    plot, axes = pyplot.subplots(figsize=(6, 4 + 0.1 * (len(drawn) - 1)), layout="constrained")
-    base = columns[name]["base"][figure.part][figure.key]
+    return Frontier(figure, columns[name]["base"][figure.part][figure.key], drawn) if drawn else None
+
+
+def _plot(width: float, height: float, rows: int, columns: int) -> tuple[Any, list[Any]]:
+    """A figure, and its axes row by row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plot, axes = pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    return plot, list(axes.flat)
+
+
+def _draw_frontier(axes: Any, frontier: Frontier) -> None:
+    """Draw the base and the points of each plugin."""
+    base, drawn = frontier.base, frontier.plugins
     axes.axhline(base, color="0.7", linewidth=1, linestyle="--")
     axes.plot([1], [base], "o", color="black")
     axes.annotate("base", (1, base), xytext=(6, 6), textcoords="offset points")
@@ -260,25 +342,23 @@ def _draw(plugins: dict[str, list[int]], results: Path, file: Path) -> bool:
             # Where there are several, only where each ends: the labels of all would lie on each other.
             if len(drawn) == 1 or point is points[-1]:
                 axes.annotate(f"k = {point.ratio}", place, xytext=(6, down), textcoords="offset points", color=color)
-    if len(drawn) > 1:
-        plot.legend(loc="outside lower center", ncols=2, fontsize="small")
     # A scale that makes a tenth of a point look like a fall says something that is not so.
-    axes.margins(0.12)  # the labels stay inside
+    axes.margins(x=0.2, y=0.12)  # the labels stay inside
     low, high = axes.get_ylim()
     room = max(0.12 * (high - low), 0.04 * abs(base) - (high - low)) / 2
     axes.set_ylim(low - room, high + room)
-    first = next(iter(drawn.values()))[0]
-    axes.set_xlabel(f"times as fast as the base at {first.shape}, {first.threads} CPU threads (right is better)")
-    axes.set_ylabel(f"{figure.title}\n({'up' if figure.more_is_better else 'down'} is better)")
-    title = f"{name} with its plugin (one seed)" if len(drawn) == 1 else f"{name} with its plugins (one seed each)"
-    axes.set_title(f"{title}\nbars: quartiles of the time", fontsize=11)
     axes.grid(alpha=0.3)
+
+
+def _save(plot: Any, file: Path) -> None:
+    """Write a picture, whole or not at all."""
+    from matplotlib import pyplot
+
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         plot.savefig(Path(folder) / file.name, dpi=150)
         (Path(folder) / file.name).rename(file)
     pyplot.close(plot)
-    return True
 
 
 @dataclass(frozen=True)
@@ -309,6 +389,54 @@ def _points(
 def _main_row(model: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     shape = MAIN_SHAPE.get(model or "")
     return next((row for row in rows if (row["batch"], row["length"]) == shape), rows[0])
+
+
+def shipped_table(shipped: dict[str, list[int]], plugins: Path = PLUGINS, results: Path = RESULTS) -> str:
+    """What the plugins that are shipped lose and gain, at one ratio each.
+
+    Args:
+        shipped: name of a folder → the plugin's ratios.
+        plugins: folder of the plugins.
+        results: folder of what was measured.
+    """
+    rows = []
+    for name in shipped:
+        k, parts = SHOWN_RATIO[name], SHOWN_FIGURES[WEIGHTS[name].kind]
+        columns = _measured(name, [k], results)
+        figures = [
+            each
+            for part in parts
+            for each in [next(figure for figure in FIGURES[WEIGHTS[name].kind] if figure.part == part)]
+            if _comparable(each, columns)
+        ]
+        speeds = [
+            f"{_shape(row['batch'], row['length'])}: {row['speedup']['plugin']['median']:.2f} "
+            f"[{row['speedup']['plugin']['low']:.2f}–{row['speedup']['plugin']['high']:.2f}]"
+            for record in _speeds(name, [k], results).values()
+            for row in record["rows"]
+        ]
+        values = ["<br>".join(f"{c[f.part][f.key]:.{f.digits}f}" for f in figures) for c in columns.values()]
+        size = (plugins / name / "adapter_model.safetensors").stat().st_size / 1e6
+        card = f"[{name}](examples/plugins/{name}/README.md), k = {k}, {size:.1f} MB"
+        rows.append([card, "<br>".join(map(_title, figures)), *values, "<br>".join(speeds)])
+    return make_table(["plugin", "measured by", "base", "with it", "times as fast"], rows, text_columns=2)
+
+
+def write_readme(readme: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> None:
+    """Renew the README's table of the plugins that are shipped, and its picture.
+
+    Args:
+        readme: a page with the markers `shipped`.
+        plugins: folder of the plugins that are shipped.
+        results: folder of what was measured.
+    """
+    shipped = {
+        name: json.loads((results / f"run-{name}.json").read_text())["recipe"]["ratios"]
+        for name in SHOWN_RATIO
+        if (plugins / name).is_dir()
+    }
+    _draw_shipped(shipped, results, readme.parent / "docs" / "images" / "frontiers.png")
+    write_text(readme, replace_between(readme.read_text(), "shipped", shipped_table(shipped, plugins, results)))
 
 
 def write_page(page: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> list[str]:
@@ -358,11 +486,12 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
 
 
 def main() -> None:
-    """Renew docs/results.md."""
+    """Renew docs/results.md and the README's table."""
     page = DOCS / "results.md"
     names = write_page(page)
-    print(f"Wrote {page} and the pictures of {', '.join(names)}.")
-    print("Next: look at docs/images/frontier-*.png, then `make docs`.")
+    write_readme(DOCS.parent / "README.md")
+    print(f"Wrote {page}, the table of README.md, and the pictures of {', '.join(names)}.")
+    print("Next: look at docs/images/frontier*.png, then `make docs`.")
 
 
 if __name__ == "__main__":

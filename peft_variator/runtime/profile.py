@@ -23,7 +23,7 @@ from .latency import LatencyCheck, LatencyTable, checked_axis, checked_quality
 from .tasks import find_transformer, has_plugin, is_causal, unwrap
 
 
-__all__ = ["profile_latency", "quality_from_card"]
+__all__ = ["name_of", "profile_latency", "quality_from_card"]
 
 MOST_CHECKS = 4  # cells whose centres are measured beside the grid, for each ratio
 LESS_IS_BETTER = "less is better"  # how a row of a card is marked whose figures are no quality
@@ -82,9 +82,13 @@ def profile_latency(
     for batch, length in _centres(batch_sizes, lengths):
         for k, measured in measure(batch, length).items():
             checks.append(LatencyCheck(k, batch, length, measured, table.latency(k, batch, length)))
-    name = inner.config.name_or_path or type(inner).__name__
     environment = describe_environment(inner.device)
-    return replace(table, quality=quality, checks=tuple(checks), model=name, environment=environment)
+    return replace(table, quality=quality, checks=tuple(checks), model=name_of(inner), environment=environment)
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """What a model was loaded from, or its class where it was made."""
+    return model.config.name_or_path or type(model).__name__
 
 
 @torch.no_grad()

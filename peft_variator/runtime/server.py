@@ -23,14 +23,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from ..model_files import check_model_name, load_tokenizer
 from ..models import load_whole
 from ..pooling import check_pooling
-from ..profiling import count_positions
+from ..profiling import count_positions, describe_environment
 from ..sentence_folder import read_recipe
 from ..training import load_plugin
 from .engine import Engine
 from .engine_metrics import BatchRecord
 from .latency import LatencyTable
 from .policies import MAX_BATCH, FixedRatio, Policy, QueueThreshold, SlackFit
-from .profile import profile_latency, quality_from_card
+from .profile import name_of, profile_latency, quality_from_card
 from .tasks import find_transformer
 
 
@@ -42,6 +42,7 @@ METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for it
 DEFAULT_RATIOS = (1, 2, 4, 8)
 BATCH_SIZES = (1, 4, 16, 64)
 LENGTHS = (4, 64, 256)
+TIMES_DEPEND_ON = ("model", "device", "gpu", "cpu", "threads")
 TOLD_EVERY = 10.0  # seconds between lines about what is measured
 RESERVE_MS = 2.0  # for what lies around the engine: queues between processes, JSON
 
@@ -204,16 +205,22 @@ def _make_policy(settings: ServeSettings, model: nn.Module) -> Policy:
     if settings.policy == QueueThreshold.name:
         steps = {k: 8 << index for index, k in enumerate(sorted({*ratios} - {1}))}
         return QueueThreshold(steps, settings.batch_size)
-    table = _read_table(settings, trained) or _measure_table(settings, model, ratios)
+    table = _read_table(settings, model, trained) or _measure_table(settings, model, ratios)
     return SlackFit(table, max_batch=settings.batch_size, reserve_ms=RESERVE_MS)
 
 
-def _read_table(settings: ServeSettings, trained: Sequence[int] | None) -> LatencyTable | None:
+def _read_table(settings: ServeSettings, model: nn.Module, trained: Sequence[int] | None) -> LatencyTable | None:
     """The latency table in its file, if there is one: with the ratios that were named, or trained, alone."""
     path = settings.table
     if path is None or not Path(path).exists():
         return None
     table = LatencyTable.load(path)
+    if differences := _differences(table, model):
+        logger.warning(
+            "%s was measured with %s. Its times are used all the same; remove it to measure anew.",
+            path,
+            ", ".join(differences),
+        )
     missing = sorted({*(settings.ratios or ())} - {*table.ratios})
     if missing:
         raise ValueError(f"{path} has no ratios {missing}, only {list(table.ratios)}. Remove it to measure anew.")
@@ -224,6 +231,19 @@ def _read_table(settings: ServeSettings, trained: Sequence[int] | None) -> Laten
             "Remove it to measure anew, or name some with --ratio."
         )
     return table.restrict(kept)  # what was measured besides is not to be chosen
+
+
+def _differences(table: LatencyTable, model: nn.Module) -> list[str]:
+    """What a table was measured with that times depend on and that is another here, in words."""
+    inner = find_transformer(model)
+    before = {**table.environment, "model": table.model}
+    now = {**describe_environment(inner.device), "model": name_of(inner)}
+    return [
+        f"{key} {before[key]} (here {now.get(key)})"
+        for key in TIMES_DEPEND_ON
+        # Of a model the folder may be another one.
+        if before.get(key) and Path(str(before[key])).name != Path(str(now.get(key))).name
+    ]
 
 
 def _measure_table(settings: ServeSettings, model: nn.Module, ratios: Sequence[int]) -> LatencyTable:

@@ -358,6 +358,25 @@ def test_what_is_shipped_is_whole(folder, scripts):
     assert sorted(found) == sorted((figure.key, value) for figure, _, value in wanted)
 
 
+def test_the_table_of_the_readme_is_that_of_the_records(scripts):
+    frontier = scripts("frontier")
+    runs = {
+        folder.name: json.loads((frontier.RESULTS / f"run-{folder.name}.json").read_text())["recipe"]["ratios"]
+        for folder in SHIPPED
+    }
+    assert runs.keys() == frontier.SHOWN_RATIO.keys()
+    assert all(frontier.SHOWN_RATIO[name] in ratios for name, ratios in runs.items())
+    table = frontier.shipped_table({name: runs[name] for name in frontier.SHOWN_RATIO})
+    assert table in (EXAMPLE.parents[1] / "README.md").read_text()
+    base, plugin = (
+        json.loads((frontier.RESULTS / f"{name}.json").read_text())["parts"]["stsb"]["spearman"]
+        for name in ("base-all-mpnet-base-v2", "plugin-all-mpnet-base-v2-k16")
+    )
+    (row,) = [line for line in table.splitlines() if line.startswith("| [all-mpnet-base-v2]")]
+    assert f"| {base:.2f}<br>" in row
+    assert f"| {plugin:.2f}<br>" in row
+
+
 def test_what_is_shipped_is_small():
     files = [file for folder in SHIPPED for file in folder.iterdir()]
     assert sum(file.stat().st_size for file in files) < 24e6

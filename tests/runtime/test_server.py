@@ -22,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from peft_variator.profiling import describe_environment
 from peft_variator.runtime import Engine, FixedRatio, LatencyTable
 from tests.processes import free_port
 
@@ -414,6 +416,26 @@ def test_a_table_offers_what_was_trained_alone(folder: Path, tmp_path: Path) -> 
     file.write_text(json.dumps(config | {"trained_ratios": [16]}))
     with pytest.raises(ValueError, match=r"the ratios \[1, 2, 8\], and the plugin was trained for \[16\]"):
         make_engine(settings)
+
+
+def test_a_table_of_another_model_or_machine_is_told(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    from peft_variator.runtime.server import ServeSettings, make_engine
+
+    table = tmp_path / "table.json"
+    settings = ServeSettings(str(folder / "base"), str(folder / "adapter"), table=str(table))
+    here = describe_environment(torch.device("cpu"))
+    for model, environment, told in (
+        ("", {}, None),  # a table that was made by hand says nothing
+        ("/another/place/base", {key: here[key] for key in ("cpu", "device", "threads")}, None),
+        ("other/model", here, "measured with model other/model (here "),
+        ("base", here | {"threads": 77}, "measured with threads 77 (here "),
+        ("base", here | {"gpu": "a GPU"}, "measured with gpu a GPU (here None)"),
+    ):
+        caplog.clear()
+        replace(made_table(ratios=(1, 2, 8)), model=model, environment=environment).save(table)
+        make_engine(settings).close()
+        lines = [record.getMessage() for record in caplog.records if "was measured with" in record.getMessage()]
+        assert [told in line for line in lines] == ([True] if told else [])
 
 
 @pytest.mark.slow
