@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from ..pooling import pool
@@ -25,6 +27,10 @@ __all__ = [
     "kl_loss",
     "labels_kl_loss",
 ]
+
+
+_NUMBERS_AT_A_TIME = 1 << 21
+"""Of logits that are compared: 8 MiB in float32, which processors keep near."""
 
 
 @dataclass(frozen=True)
@@ -177,15 +183,51 @@ def kl_loss(
             f"The logits have shape {tuple(student.shape)}: one class only, as in regression, so their KL is always "
             "0. Set logits_weight=0 and use hidden_weight or task_weight."
         )
-    absent = None if classes is None else ~classes[mask]
-    log_student, log_teacher = (
-        _log_softmax(full_precision(logits[mask]) / temperature, absent) for logits in (student, teacher.detach())
-    )
-    difference = log_teacher - log_student
-    if absent is not None:
-        difference = difference.masked_fill(absent, 0)
-    divergence = (log_teacher.exp() * difference).sum(-1) * temperature**2
-    return LossSums(_sum_per_example(divergence, mask), items_per_example(mask))
+    rows = mask.flatten().nonzero().flatten()
+    flat = [None if logits is None else logits.flatten(0, -2) for logits in (student, teacher.detach(), classes)]
+    return LossSums(_sum_per_example(_Divergence.apply(*flat, temperature, rows), mask), items_per_example(mask))
+
+
+class _Divergence(torch.autograd.Function):
+    """T²·KL(teacher ‖ student) of some rows of logits, shape `(rows,)`, differentiable once in the student's.
+
+    Of a vocabulary's size autograd would keep several tensors in float32, and walk through more. Here a few rows at a
+    time are, and what is kept is the gradient, T·(softmax(s / T) − softmax(t / T)), in the student's precision.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, classes: Tensor | None, temperature: float, rows: Tensor
+    ) -> Tensor:
+        divergence = full_precision(student.new_empty(0)).new_empty(rows.shape)
+        gradient = student.new_empty(*rows.shape, student.shape[-1]) if ctx.needs_input_grad[0] else None
+        for chunk in torch.arange(len(rows), device=rows.device).split(
+            max(1, _NUMBERS_AT_A_TIME // student.shape[-1])
+        ):
+            at = rows[chunk]
+            log_student, log_teacher = (full_precision(logits[at]) / temperature for logits in (student, teacher))
+            if classes is not None:
+                absent = ~classes[at]
+                log_student, log_teacher = (
+                    logits.masked_fill_(absent, -torch.inf) for logits in (log_student, log_teacher)
+                )
+            log_student, log_teacher = log_student.log_softmax(-1), log_teacher.log_softmax(-1)
+            likely = log_teacher.exp()
+            # What has no probability counts for nothing, though its logarithm is infinite.
+            difference = log_teacher.sub_(log_student).masked_fill_(likely == 0, 0)
+            divergence[chunk] = (difference.mul_(likely)).sum(-1) * temperature**2
+            if gradient is not None:
+                gradient[chunk] = log_student.exp_().sub_(likely).mul_(temperature).to(gradient.dtype)
+        ctx.save_for_backward(gradient, rows)
+        ctx.shape = student.shape
+        return divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, rows = ctx.saved_tensors
+        scaled = gradient * grad.unsqueeze(-1).to(gradient.dtype)
+        return gradient.new_zeros(ctx.shape).index_copy_(0, rows, scaled), None, None, None, None
 
 
 def labels_kl_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> LossSums:
@@ -209,7 +251,3 @@ def labels_kl_loss(student: Tensor, teacher: Tensor, mask: Tensor, temperature: 
         target.mul(sign).sigmoid() * (logsigmoid(sign * target) - logsigmoid(sign * mine)) for sign in (1, -1)
     )
     return LossSums(_sum_per_example((given + absent).sum(-1) * temperature**2, mask), items_per_example(mask))
-
-
-def _log_softmax(logits: Tensor, absent: Tensor | None) -> Tensor:
-    return (logits if absent is None else logits.masked_fill(absent, -torch.inf)).log_softmax(-1)

@@ -128,6 +128,55 @@ def test_kl_loss_leaves_out_classes_that_do_not_exist() -> None:
     assert not gradient[0, 4:].any()
 
 
+def kl_by_autograd(
+    student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, classes: Tensor | None
+) -> Tensor:
+    """The divergence of all that counts, as it is written."""
+    mine, target = (logits[mask].double() / temperature for logits in (student, teacher))
+    if classes is not None:
+        mine, target = (logits.masked_fill(~classes[mask], -math.inf) for logits in (mine, target))
+    p = target.softmax(-1)
+    terms = torch.where(p > 0, p * (target.log_softmax(-1) - mine.log_softmax(-1)), 0)
+    return terms.sum() * temperature**2
+
+
+@pytest.mark.parametrize("with_classes", [False, True], ids=["all", "some classes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_kl_loss(dtype: torch.dtype, with_classes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several passes of a few rows, and weighed differently for each example."""
+    monkeypatch.setattr("peft_variator.training.losses._NUMBERS_AT_A_TIME", 25)
+    student, teacher = states(1, 3, 6, 9, dtype, 1)[0].requires_grad_(), states(1, 3, 6, 9, dtype, 2)[0]
+    mask, weights = random_mask(3, 6), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    classes = random_mask(3, 6, 9, seed=5) | (torch.arange(9) < 2) if with_classes else None
+    sums = kl_loss(student, teacher, mask, 2.0, classes)
+    found = torch.autograd.grad((sums.errors.double() * weights).sum(), student)[0]
+    parts = [kl_by_autograd(student, teacher, mask & (torch.arange(3) == n)[:, None], 2.0, classes) for n in range(3)]
+    torch.testing.assert_close(sums.errors.double(), torch.stack(parts), rtol=1e-4, atol=1e-5)
+    (wanted,) = torch.autograd.grad((torch.stack(parts) * weights).sum(), student)
+    loose = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 1e-5)
+    torch.testing.assert_close(found, wanted, rtol=loose, atol=loose / 10)
+    assert found.dtype == dtype
+
+
+def test_a_class_without_probability_counts_for_nothing() -> None:
+    """A model gives −inf to what it excludes; where the student alone does so, KL is infinite."""
+    student, teacher = states(1, 1, 2, 5, torch.float32, 1)[0][0], states(1, 1, 2, 5, torch.float32, 2)[0][0]
+    everything = torch.ones(2, dtype=torch.bool)
+    teacher[:, 3] = -math.inf
+    left_out = student.clone()
+    left_out[:, 3] = -math.inf
+    for logits in (student, left_out):
+        mine = logits.clone().requires_grad_()
+        loss = kl_loss(mine, teacher, everything).mean()
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, mine)[0].isfinite().all()
+    kept = [0, 1, 2, 4]
+    alone = kl_loss(student[:, kept], teacher[:, kept], everything)
+    torch.testing.assert_close(kl_loss(left_out, teacher, everything).errors, alone.errors)
+    teacher[:, 3] = 0
+    assert kl_loss(left_out, teacher, everything).errors.isinf().all()
+
+
 def test_gradients_do_not_shrink_with_temperature() -> None:
     """For small logits the gradient of T² KL(p ‖ q) does not depend on T (Hinton et al. 2015, section 2.1)."""
     teacher, mask = 1e-3 * states(1, 1, 2, 5, torch.float64, 2)[0][0], torch.ones(2, dtype=torch.bool)
