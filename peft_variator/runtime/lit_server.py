@@ -7,8 +7,10 @@ Counters are kept in files that the processes share (prometheus_client's multipr
 
 from __future__ import annotations
 
+import base64
 import logging
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -20,11 +22,12 @@ from typing import Any, NoReturn, TextIO
 
 import litserve
 import prometheus_client
+import torch
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from litserve.loops import LitLoop
-from litserve.specs.openai_embedding import EmbeddingRequest, EmbeddingResponse
+from litserve.specs.openai_embedding import Embedding, EmbeddingRequest, EmbeddingResponse
 from litserve.utils import LitAPIStatus, LoopResponseType, PickleableHTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -88,6 +91,32 @@ class ServedRequest(EmbeddingRequest):
     max_ratio: int | None = Field(default=None, ge=1, strict=True)
 
 
+class ServedEmbedding(Embedding):
+    """OpenAI's embedding, with the compression ratio k that it was made at."""
+
+    ratio: int
+
+
+class ServedResponse(EmbeddingResponse):
+    """OpenAI's response, with the ratios."""
+
+    data: list[ServedEmbedding]  # a narrower kind, which is only read
+
+
+def _with_ratio(found: Embedding, encoding_format: str) -> ServedEmbedding:
+    """Take apart the numbers of an embedding and its ratio behind them, where the worker put it.
+
+    Args:
+        found: what LitServe made of a row of the worker's answer, which has no other room for it.
+        encoding_format: `float` or `base64`, little-endian float32, which is what OpenAI's clients ask for.
+    """
+    *values, ratio = found.embedding
+    embedding: list[Any] | str = values
+    if encoding_format == "base64":
+        embedding = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode("ascii")
+    return ServedEmbedding(index=found.index, embedding=embedding, ratio=round(float(ratio)))
+
+
 class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
     """LitServe's OpenAI specification, with limits, `/v1/models` and `/metrics`. It lives in the HTTP process."""
 
@@ -107,7 +136,7 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "metrics"}
 
-    async def embeddings_endpoint(self, request: ServedRequest) -> EmbeddingResponse:
+    async def embeddings_endpoint(self, request: ServedRequest) -> ServedResponse:
         """Answer `POST /v1/embeddings`."""
         texts = request.ensure_list()
         method = "batch" if isinstance(request.input, list) else "single"
@@ -115,11 +144,12 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
         started = time.monotonic()
         self._check(request, texts)
         # As a list, so that one text and a list of one are the same to the worker.
-        response = await super().embeddings_endpoint(request.model_copy(update={"input": texts}))
+        as_list = request.model_copy(update={"input": texts, "encoding_format": "float"})
+        response = await super().embeddings_endpoint(as_list)
+        data = [_with_ratio(each, request.encoding_format) for each in response.data]
         self.metrics.succeeded.labels(method).inc()
         self.metrics.duration.observe(time.monotonic() - started)
-        response.model = self.settings.served_name
-        return response
+        return ServedResponse(data=data, model=self.settings.served_name, usage=response.usage)
 
     def _check(self, request: ServedRequest, texts: Sequence[Any]) -> None:
         if not texts:
@@ -326,7 +356,9 @@ class EngineLoop(LitLoop):
                 self._refuse(lit_api, transport, request_id, 500, "The model gave values that are not finite.")
             return
         tokens = sum(result.lengths)
-        answer = {"embeddings": result.embeddings.numpy(), "prompt_tokens": tokens, "total_tokens": tokens}
+        ratios = torch.tensor(result.ratios, dtype=result.embeddings.dtype).unsqueeze(1)
+        rows = torch.cat([result.embeddings, ratios], 1).numpy()
+        answer = {"embeddings": rows, "prompt_tokens": tokens, "total_tokens": tokens}
         lit_api.sender.submit(self._send, transport, request_id, answer, LitAPIStatus.OK)
 
     def _refuse(

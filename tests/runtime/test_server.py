@@ -253,12 +253,15 @@ def test_openai_s_client(server: Server, folder: Path) -> None:
     for encoding in ("float", openai.NOT_GIVEN):  # left out, the client asks for base64
         answer = server.client.embeddings.create(input=SENTENCES, model="any", encoding_format=encoding)
         np.testing.assert_allclose(vectors(answer), wanted.embeddings.numpy(), atol=1e-5)
+        assert [item.ratio for item in answer.data] == [1] * 4  # the policy is idle
     assert [item.index for item in answer.data] == [0, 1, 2, 3]
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(wanted.lengths)
     assert answer.model == str(folder / "base") == server.client.models.list().data[0].id
     assert server.client.models.retrieve(str(folder / "base")).id == str(folder / "base")
     with pytest.raises(openai.NotFoundError, match="other"):
         server.client.models.retrieve("other")
+    merged = server.client.embeddings.create(input=SENTENCES, model="any", extra_body={"slo_ms": 1e-6})
+    assert {item.ratio for item in merged.data} == {8}  # late whatever is chosen, so by the fastest
     single = server.client.embeddings.create(input=SENTENCES[1], model="any")
     np.testing.assert_allclose(vectors(single), wanted.embeddings[1:2].numpy(), atol=1e-5)
 
