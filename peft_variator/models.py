@@ -50,6 +50,7 @@ __all__ = [
     "has_decoder",
     "has_weights",
     "head_of",
+    "is_in_table",
     "is_pooler",
     "load_config",
     "load_whole",
@@ -247,10 +248,19 @@ def head_of(model: nn.Module) -> Head | None:
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    names = {cls.__name__ for cls in type(model).__mro__}
-    found = next((head for table, head in _HEADS if names & _class_names(table)), None)
+    found = next((head for table, head in _HEADS if is_in_table(model, table)), None)
     # A vision-language model over an encoder–decoder predicts label t at position t, unshifted.
     return "seq2seq" if found == "causal" and model.config.is_encoder_decoder else found
+
+
+def is_in_table(model: nn.Module, table: Mapping[str, Any]) -> bool:
+    """Whether a model is of a class that one of transformers' tables of classes has.
+
+    Args:
+        model: the base model itself, not a wrapper.
+        table: as `MODEL_FOR_CTC_MAPPING_NAMES`.
+    """
+    return bool({cls.__name__ for cls in type(model).__mro__} & _class_names(table))
 
 
 def _class_names(table: Mapping[str, Any]) -> set[str]:

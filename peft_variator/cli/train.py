@@ -154,7 +154,10 @@ class TrainJob(RunSettings):
                 f"--adapter {name} has the method {PeftType(config.peft_type).value}, not a Variator plugin."
             )
         if self.ratio is None:
-            return plugin, [config.compression_ratio]
+            own, trained = config.compression_ratio, config.trained_ratios or []
+            if config.ratio_pattern or config.scoring != "token":
+                trained = []  # the pattern, or the scorers' shapes, are of one ratio
+            return plugin, [own, *(ratio for ratio in trained if ratio != own)]
         plugin.set_compression_ratio(self.ratio[0])
         config.compression_ratio = self.ratio[0]
         if config.scoring == "token":  # else the scorers' shapes are those of the pattern, which counts on

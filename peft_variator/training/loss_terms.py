@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
+from ..models import is_in_table
 from .config import DistillationConfig
 from .loss_masks import (
     CAUSAL,
@@ -166,16 +169,23 @@ class TaskTerm:
         weight: weight in the sum of losses.
         label_name: name of the labels in a batch.
         shifted: whether label t is predicted at position t - 1, so that the first one does not count.
-        mean_loss: takes the output and a batch, gives the mean loss over the batch's labels.
+        mean_loss: takes the output and a batch, gives the model's loss on the batch's labels.
+        counting: what the model's loss is a mean over, or that it is a sum.
     """
 
     def __init__(
-        self, weight: float, label_name: str, shifted: bool, mean_loss: Callable[[Any, Inputs], Tensor]
+        self,
+        weight: float,
+        label_name: str,
+        shifted: bool,
+        mean_loss: Callable[[Any, Inputs], Tensor],
+        counting: LabelCounting | None = None,
     ) -> None:
         self.weight, self.label_name, self.shifted, self.mean_loss = weight, label_name, shifted, mean_loss
+        self.counting = counting or LabelCounting()
 
     def items(self, inputs: Inputs) -> Tensor:
-        """Labels other than −100 in each example.
+        """Labels that count in each example; 1 where each example counts alike.
 
         Raises:
             ValueError: the batch has no labels.
@@ -186,7 +196,9 @@ class TaskTerm:
                 f"task_weight={self.weight} needs labels, and the batch has only {', '.join(inputs)}. Add a column "
                 f"{self.label_name!r}, or set task_weight=0."
             )
-        return items_per_example(predicting_tokens(inputs) if self.shifted else labels != IGNORED_LABEL)
+        if self.counting.by_example:
+            return torch.ones(len(labels), dtype=torch.long, device=labels.device)
+        return items_per_example(predicting_tokens(inputs) if self.shifted else labels != self.counting.ignored)
 
     def loss(self, student: Mapping[str, Any], teacher: Mapping[str, Any], inputs: Inputs) -> LossSums:
         """The mean loss, shared out over the examples by their labels."""
@@ -194,7 +206,34 @@ class TaskTerm:
         if not items.any():
             # The mean over no label is 0 / 0, and NaN times 0 labels would still be NaN.
             return LossSums(torch.zeros_like(items, dtype=torch.float), items)
-        return LossSums(self.mean_loss(student, inputs) * items, items)
+        loss = self.mean_loss(student, inputs)
+        return LossSums((loss / len(items) if self.counting.is_sum else loss) * items, items)
+
+
+@dataclass(frozen=True)
+class LabelCounting:
+    """What the loss of a model with a head is taken over.
+
+    Args:
+        ignored: the label that does not count.
+        by_example: whether examples count alike, however many labels they have.
+        is_sum: whether it is the sum over examples and not their mean.
+    """
+
+    ignored: int = IGNORED_LABEL
+    by_example: bool = False
+    is_sum: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LabelCounting:
+        """That of a transformers model: segmentation leaves out another label, CTC has a loss an example."""
+        config = getattr(model, "config", None)
+        if is_in_table(model, modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES):
+            names = ("semantic_loss_ignore_index", "loss_ignore_index")
+            return cls(next((getattr(config, name) for name in names if hasattr(config, name)), IGNORED_LABEL))
+        if is_in_table(model, modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES):
+            return cls(by_example=True, is_sum=getattr(config, "ctc_loss_reduction", "mean") == "sum")
+        return cls()
 
 
 def build_terms(
@@ -241,7 +280,8 @@ def build_terms(
                 f"task_weight={args.task_weight} needs a model that takes labels, and {type(model).__name__} takes "
                 "none. Load it with one of transformers' AutoModelFor… classes, or set task_weight=0."
             )
-        terms["task"] = TaskTerm(args.task_weight, label_names[0], prediction is CAUSAL, mean_loss)
+        counting = LabelCounting.of(model)
+        terms["task"] = TaskTerm(args.task_weight, label_names[0], prediction is CAUSAL, mean_loss, counting)
     return terms
 
 

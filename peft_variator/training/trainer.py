@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..compat import BestModelLoader
 from ..models import evaluating
 from ..tuners.variator import VariatorConfig, VariatorLayer
 from ..tuners.variator.correction_fit import fit_correction, needs_fit
-from ..tuners.variator.neuron_selection import calibrate, needs_calibration
+from ..tuners.variator.neuron_selection import calibrate, check_outside_of_blocks, needs_calibration
 from .attention import AttentionInFloat32
 from .config import DistillationConfig
 from .exact_loss import ExactLossTrainer
@@ -127,8 +128,10 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         plugin says afterwards which ratios it was trained for.
 
         Raises:
-            ValueError: nothing but a plugin is trained, and it merges nothing at the ratio it has.
+            ValueError: nothing but a plugin is trained, and it merges nothing at the ratio it has; or the call stands
+                inside of a `using_ratio` block.
         """
+        check_outside_of_blocks(self.model, "train")
         check_merges(self.model, self.adapters, self.args.ratios)
         self.calibrate()
         before = note_trained_ratios(self.adapters, self.args.ratios)
@@ -238,10 +241,11 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
 
     def _mean_task_loss(self, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
         """The task loss as the mean over a batch, by the means that `Trainer` offers."""
+        labels = inputs.get("labels")  # of question answering there are two columns, by other names
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=None)
-        if self.label_smoother is not None:
-            return self.label_smoother(outputs, inputs["labels"], shift_labels=self._shifts_labels)
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+        if self.label_smoother is not None and labels is not None:
+            return self.label_smoother(outputs, labels, shift_labels=self._shifts_labels)
         return outputs["loss"]
 
     def _measure_variances(self, dataset: Any) -> None:
@@ -280,7 +284,13 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
             self.ratios = ratios
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; see `Trainer.evaluation_loop`. With `ratios`, it evaluates at each of them."""
+        """Evaluate; see `Trainer.evaluation_loop`. With `ratios`, it evaluates at each of them.
+
+        Raises:
+            ValueError: there are `ratios`, and the call stands inside of a `using_ratio` block, whose ratio counts.
+        """
+        if self.ratios is not None:
+            check_outside_of_blocks(self.model, "evaluate, which takes the ratios of the training by turns,")
         self._measure_variances(self.train_dataset if self.train_dataset is not None else dataloader.dataset)
         if self.ratios is None:
             return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -307,10 +317,16 @@ def sample_ratio(ratios: Sequence[int], seed: int, step: int) -> int:
     return random.Random(f"compression ratio, seed {seed}, step {step}").choice(ratios)
 
 
-def average_over_ratios(by_ratio: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of several ratios as one: the mean under each name, and those of ratio 4 under `NAME_k4`."""
+def average_over_ratios(by_ratio: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of several ratios as one: the mean under each name, and those of ratio 4 under `NAME_k4`.
+
+    What is no number at every ratio, as a report by class, has no mean.
+    """
     names = next(iter(by_ratio.values()))
-    means = {name: sum(metrics[name] for metrics in by_ratio.values()) / len(by_ratio) for name in names}
+    values: dict[str, list[Any]] = {name: [metrics.get(name) for metrics in by_ratio.values()] for name in names}
+    means = {
+        name: sum(each) / len(each) for name, each in values.items() if all(isinstance(value, Real) for value in each)
+    }
     return means | {f"{name}_k{ratio}": metrics[name] for ratio, metrics in by_ratio.items() for name in metrics}
 
 

@@ -126,7 +126,9 @@ def test_a_second_stage_starts_from_the_first(tmp_path: Path) -> None:
     # Without --ratio the plugin keeps its own.
     third = tmp_path / "third"
     assert invoke(*common[:-2], "-o", third, "--adapter", second)[0] == 0
-    assert json.loads((third / "adapter_config.json").read_text())["compression_ratio"] == 4
+    config = json.loads((third / "adapter_config.json").read_text())
+    assert config["compression_ratio"] == 4
+    assert config["trained_ratios"] == [4, 8]
 
 
 @pytest.mark.parametrize("scoring", ["token", "concat"])

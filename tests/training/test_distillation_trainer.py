@@ -7,15 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    BeitConfig,
+    BeitForSemanticSegmentation,
+    BertConfig,
+    BertForQuestionAnswering,
+    TrainerCallback,
+    TrainingArguments,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    default_data_collator,
+)
 
-from peft_variator import VariatorConfig
+from peft_variator import VariatorConfig, using_ratio
 from peft_variator.training import DistillationTrainer
 from peft_variator.tuners.variator import VariatorLayer
 from tests.tiny_models import tiny_model
@@ -378,6 +389,36 @@ def test_several_ratios_are_evaluated_one_by_one(trainer, examples) -> None:
         assert several[f"eval_{name}"] == pytest.approx(sum(single) / 2)
 
 
+def test_metrics_that_are_no_numbers_have_no_mean(trainer, examples) -> None:
+    def report(prediction: Any) -> dict[str, Any]:
+        return {"share": np.float32(0.5), "by_class": [0.1, 0.2], "report": {"class 0": {"f1": 0.3}}}
+
+    fields = {**ALL_LOSSES, "eval_dataset": examples("bert-classifier", count=4), "compute_metrics": report}
+    found = trainer("bert-classifier", ratios=[2, 8], **fields).evaluate()
+    assert found["eval_share"] == 0.5
+    assert "eval_report" not in found
+    assert "eval_by_class" not in found
+    for ratio in (2, 8):
+        assert found[f"eval_report_k{ratio}"] == {"class 0": {"f1": 0.3}}
+        assert found[f"eval_by_class_k{ratio}"] == [0.1, 0.2]
+
+
+def test_ratios_are_not_taken_by_turns_inside_of_a_block_of_one(trainer, examples) -> None:
+    """The block's ratio would count, under the names of all of them."""
+    data = examples("bert", count=4)
+    several, one = trainer("bert", ratios=[2, 8], eval_dataset=data), trainer("bert", eval_dataset=data)
+    with using_ratio(several.model, 8):
+        with pytest.raises(ValueError, match=r"by turns, stands inside of a using_ratio block\. Call it outside"):
+            several.evaluate()
+        with pytest.raises(ValueError, match="train stands inside of a using_ratio block"):
+            several.train()
+    one.model.set_compression_ratio(8)
+    wanted = one.evaluate()["eval_loss"]
+    one.model.set_compression_ratio(2)
+    with using_ratio(one.model, 8):
+        assert one.evaluate()["eval_loss"] == pytest.approx(wanted)
+
+
 def test_prediction_uses_the_ratio_that_is_set(trainer, examples) -> None:
     run = trainer("bert-classifier", ratios=[2, 8], **ALL_LOSSES)
     test_set = examples("bert-classifier", count=3)
@@ -472,6 +513,82 @@ def test_the_trainers_own_losses_are_task_losses(trainer, plugin_model, smoothin
     batch = next(iter(trainer("bert-classifier", task_weight=1.0).get_train_dataloader()))
     got = run.compute_loss(model, batch).item()
     assert got == pytest.approx(mine(model(**batch), batch["labels"]).item(), rel=1e-5)
+
+
+def test_a_loss_function_gets_no_labels_where_there_is_no_such_column(trainer) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    base = BertForQuestionAnswering(BertConfig(vocab_size=60, **sizes))
+    rows = [
+        {"input_ids": list(range(5, 17)), "start_positions": start, "end_positions": start + 2} for start in range(4)
+    ]
+    seen = []
+
+    def mine(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        seen.append(labels)
+        return outputs["loss"]
+
+    for extra in ({"compute_loss_func": mine}, {"label_smoothing_factor": 0.1}):
+        model = get_peft_model(copy.deepcopy(base), VariatorConfig(compression_ratio=2))
+        fields = {"train_dataset": rows, "data_collator": default_data_collator, "hidden_weight": 0.0}
+        run = trainer("bert", model, task_weight=1.0, max_steps=1, **fields, **extra)
+        run.train()
+        assert logged(run)[0] > 0
+    assert seen == [None] * len(seen)
+    assert seen
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "ctc", "ctc by its sum"])
+def test_accumulation_does_not_change_losses_that_count_otherwise(trainer, kind: str) -> None:
+    """Segmentation leaves out the label 255, CTC has one loss an example, however long its text is."""
+    torch.manual_seed(0)
+    if kind == "segmentation":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+        pictures = {"image_size": 16, "patch_size": 4, "out_indices": [1, 2, 3, 4], "pool_scales": [1, 2]}
+        parts = {"use_auxiliary_head": False, "use_mask_token": False, "drop_path_rate": 0.0, "initializer_range": 0.4}
+        base = BeitForSemanticSegmentation(BeitConfig(**sizes, **pictures, **parts, num_labels=4))
+        rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": torch.randint(0, 4, (16, 16))} for _ in range(4)]
+        for row in rows[2:]:
+            row["labels"][1:] = 255
+    else:
+        convolutions = {"conv_dim": [16, 16], "conv_stride": [4, 2], "conv_kernel": [8, 4]}
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+        config = Wav2Vec2Config(
+            **sizes,
+            **convolutions,
+            vocab_size=12,
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            ctc_loss_reduction="sum" if kind == "ctc by its sum" else "mean",
+            ctc_zero_infinity=True,
+            mask_time_prob=0.0,
+            layerdrop=0.0,
+        )
+        base = Wav2Vec2ForCTC(config)
+        labels = [[3, 4, 5, 6, 7], [3, -100, -100, -100, -100], [8, 9, -100, -100, -100], [5, 4, 3, 10, -100]]
+        rows = [{"input_values": torch.randn(400), "labels": torch.tensor(each)} for each in labels]
+    results = []
+    for size in (4, 2, 1):
+        config = VariatorConfig(compression_ratio=2, correction_dim=4, init_weights=False)
+        torch.manual_seed(1)
+        run = trainer(
+            "vit",
+            get_peft_model(copy.deepcopy(base).double(), config),
+            hidden_weight=0.0,
+            task_weight=1.0,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.5,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            train_dataset=[{k: v.double() if v.is_floating_point() else v for k, v in row.items()} for row in rows],
+            data_collator=default_data_collator,
+        )
+        run.train()
+        results.append((logged(run, "task_loss"), {k: v for k, v in parameters(run.model).items() if "variator" in k}))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-5)
+        torch.testing.assert_close(weights, results[0][1], rtol=1e-4, atol=1e-6)
 
 
 class Stream(IterableDataset):
