@@ -28,6 +28,7 @@ from ..bases import Sparse24Linear
 from ..compat import is_quantized_tensor, offload_hook
 from ..field_types import name_some
 from ..files import replacing
+from ..tuners.sparse_lora.base_weight import computed_weight_error
 from .config import PruningConfig
 from .patterns import Pattern, Target, check_width
 
@@ -245,12 +246,7 @@ def _check_weight(target: PrunableModule, shared: Mapping[str, list[str]]) -> No
             "`peft-variator unpack` or, in memory, with model.dequantize(), and prune that."
         )
     if "weight" not in target.module._parameters:
-        raise ValueError(
-            f"The weight of {target.name!r} is computed from others, by a parametrization, weight_norm or "
-            "torch.nn.utils.prune, so zeros in it would be lost. Make it a plain one first, with "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), remove_weight_norm(module) or "
-            f"torch.nn.utils.prune.remove(module, 'weight'), or leave it out with exclude_modules=[{target.name!r}]."
-        )
+        raise computed_weight_error(target.name, "zeros in it")
     others = [name for name in shared[target.name] if name != target.name]
     if others:
         raise ValueError(

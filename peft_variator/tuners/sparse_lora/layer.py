@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ...adapter_state import ExactlyLoadedLayer
 from ...bitmask import pack_mask, unpack_mask
 from ...compat import BufferDict, is_quantized_tensor, repeated_by_reentrant_checkpoint
-from .base_weight import WeightLayout, find_layout, get_layout
+from .base_weight import WeightLayout, computed_weight_error, find_layout, get_layout, has_computed_weight
 from .config import SparseLoraConfig
 from .fingerprints import fingerprint, matches_fingerprint
 from .functional import MaskedWeight, effective_weight, masked_linear, merge_update, sum_updates
@@ -39,6 +39,7 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
 
     Raises:
         TypeError: the base layer has no floating point weight that can be adapted.
+        ValueError: its weight is computed from others.
     """
 
     adapter_layer_names: tuple[str, ...] = ("sparse_low_rank_A", "sparse_low_rank_B")
@@ -65,6 +66,8 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
                 "routers of experts) and not the out_proj of nn.MultiheadAttention, whose weight is read without a "
                 "call. Exclude it with `exclude_modules`."
             )
+        if has_computed_weight(self.get_base_layer()):
+            raise computed_weight_error(module_name, "what is merged into it")
         self.layout_name = layout.name
         self.out_features, self.in_features = layout.shape(self._base_tensors())
         self.sparse_low_rank_A = nn.ParameterDict()  # (rank, in_features) each
