@@ -1,18 +1,30 @@
 import copy
 import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertForQuestionAnswering, BertForTokenClassification, LlamaForTokenClassification
+from transformers import (
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    LlamaForTokenClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    WavLMConfig,
+    WavLMModel,
+)
 
 from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.tuners.sparse_lora import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
+from peft_variator.tuners.sparse_lora.model import _NEVER_CALLED
 from tests.tiny_models import tiny_model
 
-from .cases import CASES, build, outputs, plain_model, plain_weight, randomize_
+from .cases import CASES, build, outputs, plain_model, plain_weight, prune_, randomize_
 
 
 def make(name: str, **fields) -> PeftModel:
@@ -257,6 +269,53 @@ def test_linear_layers_with_a_forward_of_their_own_are_left_out() -> None:
     assert torch.equal(model(ids).logits, expected)
     with pytest.raises(TypeError, match="'.*router' of type Llama4Router"):
         get_peft_model(tiny_model("llama4"), SparseLoraConfig(target_modules=["router"], r=2))
+
+
+def tiny_mamba() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "state_size": 4, "time_step_rank": 4, "num_hidden_layers": 1}
+    return prune_(MambaForCausalLM(MambaConfig(**sizes)).eval())
+
+
+def tiny_wavlm() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    return WavLMModel(WavLMConfig(**sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2))
+
+
+@pytest.mark.parametrize(
+    ("base", "dead", "adapted"),
+    [
+        (tiny_mamba, {"x_proj", "dt_proj", "out_proj"}, {"in_proj"}),
+        (tiny_wavlm, {"q_proj", "k_proj", "v_proj", "out_proj"}, {"intermediate_dense", "output_dense"}),
+    ],
+)
+def test_layers_that_are_never_called_are_left_out(base, dead, adapted) -> None:
+    with pytest.warns(UserWarning, match=rf"leaves out {len(dead)} linear layers.*out_proj"):
+        model = get_peft_model(base(), SparseLoraConfig(r=2))
+    names = {name.rpartition(".")[2] for name in model.base_model.targeted_module_names}
+    assert names >= adapted
+    assert not names & dead
+    for name in dead:
+        with pytest.raises(ValueError, match=rf"{name}' is a layer of .*exclude_modules=\['.*\.{name}'\]"):
+            get_peft_model(base(), SparseLoraConfig(target_modules=[name], r=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SparseLoRA leaves out")
+        get_peft_model(base(), SparseLoraConfig(r=2, exclude_modules=sorted(dead)))
+
+
+def test_layers_that_are_never_called_are_there() -> None:
+    folder = Path(transformers.__file__).parent / "models"
+    kinds = ["*mamba*", "bamba", "jamba", "falcon_h1", "granitemoehybrid", "nemotron_h"]
+    files = [
+        path
+        for kind in [*kinds, "*detr", "maskformer", "mobilebert", "wavlm", "zamba2"]
+        for path in folder.glob(f"{kind}/modeling_*.py")
+    ]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    for parent, names in _NEVER_CALLED.items():
+        code = sources.split(f"\nclass {parent}(", 1)[1].split("\nclass ", 1)[0]
+        assert all(f"self.{name}.weight" in code for name in names), parent
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -30,6 +30,25 @@ from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
 
 __all__ = ["SparseLoraModel", "attach_masks"]
 
+# Layers whose weights a model reads without calling them, by the name of their parent's class. The mixers of Mamba's
+# kind call x_proj and out_proj on CPUs, where only dt_proj is read; with the fused kernels they are read as well.
+_NEVER_CALLED: dict[str, tuple[str, ...]] = {
+    "BambaMixer": ("out_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "MobileBertLMPredictionHead": ("dense",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "Zamba2MambaMixer": ("out_proj",),
+}
 # PEFT trains these heads whole, and looks for targets before it says so.
 _HEADS: dict[str, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -138,6 +157,12 @@ class SparseLoraModel(TidyTuner):
             raise ValueError(
                 f"{current_key!r} is the output map of torch's MultiheadAttention, which reads its weight and never "
                 f"calls it, so an adapter there would do nothing. Leave it out: exclude_modules=[{target_name!r}]."
+            )
+        if _is_never_called(parent, target_name):
+            raise ValueError(
+                f"{current_key!r} is a layer of {type(parent).__name__}, which reads its weight without calling it, "
+                "always or with fused kernels, so an adapter there would do nothing. Leave it out: "
+                f"exclude_modules=[{current_key!r}]."
             )
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = SparseLoraConv2d if isinstance(base_layer, nn.Conv2d) else SparseLoraLinear
@@ -398,7 +423,31 @@ def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
     names = set(known_to_peft or ()) | _registered_linears(model)
     names = {name for name in names if not has_forward_of_its_own(model.get_submodule(name))}
     heads = _HEADS.get(peft_config.task_type or "", ())
-    return _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
+    names = _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
+    return names - _never_called(peft_config, model, names)
+
+
+def _is_never_called(parent: nn.Module, name: str) -> bool:
+    return any(name in _NEVER_CALLED.get(each.__name__, ()) for each in type(parent).__mro__)
+
+
+def _never_called(peft_config: SparseLoraConfig, model: nn.Module, names: set[str]) -> set[str]:
+    """Those of the modules whose weights the model reads without calling them; warns of what is not excluded."""
+    found = set()
+    for name in names:
+        parent, _, own_name = name.removesuffix(".base_layer").rpartition(".")
+        if _is_never_called(model.get_submodule(parent), own_name):
+            found.add(name)
+    every = copy.copy(peft_config)
+    every.target_modules = found
+    left_out = sorted(name for name in found if check_target_module_exists(every, name))
+    if left_out:
+        warnings.warn(
+            f"SparseLoRA leaves out {len(left_out)} linear layers whose weights the model reads without calling them, "
+            f"always or with fused kernels: {name_some(left_out)}. What pruning took there is not restored.",
+            stacklevel=2,
+        )
+    return found
 
 
 def _refuse_hidden_targets(peft_config: SparseLoraConfig, model: nn.Module) -> None:
