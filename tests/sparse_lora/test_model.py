@@ -399,5 +399,13 @@ def test_torch_s_fused_operator_does_not_pass_by_the_adapter():
 
 
 def test_the_map_that_torch_s_attention_never_calls_is_refused():
-    with pytest.raises(ValueError, match="out_proj"):
+    with pytest.raises(ValueError, match=r"exclude_modules=\['self_attn\.out_proj'\]"):
         get_peft_model(over_torch(), SparseLoraConfig(target_modules=["linear1", "out_proj"]))
+
+
+def test_the_map_that_torch_s_attention_never_calls_is_not_among_all_linear_layers():
+    """SigLIP pools with torch's attention, and calls a map of the same name in its own."""
+    model = get_peft_model(prune_(tiny_model("siglip-vision")), SparseLoraConfig(r=2))
+    names = model.base_model.targeted_module_names
+    assert any(name.endswith("self_attn.out_proj") for name in names)
+    assert not any(name.endswith("head.attention.out_proj") for name in names)

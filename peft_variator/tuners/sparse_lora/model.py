@@ -15,6 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers
@@ -156,7 +157,7 @@ class SparseLoraModel(TidyTuner):
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
                 f"{current_key!r} is the output map of torch's MultiheadAttention, which reads its weight and never "
-                f"calls it, so an adapter there would do nothing. Leave it out: exclude_modules=[{target_name!r}]."
+                f"calls it, so an adapter there would do nothing. Leave it out: exclude_modules=[{current_key!r}]."
             )
         if _is_never_called(parent, target_name):
             raise ValueError(
@@ -421,10 +422,15 @@ def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
     """Names of all linear layers of a model, in the layers that the configuration chooses."""
     known_to_peft = include_all_linear_layers(copy.copy(peft_config), model).target_modules
     names = set(known_to_peft or ()) | _registered_linears(model)
-    names = {name for name in names if not has_forward_of_its_own(model.get_submodule(name))}
+    names = {name for name in names if _is_called_as_linear(model.get_submodule(name))}
     heads = _HEADS.get(peft_config.task_type or "", ())
     names = _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
     return names - _never_called(peft_config, model, names)
+
+
+def _is_called_as_linear(module: nn.Module) -> bool:
+    """Whether a layer is called, and what it computes is linear; pruning leaves the others out as well."""
+    return not isinstance(module, NonDynamicallyQuantizableLinear) and not has_forward_of_its_own(module)
 
 
 def _is_never_called(parent: nn.Module, name: str) -> bool:
