@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     BertForQuestionAnswering,
     BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     LlamaForTokenClassification,
     MambaConfig,
     MambaForCausalLM,
@@ -363,6 +365,18 @@ def test_heads_that_peft_trains_whole_are_no_targets(task, model_class):
         f"base_model.model.{head}.modules_to_save.default.bias",
     }
     assert not any(head in name for name in model.base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize("fields", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}])
+def test_modules_that_peft_saves_whole_are_no_targets(fields):
+    """DistilBERT has a pre_classifier, which ends as a classifier does."""
+    sizes = {"vocab_size": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "pad_token_id": 0}
+    base = prune_(DistilBertForSequenceClassification(DistilBertConfig(**sizes)))
+    model = get_peft_model(base, SparseLoraConfig(r=2, **fields))
+    names = model.base_model.targeted_module_names
+    assert any(name.endswith("q_lin") for name in names)
+    assert not any(name.endswith("classifier") for name in names)
+    assert model.get_base_model().pre_classifier.modules_to_save["default"].weight.requires_grad
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", ["up_proj", "q_proj"], r".*\.(up|q)_proj"])

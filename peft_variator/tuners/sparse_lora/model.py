@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers
+from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers, modules_saved_whole
 from ...compat import include_all_linear_layers, keep_from_fused_operator
 from ...field_types import check_memory, name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
@@ -50,8 +50,6 @@ _NEVER_CALLED: dict[str, tuple[str, ...]] = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "Zamba2MambaMixer": ("out_proj",),
 }
-# PEFT trains these heads whole, and looks for targets before it says so.
-_HEADS: dict[str, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class SparseLoraModel(TidyTuner):
@@ -423,8 +421,9 @@ def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
     known_to_peft = include_all_linear_layers(copy.copy(peft_config), model).target_modules
     names = set(known_to_peft or ()) | _registered_linears(model)
     names = {name for name in names if _is_called_as_linear(model.get_submodule(name))}
-    heads = _HEADS.get(peft_config.task_type or "", ())
-    names = _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
+    # PEFT looks for targets before it says which modules it saves whole, by the ends of their names.
+    whole = modules_saved_whole(peft_config)
+    names = _in_chosen_layers(peft_config, {name for name in names if not name.endswith(whole)})
     return names - _never_called(peft_config, model, names)
 
 
