@@ -42,6 +42,7 @@ __all__ = [
     "TidyTuner",
     "check_adapter_state",
     "modules_in_layers",
+    "modules_saved_whole",
     "read_keys",
     "undone_on_error",
 ]
@@ -305,7 +306,7 @@ def _check_file(model: nn.Module, config: SavedConfig, key_mapping: Mapping[str,
             "that it was made for, or save it again with save_pretrained."
         )
     keys = {_renamed(key, key_mapping) for key in keys}
-    whole = _modules_saved_whole(config)
+    whole = modules_saved_whole(config)
     for name, module in model.named_modules():
         if not name.endswith(whole):
             continue
@@ -347,13 +348,13 @@ def _renew_card(model: PeftModel, folder: str) -> None:
         write_card(folder, config.card(None if config.task_type else type(model.get_base_model()).__name__))
 
 
-def _modules_saved_whole(config: SavedConfig) -> tuple[str, ...]:
+def modules_saved_whole(config: SavedConfig) -> tuple[str, ...]:
     """What the names of modules end in that PEFT trains and saves whole: those named, and heads of the task."""
     return (*(config.modules_to_save or ()), *_HEADS.get(config.task_type or "", ()))
 
 
 def _refuse_untrainable(model: nn.Module, config: SavedConfig) -> None:
-    whole = _modules_saved_whole(config)
+    whole = modules_saved_whole(config)
     for name, module in model.named_modules():
         if name.endswith(whole) and not all(each.is_floating_point() for each in module.parameters()):
             raise ValueError(

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..adapter_card import set_license
 from ..bitmask import mask_width
 from ..files import check_new_folder, naming_full_disk, sole_writer, write_text
-from ..model_files import CONFIG_NAME, CheckpointError, read_config, read_model_config
+from ..model_files import ADAPTER_CONFIG_NAME, CONFIG_NAME, CheckpointError, read_config, read_model_config
 from ..models import build_empty, model_class
 from ..sentence_folder import copy_files, sentence_files
 from .checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, ShardWriter, StoredTensor, TensorSpec
@@ -420,20 +420,31 @@ def file_states(files: Iterable[Path]) -> list[list[Any]]:
 def _copy_other_files(source: Path, target: Path, pipeline: Mapping[str, Path]) -> set[str]:
     """Copy tokenizer, generation config and so on, but no weights and nothing hidden; returns the names copied.
 
+    Nothing of an adapter that lies there, either: transformers would load a model with its config as that adapter.
     The folders of a sentence-transformers pipeline are copied whole: their weights are those of other modules.
     """
     names = set()
     for entry in source.iterdir():
-        if entry.name.startswith(".") or entry.name == CONFIG_NAME or entry.name.endswith(_WEIGHT_SUFFIXES):
+        if entry.name == CONFIG_NAME or _is_left_behind(entry):
             continue
         names.add(entry.name)
         if entry.is_dir():
-            hidden_and_weights = shutil.ignore_patterns(".*", *(f"*{suffix}" for suffix in _WEIGHT_SUFFIXES))
-            shutil.copytree(entry, target / entry.name, ignore=hidden_and_weights, dirs_exist_ok=True)
+            shutil.copytree(entry, target / entry.name, ignore=_left_behind, dirs_exist_ok=True)
         else:
             shutil.copyfile(entry, target / entry.name)
     copy_files(pipeline, target)
     return names | {PurePosixPath(name).parts[0] for name in pipeline}
+
+
+def _is_left_behind(path: Path) -> bool:
+    if path.name.startswith(".") or path.name == ADAPTER_CONFIG_NAME or path.name.endswith(_WEIGHT_SUFFIXES):
+        return True
+    return (path / ADAPTER_CONFIG_NAME).exists()
+
+
+def _left_behind(folder: str, names: list[str]) -> set[str]:
+    """What of a folder is not copied, as `shutil.copytree` asks."""
+    return {name for name in names if _is_left_behind(Path(folder, name))}
 
 
 class StagedFolder:

@@ -28,6 +28,7 @@ from ..bases import Sparse24Linear
 from ..compat import is_quantized_tensor, offload_hook
 from ..field_types import name_some
 from ..files import replacing
+from ..tuners.sparse_lora.base_weight import computed_weight_error, has_forward_of_its_own
 from .config import PruningConfig
 from .patterns import Pattern, Target, check_width
 
@@ -175,7 +176,9 @@ def is_named(name: str, wanted: list[str] | str) -> bool:
 
 
 def find_prunable(model: nn.Module, named: Mapping[str, list[str]] | None = None) -> list[PrunableModule]:
-    """Every Linear and Conv1D of `model`, in the order of its modules.
+    """Every Linear and Conv1D of `model` that computes a plain product, in the order of its modules.
+
+    Routers of experts with a forward of their own are none: their pruned weights could not be restored.
 
     Args:
         model: the model.
@@ -185,11 +188,23 @@ def find_prunable(model: nn.Module, named: Mapping[str, list[str]] | None = None
     blocks = [block for stack in block_stacks(model).values() for block in stack]
     found = []
     for name, module in model.named_modules():
-        # the out_proj of nn.MultiheadAttention is no layer: its weight is read and its forward never called
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear):
+        if isinstance(module, (nn.Linear, Conv1D)) and not _computes_otherwise(module):
             block = innermost(name, blocks)
             found.append(PrunableModule(name, module, block or name, modalities.of(name), block is not None))
     return found
+
+
+def _computes_otherwise(module: nn.Linear | Conv1D) -> bool:
+    """Whether the module's output is not the product with its weight."""
+    # The out_proj of nn.MultiheadAttention is no layer: its weight is read and its forward never called.
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return True
+    # Quantised layers have forwards of their own, too; they are refused by name later.
+    return has_forward_of_its_own(module) and not _is_quantised(module.weight)
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2 or is_quantized_tensor(weight)
 
 
 def _check_matched(model: nn.Module, wanted: list[str] | str, prunable: list[PrunableModule]) -> None:
@@ -245,12 +260,7 @@ def _check_weight(target: PrunableModule, shared: Mapping[str, list[str]]) -> No
             "`peft-variator unpack` or, in memory, with model.dequantize(), and prune that."
         )
     if "weight" not in target.module._parameters:
-        raise ValueError(
-            f"The weight of {target.name!r} is computed from others, by a parametrization, weight_norm or "
-            "torch.nn.utils.prune, so zeros in it would be lost. Make it a plain one first, with "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), remove_weight_norm(module) or "
-            f"torch.nn.utils.prune.remove(module, 'weight'), or leave it out with exclude_modules=[{target.name!r}]."
-        )
+        raise computed_weight_error(target.name, "zeros in it")
     others = [name for name in shared[target.name] if name != target.name]
     if others:
         raise ValueError(
@@ -263,7 +273,7 @@ def _check_weight(target: PrunableModule, shared: Mapping[str, list[str]]) -> No
         raise ValueError(
             f"{target.name!r} has an empty weight {tuple(weight.shape)}. Exclude it with exclude_modules."
         )
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or is_quantized_tensor(weight):
+    if _is_quantised(weight):
         kind = type(weight).__name__ if is_quantized_tensor(weight) else weight.dtype
         raise ValueError(
             f"The weight of {target.name!r} is stored as {kind}. Prune the model in float32, bfloat16 or "

@@ -161,8 +161,9 @@ class _Collector:
             return mask
         if positions == tuple(mask.t().shape):  # time first, as in XLNet
             return mask.t()
-        # A pooled token or some routed ones are no whole sequences.
-        if (len(positions) > 1 and positions[1] > 1) or inputs[..., 0].numel() > int(mask.sum()):
+        # Pooled tokens are no padding. Of the tokens routed to an expert, which may be any, nothing tells.
+        is_pooled = positions in ((len(mask),), (len(mask), 1))
+        if not is_pooled and inputs.numel():
             self._untold.append(name)
         return None
 

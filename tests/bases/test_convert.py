@@ -15,10 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from peft_variator import SparseLoraConfig
 from peft_variator.bases import CheckpointError, checkpoint, pack_checkpoint, unpack_checkpoint
 from peft_variator.bases.packing import pack
 from peft_variator.cli.main import app
@@ -121,6 +123,22 @@ def test_a_config_without_dtype_gets_one(dense_dir, tmp_path):
     path.write_text(json.dumps(config))
     pack_checkpoint(dense_dir, tmp_path / "packed")
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_adapters_beside_the_weights_stay_behind(dense_dir, tmp_path):
+    """Where their config is, transformers looks for their weights."""
+    base = AutoModelForCausalLM.from_pretrained(dense_dir)
+    expected = logits(base)
+    adapter = get_peft_model(base, SparseLoraConfig(r=2))
+    for folder in (dense_dir, dense_dir / "adapter", dense_dir / "more" / "adapter"):
+        adapter.save_pretrained(folder)
+    (dense_dir / "more" / "notes.txt").write_text("kept")
+    pack_checkpoint(dense_dir, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
+    for folder in ("packed", "unpacked"):
+        assert not list((tmp_path / folder).rglob("adapter*"))
+        assert (tmp_path / folder / "more" / "notes.txt").read_text() == "kept"
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")), expected)
 
 
 def test_biases_and_heads_of_an_encoder(tmp_path):

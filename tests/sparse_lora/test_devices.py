@@ -70,6 +70,21 @@ def test_everything_offloaded_is_brought_in_for_a_forward(where: str, mask: str,
         assert query.get_base_layer().weight.is_meta
 
 
+def test_offloaded_masks_are_brought_in_too() -> None:
+    model = make("stored")
+    query = model.get_base_model().get_submodule(QUERY)
+    with torch.no_grad():
+        expected, mask = outputs(model, BERT), query.get_mask("default")
+        cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"), offload_buffers=True)
+        assert query.sparse_low_rank_mask["default"].is_meta
+        assert torch.equal(outputs(model, BERT), expected)
+        assert torch.equal(query.get_mask("default"), mask)
+    with pytest.raises(ValueError, match=rf"stored masks of '{QUERY}' are offloaded"):
+        query.attach_mask("default", ~mask)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, BERT), expected)
+
+
 @pytest.mark.parametrize("mask", ["weight", "stored"])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_an_adapter_is_loaded_on_an_offloaded_base(where: str, mask: str, tmp_path) -> None:

@@ -7,6 +7,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.prune import l1_unstructured, remove
 from transformers.pytorch_utils import Conv1D
 
 from peft_variator import SparseLoraConfig
@@ -241,6 +242,20 @@ def test_quantized_weights_are_refused() -> None:
     base.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match="not quantized layers"):
         SparseLoraLinear(base, "module")
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "patches"])
+def test_a_weight_that_is_computed_is_refused(kind: str) -> None:
+    """Whatever is merged into it is lost with the next forward."""
+    computed = [make_base(kind)[0] for _ in range(3)]
+    l1_unstructured(computed[0], "weight", 0.5)
+    nn.utils.parametrizations.weight_norm(computed[1])
+    nn.utils.spectral_norm(computed[2])
+    for base in computed:
+        with pytest.raises(ValueError, match=r"weight of 'block\.target' is computed.*=\['block\.target'\]"):
+            SparseLoraLinear(base, "block.target")
+    remove(computed[0], "weight")
+    SparseLoraLinear(computed[0], "block.target")
 
 
 class HalvesLinear(nn.Module):

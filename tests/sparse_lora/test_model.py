@@ -1,18 +1,32 @@
 import copy
 import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertForQuestionAnswering, BertForTokenClassification, LlamaForTokenClassification
+from transformers import (
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaForTokenClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    WavLMConfig,
+    WavLMModel,
+)
 
 from peft_variator import SparseLoraConfig, VariatorConfig
 from peft_variator.tuners.sparse_lora import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
+from peft_variator.tuners.sparse_lora.model import _NEVER_CALLED
 from tests.tiny_models import tiny_model
 
-from .cases import CASES, build, outputs, plain_model, plain_weight, randomize_
+from .cases import CASES, build, outputs, plain_model, plain_weight, prune_, randomize_
 
 
 def make(name: str, **fields) -> PeftModel:
@@ -259,6 +273,53 @@ def test_linear_layers_with_a_forward_of_their_own_are_left_out() -> None:
         get_peft_model(tiny_model("llama4"), SparseLoraConfig(target_modules=["router"], r=2))
 
 
+def tiny_mamba() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "state_size": 4, "time_step_rank": 4, "num_hidden_layers": 1}
+    return prune_(MambaForCausalLM(MambaConfig(**sizes)).eval())
+
+
+def tiny_wavlm() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    return WavLMModel(WavLMConfig(**sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2))
+
+
+@pytest.mark.parametrize(
+    ("base", "dead", "adapted"),
+    [
+        (tiny_mamba, {"x_proj", "dt_proj", "out_proj"}, {"in_proj"}),
+        (tiny_wavlm, {"q_proj", "k_proj", "v_proj", "out_proj"}, {"intermediate_dense", "output_dense"}),
+    ],
+)
+def test_layers_that_are_never_called_are_left_out(base, dead, adapted) -> None:
+    with pytest.warns(UserWarning, match=rf"leaves out {len(dead)} linear layers.*out_proj"):
+        model = get_peft_model(base(), SparseLoraConfig(r=2))
+    names = {name.rpartition(".")[2] for name in model.base_model.targeted_module_names}
+    assert names >= adapted
+    assert not names & dead
+    for name in dead:
+        with pytest.raises(ValueError, match=rf"{name}' is a layer of .*exclude_modules=\['.*\.{name}'\]"):
+            get_peft_model(base(), SparseLoraConfig(target_modules=[name], r=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SparseLoRA leaves out")
+        get_peft_model(base(), SparseLoraConfig(r=2, exclude_modules=sorted(dead)))
+
+
+def test_layers_that_are_never_called_are_there() -> None:
+    folder = Path(transformers.__file__).parent / "models"
+    kinds = ["*mamba*", "bamba", "jamba", "falcon_h1", "granitemoehybrid", "nemotron_h"]
+    files = [
+        path
+        for kind in [*kinds, "*detr", "maskformer", "mobilebert", "wavlm", "zamba2"]
+        for path in folder.glob(f"{kind}/modeling_*.py")
+    ]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    for parent, names in _NEVER_CALLED.items():
+        code = sources.split(f"\nclass {parent}(", 1)[1].split("\nclass ", 1)[0]
+        assert all(f"self.{name}.weight" in code for name in names), parent
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_a_whole_model(dtype: torch.dtype) -> None:
     model = make("bert")
@@ -306,6 +367,18 @@ def test_heads_that_peft_trains_whole_are_no_targets(task, model_class):
     assert not any(head in name for name in model.base_model.targeted_module_names)
 
 
+@pytest.mark.parametrize("fields", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}])
+def test_modules_that_peft_saves_whole_are_no_targets(fields):
+    """DistilBERT has a pre_classifier, which ends as a classifier does."""
+    sizes = {"vocab_size": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "pad_token_id": 0}
+    base = prune_(DistilBertForSequenceClassification(DistilBertConfig(**sizes)))
+    model = get_peft_model(base, SparseLoraConfig(r=2, **fields))
+    names = model.base_model.targeted_module_names
+    assert any(name.endswith("q_lin") for name in names)
+    assert not any(name.endswith("classifier") for name in names)
+    assert model.get_base_model().pre_classifier.modules_to_save["default"].weight.requires_grad
+
+
 @pytest.mark.parametrize("targets", [None, "all-linear", ["up_proj", "q_proj"], r".*\.(up|q)_proj"])
 def test_targets_inside_of_another_method_s_modules_are_refused(targets):
     model = build("llama")
@@ -340,5 +413,13 @@ def test_torch_s_fused_operator_does_not_pass_by_the_adapter():
 
 
 def test_the_map_that_torch_s_attention_never_calls_is_refused():
-    with pytest.raises(ValueError, match="out_proj"):
+    with pytest.raises(ValueError, match=r"exclude_modules=\['self_attn\.out_proj'\]"):
         get_peft_model(over_torch(), SparseLoraConfig(target_modules=["linear1", "out_proj"]))
+
+
+def test_the_map_that_torch_s_attention_never_calls_is_not_among_all_linear_layers():
+    """SigLIP pools with torch's attention, and calls a map of the same name in its own."""
+    model = get_peft_model(prune_(tiny_model("siglip-vision")), SparseLoraConfig(r=2))
+    names = model.base_model.targeted_module_names
+    assert any(name.endswith("self_attn.out_proj") for name in names)
+    assert not any(name.endswith("head.attention.out_proj") for name in names)

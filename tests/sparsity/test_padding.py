@@ -162,6 +162,22 @@ def test_padding_that_cannot_be_told_is_warned_of():
         prune(model, pruning, [batch], progress=False)
 
 
+def test_tokens_routed_to_experts_are_warned_of():
+    """Padding is routed as well, and an expert's inputs do not tell which rows are."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    experts = {"num_experts": 2, "expert_capacity": 64, "num_sparse_encoder_layers": 1, "encoder_sparse_step": 1}
+    config = T.SwitchTransformersConfig(vocab_size=VOCABULARY, **sizes, **experts, num_sparse_decoder_layers=0)
+    model = build(lambda: T.SwitchTransformersForConditionalGeneration(config))
+    plain = {"input_ids": tokens(), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    pruning = PruningConfig(sparsity=0.5, keep_dense=True)
+    decoder = {"decoder_input_ids": tokens(6)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prune(model, pruning, [plain | decoder], progress=False)
+    with pytest.warns(UserWarning, match=r"the inputs of .*experts.*padding counted"):
+        prune(model, pruning, [padded(plain, left=False) | decoder], progress=False)
+
+
 def test_a_pooled_token_is_no_padding():
     plain = {"input_ids": tokens(), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
     config = PruningConfig(sparsity=0.5, keep_dense=True, target_modules=["pooler.dense", "query"])

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_variator.sparsity import Pattern, PruningConfig, measure_sparsity, prune
 from peft_variator.sparsity.modules import find_targets
 from peft_variator.sparsity.patterns import meets_pattern
+from tests.tiny_models import tiny_model
 
 from .cases import GROUPED, make
 
@@ -326,6 +327,16 @@ def test_a_weight_that_is_computed_is_refused(compute):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     prune(model, PruningConfig(method="magnitude", sparsity=0.5, exclude_modules=["1"]), progress=False)
     assert (model[0].weight == 0).sum() == 32
+
+
+@pytest.mark.parametrize("fields", [{"keep_dense": True}, {"allocation": "ecoflap"}, {"method": "magnitude"}])
+def test_routers_with_a_forward_of_their_own_are_left_out(fields):
+    """What pruning took there could not be restored, and hooks do not fit their outputs and inputs."""
+    model, ids = tiny_model("phimoe").eval(), torch.arange(3, 9).unsqueeze(0)
+    report = prune(model, PruningConfig(sparsity=0.5, **fields), [{"input_ids": ids, "labels": ids}], progress=False)
+    names = {module.name for module in report.modules}
+    assert any(name.endswith("q_proj") for name in names)
+    assert not any("router" in name for name in names)
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -25,8 +25,10 @@ __all__ = [
     "WORKSPACE",
     "WeightLayout",
     "Workspace",
+    "computed_weight_error",
     "find_layout",
     "get_layout",
+    "has_computed_weight",
     "has_forward_of_its_own",
     "register_layout",
 ]
@@ -98,6 +100,25 @@ def has_forward_of_its_own(base_layer: nn.Module) -> bool:
     base_class = _registered_class(base_layer)
     is_other = base_class is not None and type(base_layer).forward is not base_class.forward
     return is_other and type(base_layer).__name__ != "FalconLinear"
+
+
+def has_computed_weight(base_layer: nn.Module) -> bool:
+    """Whether a dense layer makes its weight anew from others, so that what is written into it would be lost.
+
+    Only before FSDP has it: the weights there are views of a flat one, and no parameters of the layer either.
+    """
+    is_dense = _registered_class(base_layer) in (nn.Linear, Conv1D, nn.Conv2d)
+    return is_dense and "weight" not in base_layer._parameters and "weight" not in base_layer._buffers
+
+
+def computed_weight_error(module_name: str, lost: str) -> ValueError:
+    """What to raise for a module whose weight is computed, and `lost` with it."""
+    return ValueError(
+        f"The weight of {module_name!r} is computed from others, by a parametrization, weight_norm or "
+        f"torch.nn.utils.prune, so {lost} would be lost. Make it a plain one first, with "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), remove_weight_norm(module) or "
+        f"torch.nn.utils.prune.remove(module, 'weight'), or leave it out with exclude_modules=[{module_name!r}]."
+    )
 
 
 def _registered_class(base_layer: nn.Module) -> type[nn.Module] | None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ...adapter_state import ExactlyLoadedLayer
 from ...bitmask import pack_mask, unpack_mask
 from ...compat import BufferDict, is_quantized_tensor, repeated_by_reentrant_checkpoint
-from .base_weight import WeightLayout, find_layout, get_layout
+from .base_weight import WeightLayout, computed_weight_error, find_layout, get_layout, has_computed_weight
 from .config import SparseLoraConfig
 from .fingerprints import fingerprint, matches_fingerprint
 from .functional import MaskedWeight, effective_weight, masked_linear, merge_update, sum_updates
@@ -39,6 +39,7 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
 
     Raises:
         TypeError: the base layer has no floating point weight that can be adapted.
+        ValueError: its weight is computed from others.
     """
 
     adapter_layer_names: tuple[str, ...] = ("sparse_low_rank_A", "sparse_low_rank_B")
@@ -65,6 +66,8 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
                 "routers of experts) and not the out_proj of nn.MultiheadAttention, whose weight is read without a "
                 "call. Exclude it with `exclude_modules`."
             )
+        if has_computed_weight(self.get_base_layer()):
+            raise computed_weight_error(module_name, "what is merged into it")
         self.layout_name = layout.name
         self.out_features, self.in_features = layout.shape(self._base_tensors())
         self.sparse_low_rank_A = nn.ParameterDict()  # (rank, in_features) each
@@ -246,7 +249,8 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
 
         Raises:
             TypeError: the mask is not bool.
-            ValueError: its shape is another, the adapter stores no mask, or an adapter is merged.
+            ValueError: its shape is another, the adapter stores no mask, its masks are offloaded, or an adapter is
+                merged.
         """
         if adapter_name not in self.sparse_low_rank_mask:
             raise ValueError(
@@ -255,6 +259,12 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
             )
         if self.merged:
             raise ValueError(f"Unmerge {self.merged_adapters} of {self.module_name!r} before attaching a mask.")
+        masks = self.sparse_low_rank_mask
+        if has_offloaded_params(masks) and masks[adapter_name].is_meta:
+            raise ValueError(
+                f"The stored masks of {self.module_name!r} are offloaded, and another one would be lost with the next "
+                "forward. Attach masks first, and offload the model after it."
+            )
         with self._onloaded():
             weight = self.layout.weight(self._base_tensors())
             matrix = torch.ones_like(weight, dtype=torch.bool) if mask is None else self._mask_matrix(mask)
@@ -419,16 +429,20 @@ class SparseLoraLayer(nn.Module, ExactlyLoadedLayer):
         if not self._is_offloaded():
             return nullcontext()
         stack = ExitStack()
-        for module in self._modules_with_weights():
+        for module in self._modules_with_tensors():
             stack.enter_context(align_module_device(module))
         return stack
 
     def _is_offloaded(self) -> bool:
-        modules = self._modules_with_weights()
-        return any(parameter.is_meta for module in modules for parameter in module.parameters(recurse=False))
+        return any(
+            tensor is not None and tensor.is_meta
+            for module in self._modules_with_tensors()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        )
 
-    def _modules_with_weights(self) -> tuple[nn.Module, ...]:
-        return self.get_base_layer(), self.sparse_low_rank_A, self.sparse_low_rank_B
+    def _modules_with_tensors(self) -> tuple[nn.Module, ...]:
+        masks = self.sparse_low_rank_mask, self.sparse_low_rank_source  # with offload_buffers=True, too
+        return self.get_base_layer(), self.sparse_low_rank_A, self.sparse_low_rank_B, *masks
 
     @property
     def base_dtype(self) -> torch.dtype:

@@ -15,9 +15,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers
+from ...adapter_state import AdapterStateError, TidyTuner, check_adapter_state, modules_in_layers, modules_saved_whole
 from ...compat import include_all_linear_layers, keep_from_fused_operator
 from ...field_types import check_memory, name_some
 from ...offloading import refuse_disk_offload, refuse_rewriting
@@ -30,8 +31,25 @@ from .layer import SparseLoraConv2d, SparseLoraLayer, SparseLoraLinear
 
 __all__ = ["SparseLoraModel", "attach_masks"]
 
-# PEFT trains these heads whole, and looks for targets before it says so.
-_HEADS: dict[str, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+# Layers whose weights a model reads without calling them, by the name of their parent's class. The mixers of Mamba's
+# kind call x_proj and out_proj on CPUs, where only dt_proj is read; with the fused kernels they are read as well.
+_NEVER_CALLED: dict[str, tuple[str, ...]] = {
+    "BambaMixer": ("out_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "MobileBertLMPredictionHead": ("dense",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "Zamba2MambaMixer": ("out_proj",),
+}
 
 
 class SparseLoraModel(TidyTuner):
@@ -137,7 +155,13 @@ class SparseLoraModel(TidyTuner):
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
                 f"{current_key!r} is the output map of torch's MultiheadAttention, which reads its weight and never "
-                f"calls it, so an adapter there would do nothing. Leave it out: exclude_modules=[{target_name!r}]."
+                f"calls it, so an adapter there would do nothing. Leave it out: exclude_modules=[{current_key!r}]."
+            )
+        if _is_never_called(parent, target_name):
+            raise ValueError(
+                f"{current_key!r} is a layer of {type(parent).__name__}, which reads its weight without calling it, "
+                "always or with fused kernels, so an adapter there would do nothing. Leave it out: "
+                f"exclude_modules=[{current_key!r}]."
             )
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = SparseLoraConv2d if isinstance(base_layer, nn.Conv2d) else SparseLoraLinear
@@ -396,9 +420,39 @@ def _all_linear(peft_config: SparseLoraConfig, model: nn.Module) -> set[str]:
     """Names of all linear layers of a model, in the layers that the configuration chooses."""
     known_to_peft = include_all_linear_layers(copy.copy(peft_config), model).target_modules
     names = set(known_to_peft or ()) | _registered_linears(model)
-    names = {name for name in names if not has_forward_of_its_own(model.get_submodule(name))}
-    heads = _HEADS.get(peft_config.task_type or "", ())
-    return _in_chosen_layers(peft_config, {name for name in names if name.rpartition(".")[2] not in heads})
+    names = {name for name in names if _is_called_as_linear(model.get_submodule(name))}
+    # PEFT looks for targets before it says which modules it saves whole, by the ends of their names.
+    whole = modules_saved_whole(peft_config)
+    names = _in_chosen_layers(peft_config, {name for name in names if not name.endswith(whole)})
+    return names - _never_called(peft_config, model, names)
+
+
+def _is_called_as_linear(module: nn.Module) -> bool:
+    """Whether a layer is called, and what it computes is linear; pruning leaves the others out as well."""
+    return not isinstance(module, NonDynamicallyQuantizableLinear) and not has_forward_of_its_own(module)
+
+
+def _is_never_called(parent: nn.Module, name: str) -> bool:
+    return any(name in _NEVER_CALLED.get(each.__name__, ()) for each in type(parent).__mro__)
+
+
+def _never_called(peft_config: SparseLoraConfig, model: nn.Module, names: set[str]) -> set[str]:
+    """Those of the modules whose weights the model reads without calling them; warns of what is not excluded."""
+    found = set()
+    for name in names:
+        parent, _, own_name = name.removesuffix(".base_layer").rpartition(".")
+        if _is_never_called(model.get_submodule(parent), own_name):
+            found.add(name)
+    every = copy.copy(peft_config)
+    every.target_modules = found
+    left_out = sorted(name for name in found if check_target_module_exists(every, name))
+    if left_out:
+        warnings.warn(
+            f"SparseLoRA leaves out {len(left_out)} linear layers whose weights the model reads without calling them, "
+            f"always or with fused kernels: {name_some(left_out)}. What pruning took there is not restored.",
+            stacklevel=2,
+        )
+    return found
 
 
 def _refuse_hidden_targets(peft_config: SparseLoraConfig, model: nn.Module) -> None:
