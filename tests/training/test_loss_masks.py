@@ -27,6 +27,7 @@ from peft_variator.training.loss_masks import (
     has_several_labels,
     input_tokens,
     labelled_tokens,
+    patch_tokens,
     predicting_tokens,
     prediction_of,
     stacks_of,
@@ -74,6 +75,16 @@ def test_real_tokens() -> None:
     assert input_tokens({"pixel_values": torch.zeros(2, 3, 4, 4)}) is None
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 4, 4\).*Pass the 2-D mask"):
         input_tokens({"attention_mask": torch.ones(2, 1, 4, 4)})
+
+
+def test_real_patches() -> None:
+    pixels = {"pixel_values": torch.zeros(2, 4, 48)}
+    assert patch_tokens(pixels | {"pixel_attention_mask": MASK}).equal(MASK.bool())
+    patches = torch.tensor([[[1, 1], [0, 0]], [[1, 1], [1, 1]]]).bool()
+    assert patch_tokens(pixels | {"patch_attention_mask": patches}).equal(patches.flatten(1))
+    assert patch_tokens(pixels) is None
+    with pytest.raises(ValueError, match="pixel_attention_mask has shape"):
+        patch_tokens(pixels | {"pixel_attention_mask": torch.ones(2, 8, 8)})
 
 
 def test_decoder_tokens() -> None:
