@@ -281,7 +281,9 @@ def _frames_of(model: nn.Module) -> Callable[[Any], Tensor | None]:
         made: Any = getattr(model, "_get_feature_vector_attention_mask", None)
         lengths: Any = getattr(model, "_get_feat_extract_output_lengths", None)
         if made is not None and lengths is not None:
-            return made(int(lengths(torch.tensor(mask.shape[1]))), mask.long()).bool()
+            # Of an adapter behind the encoder, which halves them again, no hidden states are returned.
+            count = int(lengths(torch.tensor(mask.shape[1]), **_without_adapter(lengths)))
+            return made(count, mask.long(), **_without_adapter(made)).bool()
         positions = getattr(model.config, "max_source_positions", None)
         if positions and mask.shape[1] % positions == 0:
             return mask[:, :: mask.shape[1] // positions]
@@ -291,3 +293,7 @@ def _frames_of(model: nn.Module) -> Callable[[Any], Tensor | None]:
         )
 
     return frames
+
+
+def _without_adapter(function: Callable[..., Any]) -> dict[str, bool]:
+    return {"add_adapter": False} if "add_adapter" in inspect.signature(function).parameters else {}

@@ -197,16 +197,19 @@ def test_several_labels_are_told_by_the_problem_or_by_the_labels() -> None:
     assert decoder_tokens({"input_ids": IDS, **floats}).shape == IDS.shape
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_frames_of_sound(padded: bool) -> None:
+def test_frames_of_sound(padded: bool, adapter: bool) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
     config = T.Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    config.add_adapter = adapter
     mask = torch.ones(2, 400, dtype=torch.long)
     mask[1, 200 if padded else 400 :] = 0
     frames = stacks_of(T.Wav2Vec2Model(config))["hidden_states"]
     found = frames({"input_values": torch.zeros(2, 400), "attention_mask": mask})
-    length = T.Wav2Vec2Model(config).eval()(torch.zeros(1, 400)).last_hidden_state.shape[1]
+    model = T.Wav2Vec2Model(config).eval()
+    length = model(torch.zeros(1, 400), output_hidden_states=True).hidden_states[-1].shape[1]
     assert found.shape == (2, length)
     assert found.sum(1).tolist() == [length, length // 2 if padded else length]
     assert frames({"input_values": torch.zeros(2, 400)}) is None
