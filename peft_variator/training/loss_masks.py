@@ -130,11 +130,14 @@ def predicting_themselves(inputs: Inputs) -> Tensor:
 def labelled_tokens(inputs: Inputs) -> Tensor:
     """Positions with a label of their own (no shift), else all real tokens; bool of shape `(batch, length)`.
 
+    Without labels those of the decoder count where the batch has any for one.
+
     Raises:
         ValueError: the batch has neither labels nor text.
     """
     if inputs.get("labels") is None:
-        return _require_text(inputs)
+        real = decoder_tokens(inputs) if inputs.get("decoder_input_ids") is not None else None
+        return _require_text(inputs) if real is None else real
     return inputs["labels"] != IGNORED_LABEL
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..models import has_ctc_head
 from .config import DistillationConfig
 from .loss_masks import (
     CAUSAL,
@@ -222,6 +223,11 @@ def build_terms(
         terms["embedding"] = EmbeddingTerm(args.embedding_weight, key, mask, args.embedding_pooling)
     prediction = prediction_of(model)
     if args.logits_weight:
+        if prediction is None and has_ctc_head(model):
+            raise ValueError(
+                f"logits_weight={args.logits_weight}, and {type(model).__name__} has a CTC head, for which there is "
+                "no KL here: its labels belong to no frame. Set logits_weight=0 and use hidden_weight or task_weight."
+            )
         if prediction is None:
             raise ValueError(
                 f"logits_weight={args.logits_weight} needs a model with a known head, and {type(model).__name__} has "

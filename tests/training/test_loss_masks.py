@@ -159,6 +159,28 @@ def test_prediction_of_heads(cls: type[PreTrainedModel], prediction: object) -> 
     assert prediction_of(type("Mine", (cls,), {})(config)) is prediction
 
 
+WIDTHS_OF_WAV2VEC2 = {
+    "conv_dim": (8, 8),
+    "conv_stride": (4, 4),
+    "conv_kernel": (8, 4),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+
+
+def test_prediction_of_heads_of_sound() -> None:
+    whisper = T.WhisperConfig(**WIDTHS_OF_BART, max_source_positions=20)
+    samples = T.Wav2Vec2Config(**WIDTHS_OF_BERT, **WIDTHS_OF_WAV2VEC2)
+    assert prediction_of(T.WhisperForConditionalGeneration(whisper)) is TOKENS
+    assert prediction_of(T.WhisperForAudioClassification(whisper)) is EXAMPLES
+    assert prediction_of(T.Wav2Vec2ForSequenceClassification(samples)) is EXAMPLES
+    assert prediction_of(T.Wav2Vec2ForCTC(samples)) is None
+    # Of a decoder without labels its own tokens count, whatever the encoder's are.
+    sound = {"input_features": torch.zeros(2, 80, 40), "attention_mask": torch.ones(2, 40)}
+    assert labelled_tokens({**sound, "decoder_input_ids": IDS}).equal(torch.ones(2, 4, dtype=torch.bool))
+
+
 UNSHIFTED_CASES = [
     (T.XLMWithLMHeadModel, T.XLMConfig(vocab_size=9, emb_dim=8, n_layers=1, n_heads=1)),
     (T.XLNetLMHeadModel, T.XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=1, d_inner=8)),
