@@ -47,6 +47,7 @@ __all__ = [
     "build_empty",
     "build_model",
     "find_task",
+    "has_ctc_head",
     "has_decoder",
     "has_weights",
     "head_of",
@@ -76,10 +77,12 @@ _HEADS: tuple[tuple[Mapping[str, Any], Head], ...] = (
     (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "seq2seq"),
     (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal"),
     (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "causal"),
+    (modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "causal"),  # but for encoder–decoders: see head_of
     (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "masked"),
     (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "token-classification"),
     (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "classification"),
     (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "classification"),
+    (modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, "classification"),
     (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "question-answering"),
 )
 
@@ -249,8 +252,11 @@ def head_of(model: nn.Module) -> Head | None:
     if not isinstance(model, PreTrainedModel):
         return None
     found = next((head for table, head in _HEADS if is_in_table(model, table)), None)
-    # A vision-language model over an encoder–decoder predicts label t at position t, unshifted.
-    return "seq2seq" if found == "causal" and model.config.is_encoder_decoder else found
+    # A model of images or sound over an encoder–decoder predicts label t at position t, unshifted; and some that
+    # transformers counts among those are decoders alone.
+    if found in ("causal", "seq2seq"):
+        return "seq2seq" if model.config.is_encoder_decoder else "causal"
+    return found
 
 
 def is_in_table(model: nn.Module, table: Mapping[str, Any]) -> bool:
@@ -261,6 +267,15 @@ def is_in_table(model: nn.Module, table: Mapping[str, Any]) -> bool:
         table: as `MODEL_FOR_CTC_MAPPING_NAMES`.
     """
     return bool({cls.__name__ for cls in type(model).__mro__} & _class_names(table))
+
+
+def has_ctc_head(model: nn.Module) -> bool:
+    """Whether a model of sound predicts a token or none at each frame, without saying which frame is which token's.
+
+    Args:
+        model: the base model itself, not a wrapper.
+    """
+    return is_in_table(model, modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES)
 
 
 def _class_names(table: Mapping[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +13,23 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Subset
 from transformers import (
+    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoImageProcessor,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    default_data_collator,
 )
 
 from ..field_types import shown
 from ..model_files import load_tokenizer
-from ..models import Task
+from ..models import Task, load_config
 from ..profiling import count_positions
 from ..training.data import (
     ImageFolder,
+    collate_images,
     cut_documents,
     cut_sentences_and_spans,
     read_documents,
@@ -122,13 +126,14 @@ def load_data(
     # However few are trained on, as many are held out as were asked for: so many are read that those are a tenth.
     wanted = max(wanted + held_out, held_out * SHARE_HELD_OUT)
     if task == "vision":
-        images = ImageFolder(data, _load_image_processor(model))
+        config = load_config(model)
+        images = _open_images(model, config, MODEL_MAPPING[type(config)], data)
         drawn, unreadable = images.draw(wanted, seed)
         if unreadable and len(drawn) < 2:
             raise ValueError(f"Of {len(images)} images in {names} only {len(drawn)} can be read. Add images.")
         count = _count_held_out(len(drawn), held_out, names)
         parts = Subset(images, drawn[count:]), Subset(images, drawn[:count])
-        return TrainingData(*parts, default_data_collator, None, [str(path) for path in unreadable])
+        return TrainingData(*parts, collate_images, None, [str(path) for path in unreadable])
     tokenizer = _load_tokenizer(model)
     before, after = surroundings(tokenizer)
     room = max_length - len(before) - len(after)
@@ -166,6 +171,22 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so which token it is does not matter
     return tokenizer
+
+
+def _open_images(
+    model: str, config: PreTrainedConfig, cls: type[PreTrainedModel], folders: Sequence[str]
+) -> ImageFolder:
+    """The images of folders, with all that a model takes of what its processor makes of them.
+
+    Raises:
+        ValueError: the model takes videos, or there is no image processor or no image.
+    """
+    if type(config) in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{model} (architecture {config.model_type!r}) takes videos, and only texts and images are read here. Use "
+            "it in Python: DistillationTrainer and measure_quality take any batch."
+        )
+    return ImageFolder(folders, _load_image_processor(model), inspect.signature(cls.forward).parameters)
 
 
 def _load_image_processor(name: str) -> Any:
@@ -256,11 +277,11 @@ def load_evaluation_data(
 
     names = ", ".join(data)
     if base.main_input_name == "pixel_values":
-        images = ImageFolder(data, _load_image_processor(name))
+        images = _open_images(name, base.config, type(base), data)
         drawn, unreadable = images.draw(wanted, seed)
         if not drawn:
             raise ValueError(f"None of the {len(images)} images in {names} can be read. Add images.")
-        found = batches(default_data_collator, [images[index] for index in drawn])
+        found = batches(collate_images, [images[index] for index in drawn])
         return EvaluationData(found, found[:TIMED_BATCHES], len(drawn), unreadable=[str(path) for path in unreadable])
 
     texts = _draw_texts(data, column, split, wanted, seed)

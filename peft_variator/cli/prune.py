@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, default_data_collator
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..bases.config import pop_quantization, read_quantization
 from ..field_types import name_some
@@ -23,7 +23,7 @@ from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune
 from ..sparsity.calibration import read_batches, text_batches
 from ..sparsity.chains import Batch
-from ..training.data import TABLES, ImageFolder, read_texts
+from ..training.data import TABLES, ImageFolder, collate_images, read_texts
 from .console import Reporter, next_commands
 from .examples import data_words, warn_about_unreadable
 from .publishing import Publishing
@@ -109,7 +109,7 @@ def _calibration(
         path, column = Path(name), settings.text_column
         each: dict[str, Any] = {**windows, "samples": max(1, share + (index < over))}
         if path.is_dir() and model.main_input_name == "pixel_values":
-            own = _image_batches(name, processor, each, reporter)
+            own = _image_batches(name, model, processor, each, reporter)
         elif path.is_file() and path.suffix.lower() not in TABLES.keys() - {".jsonl"}:
             own = read_batches(path, processor, column=column, **each, **how)
         else:
@@ -121,15 +121,17 @@ def _calibration(
     return batches, samples
 
 
-def _image_batches(folder: str, processor: Any, windows: dict[str, int], reporter: Reporter) -> list[Batch]:
-    images = ImageFolder(folder, processor)
+def _image_batches(
+    folder: str, model: PreTrainedModel, processor: Any, windows: dict[str, int], reporter: Reporter
+) -> list[Batch]:
+    images = ImageFolder(folder, processor, signature(model.forward).parameters)
     drawn, unreadable = images.draw(windows["samples"], windows["seed"])
     if not drawn:
         raise ValueError(f"None of the {len(images)} images in {folder} can be read. Add images.")
     warn_about_unreadable([str(path) for path in unreadable], len(drawn), reporter)
     size = windows["batch_size"]
     parts = (drawn[start : start + size] for start in range(0, len(drawn), size))
-    return [default_data_collator([images[index] for index in part]) for part in parts]
+    return [collate_images([images[index] for index in part]) for part in parts]
 
 
 def _is_of_one_tower(model: PreTrainedModel) -> bool:

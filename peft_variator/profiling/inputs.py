@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -86,6 +87,8 @@ def make_inputs(
         ValueError: the longest sequence is longer than the model's positions, or nothing tells what the features of
             sound look like.
     """
+    if task == "vision" and "spatial_shapes" in inspect.signature(MODEL_MAPPING[type(config)].forward).parameters:
+        return _make_patches(config, len(lengths), dtype, generator)
     if task == "vision":
         height, width = config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
         pixels = torch.randn(len(lengths), config.num_channels, height, width, generator=generator)
@@ -100,6 +103,19 @@ def make_inputs(
     if task == "seq2seq":
         inputs["decoder_input_ids"] = torch.zeros(len(lengths), 1, dtype=torch.long)
     return inputs
+
+
+def _make_patches(
+    config: PreTrainedConfig, batch: int, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Square images for models that take them as rows of patches, shape (batch, patches, values), without padding."""
+    side = int(config.num_patches**0.5)
+    pixels = torch.randn(batch, side**2, config.num_channels * config.patch_size**2, generator=generator)
+    return {
+        "pixel_values": pixels.to(dtype),
+        "pixel_attention_mask": torch.ones(batch, side**2, dtype=torch.long),
+        "spatial_shapes": torch.full((batch, 2), side),
+    }
 
 
 def _make_sound(config: PreTrainedConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:

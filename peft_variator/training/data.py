@@ -7,11 +7,12 @@ import json
 import random
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from ..files import check_data_name
 
 __all__ = [
     "ImageFolder",
+    "collate_images",
     "cut_documents",
     "cut_sentences_and_spans",
     "cut_spans",
@@ -416,20 +418,41 @@ def split_spans(
     return examples
 
 
+def collate_images(images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of images.
+
+    Raises:
+        ValueError: their sizes differ.
+    """
+    sizes = sorted({tuple(image["pixel_values"].shape[-2:]) for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The model's image processor makes images of the sizes {', '.join('×'.join(map(str, s)) for s in sizes)} "
+            "(height × width), and a batch has to be of one: set do_center_crop or size in preprocessor_config.json."
+        )
+    return {name: torch.stack([image[name] for image in images]) for name in images[0]}
+
+
 class ImageFolder(Dataset[dict[str, Tensor]]):
     """The images in folders and the folders in them, each folder sorted by path, read when they are asked for.
 
     Args:
         folders: a folder, or several.
         processor: the model's image processor.
+        names: arguments that the model takes; of what the processor makes only these are kept.
 
     Raises:
         NotADirectoryError: there is no such folder.
         ValueError: there is no image in it.
     """
 
-    def __init__(self, folders: str | Path | Sequence[str | Path], processor: Any) -> None:
-        self.processor = processor
+    def __init__(
+        self,
+        folders: str | Path | Sequence[str | Path],
+        processor: Any,
+        names: Collection[str] = ("pixel_values",),
+    ) -> None:
+        self.processor, self.names = processor, names
         self.paths: list[Path] = []
         for folder in [folders] if isinstance(folders, str | Path) else folders:
             if not Path(folder).is_dir():
@@ -446,9 +469,13 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The image of an index as the model takes it: `pixel_values` of shape `(channels, height, width)`."""
+        """The image of an index as the model takes it: `pixel_values` of shape `(channels, height, width)`.
+
+        Of models for images of several shapes they are `(patches, values)`, beside the patches' mask and the shape.
+        """
         image = load_image(str(self.paths[index]))
-        return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]}
+        made = self.processor(image, return_tensors="pt")
+        return {name: values[0] for name, values in made.items() if name in self.names and isinstance(values, Tensor)}
 
     def draw(self, wanted: int, seed: int) -> tuple[list[int], list[Path]]:
         """Draw images that can be read; each is read for that, since damage shows nowhere else.

@@ -7,6 +7,7 @@ A batch is what the model's forward gets, a mapping of argument names to tensors
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "has_several_labels",
     "input_tokens",
     "labelled_tokens",
+    "patch_tokens",
     "predicting_themselves",
     "predicting_tokens",
     "prediction_of",
@@ -68,6 +70,18 @@ def input_tokens(inputs: Inputs) -> Tensor | None:
             tokens = inputs[name]
             return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     return None
+
+
+def patch_tokens(inputs: Inputs) -> Tensor | None:
+    """Real patches of images of several shapes, bool of shape `(batch, patches)`; `None` where all are.
+
+    Raises:
+        ValueError: `pixel_attention_mask` is not 2-D.
+    """
+    if inputs.get("pixel_attention_mask") is not None:
+        return _two_dimensional("pixel_attention_mask", inputs["pixel_attention_mask"])
+    mask = inputs.get("patch_attention_mask")
+    return None if mask is None else mask.flatten(1).bool()
 
 
 def decoder_tokens(inputs: Inputs) -> Tensor | None:
@@ -116,11 +130,14 @@ def predicting_themselves(inputs: Inputs) -> Tensor:
 def labelled_tokens(inputs: Inputs) -> Tensor:
     """Positions with a label of their own (no shift), else all real tokens; bool of shape `(batch, length)`.
 
+    Without labels those of the decoder count where the batch has any for one.
+
     Raises:
         ValueError: the batch has neither labels nor text.
     """
     if inputs.get("labels") is None:
-        return _require_text(inputs)
+        real = decoder_tokens(inputs) if inputs.get("decoder_input_ids") is not None else None
+        return _require_text(inputs) if real is None else real
     return inputs["labels"] != IGNORED_LABEL
 
 
@@ -247,9 +264,14 @@ def stacks_of(model: nn.Module) -> Mapping[str, Callable[[Any], Tensor | None]]:
         model: the base model itself, not a wrapper.
     """
     stacks = TWO_STACKS if has_decoder(model) else SINGLE_STACK
-    if getattr(model, "main_input_name", None) not in ("input_features", "input_values"):
-        return stacks
-    return {key: _frames_of(model) if mask is input_tokens else mask for key, mask in stacks.items()}
+    main_input = getattr(model, "main_input_name", None)
+    if main_input in ("input_features", "input_values"):
+        return {key: _frames_of(model) if mask is input_tokens else mask for key, mask in stacks.items()}
+    takes = inspect.signature(model.forward).parameters
+    # What vision-language models call pixel_attention_mask is of pixels.
+    if "patch_attention_mask" in takes or (main_input == "pixel_values" and "pixel_attention_mask" in takes):
+        return dict.fromkeys(stacks, patch_tokens)
+    return stacks
 
 
 def _frames_of(model: nn.Module) -> Callable[[Any], Tensor | None]:
@@ -262,7 +284,9 @@ def _frames_of(model: nn.Module) -> Callable[[Any], Tensor | None]:
         made: Any = getattr(model, "_get_feature_vector_attention_mask", None)
         lengths: Any = getattr(model, "_get_feat_extract_output_lengths", None)
         if made is not None and lengths is not None:
-            return made(int(lengths(torch.tensor(mask.shape[1]))), mask.long()).bool()
+            # Of an adapter behind the encoder, which halves them again, no hidden states are returned.
+            count = int(lengths(torch.tensor(mask.shape[1]), **_without_adapter(lengths)))
+            return made(count, mask.long(), **_without_adapter(made)).bool()
         positions = getattr(model.config, "max_source_positions", None)
         if positions and mask.shape[1] % positions == 0:
             return mask[:, :: mask.shape[1] // positions]
@@ -272,3 +296,7 @@ def _frames_of(model: nn.Module) -> Callable[[Any], Tensor | None]:
         )
 
     return frames
+
+
+def _without_adapter(function: Callable[..., Any]) -> dict[str, bool]:
+    return {"add_adapter": False} if "add_adapter" in inspect.signature(function).parameters else {}

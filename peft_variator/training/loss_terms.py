@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from ..models import is_in_table
+from ..models import has_ctc_head, is_in_table
 from .config import DistillationConfig
 from .loss_masks import (
     CAUSAL,
@@ -231,7 +231,7 @@ class LabelCounting:
         if is_in_table(model, modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES):
             names = ("semantic_loss_ignore_index", "loss_ignore_index")
             return cls(next((getattr(config, name) for name in names if hasattr(config, name)), IGNORED_LABEL))
-        if is_in_table(model, modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES):
+        if has_ctc_head(model):
             return cls(by_example=True, is_sum=getattr(config, "ctc_loss_reduction", "mean") == "sum")
         return cls()
 
@@ -261,6 +261,11 @@ def build_terms(
         terms["embedding"] = EmbeddingTerm(args.embedding_weight, key, mask, args.embedding_pooling)
     prediction = prediction_of(model)
     if args.logits_weight:
+        if prediction is None and has_ctc_head(model):
+            raise ValueError(
+                f"logits_weight={args.logits_weight}, and {type(model).__name__} has a CTC head, for which there is "
+                "no KL here: its labels belong to no frame. Set logits_weight=0 and use hidden_weight or task_weight."
+            )
         if prediction is None:
             raise ValueError(
                 f"logits_weight={args.logits_weight} needs a model with a known head, and {type(model).__name__} has "

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, ViTImageProcessor, set_seed
+from transformers import PreTrainedModel, Siglip2ImageProcessor, ViTImageProcessor, set_seed
 
 from peft_variator import VariatorConfig
 from peft_variator.cli.examples import load_data
@@ -307,6 +307,21 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     assert status == 0, err
     assert "Skipped 1 of 20 images" in err
     assert str(data / "7.png") in err
+
+
+def test_models_of_videos_are_refused(tmp_path: Path) -> None:
+    tiny_model("videomae").save_pretrained(tmp_path / "model")
+    data = save_data(tmp_path / "data", "vision")
+    status, _, err = invoke(tmp_path / "model", "--data", data, "--output", tmp_path / "out", *SMALL, *QUICK)
+    assert (status, "(architecture 'videomae') takes videos" in err) == (1, True), err
+
+
+def test_images_of_several_shapes_are_trained_on(tmp_path: Path) -> None:
+    tiny_model("siglip2-vision").save_pretrained(tmp_path / "model")
+    Siglip2ImageProcessor(patch_size=4, max_num_patches=36).save_pretrained(tmp_path / "model")
+    data = save_data(tmp_path / "data", "vision")
+    status, _, err = invoke(tmp_path / "model", "--data", data, "--output", tmp_path / "out", *SMALL, *QUICK)
+    assert status == 0, err
 
 
 def test_an_image_processor_that_is_missing_is_named(tmp_path: Path) -> None:

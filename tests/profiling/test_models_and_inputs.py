@@ -176,6 +176,14 @@ def test_vision_inputs_are_images_of_the_models_size(size):
     assert pixels.dtype == torch.bfloat16
 
 
+def test_vision_inputs_are_patches_where_images_have_several_shapes():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = AutoConfig.for_model("siglip2_vision_model", **sizes, num_patches=36, patch_size=4)
+    inputs = make(config, "vision", 1, 1)
+    assert inputs["pixel_values"].shape == (2, 36, 48)
+    assert AutoModel.from_config(config)(**inputs).last_hidden_state.shape == (2, 36, 16)
+
+
 @pytest.mark.parametrize(
     ("fields", "positions"),
     [

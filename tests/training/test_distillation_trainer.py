@@ -29,7 +29,7 @@ from transformers import (
 from peft_variator import VariatorConfig, using_ratio
 from peft_variator.training import DistillationTrainer
 from peft_variator.tuners.variator import VariatorLayer
-from tests.tiny_models import tiny_model
+from tests.tiny_models import BY_NAME, tiny_model
 from tests.training.training_cases import make_examples
 
 
@@ -611,6 +611,27 @@ def test_mixed_precision(trainer) -> None:
     mixed.train()
     assert logged(mixed) == pytest.approx(logged(exact), rel=0.2)
     assert logged(mixed) != logged(exact)
+
+
+def test_sound_has_a_kl_of_logits(arguments) -> None:
+    torch.manual_seed(0)
+    case = BY_NAME["whisper"]
+    model = get_peft_model(case.build(), VariatorConfig(bottleneck_dim=4, init_weights=False))
+    sound = {name: values for name, values in case.inputs(4).items() if name == "input_features"}
+    labels = torch.tensor([[7, 8, 9, -100]] * 4)
+    rows = [{name: values[index] for name, values in {**sound, "labels": labels}.items()} for index in range(4)]
+    args = arguments(logits_weight=1.0, hidden_weight=0.0)
+    losses = DistillationTrainer(model, args, train_dataset=rows, eval_dataset=rows).evaluate()
+    with torch.no_grad():
+        logits = model(**sound, labels=labels).logits[:, :3].log_softmax(-1)
+    with torch.no_grad(), model.disable_adapter():
+        target = model(**sound, labels=labels).logits[:, :3].log_softmax(-1)
+    wanted = nn.functional.kl_div(logits, target, log_target=True, reduction="none").sum(-1).mean()
+    assert losses["eval_logits_loss"] == pytest.approx(float(wanted), rel=1e-4)
+    assert losses["eval_logits_loss"] > 0
+    head = get_peft_model(BY_NAME["wav2vec2"].build(), VariatorConfig(bottleneck_dim=4))
+    with pytest.raises(ValueError, match=r"logits_weight=1.0, and Wav2Vec2ForCTC has a CTC head"):
+        DistillationTrainer(head, args)
 
 
 def test_wrong_arguments_are_named(trainer, base_model, plugin_model, arguments, tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import evaluate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from training_cases import build_base, build_plugin, collate_batch, make_examples
 
-from peft_variator import VariatorConfig
+from peft_variator import DistillationConfig, DistillationTrainer, VariatorConfig
 from peft_variator.metrics import path
 from peft_variator.training.evaluation import measure_quality, measure_ratios
-from tests.tiny_models import tiny_model
+from tests.tiny_models import IN_READING_ORDER, tiny_model
 
 
 @pytest.fixture
@@ -43,6 +45,26 @@ def test_a_base_that_is_not_finite_is_told(batches) -> None:
         next(iter(model.get_base_model().parameters()))[:] = torch.nan
     with pytest.raises(ValueError, match="The base model gives values that are not finite"):
         measure_ratios(model, batches("bert", 3), [4])
+
+
+def test_padded_patches_count_in_nothing(tmp_path: Path) -> None:
+    case = next(case for case in IN_READING_ORDER if case.name == "siglip2-vision")
+    model = get_peft_model(case.build(), VariatorConfig(bottleneck_dim=4, init_weights=False))
+    weights = {"embedding_weight": 1.0, "embedding_pooling": "mean", "variance_samples": 3}
+    args = DistillationConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, **weights)
+    images = torch.randn(3, 16, 48)
+    found = []
+    for padding in (0, 20):
+        patches = torch.cat([images, torch.randn(3, padding, 48)], dim=1)
+        mask = torch.arange(16 + padding).lt(16).long().expand(3, -1)
+        shapes = torch.tensor([4, 4]).expand(3, -1)
+        batch = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        rows = [{name: values[index] for name, values in batch.items()} for index in range(3)]
+        trainer = DistillationTrainer(model, args, train_dataset=rows, eval_dataset=rows)
+        losses = {name: value for name, value in trainer.evaluate().items() if name.endswith("loss")}
+        found.append(losses | measure_quality(model, [batch]) | measure_ratios(model, [batch], [2])[2])
+    assert {"eval_hidden_loss", "eval_embedding_loss", "cosine", "embedding_cosine"} <= found[0].keys()
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_the_measures_are_those_of_the_metric(batches) -> None:

@@ -27,6 +27,7 @@ from peft_variator.training.loss_masks import (
     has_several_labels,
     input_tokens,
     labelled_tokens,
+    patch_tokens,
     predicting_tokens,
     prediction_of,
     stacks_of,
@@ -74,6 +75,16 @@ def test_real_tokens() -> None:
     assert input_tokens({"pixel_values": torch.zeros(2, 3, 4, 4)}) is None
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 4, 4\).*Pass the 2-D mask"):
         input_tokens({"attention_mask": torch.ones(2, 1, 4, 4)})
+
+
+def test_real_patches() -> None:
+    pixels = {"pixel_values": torch.zeros(2, 4, 48)}
+    assert patch_tokens(pixels | {"pixel_attention_mask": MASK}).equal(MASK.bool())
+    patches = torch.tensor([[[1, 1], [0, 0]], [[1, 1], [1, 1]]]).bool()
+    assert patch_tokens(pixels | {"patch_attention_mask": patches}).equal(patches.flatten(1))
+    assert patch_tokens(pixels) is None
+    with pytest.raises(ValueError, match="pixel_attention_mask has shape"):
+        patch_tokens(pixels | {"pixel_attention_mask": torch.ones(2, 8, 8)})
 
 
 def test_decoder_tokens() -> None:
@@ -148,6 +159,28 @@ def test_prediction_of_heads(cls: type[PreTrainedModel], prediction: object) -> 
     assert prediction_of(type("Mine", (cls,), {})(config)) is prediction
 
 
+WIDTHS_OF_WAV2VEC2 = {
+    "conv_dim": (8, 8),
+    "conv_stride": (4, 4),
+    "conv_kernel": (8, 4),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
+
+
+def test_prediction_of_heads_of_sound() -> None:
+    whisper = T.WhisperConfig(**WIDTHS_OF_BART, max_source_positions=20)
+    samples = T.Wav2Vec2Config(**WIDTHS_OF_BERT, **WIDTHS_OF_WAV2VEC2)
+    assert prediction_of(T.WhisperForConditionalGeneration(whisper)) is TOKENS
+    assert prediction_of(T.WhisperForAudioClassification(whisper)) is EXAMPLES
+    assert prediction_of(T.Wav2Vec2ForSequenceClassification(samples)) is EXAMPLES
+    assert prediction_of(T.Wav2Vec2ForCTC(samples)) is None
+    # Of a decoder without labels its own tokens count, whatever the encoder's are.
+    sound = {"input_features": torch.zeros(2, 80, 40), "attention_mask": torch.ones(2, 40)}
+    assert labelled_tokens({**sound, "decoder_input_ids": IDS}).equal(torch.ones(2, 4, dtype=torch.bool))
+
+
 UNSHIFTED_CASES = [
     (T.XLMWithLMHeadModel, T.XLMConfig(vocab_size=9, emb_dim=8, n_layers=1, n_heads=1)),
     (T.XLNetLMHeadModel, T.XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=1, d_inner=8)),
@@ -186,16 +219,19 @@ def test_several_labels_are_told_by_the_problem_or_by_the_labels() -> None:
     assert decoder_tokens({"input_ids": IDS, **floats}).shape == IDS.shape
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_frames_of_sound(padded: bool) -> None:
+def test_frames_of_sound(padded: bool, adapter: bool) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
     config = T.Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    config.add_adapter = adapter
     mask = torch.ones(2, 400, dtype=torch.long)
     mask[1, 200 if padded else 400 :] = 0
     frames = stacks_of(T.Wav2Vec2Model(config))["hidden_states"]
     found = frames({"input_values": torch.zeros(2, 400), "attention_mask": mask})
-    length = T.Wav2Vec2Model(config).eval()(torch.zeros(1, 400)).last_hidden_state.shape[1]
+    model = T.Wav2Vec2Model(config).eval()
+    length = model(torch.zeros(1, 400), output_hidden_states=True).hidden_states[-1].shape[1]
     assert found.shape == (2, length)
     assert found.sum(1).tolist() == [length, length // 2 if padded else length]
     assert frames({"input_values": torch.zeros(2, 400)}) is None

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import Table, parquet
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import PreTrainedTokenizerFast, Siglip2ImageProcessor, ViTImageProcessor
 
 from peft_variator.files import TABLE_SUFFIXES
 from peft_variator.training.data import (
     TABLES,
     ImageFolder,
+    collate_images,
     cut_documents,
     cut_sentences_and_spans,
     cut_spans,
@@ -322,6 +323,23 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     assert len(images) == 2
     torch.testing.assert_close(images[0]["pixel_values"], torch.ones(3, 8, 8))
     torch.testing.assert_close(images[1]["pixel_values"], -torch.ones(3, 8, 8))
+
+
+def test_images_of_several_shapes_keep_their_masks(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    names = ["pixel_values", "pixel_attention_mask", "spatial_shapes"]
+    processor = Siglip2ImageProcessor(patch_size=4, max_num_patches=40)
+    image = ImageFolder(tmp_path, processor, names)[0]
+    assert image.keys() == set(names)
+    batch = collate_images([image, image])
+    assert batch["pixel_values"].shape == (2, 40, 48)
+    assert batch["pixel_attention_mask"].sum(1).tolist() == batch["spatial_shapes"].prod(1).tolist()
+
+
+def test_images_of_several_sizes_are_told() -> None:
+    images = [{"pixel_values": torch.zeros(3, *size)} for size in ((8, 12), (8, 8))]
+    with pytest.raises(ValueError, match=r"sizes 8×8, 8×12 .*do_center_crop or size in preprocessor_config.json"):
+        collate_images(images)
 
 
 def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TimmWrapperConfig
+from transformers import Idefics3VisionConfig, Idefics3VisionTransformer, PreTrainedModel, TimmWrapperConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_variator import VariatorConfig
+from peft_variator.tuners.variator import token_groups
 from tests.tiny_models import DUAL, IN_READING_ORDER, TASK_HEADS, VISIONS, Case, by_name
 
 from .reference import feed_forward_of, plugin_output, text_groups, watch, window_groups
@@ -84,6 +85,34 @@ def test_images_of_several_shapes_have_padding() -> None:
             }
             expected = model(**alone).last_hidden_state[0]
             torch.testing.assert_close(together[row, :patches], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("grouping", "rows"), [("window", 6 + 9), ("raster", 5 + 9)])
+def test_patches_of_padding_are_never_merged(monkeypatch: pytest.MonkeyPatch, grouping: str, rows: int) -> None:
+    """The first image has 4 × 5 patches, filled up to the 6 × 6 of the second."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = Idefics3VisionTransformer(Idefics3VisionConfig(**sizes, image_size=24, patch_size=4))
+    config = VariatorConfig(init_weights=False, bottleneck_dim=8, patch_grouping=grouping)
+    model = get_peft_model(tower, config).eval()
+    pixels = torch.randn(2, 3, 24, 24)
+    mask = torch.ones(2, 6, 6, dtype=torch.bool)
+    mask[0, 4:], mask[0, :, 5:] = False, False
+    other = pixels.clone()
+    other[0, :, 16:], other[0, :, :, 20:] = 7.0, -7.0
+    with torch.no_grad():
+        first, second = (
+            model(pixel_values=each, patch_attention_mask=mask).last_hidden_state for each in (pixels, other)
+        )
+        seen = watch(model, lambda: model(pixel_values=pixels, patch_attention_mask=mask))
+        assert [each.rows for each in seen] == [rows] * 2
+        torch.testing.assert_close(first[mask.flatten(1)], second[mask.flatten(1)], rtol=0, atol=1e-5)
+        if grouping == "window":
+            alone = model(pixel_values=pixels[:1, :, :16, :20]).last_hidden_state[0]
+            torch.testing.assert_close(first[0][mask[0].flatten()], alone, rtol=0, atol=1e-4)
+        monkeypatch.setattr(token_groups, "_shapes_must_not_depend_on_values", lambda device: True)  # as compiled
+        again = model(pixel_values=pixels, patch_attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(again[mask.flatten(1)], first[mask.flatten(1)], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 32), (28, 20), (20, 20), (4, 4), (4, 28)])

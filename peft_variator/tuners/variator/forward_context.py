@@ -59,6 +59,7 @@ OF_STACKS = (
     "inputs_embeds",
     "output_router_logits",
     "past_key_values",
+    "patch_attention_mask",
     "pixel_attention_mask",
     "pixel_values",
     "position_ids",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .attention_mask import (
     CUMULATIVE_LENGTHS,
@@ -475,6 +476,14 @@ def group_patches(facts: CallFacts, rule: MergeRule, shape: tuple[int, int], dev
         # Of images of several shapes, each a row of patches and padding.
         return group_frames(CallFacts("encoder", {"attention_mask": mask}), rule, shape, device)
     batch, length = shape
+    real = facts.arguments.get("patch_attention_mask")
+    if isinstance(real, Tensor) and real.dim() == 3 and (real.shape[0], real[0].numel()) == shape:
+        # Of images of several shapes, each filled up to the largest height and width.
+        compiles = _shapes_must_not_depend_on_values(device)
+        if compiles or not bool(real.all()):
+            if rule.windows:
+                return group_padded_windows(real.bool(), rule.ratio, device)
+            return group_frames(CallFacts("encoder", {"attention_mask": real.flatten(1)}), rule, shape, device)
     grid = _patch_grid(facts, length)
     prefix = rule.keep_first if grid is None else length - grid[0] * grid[1]
     if grid is not None and rule.windows:
@@ -517,6 +526,31 @@ def bound_windows(prefix: int, grid: tuple[int, int], ratio: int, batch: int, de
     first = torch.arange(prefix, device=device)
     row, slot = torch.cat([first, row]), torch.cat([torch.zeros_like(first), slot])
     return BoundedGroups.of(row.expand(batch, -1), slot.expand(batch, -1), None, rows, ratio)
+
+
+def group_padded_windows(real: Tensor, ratio: int, device: torch.device) -> PackedGroups:
+    """The groups of the real patches in windows, so that an image has those that it has without padding.
+
+    `real` tells which patches are no padding, bool of shape `(batch, height, width)`.
+    """
+    (batch, height, width), (tall, wide) = real.shape, window_of(ratio)
+    down, across = (height + tall - 1) // tall, (width + wide - 1) // wide
+    if not _shapes_must_not_depend_on_values(device):
+        rows, columns = np.arange(height)[:, None], np.arange(width)
+        windows = (rows // tall * across + columns // wide).ravel()
+        token_of = np.flatnonzero(real.cpu().numpy())
+        sequence, patch = np.divmod(token_of, windows.size)
+        # Windows of padding alone are no groups.
+        _, group_of = np.unique(sequence * (down * across) + windows[patch], return_inverse=True)
+        return packed_groups(group_of, token_of, ratio, real.numel(), device)
+    y, x = torch.arange(height, device=device).view(-1, 1), torch.arange(width, device=device)
+    row = (y // tall * across + x // wide).flatten().expand(batch, -1)
+    # Places in a window count its real patches, which need not be the first.
+    filled = pad(real.long(), (0, across * wide - width, 0, down * tall - height))
+    filled = filled.view(batch, down, tall, across, wide).transpose(2, 3)
+    slot = (filled.flatten(3).cumsum(3).view_as(filled) - filled).transpose(2, 3)
+    slot = slot.reshape(batch, down * tall, across * wide)[:, :height, :width].flatten(1)
+    return BoundedGroups.of(row, slot, real.flatten(1), down * across, ratio)
 
 
 def window_of(ratio: int) -> tuple[int, int]:
