@@ -69,10 +69,12 @@ class Contender:
     Args:
         make: makes the model.
         weights: file with the weights that it has besides the base's, if it has any.
+        tokenizer: loads its tokenizer, where that is not the base's.
     """
 
     make: Build
     weights: Path | None = None
+    tokenizer: Build | None = None
 
     def __call__(self) -> Any:
         return self.make()
@@ -180,12 +182,14 @@ def ratios(plugin: Path) -> list[int]:
     return sorted(config.trained_ratios or [config.compression_ratio])[-3:]
 
 
-def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratch: Path) -> dict[str, Contender]:
+def contenders(
+    base: Loaded, smaller: Callable[[], Loaded], plugin: Path, trained: Path, scratch: Path
+) -> dict[str, Contender]:
     """What a text encoder is compared with, by name.
 
     Args:
         base: the model.
-        smaller: loads the next-smaller model.
+        smaller: loads the next-smaller model, which has a tokenizer of its own.
         plugin: folder of a plugin; one that was trained on the base in int8 is looked for beside it.
         trained: folder with the weights of contenders that need training.
         scratch: folder for ONNX files.
@@ -215,7 +219,7 @@ def contenders(base: Loaded, smaller: Build, plugin: Path, trained: Path, scratc
         for ratio in ratios(plugin):
             make = partial(_plugin_to_onnx, model, plugin, ratio, scratch, int8)
             found[f"{name} + plugin, k = {ratio}"] = Contender(make, _weights(plugin))
-    found["next-smaller model"] = Contender(smaller)
+    found["next-smaller model"] = Contender(lambda: smaller().model, tokenizer=lambda: smaller().tokenizer)
     return found
 
 

@@ -164,9 +164,10 @@ def quality(
         except NotThere as error:
             entry = {"missing": str(error)}
         else:
+            read_by = base if contender.tokenizer is None else replace(base, tokenizer=contender.tokenizer())
             for part in parts:
                 rows = limit or LIMITS.get(part)
-                done = measure(model, base, kind, data, limit=rows, parts=[part], done=done)
+                done = measure(model, read_by, kind, data, limit=rows, parts=[part], done=done)
             entry = {"parts": done} | ({"weights_sha256": digest} if digest else {})
             if kind != "text":
                 entry["flops"] = flops(model, kind)
@@ -339,7 +340,7 @@ def main() -> None:
         else:
             made = contenders(
                 base,
-                lambda: load(SMALLER[name], arguments.cache).model,
+                lambda: load(SMALLER[name], arguments.cache),
                 plugin,
                 arguments.trained / name,
                 Path(scratch),

@@ -263,13 +263,15 @@ def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypa
     contenders = scripts("contenders")
     plugin = get_peft_model(BertModel(encoder.config, add_pooling_layer=False), VariatorConfig(correction_dim=8))
     plugin.save_pretrained(tmp_path / "plugin")
+    smaller = weights.Loaded(encoder, "its own")
     made = contenders.contenders(
-        weights.Loaded(encoder), lambda: encoder, tmp_path / "plugin", tmp_path / "trained", tmp_path
+        weights.Loaded(encoder, "the base's"), lambda: smaller, tmp_path / "plugin", tmp_path / "trained", tmp_path
     )
-    measured = []
+    measured, tokenizers = [], []
 
-    def measure(model, *args, **kwargs):
+    def measure(model, read_by, *args, **kwargs):
         measured.append(model)
+        tokenizers.append(read_by.tokenizer)
         model(input_ids=torch.ones(1, 8, dtype=torch.long), attention_mask=torch.ones(1, 8, dtype=torch.long))
         return {"stsb": {"spearman": 80.0 - len(measured)}}
 
@@ -277,7 +279,10 @@ def test_stages_resume_and_the_page_follows(scripts, encoder, tmp_path, monkeypa
     results = tmp_path / "results"
     results.mkdir()
     for _ in range(2):
-        quality = run.quality(weights.Loaded(encoder), made, tmp_path, results / "quality-x.json", ["stsb"], None)
+        quality = run.quality(
+            weights.Loaded(encoder, "the base's"), made, tmp_path, results / "quality-x.json", ["stsb"], None
+        )
+    assert tokenizers == ["the base's"] * (len(measured) - 1) + ["its own"]
     missing = {name for name, entry in quality["contenders"].items() if "missing" in entry}
     narrowed = f"networks of {contenders.as_cheap(encoder)}"
     assert missing == {"2 of 3 layers", "1 of 3 layers", "networks of 10", narrowed, "trained alike: plugin, k = 16"}
@@ -328,7 +333,7 @@ def test_contenders_are_trained_alike(scripts, encoder, tmp_path, monkeypatch):
     assert shares[f"networks of {width}"] == pytest.approx(shares["trained alike: plugin, k = 16"], abs=0.02)
     assert all(record["log"][-1]["learning_rate"] >= 0 for record in records.values())
     assert all(encoder.state_dict()[name].equal(value) for name, value in before.items())
-    made = scripts("contenders").contenders(base, lambda: encoder, tmp_path, tmp_path, tmp_path)
+    made = scripts("contenders").contenders(base, lambda: base, tmp_path, tmp_path, tmp_path)
     ids = rows[0]["input_ids"][None]
     expected = encoder(ids).last_hidden_state
     for name in shares:
