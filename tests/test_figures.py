@@ -81,6 +81,16 @@ def test_the_plugin_in_bfloat16(readme: str) -> None:
     assert of_bf16 == pytest.approx(of_float32, abs=0.05)
 
 
+def test_the_larger_encoder_in_bfloat16(readme: str) -> None:
+    results = EXAMPLES / "peers" / "results"
+    speeds = record(results / "speed-all-mpnet-base-v2.json")["rows"][0]["speedup"]
+    both, alone = (speeds[name]["median"] for name in ("bf16 + plugin, k = 32", "bf16"))
+    assert f"in bfloat16: {both:.1f} times with its plugin, where bfloat16 alone is {alone:.1f}" in readme
+    found = record(results / "quality-all-mpnet-base-v2.json")["contenders"]
+    alone, both = (found[name]["parts"]["stsb"]["spearman"] for name in ("int8", "int8 + plugin, k = 32"))
+    assert alone - both > 10
+
+
 def test_the_benchmark(readme: str) -> None:
     page = "docs/benchmark.md"
     bert = rows_of(page, "bert-base", "8×128", "4")[0][5]

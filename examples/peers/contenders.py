@@ -158,15 +158,15 @@ def to_onnx(model: nn.Module, path: Path, int8: bool) -> OnnxModel:
     return OnnxModel(path)
 
 
-def with_plugin(base: nn.Module, folder: Path, ratio: int, *, sum_updates: bool = True) -> PeftModel:
-    """A base, as it is or quantised, with a plugin that is quantised alike, its low-rank updates summed into W or not.
+def with_plugin(base: nn.Module, folder: Path, ratio: int, **fields: bool) -> PeftModel:
+    """A base, as it is or quantised, with a plugin that is quantised alike; `fields` as for `peers.with_plugin`.
 
     Raises:
         NotThere: there is no such plugin.
     """
     if not (folder / "adapter_config.json").is_file():
         raise NotThere(f"no plugin in {folder}")
-    return add_plugin(base, folder, ratio, sum_updates=sum_updates)
+    return add_plugin(base, folder, ratio, **fields)
 
 
 def _plugin_to_onnx(base: nn.Module, folder: Path, ratio: int, scratch: Path, int8: bool) -> OnnxModel:
@@ -199,6 +199,9 @@ def contenders(
     under_int8 = plugin.with_name(f"{plugin.name}-int8")
     found[f"int8 + plugin, updates apart, k = {RATIO}"] = Contender(
         lambda: with_plugin(quantize(model), plugin, RATIO, sum_updates=False), _weights(plugin)
+    )
+    found[f"int8 + plugin, in float32, k = {RATIO}"] = Contender(
+        lambda: with_plugin(quantize(model), plugin, RATIO, in_float32=True), _weights(plugin)
     )
     for ratio in ratios(under_int8) if under_int8.is_dir() else ():
         found[f"int8 + plugin trained on it, k = {ratio}"] = Contender(

@@ -41,7 +41,9 @@ def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), chosen, dtype=torch.qint8)
 
 
-def with_plugin(base: nn.Module, folder: Path, ratio: int | None, *, sum_updates: bool = True) -> PeftModel:
+def with_plugin(
+    base: nn.Module, folder: Path, ratio: int | None, *, sum_updates: bool = True, in_float32: bool = False
+) -> PeftModel:
     """A base, as it is or in int8, with a plugin that is quantised alike.
 
     Args:
@@ -49,9 +51,10 @@ def with_plugin(base: nn.Module, folder: Path, ratio: int | None, *, sum_updates
         folder: of the plugin.
         ratio: its compression ratio; `None`: its own.
         sum_updates: whether low-rank updates are summed into W; see `peft_variator.quantize_plugin`.
+        in_float32: whether the plugin is left in float32 instead.
     """
     model = PeftModel.from_pretrained(base, str(folder)).eval()
-    if any(isinstance(module, torch.ao.nn.quantized.Linear) for module in base.modules()):
+    if not in_float32 and any(isinstance(module, torch.ao.nn.quantized.Linear) for module in base.modules()):
         quantize_plugin(model, sum_updates=sum_updates)
     if ratio is not None:
         model.set_compression_ratio(ratio)
