@@ -195,6 +195,7 @@ def contenders(
         scratch: folder for ONNX files.
     """
     model: Any = base.model
+    smaller = cache(smaller)  # its model and its tokenizer are asked for apart
     found = _in_formats(model, plugin)
     under_int8 = plugin.with_name(f"{plugin.name}-int8")
     found[f"int8 + plugin, updates apart, k = {RATIO}"] = Contender(

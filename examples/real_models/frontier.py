@@ -216,8 +216,7 @@ def speed_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
     for index, row in enumerate(first["rows"]):
         cells = [record["rows"][index]["speedup"]["plugin"] for record in records.values()]
         cells = ([row["speedup"]["int8"]] if beside_int8 else []) + cells
-        shown = [f"{each['median']:.2f} [{each['low']:.2f}–{each['high']:.2f}]" for each in cells]
-        rows.append([_shape(row["batch"], row["length"]), *shown])
+        rows.append([_shape(row["batch"], row["length"]), *map(_spread, cells)])
     environment = first["environment"]
     busy = any(record["environment"]["cpu_in_use"] > QUIET for record in records.values())
     return (
@@ -229,6 +228,11 @@ def speed_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
             ["batch × length", *(["int8 alone"] if beside_int8 else []), *(f"k = {k}" for k in records)], rows
         )
     )
+
+
+def _spread(speed: dict[str, float]) -> str:
+    """Median and quartiles."""
+    return f"{speed['median']:.2f} [{speed['low']:.2f}–{speed['high']:.2f}]"
 
 
 def _shape(batch: int, length: int) -> str:
@@ -410,8 +414,7 @@ def shipped_table(shipped: dict[str, list[int]], plugins: Path = PLUGINS, result
             if _comparable(each, columns)
         ]
         speeds = [
-            f"{_shape(row['batch'], row['length'])}: {row['speedup']['plugin']['median']:.2f} "
-            f"[{row['speedup']['plugin']['low']:.2f}–{row['speedup']['plugin']['high']:.2f}]"
+            f"{_shape(row['batch'], row['length'])}: {_spread(row['speedup']['plugin'])}"
             for record in _speeds(name, [k], results).values()
             for row in record["rows"]
         ]

@@ -24,15 +24,16 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from recipes import RECIPES, make_dataset, plugin_config
-from torch import Tensor, nn
+from torch import Tensor
 from train import collator
 from weights import WEIGHTS, Loaded, load
 
 from peft_variator import VariatorConfig, calibrate, fit_correction
 from peft_variator.files import write_text
 from peft_variator.profiling import share_weights
+from peft_variator.tuners.variator.decompression import neuron_outputs
 from peft_variator.tuners.variator.layer import VariatorLayer, plugin_layers
-from peft_variator.tuners.variator.linear_maps import RowsOfBase, apply_linear
+from peft_variator.tuners.variator.linear_maps import RowsOfBase
 from peft_variator.tuners.variator.merging import Groups
 from peft_variator.tuners.variator.neuron_selection import run_batches_at
 
@@ -141,8 +142,8 @@ def narrow(
     def observe(layer: VariatorLayer, hidden_states: Tensor, groups: Groups, plugin: str) -> None:
         parts = layer.modules_of(plugin)
         rows = layer.compress(hidden_states, groups, plugin).flatten(0, -2)
-        of_rows = _neurons(parts, rows)
-        differences = _neurons(parts, hidden_states.flatten(0, -2)) - groups.spread(of_rows)
+        of_rows = neuron_outputs(parts, rows)
+        differences = neuron_outputs(parts, hidden_states.flatten(0, -2)) - groups.spread(of_rows)
         differences = torch.where(groups.is_merged, differences, 0).double()
         squares[layer.name] = squares.get(layer.name, 0) + differences.t() @ differences
 
@@ -166,13 +167,6 @@ def narrow(
             elif "variator_neuron" in key:
                 found[key] = state[key][stay]
     return found
-
-
-def _neurons(parts: Mapping[str, nn.Module], inputs: Tensor) -> Tensor:
-    """a_j(x) of a plugin's copies, shape `(tokens, r)`."""
-    activated: Tensor = parts["variator_neurons"](apply_linear(parts["variator_neuron_into"], inputs))
-    gate = parts.get("variator_neuron_gate")
-    return activated if gate is None else activated * apply_linear(gate, inputs)
 
 
 INDEX = "variator_neurons.index"

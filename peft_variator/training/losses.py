@@ -201,9 +201,9 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         divergence = full_precision(student.new_empty(0)).new_empty(rows.shape)
         gradient = student.new_empty(*rows.shape, student.shape[-1]) if ctx.needs_input_grad[0] else None
-        for chunk in torch.arange(len(rows), device=rows.device).split(
-            max(1, _NUMBERS_AT_A_TIME // student.shape[-1])
-        ):
+        size = max(1, _NUMBERS_AT_A_TIME // student.shape[-1])
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
             at = rows[chunk]
             log_student, log_teacher = (full_precision(logits[at]) / temperature for logits in (student, teacher))
             if classes is not None:
@@ -215,7 +215,7 @@ class _Divergence(torch.autograd.Function):
             likely = log_teacher.exp()
             # What has no probability counts for nothing, though its logarithm is infinite.
             difference = log_teacher.sub_(log_student).masked_fill_(likely == 0, 0)
-            divergence[chunk] = (difference.mul_(likely)).sum(-1) * temperature**2
+            divergence[chunk] = difference.mul_(likely).sum(-1) * temperature**2
             if gradient is not None:
                 gradient[chunk] = log_student.exp_().sub_(likely).mul_(temperature).to(gradient.dtype)
         ctx.save_for_backward(gradient, rows)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # which asks here what may be chosen
     from .config import VariatorConfig
 
 
-__all__ = ["DECOMPRESSIONS", "BottleneckDecompression", "Decompression", "NeuronsDecompression"]
+__all__ = ["DECOMPRESSIONS", "BottleneckDecompression", "Decompression", "NeuronsDecompression", "neuron_outputs"]
 
 
 class Decompression:
@@ -145,7 +145,7 @@ class NeuronsDecompression(Decompression):
         out, neurons = modules["variator_neuron_out"], modules["variator_neurons"]
         assert isinstance(neurons, NeuronIndex)
         merged = groups.merged_alone()
-        unmasked = _neuron_outputs(modules, tokens if merged is None else tokens.index_select(0, merged))
+        unmasked = neuron_outputs(modules, tokens if merged is None else tokens.index_select(0, merged))
         rest = output.flatten(0, -2).to(unmasked.dtype)
         up: Tensor | Callable[[Tensor], Tensor]
         if is_quantized_map(out) or (isinstance(out, RowsOfBase) and out.quantized_map() is not None):
@@ -173,7 +173,7 @@ class NeuronsDecompression(Decompression):
         """What the copies give for rows, or for the first ones alone where these are all that tokens share."""
         if isinstance(groups, PackedGroups) and groups.can_split:
             rows, _ = groups.split(rows)
-        return _neuron_outputs(modules, rows.flatten(0, -2))
+        return neuron_outputs(modules, rows.flatten(0, -2))
 
     @staticmethod
     def _without_neurons(
@@ -188,7 +188,7 @@ class NeuronsDecompression(Decompression):
             # Most rows are single tokens, so these are set aside, though that copies.
             merged, _ = groups.split(rows)
             of_groups, of_singles = groups.split(output.view(*rows.shape[:-1], -1))
-            inner = _neuron_outputs(modules, merged.flatten(0, -2))
+            inner = neuron_outputs(modules, merged.flatten(0, -2))
             return groups.join(_less(of_groups.flatten(0, -2), inner, up).view_as(of_groups), of_singles).flatten(
                 0, -2
             )
@@ -205,8 +205,13 @@ DECOMPRESSIONS: dict[str, Decompression] = {
 """All decompressions by the name that `VariatorConfig` takes."""
 
 
-def _neuron_outputs(modules: Modules, inputs: Tensor) -> Tensor:
-    """a_j(x) of the copies, shape `(…, r)`."""
+def neuron_outputs(modules: Modules, inputs: Tensor) -> Tensor:
+    """a_j(x) of a plugin's copies, shape `(…, r)`.
+
+    Args:
+        modules: what `NeuronsDecompression.create` made.
+        inputs: x, shape `(…, d)`.
+    """
     activated = modules["variator_neurons"](apply_linear(modules["variator_neuron_into"], inputs))
     gate = modules.get("variator_neuron_gate")
     return activated if gate is None else activated * apply_linear(gate, inputs)
