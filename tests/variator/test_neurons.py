@@ -343,6 +343,42 @@ def test_a_low_rank_update_learns_and_nothing_else() -> None:
             assert torch.equal(layer.variator_neuron_into["default"].rows, row)
 
 
+def _by_data(copies: Any) -> None:
+    copies.train()
+    copies.B.data.mul_(2)
+    copies.eval()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda copies: copies.A.detach().add_(1),
+        lambda copies: copies.load_state_dict({name: value + 1 for name, value in copies.state_dict().items()}),
+        lambda copies: setattr(copies, "B", nn.Parameter(copies.B.detach() * 3)),
+        lambda copies: copies.set_rows(copies.rows + 1),
+        lambda copies: copies.double(),
+        lambda copies: copies.bfloat16(),
+        _by_data,
+    ],
+    ids=["in place", "loaded", "replaced", "other rows", "float64", "bfloat16", "by data and another mode"],
+)
+def test_the_sum_of_a_low_rank_update_is_kept_until_something_is_written(write: Any) -> None:
+    copies = layers_of(with_neurons(BERT, init_weights=False, **LOW_RANK))[0].variator_neuron_into["default"]
+    with torch.inference_mode():
+        kept = copies.weight
+        assert copies.weight is kept
+    with torch.no_grad():
+        assert copies.weight is kept
+        write(copies)
+        expected = torch.addmm(copies.rows.to(copies.B.dtype), copies.B, copies.A)
+        torch.testing.assert_close(copies.weight, expected)
+        assert not torch.equal(copies.weight.double(), kept.double())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert copies.weight.dtype is (copies.B @ copies.A).dtype
+    assert copies.weight.requires_grad
+    torch.testing.assert_close(copies.weight.detach(), expected)
+
+
 def test_calibration_chooses_the_rows_of_a_low_rank_update() -> None:
     model, whole = with_neurons(BERT, **LOW_RANK), with_neurons(BERT, correction_dim=8)
     batches = [BERT.inputs(4, 16, seed) for seed in range(2)]

@@ -17,8 +17,8 @@ from torch.ao.nn.quantized import Linear as TorchQuantizedLinear
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.nn.functional import linear
 
-from ...compat import is_quantized_tensor, tensor_version
-from .network import weight_of
+from ...compat import in_process_group, is_quantized_tensor, tensor_version
+from .network import Stamp, are_same, stamp, weight_of
 
 
 __all__ = [
@@ -151,6 +151,8 @@ class RowsOfBase(SummedMap):
 class UpdatedRows(RowsOfBase):
     """The base model's weights of some neurons with an update, W_S + B·A, which alone is trained and saved.
 
+    Where nothing trains, the sum is kept from call to call: making it takes about as long as a few dozen tokens.
+
     Args:
         in_features: width of the input.
         out_features: width of the output.
@@ -167,10 +169,43 @@ class UpdatedRows(RowsOfBase):
         self.B = nn.Parameter(nn.Linear(rank, out_features).weight.detach())
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.quantized = {}
+        self._summed: tuple[list[Stamp], Tensor] | None = None
 
     @property
     def weight(self) -> Tensor:
+        if not self._may_keep_sum():
+            self._summed = None
+            return self._sum()
+        stamps = [stamp(tensor) for tensor in (self.rows, self.A, self.B)]
+        known = self._summed
+        if known is None or not are_same(known[0], stamps):
+            with torch.inference_mode(False), torch.no_grad():  # calls outside of inference mode need it, too
+                self._summed = known = stamps, self._sum()
+        return known[1]
+
+    def _sum(self) -> Tensor:
         return torch.addmm(self.rows.to(self.B.dtype), self.B, self.A)
+
+    def _may_keep_sum(self) -> bool:
+        """Whether nothing trains, and what is written to the weights leaves a trace.
+
+        Not in code that is compiled, nor under autocast, which gives a sum of another dtype, nor in processes of a
+        group, where FSDP puts weights together for every call.
+        """
+        if torch.compiler.is_compiling() or in_process_group() or torch.is_autocast_enabled(self.B.device.type):
+            return False
+        trains = torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
+        return not trains and not self.A.is_inference() and not self.B.is_inference()
+
+    def train(self, mode: bool = True) -> UpdatedRows:
+        """As of `nn.Module`; a sum that was kept is made anew, as averages of weights are written through `.data`."""
+        if mode != self.training:
+            self._summed = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._summed = None  # `to` and the like give parameters other numbers without a trace
+        return super()._apply(fn, recurse)
 
     def quantized_map(self) -> nn.Module | None:
         return self.quantized_sum("rows", self.B)
