@@ -28,6 +28,7 @@ __all__ = [
     "REFUSED",
     "FeedForward",
     "Placement",
+    "block_of",
     "candidates",
     "check_not_refused",
     "default_targets",
@@ -38,6 +39,7 @@ __all__ = [
     "named_stack",
     "owner_of",
     "place",
+    "regex_for",
     "stack_kind",
 ]
 
@@ -478,7 +480,7 @@ def default_targets(model: nn.Module, config: VariatorConfig) -> str:
         )
     if config.compress_vision_tower:
         _warn_about_parts(model, list(stacks))
-    return _regex_for(model, names, stacks)
+    return regex_for(model, names, stacks)
 
 
 def _warn_about_parts(model: nn.Module, stacks: list[str]) -> None:
@@ -508,8 +510,21 @@ def _is_decoder_of_an_encoder(owner: nn.Module) -> bool:
     return isinstance(owner, PreTrainedModel) and bool(getattr(owner.config, "add_cross_attention", False))
 
 
-def _regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward]) -> str:
-    """The most general regex that matches `names` and no other module, so that the plugin fits other heads too."""
+def block_of(name: str) -> str | None:
+    """Full name of the block that a module is in: up to the first number, which counts the blocks of a stack."""
+    parts = name.split(".")
+    number = next((index for index, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def regex_for(model: nn.Module, names: list[str], stacks: dict[str, FeedForward]) -> str:
+    """The most general regex that matches `names` and no other module, so that the plugin fits other heads too.
+
+    Args:
+        model: the base model.
+        names: full names of modules.
+        stacks: the row whose `start` matches them, by the full name of the model that they are in.
+    """
     anywhere = "|".join(sorted({rf"(?:.*\.)?{row.start}" for row in stacks.values()}))
     ends = {re.escape(name.rpartition(".")[2]): row for name, row in stacks.items() if name}
     in_stacks = "|".join(rf"(?:.*\.)?{end}\.(?:.*\.)?{row.start}" for end, row in sorted(ends.items()))
@@ -614,6 +629,7 @@ class Placement:
         stack_name: full name of the module that receives the tokens and their mask.
         stack: that module.
         kind: whether the stack is an encoder, causal, or an encoder of images or of sound.
+        layers: of a span, which starts at a whole layer, the full names of its layers.
     """
 
     key: str
@@ -622,6 +638,7 @@ class Placement:
     stack_name: str
     stack: nn.Module
     kind: StackKind
+    layers: tuple[str, ...] = ()
 
     @property
     def ends(self) -> list[str]:

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from ...compat import is_plain_linear
 from ...field_types import check_memory
-from .architectures import Placement
+from .architectures import Placement, block_of
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
 from .linear_maps import FloatLinear, RoundedFactor, SummedMap, apply_linear, as_linear
@@ -176,7 +176,7 @@ def compensate(model: nn.Module, placements: list[Placement], config: VariatorCo
             "none. Leave it out, and call peft_variator.shrink_plugin(model, bits) once the plugin is trained."
         )
     done: set[int] = set()
-    networks = [name for placement in placements for name in placement.ends]
+    networks = [name for placement in placements if not placement.layers for name in placement.ends]
     for placement in placements:
         layer = model.get_submodule(placement.key)
         assert isinstance(layer, VariatorLayer)  # what has been put there
@@ -203,12 +203,12 @@ def _maps_of_network(model: nn.Module, layer: VariatorLayer) -> list[str]:
 
 
 def _maps_of_attention(model: nn.Module, placement: Placement, networks: list[str]) -> Iterator[str]:
-    """Names of the maps of a network's block that are in no network with a plugin."""
-    block = _block_of(placement.key)
-    if block is None:
-        return
+    """Names of the maps of a network's block that are in no network with a plugin; of a span those of all layers."""
+    block = block_of(placement.key)
+    # The layers of a span are inside of the plugin's own modules.
+    blocks = [f"{layer}.base_layer" for layer in placement.layers] or ([] if block is None else [block])
     inside: tuple[str, ...] = ()  # of maps, and of modules that read the weights of their parts
-    for name, module in model.get_submodule(block).named_modules(prefix=block):
+    for name, module in (each for block in blocks for each in model.get_submodule(block).named_modules(prefix=block)):
         if name.startswith(inside) or any(name == each or name.startswith(f"{each}.") for each in networks):
             continue
         if _reads_weights_of_maps(module):
@@ -226,10 +226,3 @@ def _reads_weights_of_maps(module: nn.Module) -> bool:
         for function in functions
         if inspect.isfunction(function)
     )
-
-
-def _block_of(key: str) -> str | None:
-    """Name of the block that a network is part of: up to the first number, which counts the blocks of a stack."""
-    parts = key.split(".")
-    number = next((index for index, part in enumerate(parts[:-1]) if part.isdigit()), None)
-    return None if number is None else ".".join(parts[: number + 1])

@@ -58,6 +58,14 @@ class VariatorConfig(SavedConfig):
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers that get a plugin. `None` takes all of them."}
     )
+    layer_spans: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Merge around whole layers, attention included, instead of around feed-forward networks: "
+            "`[[1, 3]]` runs layers 1 to 3 on merged vectors, and every token keeps its own residual. For encoders of "
+            "images and of sound whose layers take the hidden states alone; with `decompression='bottleneck'`."
+        },
+    )
     layers_pattern: list[str] | str | None = field(
         default=None,
         metadata={
@@ -168,7 +176,7 @@ class VariatorConfig(SavedConfig):
             "help": "How each token of a group gets back what is its own: `neurons` runs a copy of some of the "
             "network's neurons for every token, and the rest once for a group; `bottleneck` is the paper's, "
             "`Linear(2d → r), tanh, Linear(r → d)`. `None` is `neurons`, or `bottleneck` where `bottleneck_dim` is "
-            "given."
+            "given, or `layer_spans`."
         },
     )
     correction_dim: int | float | None = field(
@@ -270,11 +278,38 @@ class VariatorConfig(SavedConfig):
                 f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform. Name the layers' "
                 "indices in layers_to_transform, or drop layers_pattern."
             )
+        self._check_spans()
         self._check_ratios()
         self._check_schedule()
         self._choose_decompression()
         self._check_choices()
         self._check_counts()
+
+    def _check_spans(self) -> None:
+        if self.layer_spans is None:
+            return
+        behind = 0  # number of the first layer that may come next
+        for span in self.layer_spans:
+            numbers = [whole_number("layer_spans: number of a layer", number, 0) for number in span]
+            if len(numbers) != 2 or not behind <= numbers[0] <= numbers[1]:
+                raise ValueError(
+                    f"layer_spans={shown(self.layer_spans)} has to hold pairs, the numbers of the first and the last "
+                    "layer of each span (from 0), in order and without a layer in two of them: [[1, 3]], say."
+                )
+            behind = numbers[1] + 1
+        if not self.layer_spans:
+            raise ValueError("layer_spans=[] names no layers. Leave it out to merge around feed-forward networks.")
+        for name in ("end_module", "stack_module", "causal", "layers_to_transform", "keep_outliers", "ratio_schedule"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={shown(getattr(self, name))} beside layer_spans={shown(self.layer_spans)}: it describes "
+                    "plugins around feed-forward networks. Leave one of them out."
+                )
+        if self.decompression == "neurons":
+            raise ValueError(
+                f"decompression='neurons' copies neurons of one network, and layer_spans={shown(self.layer_spans)} "
+                "merges around whole layers. Leave decompression out, or choose 'bottleneck'."
+            )
 
     def _check_ratios(self) -> None:
         whole_number("compression_ratio", self.compression_ratio, 1)
@@ -304,7 +339,7 @@ class VariatorConfig(SavedConfig):
 
     def _choose_decompression(self) -> None:
         if self.decompression is None:
-            is_meant = self.output_bias or self.bottleneck_dim is not None
+            is_meant = self.output_bias or self.bottleneck_dim is not None or self.layer_spans is not None
             self.decompression = "bottleneck" if is_meant or self.was_saved else "neurons"  # files of 0.1 name none
         if self.decompression == "bottleneck":
             self._choose_bottleneck()

@@ -143,7 +143,7 @@ class StackForward(WrappedForward):
         self.surroundings: list[SurroundingForward] = []
         self._layers: list[VariatorLayer] = []
         self._blocks: list[nn.Module] = []
-        self._has_named_ends = False
+        self._has_named_ends = self._has_spans = False
         self.fixed_choices: dict[str, tuple[str, MergeRule]] | None = None
         """What `choices` has to give in every call, where weights were made for it; `None`: it may be anything."""
         super().__init__(module, ratios)
@@ -164,6 +164,7 @@ class StackForward(WrappedForward):
             if hasattr(module, "gradient_checkpointing"):  # transformers' stacks and blocks that can be checkpointed
                 self._blocks.append(module)
         configs = [config for layer in self._layers for config in layer.configs.values()]
+        self._has_spans = any(layer.is_span for layer in self._layers)
         self._has_named_ends = any(config.end_module is not None for config in configs)
 
     @property
@@ -218,7 +219,9 @@ class StackForward(WrappedForward):
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._has_named_ends:
-            return super()._forward(*args, **kwargs)
+            output = super()._forward(*args, **kwargs)
+            groups = self.current_groups() if self._has_spans else None
+            return output if groups is None else groups.with_tokens(output)
         try:
             output = super()._forward(*args, **kwargs)
         except torch.OutOfMemoryError:

@@ -26,7 +26,15 @@ from .scoring import SCORINGS, Scoring
 from .token_groups import MergeRule, StackGroups, rule_of
 
 
-__all__ = ["FeedForwardEnd", "PluginModule", "PluginStack", "VariatorLayer", "plugin_layers", "read_base_behind"]
+__all__ = [
+    "FeedForwardEnd",
+    "PluginModule",
+    "PluginStack",
+    "SpanLayer",
+    "VariatorLayer",
+    "plugin_layers",
+    "read_base_behind",
+]
 
 Place = tuple[nn.Module, str, nn.Module]
 """A module that holds another one, under which name, and that other one."""
@@ -128,6 +136,8 @@ class FeedForwardEnd(PluginModule):
         if pending.silences:
             hidden_states = pending.start.silence(hidden_states, pending.groups, pending.plugin)
         output = self.base_layer(hidden_states, *args, **kwargs)
+        if pending.start.is_span:
+            return pending.end_span(call, output)
         if output.shape[-1] != pending.start.in_features:
             raise ValueError(
                 f"The feed-forward network that starts at {self.start_name} ends in a module "
@@ -137,8 +147,31 @@ class FeedForwardEnd(PluginModule):
         return pending.start.expand(pending.join(output), pending.rows, pending.inputs, pending.groups, pending.plugin)
 
 
+class SpanLayer(PluginModule):
+    """Wraps a layer inside of a span, whose output has a vector for a group, to say whose vectors these are.
+
+    Args:
+        base_layer: the layer.
+        start_name: full name of the layer where the span starts.
+        hidden_size: d, width of the hidden states.
+    """
+
+    def __init__(self, base_layer: nn.Module, start_name: str, hidden_size: int) -> None:
+        super().__init__(base_layer, hidden_size)
+        self.start_name = start_name
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer."""
+        output: Tensor = self.base_layer(hidden_states, *args, **kwargs)
+        call = None if self.stack is None else self.stack.current_groups()
+        pending: _Pending | None = None if call is None else call.pending.get(self.start_name)
+        if call is not None and pending is not None:
+            call.note_rows(output, partial(pending.of_tokens, output))
+        return output
+
+
 class _Pending(NamedTuple):
-    """What the start of a network leaves for its end.
+    """What the start of a network, or of a span of layers, leaves for its end.
 
     Args:
         start: the layer where it starts.
@@ -165,6 +198,17 @@ class _Pending(NamedTuple):
         sequences, groups, dim = self.of_groups.shape
         return self.groups.join(self.of_groups, output.view(sequences, self.rows.shape[1] - groups, dim))
 
+    def of_tokens(self, output: Tensor) -> Tensor:
+        """Hidden states of tokens inside of a span: its own residual, and what the layers have added to its group."""
+        added = self.groups.spread((output - self.rows).flatten(0, -2))
+        return self.inputs + added.view(self.inputs.shape)
+
+    def end_span(self, call: StackGroups, output: Tensor) -> Tensor:
+        """What the last layer of a span gives each token, from what it gave each group."""
+        expanded = self.start.expand(output, self.rows, self.inputs, self.groups, self.plugin)
+        call.note_rows(output, lambda: expanded)
+        return expanded
+
 
 class VariatorLayer(PluginModule):
     """A compression plugin around a feed-forward network, or around the module where it starts.
@@ -179,6 +223,7 @@ class VariatorLayer(PluginModule):
         has_end: whether a `FeedForwardEnd` expands, because the network goes on behind the wrapped module.
         ratios: the compression ratios of all plugins of the base model.
         reads_text: whether its tokens are those of a text, and no patches or frames of sound.
+        is_span: whether it wraps a whole layer, the first of a span, and tokens keep their residual.
     """
 
     adapter_layer_names: tuple[str, ...] = (
@@ -196,9 +241,11 @@ class VariatorLayer(PluginModule):
         has_end: bool,
         ratios: PluginRatios,
         reads_text: bool = True,
+        is_span: bool = False,
     ) -> None:
         super().__init__(base_layer, hidden_size)
         self.name, self.has_end, self.ratios, self.reads_text = name, has_end, ratios, reads_text
+        self.is_span = is_span
         self.rules: dict[str, MergeRule] = {}
         self.configs: dict[str, VariatorConfig] = {}
         self.decompressions: dict[str, str] = {}
@@ -245,6 +292,10 @@ class VariatorLayer(PluginModule):
             self.note_read(adapter_name, network)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was read is known by weak references, which no pickle takes; it is looked at anew where it is missing.
+        return {**vars(self), "_read": {}}
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a plugin; see `BaseTunerLayer.delete_adapter`."""
         super().delete_adapter(adapter_name)
@@ -261,8 +312,8 @@ class VariatorLayer(PluginModule):
         return DECOMPRESSIONS[self.decompressions[adapter_name]]
 
     def network(self) -> Network | None:
-        """The inside of the wrapped network; `None`: it is not known."""
-        if self.around is None:
+        """The inside of the wrapped network; `None`: it is not known, or these are whole layers."""
+        if self.around is None or self.is_span:
             return None
         parent, end = self.around
         return find_network(self.base_layer, parent, None if end is None else end.base_layer)
@@ -374,6 +425,8 @@ class VariatorLayer(PluginModule):
         self.read_base(plugin)
         merged = self.compress(hidden_states, groups, plugin)
         pending, run_on = _Pending(self, groups, merged, hidden_states, plugin), merged
+        if self.is_span:
+            call.note_rows(merged, lambda: hidden_states)
         if self._is_sliced(plugin) and groups.merges:
             if groups.can_split:
                 of_groups, run_on = groups.split(merged)
@@ -388,7 +441,12 @@ class VariatorLayer(PluginModule):
         if self.has_end:
             self._check_output(output)
             call.pending[self.name] = pending
+            if self.is_span:
+                call.note_rows(output, partial(pending.of_tokens, output))
             return output
+        if self.is_span:
+            self._check_output(output)
+            return pending.end_span(call, output)
         # Some mixtures of experts give what their routers said of the rows behind their output.
         rows, *others = output if isinstance(output, tuple) else (output,)
         self._check_output(rows)
@@ -598,7 +656,15 @@ class VariatorLayer(PluginModule):
         return 1, groups.row_of.shape[0]
 
     def expand(self, output: Tensor, rows: Tensor, hidden_states: Tensor, groups: Groups, plugin: str) -> Tensor:
-        """Give every token what its group came to, by the weights of a plugin; see [`Decompression`]."""
+        """Give every token what its group came to, by the weights of a plugin; see [`Decompression`].
+
+        Of a span that is what its layers have added to the group, and the token's own residual stays.
+        """
+        if self.is_span:
+            added = output - rows
+            return hidden_states + self.decompression(plugin).expand(
+                added, rows, hidden_states, groups, self.modules_of(plugin)
+            )
         return self.decompression(plugin).expand(output, rows, hidden_states, groups, self.modules_of(plugin))
 
     def _check_reached_without_call(self) -> None:
@@ -624,6 +690,12 @@ class VariatorLayer(PluginModule):
 
     def _check_alone(self, hidden_states: Tensor, *others: Any) -> None:
         for other in others:
+            if self.is_span and isinstance(other, Tensor):
+                raise ValueError(
+                    f"{self.name} starts a span (layer_spans), and takes a tensor of shape {tuple(other.shape)} beside "
+                    "the hidden states, such as a mask or positions, which is not merged with them. Call the model "
+                    "without a mask, load it with attn_implementation='sdpa', or leave layer_spans out."
+                )
             if isinstance(other, (tuple, list)):
                 self._check_alone(hidden_states, *other)
             elif isinstance(other, Tensor) and other.dim() > 1 and hidden_states.shape[-2] in other.shape:

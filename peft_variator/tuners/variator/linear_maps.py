@@ -197,6 +197,9 @@ class UpdatedRows(RowsOfBase):
         trains = torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
         return not trains and not self.A.is_inference() and not self.B.is_inference()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_summed": None}  # known by weak references, which no pickle takes
+
     def train(self, mode: bool = True) -> UpdatedRows:
         """As of `nn.Module`; a sum that was kept is made anew, as averages of weights are written through `.data`."""
         if mode != self.training:

@@ -28,11 +28,12 @@ from .compensation import compensate
 from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
-from .layer import FeedForwardEnd, PluginModule, VariatorLayer, plugin_layers, read_base_behind
+from .layer import FeedForwardEnd, PluginModule, SpanLayer, VariatorLayer, plugin_layers, read_base_behind
 from .linear_maps import RoundedFactor, RoundedRows
 from .outliers import OutlierProbe
 from .quantization import float_state, quantized_parts
 from .ratios import compression_ratio_of, set_compression_ratio, using_ratio
+from .spans import place_span, span_targets
 
 
 __all__ = ["VariatorModel"]
@@ -80,7 +81,8 @@ class VariatorModel(TidyTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: VariatorConfig, adapter_name: str) -> None:
         if config.target_modules is None:
-            config.target_modules = default_targets(model, config)
+            find = default_targets if config.layer_spans is None else span_targets
+            config.target_modules = find(model, config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put a plugin into the model, or raise and leave the model as it was; see `BaseTuner.inject_adapter`.
@@ -146,7 +148,7 @@ class VariatorModel(TidyTuner):
         for key, module in model.named_modules():
             if key and not key.startswith(tuple(wrapped)) and self._check_target_module_exists(config, key):
                 target = module.base_layer if isinstance(module, VariatorLayer) else module
-                placements[key] = place(model, config, key, target)
+                placements[key] = _place(model, config, key, target)
         inner = next((key for key in placements for other in placements if key.startswith(f"{other}.")), None)
         if inner is not None:
             raise ValueError(
@@ -234,7 +236,7 @@ class VariatorModel(TidyTuner):
     ) -> None:
         if not isinstance(target, VariatorLayer):
             if current_key not in self._placements:  # PEFT takes the names of a state dict where it is given one
-                self._placements[current_key] = place(self.model, peft_config, current_key, target)
+                self._placements[current_key] = _place(self.model, peft_config, current_key, target)
             target = _wrap_network(self.model, self._placements[current_key], target, target_name, parent)
         target.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -347,6 +349,10 @@ def _is_of_another_method(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, PluginModule)
 
 
+def _place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module) -> Placement:
+    return place(model, config, key, target) if config.layer_spans is None else place_span(model, config, key)
+
+
 def _check_schedule_merges(model: nn.Module, config: VariatorConfig) -> None:
     """Raise if there is nowhere to go only because the schedule leaves all networks alone."""
     if config.ratio_schedule is None:
@@ -404,6 +410,8 @@ def _wrap_network(
     if end is not None:
         end_module = FeedForwardEnd(parent.get_submodule(end), placement.key, placement.hidden_size)
         parent.set_submodule(end, end_module)
+    for name in placement.layers[1:-1]:
+        model.set_submodule(name, SpanLayer(model.get_submodule(name), placement.key, placement.hidden_size))
     ratios = next((layer.ratios for layer in plugin_layers(model)), None) or PluginRatios()
     layer = VariatorLayer(
         target,
@@ -412,6 +420,7 @@ def _wrap_network(
         has_end=end is not None,
         ratios=ratios,
         reads_text=placement.kind in ("encoder", "causal"),
+        is_span=bool(placement.layers),
     )
     layer.around = (parent, end_module)
     if end_module is not None:

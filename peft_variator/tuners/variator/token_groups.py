@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers.utils import ModelOutput
 
 from .attention_mask import (
     CUMULATIVE_LENGTHS,
@@ -93,6 +94,8 @@ class StackGroups:
         self.facts, self.choices = facts, choices
         self.pending: dict[str, Any] = {}
         """What the start of a network leaves for its end, by the name of the module where it starts."""
+        self.rows_inside: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        """Hidden states inside of spans, which hold a vector for a group, each with what makes those of tokens."""
         self._groups: dict[tuple[MergeRule, str | None, torch.device], Groups] = {}
         self._outlier_scores: dict[str, Tensor] = {}
         """What tells the outliers of a call, by plugin: found out by the first of its layers that runs."""
@@ -110,6 +113,26 @@ class StackGroups:
             for _, rule in self.choices.values():
                 if rule.outliers is None:  # they are told by hidden states
                     self._on(device, rule, None, shape)
+
+    def note_rows(self, rows: Tensor, of_tokens: Callable[[], Tensor]) -> None:
+        """Note hidden states of groups, which the model may hand out, and what makes those of tokens of them."""
+        self.rows_inside.append((rows, of_tokens))
+
+    def with_tokens(self, output: Any) -> Any:
+        """An output of the model in which all hidden states are those of tokens.
+
+        Args:
+            output: a tensor, or a `ModelOutput` or tuple that may hold hidden states of layers inside of spans.
+        """
+        if not self.rows_inside:
+            return output
+        if isinstance(output, Tensor):
+            return next((of_tokens() for rows, of_tokens in self.rows_inside if rows is output), output)
+        if isinstance(output, ModelOutput):
+            for key, value in list(output.items()):
+                output[key] = self.with_tokens(value)
+            return output
+        return tuple(map(self.with_tokens, output)) if isinstance(output, tuple) else output
 
     def merges_nothing(self) -> bool:
         """Whether no module found tokens to merge, as far as groups are made."""
