@@ -82,6 +82,11 @@ def allocate(
         raise ValueError("allocate: there are no batches to measure on.")
     if any(True for _ in plugin_layers(base)):
         raise ValueError("allocate: the model has a Variator plugin already. Call unload() first.")
+    if fields.get("layer_spans") is not None:
+        raise ValueError(
+            f"allocate: layer_spans={fields['layer_spans']!r} merges around whole layers, and what is allocated is "
+            "how much feed-forward networks merge. Leave it out, or make a VariatorConfig with it yourself."
+        )
     inputs = _of_first_process(_inputs_of_length(base, examples, length))
     with evaluating(base), _trainable_as_before(base):
         total = count_flops(base, inputs)

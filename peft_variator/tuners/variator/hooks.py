@@ -270,7 +270,7 @@ class StackForward(WrappedForward):
             facts = CallFacts(self.kind, of_frames(own, self.entries_a_frame))
         else:
             facts = gather_facts(self.module, self.kind, own, self.names)
-        groups = StackGroups(facts, choices)
+        groups = StackGroups(facts, choices, has_mask=_has_mask((*open_calls(), call)))
         groups.prepare()
         if self.kind == "causal" and not is_single and not torch.compiler.is_compiling():
             self._warn_about_losses(groups)
@@ -338,6 +338,17 @@ class StackForward(WrappedForward):
             function = checkpoint_function(block) if block.gradient_checkpointing else None
             if function is not None and not isinstance(function, CheckpointInsideCalls):
                 set_checkpoint_function(block, CheckpointInsideCalls(function))
+
+
+def _has_mask(calls: tuple[ForwardCall, ...]) -> bool:
+    """Whether an encoder of images or sound, or the model that it is the body of, was called with a mask."""
+    for call in calls:
+        mask = call.arguments.get("attention_mask")
+        # That of a model which takes text as well is the text's; one of four dimensions is made by transformers.
+        takes_none = getattr(call.module, "main_input_name", "input_ids") == "input_ids"
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not takes_none:
+            return True
+    return False
 
 
 # Gradient checkpointing

@@ -135,6 +135,8 @@ class FeedForwardEnd(PluginModule):
         pending: _Pending = call.pending.pop(self.start_name)
         if pending.silences:
             hidden_states = pending.start.silence(hidden_states, pending.groups, pending.plugin)
+        if pending.start.is_span:
+            args, kwargs = _without_full_mask(call, args, kwargs)
         output = self.base_layer(hidden_states, *args, **kwargs)
         if pending.start.is_span:
             return pending.end_span(call, output)
@@ -162,11 +164,14 @@ class SpanLayer(PluginModule):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer."""
-        output: Tensor = self.base_layer(hidden_states, *args, **kwargs)
         call = None if self.stack is None else self.stack.current_groups()
         pending: _Pending | None = None if call is None else call.pending.get(self.start_name)
-        if call is not None and pending is not None:
-            call.note_rows(output, partial(pending.of_tokens, output))
+        if call is None or pending is None:
+            output: Tensor = self.base_layer(hidden_states, *args, **kwargs)
+            return output
+        args, kwargs = _without_full_mask(call, args, kwargs)
+        output = self.base_layer(hidden_states, *args, **kwargs)
+        call.note_rows(output, partial(pending.of_tokens, output))
         return output
 
 
@@ -404,6 +409,8 @@ class VariatorLayer(PluginModule):
                 f"the model's hidden size, {self.in_features}. Name the module where the feed-forward network starts "
                 "in target_modules."
             )
+        if self.is_span:
+            args, kwargs = _without_full_mask(call, args, kwargs)
         self._check_alone(hidden_states, *args, *kwargs.values())
         return self._forward_merged(call, choice, hidden_states, args, kwargs)
 
@@ -692,9 +699,9 @@ class VariatorLayer(PluginModule):
         for other in others:
             if self.is_span and isinstance(other, Tensor):
                 raise ValueError(
-                    f"{self.name} starts a span (layer_spans), and takes a tensor of shape {tuple(other.shape)} beside "
-                    "the hidden states, such as a mask or positions, which is not merged with them. Call the model "
-                    "without a mask, load it with attn_implementation='sdpa', or leave layer_spans out."
+                    f"{self.name} starts a span (layer_spans), and takes a tensor of shape {tuple(other.shape)} "
+                    "beside the hidden states, such as a mask or positions, which is not merged with them. Call the "
+                    "model without a mask, or leave layer_spans out."
                 )
             if isinstance(other, (tuple, list)):
                 self._check_alone(hidden_states, *other)
@@ -704,6 +711,18 @@ class VariatorLayer(PluginModule):
                     "as a residual, a mask or positions, which is not merged with them. Name modules inside of it "
                     "where the feed-forward network starts (target_modules) and ends (end_module)."
                 )
+
+
+def _without_full_mask(
+    call: StackGroups, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a layer in a span, without the mask that transformers makes of ones in code that is traced."""
+
+    def kept(value: Any) -> Any:
+        is_mask = isinstance(value, Tensor) and value.dim() == 4  # (batch, heads, queries, keys)
+        return None if is_mask and not call.has_mask else value
+
+    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
 
 
 def _are_there(places: list[Place]) -> bool:

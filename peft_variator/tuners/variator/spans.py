@@ -1,9 +1,9 @@
 """Spans: some consecutive layers, attention included, run on merged vectors, and every token keeps its own residual.
 
-Xiao et al. 2023 (https://arxiv.org/abs/2310.15724) merge around feed-forward networks alone, so that attention and all
-that is done for a token costs what it did. Around a span the merged vectors X go through whole layers and come out as
-Y, and a token x gets x + (Y − X) + c(x, Y − X), with the correction c of the plugin: what the layers add to a stream is
-shared by a group, as that of a network is elsewhere. Attention among n/k vectors takes 1/k² of the work.
+Xiao et al. 2023 (https://arxiv.org/abs/2310.15724) merge around feed-forward networks alone, so attention costs what
+it did. Around a span the merged vectors X go through whole layers and come out as Y, and a token x gets
+x + (Y − X) + c(x, Y − X), with the correction c of the plugin: what the layers add to a stream is shared by a group,
+as that of a network is elsewhere. Attention among n/k vectors takes 1/k² of the work.
 
 It needs layers that take the hidden states and nothing else. Those of a text come with the mask of its padding, its
 positions and an order to keep hidden, so spans are for encoders of images and of sound.
@@ -76,9 +76,9 @@ def span_targets(model: nn.Module, config: VariatorConfig) -> str:
         names += [f"{layers}.{first}" for first, _ in spans]
     if not names:
         raise ValueError(
-            f"layer_spans={spans}: no layers that take hidden states alone were found in {type(model).__name__}. Spans "
-            f"are for the encoders of images and sound of these model types: {', '.join(SPANNED)}. Leave layer_spans "
-            "out, and the plugin merges around feed-forward networks."
+            f"layer_spans={spans}: no layers that take hidden states alone were found in {type(model).__name__}. "
+            f"Spans are for the encoders of images and sound of these model types: {', '.join(SPANNED)}. Leave "
+            "layer_spans out, and the plugin merges around feed-forward networks."
         )
     return regex_for(model, names, starts)
 

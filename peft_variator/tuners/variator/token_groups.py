@@ -88,10 +88,11 @@ class StackGroups:
         facts: what the call tells about its tokens.
         choices: the plugin and its rule of every module that merges in this call, by the module's name. Later changes
             do not touch them, so that a layer that is computed again in the backward does the same again.
+        has_mask: whether the stack was called with a mask.
     """
 
-    def __init__(self, facts: CallFacts, choices: Mapping[str, tuple[str, MergeRule]]) -> None:
-        self.facts, self.choices = facts, choices
+    def __init__(self, facts: CallFacts, choices: Mapping[str, tuple[str, MergeRule]], has_mask: bool = False) -> None:
+        self.facts, self.choices, self.has_mask = facts, choices, has_mask
         self.pending: dict[str, Any] = {}
         """What the start of a network leaves for its end, by the name of the module where it starts."""
         self.rows_inside: list[tuple[Tensor, Callable[[], Tensor]]] = []
