@@ -33,6 +33,7 @@ __all__ = [
     "option_words",
     "parse_ratios",
     "parse_shares",
+    "parse_spans",
     "reported",
 ]
 
@@ -317,6 +318,21 @@ def parse_shares(texts: Sequence[str] | None) -> list[float] | None:
     if not all(0 < share < 1 for share in shares):
         raise ValueError(f"--flops-saved is {','.join(parts)}; a share lies between 0 and 1, e.g. 0.45.")
     return shares
+
+
+def parse_spans(texts: Sequence[str] | None) -> list[list[int]] | None:
+    """`["0-3,5-11"]` as pairs of numbers; `None` if no option was given.
+
+    Raises:
+        ValueError: a part is no span.
+    """
+    if texts is None:
+        return None
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    spans = [part.split("-") for part in parts]
+    if not all(len(span) == 2 and all(number.isdecimal() for number in span) for span in spans):
+        raise ValueError(f"--layer-spans is {','.join(parts)!r}; give first and last layers from 0, e.g. 0-3,5-11.")
+    return [[int(number) for number in span] for span in spans]
 
 
 def parse_ratios(texts: Sequence[str] | None) -> list[int] | None:

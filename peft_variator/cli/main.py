@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..files import check_data_name, check_new_folder
 from ..sparsity.methods import METHODS, make_method, method_options
 from ..version import __version__
-from .console import Reporter, default_device, errors_told, parse_ratios, parse_shares, reported
+from .console import Reporter, default_device, errors_told, parse_ratios, parse_shares, parse_spans, reported
 
 
 __all__ = ["app"]
@@ -754,6 +754,13 @@ def train_command(
         float | None,
         typer.Option(help="Share of a text's tokens not to merge, those that a probe tells, as in 0.1."),
     ] = None,
+    layer_spans: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A-B",
+            help="Merge around layers A to B whole, attention included, as in 0-11; for images, commas between spans.",
+        ),
+    ] = None,
     flops_saved: Annotated[
         list[str] | None,
         typer.Option(
@@ -790,6 +797,7 @@ def train_command(
         correction_rank=correction_rank,
         compensation_rank=compensation_rank,
         keep_outliers=keep_outliers,
+        layer_spans=parse_spans(layer_spans),
         flops_saved=parse_shares(flops_saved),
         **run,
     )

@@ -41,7 +41,14 @@ LOGITS_WEIGHTS: dict[Task, float] = {"causal": 1.0, "seq2seq": 0.0, "encoder": 0
 
 
 # Fields of `VariatorConfig` that are passed on as they are.
-PLUGIN_OPTIONS = ("bottleneck_dim", "decompression", "correction_rank", "compensation_rank", "keep_outliers")
+PLUGIN_OPTIONS = (
+    "bottleneck_dim",
+    "decompression",
+    "correction_rank",
+    "compensation_rank",
+    "keep_outliers",
+    "layer_spans",
+)
 ALLOCATION_BATCHES = 4
 
 
@@ -65,6 +72,7 @@ class TrainJob(RunSettings):
     correction_rank: int | None = None
     compensation_rank: int | None = None
     keep_outliers: float | None = None
+    layer_spans: list[list[int]] | None = None
     flops_saved: list[float] | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Siglip2ImageProcessor, ViTImageProcessor, set_seed
@@ -324,6 +324,17 @@ def test_images_of_several_shapes_are_trained_on(tmp_path: Path) -> None:
     assert status == 0, err
 
 
+def test_whole_layers_of_a_vision_model(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "vision")
+    data = save_data(tmp_path / "data", "vision")
+    status, _, err = invoke(
+        tmp_path / "model", "--data", data, "-o", tmp_path / "out", "--layer-spans", "0-1", *SMALL, *QUICK
+    )
+    assert status == 0, err
+    config = PeftConfig.from_pretrained(str(tmp_path / "out"))
+    assert (config.layer_spans, config.decompression) == ([[0, 1]], "bottleneck")
+
+
 def test_an_image_processor_that_is_missing_is_named(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "vision")
     (tmp_path / "model" / "preprocessor_config.json").unlink()
@@ -408,6 +419,10 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
         (["--flops-saved", "x"], "--flops-saved is 'x'"),
         (["--flops-saved", "0.3,0.4"], "2 shares for 1 ratios"),
         (["--flops-saved", "0.97"], "flops_saved=0.97 cannot be reached"),
+        (["--layer-spans", "0;1"], "--layer-spans is '0;1'; give first and last layers"),
+        (["--layer-spans", "1-0"], "layer_spans=[[1, 0]] has to hold pairs"),
+        (["--layer-spans", "0-1"], "no layers that take hidden states alone were found"),
+        (["--adapter", "x", "--layer-spans", "0-1"], "--layer-spans is that of the plugin in --adapter"),
         (["--adapter", "x", "--flops-saved", "0.3"], "--flops-saved is that of the plugin in --adapter"),
         (["--decompression", "bottleneck", "--correction-rank", "4"], "correction_rank=4"),
         (["--compensation-rank", "0"], "compensation_rank=0"),
