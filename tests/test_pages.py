@@ -63,6 +63,8 @@ SHIPPED = [
     ("dinov2", "facebook/dinov2-small", "dinov2-vit-s14"),
 ]
 """Case of the tiny model that stands for a model of the pages, its name there, and its plugin's folder."""
+# As the pages name tokens and layers.
+SHIPPED_SIZES: dict[str, dict[str, int]] = {"llama": {"vocab_size": 64}, "dinov2": {"num_hidden_layers": 12}}
 
 
 def ship(base: PreTrainedModel, plugin: str) -> None:
@@ -95,7 +97,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save("my-plugin")
         ship(BertModel.from_pretrained(ENCODER), "all-MiniLM-L6-v2")
         for base, name, plugin in SHIPPED:
-            model = tiny_model(base, **({"vocab_size": 64} if base == "llama" else {}))
+            model = tiny_model(base, **SHIPPED_SIZES.get(base, {}))
             model.save_pretrained(name)
             ship(model, plugin)
         save_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")
