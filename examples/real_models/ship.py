@@ -119,8 +119,8 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
     class_name, unit, trained_on = KINDS[weights.kind]
     lines = [
         f"# Compression plugin for {model}",
-        "A Variator plugin (Xiao et al. 2023, arXiv 2310.15724): it merges neighbouring tokens around each "
-        "feed-forward network, so that the model runs faster. "
+        "A Variator plugin (Xiao et al. 2023, arXiv 2310.15724): it merges neighbouring tokens around "
+        f"{config.merged_around.removesuffix(',')}, so that the model runs faster. "
         f"{parameters['plugin']:,} parameters, {share:.1f} % of the base's.",
         _usage(name, base_id, class_name, config.compression_ratio, in_int8(run)),
         "## Measured",

@@ -171,6 +171,7 @@ def _facts_of(files: ModelFiles) -> dict[str, Any]:
 
 SETTINGS = {
     "VARIATOR": (
+        "layer_spans",
         "scoring",
         "decompression",
         "bottleneck_dim",

@@ -215,6 +215,8 @@ class TrainJob(RunSettings):
         return counted
 
     def _facts(self, plugin: PeftModel, data: TrainingData, ratios: list[RatioFacts]) -> PluginFacts:
+        config = plugin.peft_config["default"]
+        assert isinstance(config, VariatorConfig)  # the command trains no other
         return PluginFacts(
             base=self.model,
             model_class=type(plugin.get_base_model()).__name__,
@@ -225,6 +227,7 @@ class TrainJob(RunSettings):
             parameters=sum(value.numel() for value in plugin.parameters() if value.requires_grad),
             command=self.command,
             ratios=ratios,
+            merged_around=config.merged_around,
         )
 
 

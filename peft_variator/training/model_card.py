@@ -22,8 +22,8 @@ PLUGIN_TAGS = ["peft-variator", "variator", "compression", "distillation"]
 PLUGIN_TEMPLATE = """# Variator plugin for {base}
 
 A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)) made with
-peft-variator. It merges k neighbouring tokens before every feed-forward
-network of the base model and expands them after it, which saves computation at some cost in quality.
+peft-variator. It merges k neighbouring tokens before {merged_around} of the base model and expands them after it,
+which saves computation at some cost in quality.
 
 - Base model: `{base}`
 - Compression ratio k: {ratios}
@@ -90,6 +90,7 @@ class PluginFacts:
         parameters: number of parameters added.
         command: the command that made it.
         ratios: what is known about each ratio.
+        merged_around: what it merges around, in words.
     """
 
     base: str
@@ -101,6 +102,7 @@ class PluginFacts:
     parameters: int
     command: str
     ratios: Sequence[RatioFacts]
+    merged_around: str = "every feed-forward network"
 
     def rows(self) -> list[list[str]]:
         """A table, its head first: for each ratio the FLOPs saved, and each measure before and after training."""
@@ -136,6 +138,7 @@ def plugin_card(facts: PluginFacts, license: str | None = None) -> ModelCard:
     agreement += ", and how far scores are from the base's" if "score_error" in after else ""
     body = PLUGIN_TEMPLATE.format(
         base=facts.base,
+        merged_around=facts.merged_around,
         ratios=", ".join(str(each.ratio) for each in facts.ratios),
         parameters=facts.parameters,
         data=facts.data,

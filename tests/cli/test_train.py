@@ -333,6 +333,7 @@ def test_whole_layers_of_a_vision_model(tmp_path: Path) -> None:
     assert status == 0, err
     config = PeftConfig.from_pretrained(str(tmp_path / "out"))
     assert (config.layer_spans, config.decompression) == ([[0, 1]], "bottleneck")
+    assert "before layers 0 to 1, attention included, of the base" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_image_processor_that_is_missing_is_named(tmp_path: Path) -> None:

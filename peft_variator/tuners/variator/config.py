@@ -482,6 +482,14 @@ class VariatorConfig(SavedConfig):
             )
         return width
 
+    @property
+    def merged_around(self) -> str:
+        """What the plugin merges around, in words."""
+        if self.layer_spans is None:
+            return "every feed-forward network"
+        spans = [f"{first} to {last}" if first < last else str(first) for first, last in self.layer_spans]
+        return f"layers {', '.join(spans)}, attention included,"
+
     def card(self, class_name: str | None) -> CardContent:
         """What the card of a plugin with this configuration says; see [`SavedConfig.card`]."""
         base = self.base_model_name_or_path
@@ -489,6 +497,7 @@ class VariatorConfig(SavedConfig):
         rows = f"; rows of its schedule: {', '.join(map(str, self.ratio_schedule))}" if self.ratio_schedule else ""
         body = _CARD.format(
             base=hub_id(base) or "a base model",
+            merged_around=self.merged_around,
             ratio=f"{self.compression_ratio}{rows}",
             trained="not recorded" if trained is None else ", ".join(map(str, trained)),
             scoring=self.scoring,
@@ -571,7 +580,7 @@ class VariatorConfig(SavedConfig):
 _CARD = """# Variator plugin for {base}
 
 A compression plugin (Variator, [Xiao et al. 2023](https://arxiv.org/abs/2310.15724)), made with peft-variator. It
-merges k neighbouring tokens before every feed-forward network of the base model and expands them after it, which saves
+merges k neighbouring tokens before {merged_around} of the base model and expands them after it, which saves
 computation at some cost in quality. At k = 1, and without the plugin, the base is what it was.
 
 - Compression ratio k: {ratio}
