@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,19 @@ def test_gradient_checkpointing_changes_no_gradient(case: Case) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [WHISPER, VIT], ids=by_name)
+def test_a_call_that_trains_keeps_nothing_alive(case: Case) -> None:
+    model = with_plugin(case, layer_spans=[[1, 3]], compression_ratio=4).train()
+    seen: list[weakref.ref[Tensor]] = []
+    for layer in stack_of(case, model):
+        layer.register_forward_hook(lambda _, args, output: seen.append(weakref.ref(output)))
+    for _ in range(2):
+        next(iter(model(**case.inputs()).values())).sum().backward()
+    gc.collect()
+    assert seen
+    assert not any(each() is not None for each in seen)
 
 
 @pytest.mark.parametrize("case", [VIT, IMAGES[0]], ids=by_name)

@@ -221,7 +221,7 @@ class StackForward(WrappedForward):
         if not self._has_named_ends:
             output = super()._forward(*args, **kwargs)
             groups = self.current_groups() if self._has_spans else None
-            return output if groups is None else groups.with_tokens(output)
+            return output if groups is None else groups.end(output)
         try:
             output = super()._forward(*args, **kwargs)
         except torch.OutOfMemoryError:

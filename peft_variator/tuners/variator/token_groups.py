@@ -95,8 +95,9 @@ class StackGroups:
         self.facts, self.choices, self.has_mask = facts, choices, has_mask
         self.pending: dict[str, Any] = {}
         """What the start of a network leaves for its end, by the name of the module where it starts."""
-        self.rows_inside: list[tuple[Tensor, Callable[[], Tensor]]] = []
-        """Hidden states inside of spans, which hold a vector for a group, each with what makes those of tokens."""
+        self.rows_inside: list[tuple[Tensor, Callable[[], Tensor]]] | None = []
+        """Hidden states inside of spans, which hold a vector for a group, each with what makes those of tokens; `None`
+        once the stack is done: its output keeps the call for the backward, and would be kept by it in turn."""
         self._groups: dict[tuple[MergeRule, str | None, torch.device], Groups] = {}
         self._outlier_scores: dict[str, Tensor] = {}
         """What tells the outliers of a call, by plugin: found out by the first of its layers that runs."""
@@ -117,23 +118,17 @@ class StackGroups:
 
     def note_rows(self, rows: Tensor, of_tokens: Callable[[], Tensor]) -> None:
         """Note hidden states of groups, which the model may hand out, and what makes those of tokens of them."""
-        self.rows_inside.append((rows, of_tokens))
+        if self.rows_inside is not None:
+            self.rows_inside.append((rows, of_tokens))
 
-    def with_tokens(self, output: Any) -> Any:
-        """An output of the model in which all hidden states are those of tokens.
+    def end(self, output: Any) -> Any:
+        """The output of the stack, in which all hidden states are those of tokens.
 
         Args:
             output: a tensor, or a `ModelOutput` or tuple that may hold hidden states of layers inside of spans.
         """
-        if not self.rows_inside:
-            return output
-        if isinstance(output, Tensor):
-            return next((of_tokens() for rows, of_tokens in self.rows_inside if rows is output), output)
-        if isinstance(output, ModelOutput):
-            for key, value in list(output.items()):
-                output[key] = self.with_tokens(value)
-            return output
-        return tuple(map(self.with_tokens, output)) if isinstance(output, tuple) else output
+        inside, self.rows_inside = self.rows_inside, None
+        return _with_tokens(output, inside) if inside else output
 
     def merges_nothing(self) -> bool:
         """Whether no module found tokens to merge, as far as groups are made."""
@@ -188,6 +183,17 @@ class StackGroups:
                 groups = group_text(self.facts, rule, shape, at, self._outlier_scores[plugin].to(at))
             self._groups[rule, plugin, device] = _moved(groups, device)
         return self._groups[rule, plugin, device]
+
+
+def _with_tokens(output: Any, inside: list[tuple[Tensor, Callable[[], Tensor]]]) -> Any:
+    """An output of the model with hidden states of tokens in place of those of groups."""
+    if isinstance(output, Tensor):
+        return next((of_tokens() for rows, of_tokens in inside if rows is output), output)
+    if isinstance(output, ModelOutput):
+        for key, value in list(output.items()):
+            output[key] = _with_tokens(value, inside)
+        return output
+    return tuple(_with_tokens(each, inside) for each in output) if isinstance(output, tuple) else output
 
 
 def _check_shape(hidden_states: Tensor, shape: tuple[int, int], tokens: int) -> None:
