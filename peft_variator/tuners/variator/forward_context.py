@@ -266,6 +266,7 @@ class CallFacts:
         pooled_pad_id: the id of padding, where a sequence classifier uses the last token of another id.
         past_length: number of tokens that the key-value cache of a causal stack held before the call, padding
             included. It has to be read before the first layer adds to the cache.
+        reads_last_place: whether the model uses the hidden state at the last place of a row, be it padding or not.
     """
 
     kind: StackKind
@@ -276,6 +277,7 @@ class CallFacts:
     patch_size: tuple[int, int] | None = None
     pooled_pad_id: int | None = None
     past_length: int | Tensor = 0
+    reads_last_place: bool = False
 
     @property
     def tokens(self) -> Tensor | None:
