@@ -72,7 +72,7 @@ def allocate(
     Raises:
         ValueError: a share is not between 0 and 1 or cannot be reached, which names the largest that can; a candidate
             is no ratio; there are no batches; or the model has a plugin already.
-        TypeError: a batch is not a mapping.
+        TypeError: a batch is not a mapping, or has arrays of NumPy in place of tensors.
     """
     targets = _checked_targets(flops_saved, fields)
     ratios = sorted({1, *_checked_candidates(candidates)})
