@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from ..compat import in_process_group
-from ..field_types import whole_number
+from ..field_types import shown, whole_number
 from ..models import evaluating, on_device
 from ..training.loss_masks import decoder_tokens
 from ..tuners.variator import VariatorConfig, calibrate
@@ -154,7 +154,13 @@ def _checked_targets(flops_saved: float | Mapping[int, float], fields: dict[str,
         targets = {fields.setdefault("compression_ratio", 4): flops_saved}
     for k, share in targets.items():
         whole_number("allocate: compression_ratio, which names a row,", k, 2)
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            advice = " Convert it with .item() first." if isinstance(share, np.generic) else ""
+            raise ValueError(
+                f"allocate: flops_saved={shown(share)} has to be a number between 0 and 1, the share of the FLOPs to "
+                f"save; it is of type {type(share).__name__}.{advice}"
+            )
+        if not 0 < share < 1:
             raise ValueError(f"allocate: flops_saved={share!r} is a share of the FLOPs, so it lies between 0 and 1.")
         if share <= TOLERANCE:
             raise ValueError(

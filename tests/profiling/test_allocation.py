@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -116,7 +117,9 @@ def test_images() -> None:
         ({"flops_saved": 0.9}, "largest"),
         ({"flops_saved": 0.0}, "flops_saved"),
         ({"flops_saved": 1.5}, "flops_saved"),
-        ({"flops_saved": "0.3"}, "flops_saved"),
+        ({"flops_saved": "0.3"}, "flops_saved='0.3' has to be a number between 0 and 1.* of type str"),
+        ({"flops_saved": np.float32(0.3)}, r"of type float32\. Convert it with \.item\(\) first"),
+        ({"flops_saved": {2: True}}, "of type bool"),
         ({"flops_saved": {}}, "flops_saved"),
         ({"flops_saved": {1: 0.3}}, "row"),
         ({"flops_saved": {"4": 0.3}}, "row"),
