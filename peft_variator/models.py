@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -106,6 +107,22 @@ _UNSHIFTED = frozenset(
     }
 )
 
+# What a model takes as a tensor alone, where other arguments may be lists of numbers.
+_ALWAYS_TENSORS = frozenset(
+    {
+        "attention_mask",
+        "decoder_attention_mask",
+        "decoder_input_ids",
+        "input_features",
+        "input_ids",
+        "input_values",
+        "inputs_embeds",
+        "labels",
+        "pixel_values",
+        "position_ids",
+        "token_type_ids",
+    }
+)
 _POOLER = re.compile(r"(^|\.)pooler\.")
 
 
@@ -375,13 +392,25 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The arguments of a model's call with their tensors on a device.
 
     Raises:
-        TypeError: the batch is not a mapping.
+        TypeError: the batch is not a mapping, or has arrays of NumPy or lists of numbers in place of tensors.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"A batch of type {type(batch).__name__}. It has to be a dict of what the model's forward takes, as a "
             "tokenizer or a collator returns it."
         )
+    for name, value in batch.items():
+        first, depth = value, 0
+        while isinstance(first, list | tuple) and first:
+            first, depth = first[0], depth + 1
+        # Lists of numbers may be meant elsewhere, as the sizes of images are.
+        is_list = depth > 0 and name in _ALWAYS_TENSORS and isinstance(first, int | float | np.generic)
+        if is_list or isinstance(first, np.ndarray):
+            kind = "a NumPy array" if depth == 0 else f"a {type(value).__name__} of {type(first).__name__}"
+            raise TypeError(
+                f"A batch has {kind} as {name!r}, where the model takes a tensor. Have the tokenizer or processor "
+                f"return tensors (return_tensors='pt'), or pass torch.as_tensor(batch[{name!r}])."
+            )
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from ..field_types import name_some
 from ..model_files import CheckpointError
@@ -140,11 +141,26 @@ def plan_weights(
     if rules.pack_dense and rules.targets is not None:
         _check_targets(model, names, weights, rules.targets)
     if all(weight.action == "unpack" and not weight.stored.codec.sparse for weight in planned):
-        raise CheckpointError(
-            f"{', '.join(map(str, checkpoint.files))}: no linear layer of {type(model).__name__} is 2:4, so "
-            "there is nothing to pack. Prune it to 2:4 first (peft-variator prune --pattern 2:4), or leave it dense."
-        )
+        raise _nothing_to_pack(model, checkpoint)
     return planned
+
+
+def _nothing_to_pack(model: PreTrainedModel, checkpoint: Checkpoint) -> CheckpointError:
+    """The error of a checkpoint without a weight to pack; pruning is advised where it would help."""
+    files, name = ", ".join(map(str, checkpoint.files)), type(model).__name__
+    transposed = [path for path, module in model.named_modules() if isinstance(module, Conv1D)]
+    if not transposed:
+        return CheckpointError(
+            f"{files}: no linear layer of {name} is 2:4, so there is nothing to pack. Prune it to 2:4 first "
+            "(peft-variator prune --pattern 2:4), or leave it dense."
+        )
+    can_be_packed = any(is_free_linear(model, module, f"{path}.weight") for path, module in model.named_modules())
+    others = "no nn.Linear of it is 2:4" if can_be_packed else "it has no nn.Linear that can be"
+    advice = ", or prune its nn.Linear layers to 2:4 first" if can_be_packed else ""
+    return CheckpointError(
+        f"{files}: {name_some(transposed)} of {name} are Conv1D layers of transformers, which are not packed, 2:4 or "
+        f"not, and {others}, so there is nothing to pack. Leave it dense: load it with from_pretrained{advice}."
+    )
 
 
 def _check_targets(

@@ -20,7 +20,6 @@ from torch.nn.functional import normalize as to_length_one
 from torch.nn.functional import pad
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     DynamicCache,
     PreTrainedModel,
@@ -28,7 +27,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..models import head_of
+from ..models import has_decoder, head_of
 from ..pooling import pool
 from ..profiling import count_positions
 from ..sentence_folder import read_recipe
@@ -47,6 +46,7 @@ __all__ = [
     "Scores",
     "Served",
     "Task",
+    "check_no_decoder",
     "find_transformer",
     "has_plugin",
     "is_causal",
@@ -86,23 +86,39 @@ def find_transformer(model: nn.Module) -> PreTrainedModel:
     """The model of transformers inside of a PeftModel or a SentenceTransformer.
 
     Raises:
-        ValueError: there is none, or it takes no text.
+        ValueError: there is none, it takes no text, or it is an encoder-decoder that is neither a classifier nor
+            inside of a SentenceTransformer.
     """
     found = next((module for module in unwrap(model).modules() if isinstance(module, PreTrainedModel)), None)
     if found is None:
         raise ValueError(f"{type(model).__name__} has no model of transformers in it. Give one that does.")
     if found.main_input_name != "input_ids":
         raise ValueError(f"{type(found).__name__} takes {found.main_input_name}; only models of text are served.")
-    if is_one_of(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, found):
-        raise ValueError(
-            f"{type(found).__name__} is an encoder-decoder. Serve its encoder alone, e.g. a T5EncoderModel."
-        )
+    # What a SentenceTransformer makes of the decoder's states is its own affair.
+    if not isinstance(unwrap(model), nn.Sequential) and not _is_classifier(found):
+        check_no_decoder(found)
     return found
+
+
+def check_no_decoder(model: PreTrainedModel) -> None:
+    """Raise if a model is an encoder-decoder, whose hidden states are its decoder's and no text's.
+
+    Raises:
+        ValueError: it is.
+    """
+    if has_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder. Serve its encoder alone, e.g. a T5EncoderModel."
+        )
 
 
 def is_one_of(mapping: Mapping[Any, Any], model: PreTrainedModel) -> bool:
     """Whether a model has the head that an automatic class of transformers, whose mapping this is, would give it."""
     return type(model.config) in mapping and isinstance(model, mapping[type(model.config)])
+
+
+def _is_classifier(model: PreTrainedModel) -> bool:
+    return is_one_of(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, model)
 
 
 def is_causal(model: PreTrainedModel) -> bool:
@@ -269,6 +285,7 @@ class Embed(Task):
     """
 
     def __init__(self, served: Served, pooling: str | None, normalize: bool | None) -> None:
+        check_no_decoder(served.inner)  # of a classifier, which `find_transformer` lets pass
         recipe = read_recipe(served.inner.config.name_or_path)
         if recipe.unknown and (pooling is None or normalize is None):
             raise ValueError(
@@ -404,7 +421,7 @@ class Classify(Task):
     what = "classify"
 
     def __init__(self, served: Served) -> None:
-        if not is_one_of(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, served.inner):
+        if not _is_classifier(served.inner):
             raise ValueError(
                 f"{self.what} needs a model with a head for sequence classification; {type(served.inner).__name__} "
                 "has none."

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
+from peft_variator import PruningConfig, prune
 from peft_variator.bases import (
     CheckpointError,
     Sparse24Config,
@@ -31,6 +32,7 @@ from peft_variator.bases import (
     quantizer,
 )
 from peft_variator.bases.quantizer import save_base
+from tests.tiny_models import tiny_model
 
 from .models import ON_DISK, contents, logits, tiny_bert, tiny_llama, tiny_t5
 from .reference import same_bits
@@ -295,6 +297,20 @@ def test_a_model_without_two_four_weights_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     with pytest.raises(CheckpointError, match="no linear layer of LlamaForCausalLM is 2:4"):
         load(tmp_path / "dense", quantization_config=Sparse24Config())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_that_cannot_be_packed_are_named(tmp_path, tied):
+    """GPT-2's are no `nn.Linear`, and to prune them would not help; an untied head is one."""
+    torch.manual_seed(0)
+    model = tiny_model("gpt2", tie_word_embeddings=tied)
+    prune(model, PruningConfig(method="magnitude", pattern="2:4"))
+    model.save_pretrained(tmp_path / "dense")
+    for attempt in (load_base, lambda folder: pack_checkpoint(folder, tmp_path / "packed")):
+        with pytest.raises(CheckpointError, match=r"transformer\.h\.0\.attn\.c_attn.* are Conv1D layers") as error:
+            attempt(tmp_path / "dense")
+        assert "Leave it dense" in str(error.value)
+        assert ("prune its nn.Linear layers" in str(error.value)) is not tied
 
 
 def test_a_state_dict_instead_of_files_is_refused(dense_dir):

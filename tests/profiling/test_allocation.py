@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -25,10 +26,11 @@ from transformers import (
 )
 
 import peft_variator
-from peft_variator import VariatorConfig, allocate, using_ratio
-from peft_variator.profiling import count_flops
+from peft_variator import VariatorConfig, allocate, calibrate, using_ratio
+from peft_variator.profiling import allocation, count_flops
 from peft_variator.profiling.allocation import _error, _output_of
 from tests.processes import run_processes
+from tests.tiny_models import tiny_model
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
@@ -111,12 +113,49 @@ def test_images() -> None:
 
 
 @pytest.mark.parametrize(
+    ("length", "share", "kept", "candidates"),
+    [(24, 0.15, 0.1, (1, 2, 4, 8, 16)), (24, 0.1, 0.25, range(1, 17)), (48, 0.15, 0.1, range(1, 17))],
+)
+def test_outliers_of_short_texts(length: int, share: float, kept: float, candidates: Any) -> None:
+    """Together modules save another share than each of them alone: the first one's probe counts for all."""
+    torch.manual_seed(0)
+    base = tiny_model("bert", num_hidden_layers=4, intermediate_size=128).eval()
+    ids = torch.randint(10, 90, (2, length), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": ids}]
+    config = allocate(base, batches, share, keep_outliers=kept, candidates=candidates)
+    text, model = {"input_ids": ids[:1]}, get_peft_model(base, config)
+    calibrate(model, batches)
+    saved = count_flops(model, text)
+    assert 1 - saved / count_flops(model.unload(), text) == pytest.approx(share, abs=0.02)
+
+
+def test_a_share_that_stays_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def saved_by(*arguments: Any) -> dict[int, float]:
+        attempts.append(arguments)
+        return {2: 0.15, 4: 0.31}
+
+    monkeypatch.setattr(allocation, "_saved_by", saved_by)
+    base = bert()
+    with (
+        as_it_was(base),
+        pytest.raises(ValueError, match=r"row 4 saves 0\.310 .* in place of 0\.28.*length=") as error,
+    ):
+        allocate(base, text(1), {2: 0.15, 4: 0.28}, length=96)
+    assert "candidates" not in str(error.value)
+    assert 1 < len(attempts) <= 4
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ({"flops_saved": 0.9}, "largest"),
         ({"flops_saved": 0.0}, "flops_saved"),
         ({"flops_saved": 1.5}, "flops_saved"),
-        ({"flops_saved": "0.3"}, "flops_saved"),
+        ({"flops_saved": "0.3"}, "flops_saved='0.3' has to be a number between 0 and 1.* of type str"),
+        ({"flops_saved": np.float32(0.3)}, r"of type float32\. Convert it with \.item\(\) first"),
+        ({"flops_saved": {2: True}}, "of type bool"),
         ({"flops_saved": {}}, "flops_saved"),
         ({"flops_saved": {1: 0.3}}, "row"),
         ({"flops_saved": {"4": 0.3}}, "row"),

@@ -12,13 +12,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import (
+    BartForSequenceClassification,
+    BartModel,
+    DynamicCache,
+    MT5Model,
+    T5ForConditionalGeneration,
+    T5Model,
+)
 
 from peft_variator import using_ratio
-from peft_variator.runtime import Engine, FixedRatio, QueueItem
+from peft_variator.runtime import Engine, FixedRatio, QueueItem, profile_latency
 from peft_variator.runtime.policies import length_class
 from peft_variator.runtime.queueing import PATIENCE, DeadlineQueue
-from tests.tiny_models import tiny_model
+from tests.tiny_models import BY_NAME, tiny_model
 
 from .models import SENTENCES, TEXT, causal, classifier, encoder, plugin, tokenizer
 
@@ -165,6 +172,37 @@ def test_models_that_tell_little_about_themselves_embed(name: str) -> None:
             torch.testing.assert_close(found[row : row + 1], engine.embed([text]).embeddings, atol=1e-5, rtol=0)
     assert found.isfinite().all()
     torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(T5ForConditionalGeneration, "t5"), (T5Model, "t5"), (BartModel, "bart"), (MT5Model, "mt5")]
+)
+@pytest.mark.parametrize("with_plugin", [False, True])
+def test_encoder_decoders_are_refused(kind: Any, name: str, with_plugin: bool) -> None:
+    """With a head or without one: what comes out is the decoder's."""
+    model = kind(BY_NAME[name].configure()).eval()
+    model = plugin(model) if with_plugin else model
+    told = f"{kind.__name__} is an encoder-decoder. Serve its encoder alone"
+    with pytest.raises(ValueError, match=told):
+        Engine(model, PLAIN)
+    with pytest.raises(ValueError, match=told):
+        profile_latency(model, [1], [1], [8])
+
+
+def test_what_an_encoder_decoder_can_be_asked() -> None:
+    """A classifier for its classes; an encoder alone for embeddings, though its configuration names a decoder."""
+    config = BY_NAME["bart"].configure(num_labels=3, num_hidden_layers=2)
+    model = plugin(BartForSequenceClassification(config).eval(), ratio=2)
+    tokens = tokenizer()
+    tokens.sep_token_id = config.eos_token_id  # the token that such a classifier reads
+    with Engine(model, tokens, policy=FixedRatio(2), slo_ms=PATIENT) as engine:
+        found = engine.classify(SENTENCES)
+        with pytest.raises(ValueError, match="BartForSequenceClassification is an encoder-decoder"):
+            engine.embed(SENTENCES)
+    assert found.logits.shape == (4, 3)
+    alone = plugin(BartModel(config).eval().encoder, ratio=2)
+    with Engine(alone, PLAIN, policy=FixedRatio(2), slo_ms=PATIENT) as engine:
+        assert engine.embed(SENTENCES).embeddings.shape == (4, 32)
 
 
 @pytest.mark.parametrize("name", ["lfm2", "llama4"])

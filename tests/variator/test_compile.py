@@ -241,6 +241,21 @@ def test_more_kept_tokens_than_there_is_room_for_are_an_error(backend: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", *slow("inductor")])
+def test_a_pooled_output_that_is_read_at_padding(backend: str) -> None:
+    """SigLIP reads the last place of a row; there is room for it beside as many kept tokens as the rule names."""
+    base = shallow(BY_NAME["siglip-text"])
+    torch.compiler.reset()
+    model = get_peft_model(base.build(), VariatorConfig(correction_dim=1.0, keep_last_tokens=3)).eval()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    mask = torch.ones(3, 13, dtype=torch.long)
+    mask[1, 9:], mask[2, 12:] = 0, 0
+    inputs = base.inputs(3, 13) | {"attention_mask": mask}
+    with torch.no_grad():
+        expected = base.build()(**inputs).pooler_output
+        torch.testing.assert_close(compiled(**inputs).pooler_output, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_enough_room_is_no_error() -> None:
     model = with_plugin(BERT, keep_token_ids=KEPT, max_kept_tokens=20)
     compiled, _ = compiled_whole(model)

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from peft_variator import VariatorConfig, calibrate, fit_correction, set_compression_ratio, using_ratio
+from peft_variator import VariatorConfig, allocate, calibrate, fit_correction, set_compression_ratio, using_ratio
 from peft_variator.training import DistillationConfig, DistillationTrainer
 from peft_variator.tuners.variator.correction_fit import needs_fit
 from peft_variator.tuners.variator.neuron_selection import needs_calibration
@@ -26,6 +26,23 @@ def with_neurons(case: Any = BERT, **fields: Any) -> PeftModel:
 
 def batches(case: Any = BERT) -> list[dict[str, Tensor]]:
     return [case.inputs(3, 23, seed=seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize("function", [calibrate, fit_correction, allocate])
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (torch.ones(2, 9, dtype=torch.long).numpy(), "a NumPy array as 'attention_mask'"),
+        ([[1] * 9, [1] * 9], "a list of int as 'attention_mask'"),
+        (list(torch.ones(2, 9, dtype=torch.long).numpy()), "a list of ndarray as 'attention_mask'"),
+    ],
+    ids=["array", "list", "list of arrays"],
+)
+def test_what_is_no_tensor_is_named(function: Any, value: Any, named: str) -> None:
+    model = BERT.build() if function is allocate else with_neurons()
+    batch = BERT.inputs(2, 9) | {"attention_mask": value}
+    with pytest.raises(TypeError, match=rf"{named}.*return_tensors='pt'.*torch\.as_tensor"):
+        function(model, [batch])
 
 
 def chosen(model: PeftModel) -> list[list[int]]:

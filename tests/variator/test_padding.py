@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
-from tests.tiny_models import FIRST_WORD, LLAVA, TASK_HEADS, TEXT_CASES, VOCABULARY, Case, by_name
+from peft_variator import VariatorConfig, calibrate
+from tests.tiny_models import BY_NAME, FIRST_WORD, LLAVA, TASK_HEADS, TEXT_CASES, VOCABULARY, Case, by_name
 
 from .reference import watch, with_plugin
 
@@ -73,8 +76,41 @@ def test_padding_never_reaches_the_feed_forward_network(case: Case) -> None:
         inputs, _ = batch_of(case, texts, side, 40)
         seen = watch(model, lambda inputs=inputs: model(**inputs))
         assert seen
+        # SigLIP pools the last place of each row, be it padding or not.
+        pooled = len(texts) if case.model_type == "siglip" and side == "right" else 0
         # 3 = 1 + 1 + 1; 12 = 1 + (4 + 4 + 2) + 1; 1 = 1; 7 = 1 + (4 + 1) + 1
-        assert [network.rows for network in seen] == [3 + 5 + 1 + 4] * len(seen)
+        assert [network.rows for network in seen] == [3 + 5 + 1 + 4 + pooled] * len(seen)
+
+
+PADDED = torch.tensor([[1] * 13, [1] * 9 + [0] * 4, [1] * 12 + [0]])
+
+
+def pooled_by(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What SigLIP gives for each text as a whole."""
+    with torch.no_grad():
+        output = model(**inputs)
+    return output["text_embeds"] if "text_embeds" in output else output["pooler_output"]
+
+
+@pytest.mark.parametrize("name", ["siglip-text", "siglip"])
+@pytest.mark.parametrize("fields", [{}, {"keep_last_tokens": 0}, {"keep_outliers": 0.2}, {"end": True}], ids=str)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_pooled_output_may_be_read_at_padding(name: str, fields: dict[str, Any], attention: str) -> None:
+    """With copies of all neurons nothing is lost, so that the last place alone can make a difference."""
+    base, model = BY_NAME[name].build(), BY_NAME[name].build()
+    for each in (base, model):
+        each.set_attn_implementation(attention)
+    inputs = BY_NAME[name].inputs(3, 13) | {"attention_mask": PADDED}
+    expected = pooled_by(base, inputs)
+    if "end" in fields:
+        of_text = r"(?:text_model\.)?encoder\.layers\.\d+\.mlp\.fc1"
+        fields = {"target_modules": of_text, "end_module": "fc2", "compress_vision_tower": False}
+    plugin: Any = get_peft_model(model, VariatorConfig(correction_dim=1.0, **fields)).eval()
+    if "keep_outliers" in fields:
+        calibrate(plugin, [inputs])
+    for ratio in (1, 2, 4, 16):
+        plugin.set_compression_ratio(ratio)
+        torch.testing.assert_close(pooled_by(plugin, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def ignores_padding(case: Case) -> bool:

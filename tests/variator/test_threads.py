@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -202,6 +204,96 @@ def test_tasks_inherit_using_ratio_and_do_not_see_each_other_s() -> None:
         return await asyncio.gather(*(one(ratio) for ratio in (1, 2, 4) * 4))
 
     assert all(asyncio.run(run()))
+
+
+def ratios_told(model: PeftModel) -> Callable[[], int]:
+    """What tells the ratio that a call has by its output; 16 is what the model is set to."""
+    model.set_compression_ratio(16)
+    inputs = BERT.inputs(2, 23)
+    expected = {ratio: first_at(model, ratio, inputs) for ratio in (1, 2, 4, 8, 16)}
+    return lambda: next(ratio for ratio in expected if close(first(model, inputs), expected[ratio]))
+
+
+def streaming(model: PeftModel, ratio: int, told: Callable[[], int]) -> Iterator[int]:
+    with using_ratio(model, ratio):
+        yield told()
+        yield told()
+
+
+@pytest.mark.parametrize("order", ["first in, first out", "last in, first out"])
+def test_generators_that_run_by_turns_leave_nothing_behind(order: str) -> None:
+    model = with_plugin(BERT)
+    told = ratios_told(model)
+    streams = [streaming(model, ratio, told) for ratio in (2, 4, 8)]
+    assert [next(stream) for stream in streams] == [2, 4, 8]
+    if order == "first in, first out":
+        assert [list(stream) for stream in streams] == [[8], [8], [8]]
+    else:
+        assert [list(stream) for stream in reversed(streams)] == [[8], [4], [2]]
+    assert told() == 16
+    with using_ratio(model, 4):
+        stream = streaming(model, 2, told)
+        assert next(stream) == 2
+        with pytest.raises(KeyError):
+            stream.throw(KeyError())  # type: ignore[attr-defined]
+        assert told() == 4
+        stream = streaming(model, 8, told)
+        assert next(stream) == 8
+    assert told() == 8  # the generator's block is still open
+    stream.close()  # type: ignore[attr-defined]
+    assert told() == 16
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+def test_a_block_that_another_thread_leaves_ends_everywhere(inherits: bool) -> None:
+    model = with_plugin(BERT)
+    told = ratios_told(model)
+    stream = streaming(model, 2, told)
+    assert next(stream) == 2
+    context, found = contextvars.copy_context() if inherits else contextvars.Context(), []
+
+    def leave() -> None:
+        found.extend([told(), *stream, told()])
+
+    thread = threading.Thread(target=context.run, args=[leave])
+    thread.start()
+    thread.join()
+    before = 2 if inherits else 16
+    assert found == [before, before, 16]
+    assert told() == 16
+    with using_ratio(model, 4):
+        assert told() == 4
+    assert told() == 16
+
+
+def test_generators_of_asyncio_leave_nothing_behind() -> None:
+    """One that nobody ran to its end is closed by a task of the loop; a task goes on with what it inherited."""
+    model = with_plugin(BERT)
+    told = ratios_told(model)
+
+    async def stream(ratio: int) -> AsyncIterator[int]:
+        with using_ratio(model, ratio):
+            yield told()
+            yield told()
+
+    async def later(left: asyncio.Event) -> int:
+        await left.wait()
+        return told()
+
+    async def run() -> list[int]:
+        streams, left = [stream(ratio) for ratio in (2, 8)], asyncio.Event()
+        found = [await anext(each) for each in streams]
+        await asyncio.create_task(streams[0].aclose())  # type: ignore[attr-defined]
+        found.append(told())
+        await streams[1].aclose()  # type: ignore[attr-defined]
+        with using_ratio(model, 4):
+            task = asyncio.create_task(later(left))
+            await asyncio.sleep(0)
+        left.set()
+        return [*found, told(), await task, told()]
+
+    assert asyncio.run(run()) == [2, 8, 8, 16, 4, 16]
+    assert told() == 16
 
 
 def test_using_ratio_chooses_a_plugin() -> None:

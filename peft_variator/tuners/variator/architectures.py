@@ -56,6 +56,8 @@ class FeedForward:
         stack: name of the module inside the model that receives hidden states and their mask. `None`: the model does.
         entries_a_frame: of encoders of sound, whose hidden states are frames: how many entries of the mask that the
             stack is called with one frame stands for; 0: the stack uses no mask. `None`: it is no such encoder.
+        reads_last_place: whether the model's pooled output is the hidden state at the last place of a row, be it
+            padding or not. The networks then run there as they do on a real token that is not merged.
     """
 
     start: str
@@ -63,6 +65,7 @@ class FeedForward:
     causal: bool | None = None
     stack: str | None = None
     entries_a_frame: int | None = None
+    reads_last_place: bool = False
 
     def starts_at(self, module_name: str) -> bool:
         """Whether a network starts at the module of this full name."""
@@ -110,7 +113,7 @@ ARCHITECTURES: dict[str, dict[str, FeedForward]] = {
         "rembert": _POST_NORM,
         "roberta": _POST_NORM,
         "roformer": _POST_NORM,
-        "siglip_text_model": _DECODER_MLP,
+        "siglip_text_model": replace(_DECODER_MLP, reads_last_place=True),
         "splinter": _POST_NORM,
         "ultrabert": _DECODER_MLP,
         "visual_bert": _POST_NORM,
@@ -539,7 +542,8 @@ def feed_forward_at(owner: nn.Module, key: str, config: VariatorConfig) -> FeedF
     row = FEED_FORWARDS.get(owner.config.model_type) if isinstance(owner, PreTrainedModel) else None
     if config.end_module is None and row is not None and row.starts_at(key):
         return row if config.causal is None else replace(row, causal=config.causal)
-    return FeedForward(re.escape(key), config.end_module, config.causal)
+    reads_last_place = row is not None and row.reads_last_place
+    return FeedForward(re.escape(key), config.end_module, config.causal, reads_last_place=reads_last_place)
 
 
 def named_stack(model: nn.Module, stack_module: str, key: str) -> tuple[str, nn.Module]:

@@ -59,7 +59,7 @@ def fit_correction(
         ValueError: the model has no such plugin, its weights have left their start, a ratio is none to merge by, or
             the batches have no tokens to merge; or the call stands inside of a `using_ratio` block. Nothing has been
             changed.
-        TypeError: a batch is not a mapping, or `ratios` no sequence.
+        TypeError: a batch is not a mapping, or has arrays of NumPy in place of tensors; or `ratios` is no sequence.
     """
     check_outside_of_blocks(model, "fit_correction")
     rows = checked_ratios("fit_correction", ratios) or rows_that_merge(model)

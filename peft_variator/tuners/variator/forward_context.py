@@ -114,8 +114,25 @@ class Selection(NamedTuple):
     ratio: int
 
 
+@dataclass(eq=False)
+class _Block:
+    """One block of [`selected`], told from others by its identity.
+
+    Args:
+        ratios: of the model that is chosen for.
+        selection: what is chosen.
+        is_open: `False` once it was left in another context than it was entered in, which may still hold it.
+    """
+
+    ratios: PluginRatios
+    selection: Selection
+    is_open: bool = True
+
+
 _lock = threading.Lock()
-_selections: ContextVar[tuple[tuple[PluginRatios, Selection], ...]] = ContextVar("variator_selections", default=())
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("variator_blocks", default=())
+# Nobody reads it: the tokens of its values tell the context that they were made in.
+_entered: ContextVar[None] = ContextVar("variator_entered", default=None)
 
 
 class _OpenSelections:
@@ -129,8 +146,13 @@ _open_selections = _OpenSelections()
 
 @contextmanager
 def selected(ratios: PluginRatios, selection: Selection) -> Iterator[None]:
-    """Use a plugin at a ratio for all calls that this thread or task makes inside the block."""
-    token = _selections.set((*_selections.get(), (ratios, selection)))
+    """Use a plugin at a ratio for all calls that this thread or task makes inside the block.
+
+    Blocks may be left in another order than they were entered, as those of generators that run by turns are, and in
+    another thread or task: what the block chose then counts nowhere any more.
+    """
+    block, token = _Block(ratios, selection), _entered.set(None)
+    _blocks.set((*_blocks.get(), block))
     with _lock:
         _open_selections.count += 1
     try:
@@ -138,7 +160,12 @@ def selected(ratios: PluginRatios, selection: Selection) -> Iterator[None]:
     finally:
         with _lock:
             _open_selections.count -= 1
-        _selections.reset(token)
+        try:
+            _entered.reset(token)
+        except ValueError:  # another context, from which that of the token is out of reach
+            block.is_open = False
+        # Not what there was before the block: another one may have been entered since, and another left.
+        _blocks.set(tuple(each for each in _blocks.get() if each is not block and each.is_open))
 
 
 def selection_of(ratios: PluginRatios) -> Selection | None:
@@ -155,9 +182,9 @@ def selection_of(ratios: PluginRatios) -> Selection | None:
                 "with set_compression_ratio outside of any using_ratio block."
             )
         return None
-    for owner, selection in reversed(_selections.get()):
-        if owner is ratios:
-            return selection
+    for block in reversed(_blocks.get()):
+        if block.ratios is ratios and block.is_open:
+            return block.selection
     return None
 
 
@@ -266,6 +293,7 @@ class CallFacts:
         pooled_pad_id: the id of padding, where a sequence classifier uses the last token of another id.
         past_length: number of tokens that the key-value cache of a causal stack held before the call, padding
             included. It has to be read before the first layer adds to the cache.
+        reads_last_place: whether the model uses the hidden state at the last place of a row, be it padding or not.
     """
 
     kind: StackKind
@@ -276,6 +304,7 @@ class CallFacts:
     patch_size: tuple[int, int] | None = None
     pooled_pad_id: int | None = None
     past_length: int | Tensor = 0
+    reads_last_place: bool = False
 
     @property
     def tokens(self) -> Tensor | None:

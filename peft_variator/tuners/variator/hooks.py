@@ -135,10 +135,19 @@ class StackForward(WrappedForward):
         ratios: the compression ratios of all plugins of the base model.
         kind: whether it is an encoder, causal, or an encoder of images or of sound.
         entries_a_frame: of an encoder of sound: see [`FeedForward`].
+        reads_last_place: see [`FeedForward`].
     """
 
-    def __init__(self, module: nn.Module, ratios: PluginRatios, kind: StackKind, entries_a_frame: int = 1) -> None:
-        self.kind, self.entries_a_frame = kind, entries_a_frame
+    def __init__(
+        self,
+        module: nn.Module,
+        ratios: PluginRatios,
+        kind: StackKind,
+        entries_a_frame: int = 1,
+        *,
+        reads_last_place: bool = False,
+    ) -> None:
+        self.kind, self.entries_a_frame, self.reads_last_place = kind, entries_a_frame, reads_last_place
         self.warned: set[str] = set()
         self.surroundings: list[SurroundingForward] = []
         self._layers: list[VariatorLayer] = []
@@ -270,6 +279,7 @@ class StackForward(WrappedForward):
             facts = CallFacts(self.kind, of_frames(own, self.entries_a_frame))
         else:
             facts = gather_facts(self.module, self.kind, own, self.names)
+            facts.reads_last_place = self.reads_last_place
         groups = StackGroups(facts, choices, has_mask=_has_mask((*open_calls(), call)))
         groups.prepare()
         if self.kind == "causal" and not is_single and not torch.compiler.is_compiling():

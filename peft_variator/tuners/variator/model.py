@@ -433,8 +433,14 @@ def _wrap_forwards(model: nn.Module, placement: Placement) -> None:
     """Wrap the forwards of a stack and of the models around it, where that is not done yet."""
     ratios = model.get_submodule(placement.key).ratios
     if forward_of(placement.stack) is None:
-        entries = placement.feed_forward.entries_a_frame or 0
-        StackForward(placement.stack, ratios, placement.kind, entries)  # type: ignore[arg-type]
+        row = placement.feed_forward
+        StackForward(
+            placement.stack,
+            ratios,  # type: ignore[arg-type]
+            placement.kind,
+            row.entries_a_frame or 0,
+            reads_last_place=row.reads_last_place,
+        )
     for module in _models_around(model, placement.stack_name):
         if forward_of(module) is None:
             SurroundingForward(module, ratios)  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], ratios: Se
     Raises:
         ValueError: the model has no such plugin, its weights have left their start, or the batches have no tokens to
             merge; or the call stands inside of a `using_ratio` block. Nothing has been changed.
-        TypeError: a batch is not a mapping, or `ratios` no sequence.
+        TypeError: a batch is not a mapping, or has arrays of NumPy in place of tensors; or `ratios` is no sequence.
     """
     check_outside_of_blocks(model, "calibrate")
     rows = rows_that_merge(model, checked_ratios("calibrate", ratios))

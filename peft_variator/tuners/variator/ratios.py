@@ -52,9 +52,12 @@ def using_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> It
     """Use a plugin at a compression ratio inside of a `with` block, in this thread or task alone.
 
     Covers every call of the model inside the block, `generate` included, whatever `set_compression_ratio` and
-    `set_adapter` do elsewhere meanwhile. Blocks nest. asyncio tasks and `asyncio.to_thread` that are started inside
-    inherit it; threads that are started by other means do not. A plugin that is switched off (`disable_adapter`) stays
-    so. Code compiled with `torch.compile(fullgraph=True)` raises an error while any block is open.
+    `set_adapter` do elsewhere meanwhile. Blocks nest; of several that are open, the one that was entered last counts,
+    and those of generators that run by turns may be left in any order. asyncio tasks and `asyncio.to_thread` that are
+    started inside inherit it; threads that are started by other means do not. A block that is left in another thread
+    or task than it was entered in ends everywhere, for those that inherited it, too. A plugin that is switched off
+    (`disable_adapter`) stays so. Code compiled with `torch.compile(fullgraph=True)` raises an error while any block is
+    open.
 
     Args:
         model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.

@@ -246,7 +246,7 @@ class MergeFlags(NamedTuple):
 
     Args:
         may_merge: which tokens may share a row.
-        real: which tokens are no padding; `None`: all.
+        real: which tokens are no padding, or are used though they are; `None`: all.
         breaks: which tokens must not share a row with the one before them; `None`: no more than `may_merge` says.
     """
 
@@ -267,7 +267,9 @@ def group_text(
     `outlier_scores` has one for each token, shape `(batch, length)`, where the rule keeps outliers.
     """
     if _shapes_must_not_depend_on_values(device):
-        return bound(merge_flags(facts, rule, shape, device, outlier_scores), rule, _number_of_texts(facts))
+        # The last place, where it is read, needs a row beside those that the rule keeps.
+        room = rule._replace(max_kept=rule.max_kept + 1) if facts.reads_last_place else rule
+        return bound(merge_flags(facts, rule, shape, device, outlier_scores), room, _number_of_texts(facts))
     if outlier_scores is None and not _depends_on_values(facts, rule):
         device = torch.device("cpu")
     return arrange(merge_flags(facts, rule, shape, device, outlier_scores), rule.ratio)
@@ -327,9 +329,19 @@ def merge_flags(
             used_predictions(facts, order, shape, device), order, rule.keep_last
         )
     may_merge = may_merge if real is None else may_merge & real
+    if facts.reads_last_place:
+        may_merge = may_merge & ~_is_last_place(shape, may_merge.device)
     if rule.outliers is not None and outlier_scores is not None:
         may_merge = may_merge & ~choose_outliers(outlier_scores, may_merge, real, starts, rule.outliers)
+    if facts.reads_last_place and real is not None:
+        # Only now: where a text ends, and how many outliers it has, is told by its own tokens.
+        real = real | _is_last_place(shape, real.device)
     return MergeFlags(may_merge, real, breaks)
+
+
+def _is_last_place(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Which place is the last of a row, shape `(length,)`."""
+    return torch.arange(shape[1], device=device) == shape[1] - 1
 
 
 def _is_any(ids: Tensor, wanted: tuple[int, ...]) -> Tensor:
