@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_variator import VariatorConfig
+from peft_variator import VariatorConfig, shrink_plugin
 from peft_variator.tuners.variator import VariatorLayer
 from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name
 
@@ -46,9 +46,14 @@ def test_the_signature_is_the_original_s(case: Case) -> None:
         assert inspect.signature(module.forward) == inspect.signature(own)
 
 
+@pytest.mark.parametrize("fields", [{}, {"correction_rank": 2}, {"correction_bits": 4}], ids=str)
 @pytest.mark.parametrize("case", [BERT, LLAMA, T5], ids=by_name)
-def test_copies_and_pickles_call_themselves(case: Case) -> None:
-    model, inputs = with_plugin(case), case.inputs(2, 12)
+def test_copies_and_pickles_call_themselves(case: Case, fields: dict[str, int]) -> None:
+    """A pool of processes pickles the model, too; those that read the base's rows know them by weak references."""
+    bits = fields.get("correction_bits")
+    model, inputs = with_plugin(case, **({} if bits else fields)), case.inputs(2, 12)
+    if bits:
+        shrink_plugin(model, bits=bits)
     with torch.no_grad():
         expected = first(model(**inputs))
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
