@@ -114,18 +114,22 @@ class PluginModule(nn.Module, ExactlyLoadedLayer):
         )
 
 
-class FeedForwardEnd(PluginModule):
-    """Wraps the last module of a feed-forward network that has no module of its own.
+class _BehindStart(PluginModule):
+    """A module behind the one where a network or a span starts.
 
     Args:
-        base_layer: the module whose output is the network's output.
-        start_name: full name of the module where the network starts.
+        base_layer: the wrapped module.
+        start_name: full name of the module where the network or span starts.
         hidden_size: d, width of the hidden states.
     """
 
     def __init__(self, base_layer: nn.Module, start_name: str, hidden_size: int) -> None:
         super().__init__(base_layer, hidden_size)
         self.start_name = start_name
+
+
+class FeedForwardEnd(_BehindStart):
+    """Wraps the last module of a feed-forward network that has no module of its own, or the last layer of a span."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped module on the merged vectors and expand its output, if the start of the network merged."""
@@ -149,18 +153,8 @@ class FeedForwardEnd(PluginModule):
         return pending.start.expand(pending.join(output), pending.rows, pending.inputs, pending.groups, pending.plugin)
 
 
-class SpanLayer(PluginModule):
-    """Wraps a layer inside of a span, whose output has a vector for a group, to say whose vectors these are.
-
-    Args:
-        base_layer: the layer.
-        start_name: full name of the layer where the span starts.
-        hidden_size: d, width of the hidden states.
-    """
-
-    def __init__(self, base_layer: nn.Module, start_name: str, hidden_size: int) -> None:
-        super().__init__(base_layer, hidden_size)
-        self.start_name = start_name
+class SpanLayer(_BehindStart):
+    """Wraps a layer inside of a span, whose output has a vector for a group, to say whose vectors these are."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer."""
