@@ -77,6 +77,8 @@ class EvaluateJob:
             if getattr(self, name) < least:
                 value = getattr(self, name)
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it has to be at least {least}.")
+        if not 0 <= self.min_seconds < math.inf:
+            raise ValueError(f"--min-seconds is {self.min_seconds}; it has to be 0 or more, and finite.")
         for name, low, high in (("min_cosine", -1, 1), ("min_agreement", 0, 1), ("max_nll", 0, math.inf)):
             bound = getattr(self, name)
             if bound is not None and not low <= bound <= high:

@@ -21,7 +21,7 @@ from .flops import count_flops
 from .inputs import Lengths, make_inputs, make_lengths, without_padding
 from .memory import peak_memory
 from .report import BenchmarkReport, Measurement
-from .timing import Candidate, describe_environment, num_threads, time_alternately
+from .timing import Candidate, check_sampling, describe_environment, num_threads, time_alternately
 
 
 __all__ = ["BenchmarkSettings", "compare", "count_steps", "find_device", "run_benchmark"]
@@ -49,6 +49,9 @@ class BenchmarkSettings:
         with_disabled: measure the plugin switched off, too.
         seed: of weights, plugin and inputs.
         adapter: folder or Hub name of a saved plugin, which is measured instead of a fresh one.
+
+    Raises:
+        ValueError: there are fewer than 2 rounds, or `min_seconds` is no time.
     """
 
     model: str
@@ -66,6 +69,9 @@ class BenchmarkSettings:
     with_disabled: bool = False
     seed: int = 0
     adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        check_sampling(self.rounds, self.min_seconds)  # before a model is built for it
 
     def resolved(self, config: PreTrainedConfig) -> BenchmarkSettings:
         """These settings with `task` and `length` filled in, and whether weights are drawn.
@@ -266,8 +272,10 @@ def compare(
         The base's figures, then those of each ratio, then those of the plugin switched off.
 
     Raises:
-        ValueError: no ratio, one that is given twice or that the plugin refuses, or fewer than 2 rounds.
+        ValueError: no ratio, one that is given twice or that the plugin refuses, fewer than 2 rounds, or a
+            `min_seconds` that is no time.
     """
+    check_sampling(rounds, min_seconds)
     if not ratios:
         raise ValueError("ratios is empty; name at least one compression ratio, e.g. 4.")
     groups = _candidates(base, plugin, inputs, ratios, with_disabled)

@@ -200,6 +200,8 @@ def test_padding_and_a_busy_machine_are_told(tmp_path: Path, monkeypatch: pytest
         (["--max-nll", "3"], "Use --min-cosine"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--rounds", "1"], "--rounds is 1"),
+        (["--min-seconds", "-1"], "--min-seconds is -1.0; it has to be 0 or more"),
+        (["--min-seconds", "nan"], "--min-seconds is nan; it has to be 0 or more"),
         (["--ratio", "0"], "compression_ratio=0"),
         (["--device", "abacus"], "'abacus'"),
         (["--base", "/nowhere/at/all"], "/nowhere/at/all"),
