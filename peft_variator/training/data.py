@@ -101,9 +101,17 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
         ) from error
     try:
         records = load_dataset(data, split=split)
-    except DatasetsError as error:
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
+        reason = error.__cause__ or error
+        if path.is_dir():
+            raise ValueError(
+                f"{data!r} is a folder, and no data set that `datasets` reads: name its files, each with --data. "
+                f"`datasets` says: {reason}"
+            ) from error
+        if not isinstance(error, DatasetsError):
+            raise
         here = "" if path.exists() else f"There is no file {data!r} here. "
-        raise ValueError(f"{here}`datasets` can't read {data!r}: {error.__cause__ or error}") from error
+        raise ValueError(f"{here}`datasets` can't read {data!r}: {reason}") from error
     except ConnectionError as error:
         raise ConnectionError(
             f"There is no file {data!r} here, and no data set of that name can be fetched: {error}. Name a text file "
