@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from ..bases import Sparse24Linear, describe_paths
 from ..models import Task, build_model, find_task, has_weights, load_config, on_device, share_weights, takes_sound
 from ..tuners.variator import VariatorConfig
-from ..tuners.variator.quantization import float_corrections
+from ..tuners.variator.quantization import count_parameters, float_corrections
 from .flops import count_flops
 from .inputs import Lengths, make_inputs, make_lengths, without_padding
 from .memory import peak_memory
@@ -24,7 +24,7 @@ from .report import BenchmarkReport, Measurement
 from .timing import Candidate, check_sampling, describe_environment, num_threads, time_alternately
 
 
-__all__ = ["BenchmarkSettings", "compare", "count_steps", "find_device", "run_benchmark"]
+__all__ = ["BenchmarkSettings", "compare", "count_added_parameters", "count_steps", "find_device", "run_benchmark"]
 
 DEFAULT_LENGTH = 128
 
@@ -145,11 +145,7 @@ def run_benchmark(
         environment=environment,
         command=command,
         base_parameters=_count_dense(base),
-        added_parameters=_count(
-            tensor  # integers say which neurons were copied
-            for tensor in get_peft_model_state_dict(plugin, save_embedding_layers=False).values()
-            if tensor.is_floating_point()
-        ),
+        added_parameters=count_added_parameters(plugin),
         base=measured[0],
         plugins=measured[1:],
         packed_layers=describe_paths(base),
@@ -208,6 +204,14 @@ def _build(
     plugin_config = VariatorConfig(init_weights=False, decompression="bottleneck")
     plugin = get_peft_model(share_weights(base), plugin_config, autocast_adapter_dtype=False)
     return base, plugin.eval()
+
+
+def count_added_parameters(plugin: PeftModel) -> int:
+    """Number of parameters of a model's active adapter, those that nothing trains in a shrunk one included."""
+    name = plugin.active_adapters[0]
+    state = get_peft_model_state_dict(plugin, adapter_name=name, save_embedding_layers=False)
+    sizes = ((key, tensor.numel(), tensor.is_floating_point()) for key, tensor in state.items())
+    return count_parameters(sizes, getattr(plugin.peft_config[name], "correction_bits", None))
 
 
 def _count_dense(model: nn.Module) -> int:
