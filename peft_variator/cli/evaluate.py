@@ -30,6 +30,7 @@ from ..profiling import (
     was_busy,
 )
 from ..training import load_plugin
+from ..training.data import is_plain_text
 from ..training.evaluation import measure_ratios
 from ..training.loss_masks import CAUSAL, EXAMPLES, Prediction, prediction_of, stacks_of
 from .bench import warn_about_load
@@ -408,6 +409,8 @@ def _show(found: Evaluation, reporter: Reporter) -> None:
             ]
         )
     lines = []
+    if found.tokens is not None and (plain := [name for name in found.data if is_plain_text(name)]):
+        lines.append(f"Each line of {', '.join(plain)} was one text; of a table each row would be.")
     if found.tokens is not None:
         tokens = found.tokens
         cut = f"; {found.cut} were cut, as the model reads no more" if found.cut else ""

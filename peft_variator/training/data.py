@@ -27,6 +27,7 @@ __all__ = [
     "cut_documents",
     "cut_sentences_and_spans",
     "cut_spans",
+    "is_plain_text",
     "read_documents",
     "read_texts",
     "split_sentences",
@@ -68,8 +69,12 @@ def read_documents(data: str, *, column: str = "text", split: str = "train") -> 
         ValueError: there is no such column, or the file can't be read.
     """
     texts = read_texts(data, column=column, split=split)
-    is_plain_text = Path(data).is_file() and Path(data).suffix.lower() not in TABLES
-    return iter([texts]) if is_plain_text else ([text] for text in texts)
+    return iter([texts]) if is_plain_text(data) else ([text] for text in texts)
+
+
+def is_plain_text(data: str) -> bool:
+    """Whether data is a text file: neither a table nor a data set."""
+    return Path(data).is_file() and Path(data).suffix.lower() not in TABLES
 
 
 def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iterator[str]:
