@@ -478,7 +478,7 @@ def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "encoder")
     (tmp_path / "short.txt").write_text("w1 w2")
     status, _, err = invoke(tmp_path / "model", "--data", tmp_path / "short.txt", "-o", tmp_path / "out", *QUICK)
-    assert (status, "gives 1 examples; at least 2 are needed" in err) == (1, True)
+    assert (status, "gives 1 example; at least 2 are needed" in err) == (1, True)
 
 
 def test_an_adapter_of_another_method_is_refused(tmp_path: Path) -> None:
