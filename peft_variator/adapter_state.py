@@ -415,6 +415,12 @@ def check_adapter_state(
         if source and not foreign and _differ_by_a_prefix(surplus, missing):
             loading = f"peft_variator.load_plugin(model, {source!r})"
             advice = f"It was made for the model with another head, or none; {loading} loads it."
+            if missing[0].startswith(_PREFIX):
+                advice = (
+                    "The model is a PeftModel already, and the adapter was made for its base: put it on "
+                    "model.get_base_model() in place of model, under a name of its own, which leaves the adapter that "
+                    "is there on; or have base.load_adapter(FOLDER, adapter_name=NAME) load that one first."
+                )
         raise AdapterStateError(
             f"{where} brings tensors that are none of the adapter's and {what}: {name_some(surplus_names)}."
             f"{hint} {advice}"

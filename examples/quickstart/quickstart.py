@@ -138,7 +138,7 @@ def _conclude(output: Path, console: Console) -> None:
         f"  {python} {_typed(Path(__file__).with_name('load_back.py'))} {_typed(output)}",
         "Next, measure other batches:",
         f"  {command} bench {model} --adapter {plugin} --batch-size 8 --length 256",
-        "Next, train one on your own texts, one on each line of a file:",
+        "Next, train one on your own text (a text file is one document; for separate texts give a table):",
         f"  {command} train {model} --data my_texts.txt --ratio 4,16,32 --output my-plugin",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)

@@ -144,7 +144,9 @@ def _installed(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     memory, threads = psutil.virtual_memory().total, torch.get_num_threads()
     cpu = describe_environment(torch.device("cpu"))
-    described = f"{cpu['cpu']}, {cpu['cores']} cores, {threads} threads, {_gib(memory)}"
+    cores = cpu["cores"]
+    counted = f"{cores} core{'' if cores == 1 else 's'}, {threads} thread{'' if threads == 1 else 's'}"
+    described = f"{cpu['cpu']}, {counted}, {_gib(memory)}"
     devices: list[dict[str, Any]] = [{"name": "cpu", "description": described, "memory_bytes": memory}]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)

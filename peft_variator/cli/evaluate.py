@@ -30,6 +30,7 @@ from ..profiling import (
     was_busy,
 )
 from ..training import load_plugin
+from ..training.data import is_plain_text
 from ..training.evaluation import measure_ratios
 from ..training.loss_masks import CAUSAL, EXAMPLES, Prediction, prediction_of, stacks_of
 from .bench import warn_about_load
@@ -77,6 +78,8 @@ class EvaluateJob:
             if getattr(self, name) < least:
                 value = getattr(self, name)
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; it has to be at least {least}.")
+        if not 0 <= self.min_seconds < math.inf:
+            raise ValueError(f"--min-seconds is {self.min_seconds}; it has to be 0 or more, and finite.")
         for name, low, high in (("min_cosine", -1, 1), ("min_agreement", 0, 1), ("max_nll", 0, math.inf)):
             bound = getattr(self, name)
             if bound is not None and not low <= bound <= high:
@@ -406,6 +409,8 @@ def _show(found: Evaluation, reporter: Reporter) -> None:
             ]
         )
     lines = []
+    if found.tokens is not None and (plain := [name for name in found.data if is_plain_text(name)]):
+        lines.append(f"Each line of {', '.join(plain)} was one text; of a table each row would be.")
     if found.tokens is not None:
         tokens = found.tokens
         cut = f"; {found.cut} were cut, as the model reads no more" if found.cut else ""

@@ -218,7 +218,8 @@ def _shares(sizes: list[int], count: int) -> list[int]:
 
 def _count_held_out(total: int, wanted: int, data: str) -> int:
     if total < 2:
-        raise ValueError(f"{data} gives {total} examples; at least 2 are needed, one of them to measure on. Add data.")
+        given = f"{total} example{'' if total == 1 else 's'}"
+        raise ValueError(f"{data} gives {given}; at least 2 are needed, one of them to measure on. Add data.")
     return min(wanted, max(1, total // SHARE_HELD_OUT))
 
 

@@ -122,7 +122,8 @@ def _check_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"The export needs {', '.join(missing)}, which is not installed. Run: pip install {' '.join(missing)}"
+            f"The export needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. Run: "
+            "pip install 'peft-variator[onnx]'"
         )
 
 

@@ -18,7 +18,7 @@ from ..bases.config import pop_quantization, read_quantization
 from ..hub import ModelFiles, open_files
 from ..model_files import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..models import model_class
-from ..tuners.variator.config import CORRECTION_BITS
+from ..tuners.variator.quantization import count_parameters
 from .console import Reporter
 
 
@@ -254,13 +254,8 @@ def _count(tensor: TensorInfo) -> int:
 
 
 def _count_parameters(weights: Mapping[str, TensorInfo], bits: int | None) -> int:
-    """Number of parameters of an adapter; of one that was shrunk with what fills up blocks."""
-    if bits not in CORRECTION_BITS:
-        return sum(map(_count, filter(_is_floating, weights.values())))
-    rounded = sum(_count(tensor) for key, tensor in weights.items() if key.endswith(".difference"))
-    whole = sum(_count(tensor) for key, tensor in weights.items() if key.endswith(".numbers"))
-    others = (t for key, t in weights.items() if not key.endswith((".scales", ".fingerprint")))
-    return rounded * 8 // bits + whole + sum(map(_count, filter(_is_floating, others)))
+    sizes = ((name, _count(tensor), _is_floating(tensor)) for name, tensor in weights.items())
+    return count_parameters(sizes, bits)
 
 
 def _count_base(base: str, revision: str | None) -> int | None:

@@ -344,6 +344,7 @@ def evaluate_command(
 ) -> None:
     """Measure ADAPTER on your texts at their lengths: quality and speed for each k, and whether it pays.
 
+    Each line of a plain text file is one text (`train` takes the whole file for one document); of a table each row is.
     Encoders are judged by the cosine of hidden states to the base's, classifiers also by agreement of predictions;
     language models read the first part of a text, and by agreement and negative log-likelihood of the rest. Base and
     plugin are timed in turn in one process; causal models on a prefill.

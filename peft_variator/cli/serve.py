@@ -38,7 +38,8 @@ def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"Serving needs {' and '.join(missing)}, which is not installed. Run: pip install {' '.join(missing)}"
+            f"Serving needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. Run: "
+            "pip install 'peft-variator[serve]'"
         )
     for name in ("slo_ms", "timeout"):
         if not 0 < settings[name] < math.inf:

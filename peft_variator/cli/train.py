@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..models import Task
 from ..profiling import allocate, count_flops, find_task, load_config
+from ..profiling.benchmark import count_added_parameters
 from ..profiling.inputs import without_padding
 from ..sentence_folder import loading_class, sentence_files
 from ..training import DistillationTrainer, load_plugin
@@ -224,7 +225,7 @@ class TrainJob(RunSettings):
             data=", ".join(self.data),
             steps=self.steps,
             held_out=len(data.held_out),
-            parameters=sum(value.numel() for value in plugin.parameters() if value.requires_grad),
+            parameters=count_added_parameters(plugin),
             command=self.command,
             ratios=ratios,
             merged_around=config.merged_around,

@@ -16,15 +16,15 @@ from transformers import PreTrainedConfig
 from ..bases import Sparse24Linear, describe_paths
 from ..models import Task, build_model, find_task, has_weights, load_config, on_device, share_weights, takes_sound
 from ..tuners.variator import VariatorConfig
-from ..tuners.variator.quantization import float_corrections
+from ..tuners.variator.quantization import count_parameters, float_corrections
 from .flops import count_flops
 from .inputs import Lengths, make_inputs, make_lengths, without_padding
 from .memory import peak_memory
 from .report import BenchmarkReport, Measurement
-from .timing import Candidate, describe_environment, num_threads, time_alternately
+from .timing import Candidate, check_sampling, describe_environment, num_threads, time_alternately
 
 
-__all__ = ["BenchmarkSettings", "compare", "count_steps", "find_device", "run_benchmark"]
+__all__ = ["BenchmarkSettings", "compare", "count_added_parameters", "count_steps", "find_device", "run_benchmark"]
 
 DEFAULT_LENGTH = 128
 
@@ -49,6 +49,9 @@ class BenchmarkSettings:
         with_disabled: measure the plugin switched off, too.
         seed: of weights, plugin and inputs.
         adapter: folder or Hub name of a saved plugin, which is measured instead of a fresh one.
+
+    Raises:
+        ValueError: there are fewer than 2 rounds, or `min_seconds` is no time.
     """
 
     model: str
@@ -66,6 +69,9 @@ class BenchmarkSettings:
     with_disabled: bool = False
     seed: int = 0
     adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        check_sampling(self.rounds, self.min_seconds)  # before a model is built for it
 
     def resolved(self, config: PreTrainedConfig) -> BenchmarkSettings:
         """These settings with `task` and `length` filled in, and whether weights are drawn.
@@ -139,11 +145,7 @@ def run_benchmark(
         environment=environment,
         command=command,
         base_parameters=_count_dense(base),
-        added_parameters=_count(
-            tensor  # integers say which neurons were copied
-            for tensor in get_peft_model_state_dict(plugin, save_embedding_layers=False).values()
-            if tensor.is_floating_point()
-        ),
+        added_parameters=count_added_parameters(plugin),
         base=measured[0],
         plugins=measured[1:],
         packed_layers=describe_paths(base),
@@ -202,6 +204,14 @@ def _build(
     plugin_config = VariatorConfig(init_weights=False, decompression="bottleneck")
     plugin = get_peft_model(share_weights(base), plugin_config, autocast_adapter_dtype=False)
     return base, plugin.eval()
+
+
+def count_added_parameters(plugin: PeftModel) -> int:
+    """Number of parameters of a model's active adapter, those that nothing trains in a shrunk one included."""
+    name = plugin.active_adapters[0]
+    state = get_peft_model_state_dict(plugin, adapter_name=name, save_embedding_layers=False)
+    sizes = ((key, tensor.numel(), tensor.is_floating_point()) for key, tensor in state.items())
+    return count_parameters(sizes, getattr(plugin.peft_config[name], "correction_bits", None))
 
 
 def _count_dense(model: nn.Module) -> int:
@@ -266,8 +276,10 @@ def compare(
         The base's figures, then those of each ratio, then those of the plugin switched off.
 
     Raises:
-        ValueError: no ratio, one that is given twice or that the plugin refuses, or fewer than 2 rounds.
+        ValueError: no ratio, one that is given twice or that the plugin refuses, fewer than 2 rounds, or a
+            `min_seconds` that is no time.
     """
+    check_sampling(rounds, min_seconds)
     if not ratios:
         raise ValueError("ratios is empty; name at least one compression ratio, e.g. 4.")
     groups = _candidates(base, plugin, inputs, ratios, with_disabled)

@@ -27,6 +27,8 @@ from ..version import __version__
 __all__ = [
     "Candidate",
     "Spread",
+    "check_sampling",
+    "check_sampling",
     "describe_environment",
     "make_training_step",
     "num_threads",
@@ -86,6 +88,22 @@ def num_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def check_sampling(rounds: int, min_seconds: float) -> None:
+    """Check how samples are to be taken.
+
+    Args:
+        rounds: samples of each candidate.
+        min_seconds: seconds that a sample takes at least.
+
+    Raises:
+        ValueError: fewer than 2 rounds, or a `min_seconds` that is no time.
+    """
+    if not 0 <= min_seconds < math.inf:
+        raise ValueError(f"min_seconds is {min_seconds}; it must be a number of seconds, 0 or more.")
+    if rounds < 2:
+        raise ValueError(f"rounds is {rounds}; quartiles need at least 2.")
+
+
 def time_alternately(
     candidates: Sequence[Candidate],
     rounds: int,
@@ -114,10 +132,7 @@ def time_alternately(
     Raises:
         ValueError: fewer than 2 rounds, two candidates of one name, or a `min_seconds` that is no time.
     """
-    if not 0 <= min_seconds < math.inf:
-        raise ValueError(f"min_seconds is {min_seconds}; it must be a number of seconds, 0 or more.")
-    if rounds < 2:
-        raise ValueError(f"rounds is {rounds}; quartiles need at least 2.")
+    check_sampling(rounds, min_seconds)
     samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     if len(samples) != len(candidates):
         raise ValueError(f"Candidates need names of their own, not {[candidate.name for candidate in candidates]}.")

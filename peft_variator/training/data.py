@@ -27,6 +27,7 @@ __all__ = [
     "cut_documents",
     "cut_sentences_and_spans",
     "cut_spans",
+    "is_plain_text",
     "read_documents",
     "read_texts",
     "split_sentences",
@@ -68,8 +69,12 @@ def read_documents(data: str, *, column: str = "text", split: str = "train") -> 
         ValueError: there is no such column, or the file can't be read.
     """
     texts = read_texts(data, column=column, split=split)
-    is_plain_text = Path(data).is_file() and Path(data).suffix.lower() not in TABLES
-    return iter([texts]) if is_plain_text else ([text] for text in texts)
+    return iter([texts]) if is_plain_text(data) else ([text] for text in texts)
+
+
+def is_plain_text(data: str) -> bool:
+    """Whether data is a text file: neither a table nor a data set."""
+    return Path(data).is_file() and Path(data).suffix.lower() not in TABLES
 
 
 def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iterator[str]:
@@ -101,9 +106,17 @@ def read_texts(data: str, *, column: str = "text", split: str = "train") -> Iter
         ) from error
     try:
         records = load_dataset(data, split=split)
-    except DatasetsError as error:
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
+        reason = error.__cause__ or error
+        if path.is_dir():
+            raise ValueError(
+                f"{data!r} is a folder, and no data set that `datasets` reads: name its files, each with --data. "
+                f"`datasets` says: {reason}"
+            ) from error
+        if not isinstance(error, DatasetsError):
+            raise
         here = "" if path.exists() else f"There is no file {data!r} here. "
-        raise ValueError(f"{here}`datasets` can't read {data!r}: {error.__cause__ or error}") from error
+        raise ValueError(f"{here}`datasets` can't read {data!r}: {reason}") from error
     except ConnectionError as error:
         raise ConnectionError(
             f"There is no file {data!r} here, and no data set of that name can be fetched: {error}. Name a text file "

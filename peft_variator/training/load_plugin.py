@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import nn
@@ -39,16 +39,29 @@ def load_plugin(
 
     Raises:
         OSError: it is no folder and not in the Hub's cache, and the Hub can't be reached.
-        ValueError: the adapter's file can't be read; the model has no modules, or modules of more than one part, that
-            the adapter fits; not every tensor of the adapter was loaded; or the model is offloaded to disk, where PEFT
-            would overwrite its files. The model is left as it was.
+        TypeError: `model` is no module or `path` no path, as where the two are swapped.
+        ValueError: the adapter's file can't be read; the model is a `PeftModel` of another method, has no modules, or
+            modules of more than one part, that the adapter fits; not every tensor of the adapter was loaded; or the
+            model is offloaded to disk, where PEFT would overwrite its files. The model is left as it was.
     """
+    if not isinstance(model, nn.Module) or not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"load_plugin got a model of type {type(model).__name__} and a path of type {type(path).__name__}. Give "
+            "the model first and the adapter's folder or name second: load_plugin(model, 'my-plugin')."
+        )
     refuse_disk_offload(model)
     path = os.fspath(path)
     check_reachable(path, CONFIG_NAME)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, WEIGHTS_NAME)):
         read_keys(Path(path, SAFETENSORS_WEIGHTS_NAME))
-    prefix = _prefix_of(path)
+    method, prefix = _method_of(path)
+    if isinstance(model, PeftModel) and model.peft_type != method:
+        raise ValueError(
+            f"The adapter in {path} has the method {PeftType(method).value}, and the model is a PeftModel of "
+            f"{PeftType(model.peft_type).value}, which takes adapters of that method alone. Put it on the base, with "
+            f"the adapter that is there: load_plugin(model.get_base_model(), {path!r}, NAME), under a name of its "
+            "own; or have base.load_adapter(FOLDER, adapter_name=NAME) load that one first."
+        )
     weights = load_peft_weights(path, device="cpu")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     mapping = _find_renaming(weights, prefix, {name for name, _ in base.named_modules() if name}, path)
@@ -64,10 +77,11 @@ def load_plugin(
     return model
 
 
-def _prefix_of(path: str) -> str:
-    """What the names of an adapter's tensors start with, by its method."""
+def _method_of(path: str) -> tuple[str, str]:
+    """An adapter's method, and what the names of its tensors start with by that."""
     try:
-        return PEFT_TYPE_TO_PREFIX_MAPPING[PeftConfig.from_pretrained(path).peft_type]
+        method = PeftConfig.from_pretrained(path).peft_type
+        return method, PEFT_TYPE_TO_PREFIX_MAPPING[method]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"The adapter in {path}: peft_type in {CONFIG_NAME} is none of PEFT's methods, or one without tensors of "

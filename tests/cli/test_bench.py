@@ -156,6 +156,14 @@ def test_bad_options(config, options, message):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.parametrize("options", [["--rounds", "1"], ["--min-seconds", "-1"]])
+def test_no_model_is_built_for_samples_that_can_t_be_taken(config, monkeypatch, options):
+    built = []
+    monkeypatch.setattr(bench_module, "run_benchmark", lambda *args, **kwargs: built.append(args))
+    assert invoke(config("encoder"), *QUICK, *options)[0] == 1
+    assert not built
+
+
 def test_images_have_no_length(config):
     status, _, err = invoke(config("vision"), *QUICK, "--length", 4)
     assert status == 1

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from peft_variator.cli import doctor
 from peft_variator.cli.main import app
+from peft_variator.profiling import num_threads
 from peft_variator.version import __version__
 from peft_variator.weight_kernels.compiled import Compiled, load_compiled
 from peft_variator.weight_kernels.masked_weight import LEAST_LEVEL
@@ -49,6 +50,12 @@ def test_what_is_here_is_told(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", "--json", str(path)])
     assert json.loads(path.read_text()).keys() == facts.keys()
     assert packed["reason"] in done.stdout
+
+
+@pytest.mark.parametrize(("threads", "told"), [(1, ", 1 thread, "), (2, ", 2 threads, ")])
+def test_threads_are_counted(threads: int, told: str) -> None:
+    with num_threads(threads):
+        assert told in asked()[0]["devices"][0]["description"]
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

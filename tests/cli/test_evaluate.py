@@ -72,6 +72,19 @@ def test_an_encoder_s_cosines_are_those_of_its_texts(tmp_path: Path, data: Path)
         assert len(result["seconds"]) == 2
 
 
+def test_each_line_of_a_text_file_is_told_to_be_one_text(tmp_path: Path, data: Path) -> None:
+    """For training such a file is one document."""
+    plugin, table = save_plugin(tmp_path), tmp_path / "table.jsonl"
+    table.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    told = f"Each line of {data} was one text"
+    for names, is_told in (([data, table], True), ([table], False)):
+        words = [word for name in names for word in ("--data", name)]
+        status, out, err = invoke(plugin, *words, *QUICK, "--ratio", "2")
+        assert status == 0, err
+        assert (told in " ".join(out.split())) is is_told
+    assert "Each line of a plain text file is one text" in " ".join(invoke("--help")[1].split())
+
+
 @torch.no_grad()
 def test_a_causal_model_is_judged_by_what_it_predicts(tmp_path: Path, data: Path) -> None:
     plugin = save_plugin(tmp_path, "causal")
@@ -200,6 +213,8 @@ def test_padding_and_a_busy_machine_are_told(tmp_path: Path, monkeypatch: pytest
         (["--max-nll", "3"], "Use --min-cosine"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--rounds", "1"], "--rounds is 1"),
+        (["--min-seconds", "-1"], "--min-seconds is -1.0; it has to be 0 or more"),
+        (["--min-seconds", "nan"], "--min-seconds is nan; it has to be 0 or more"),
         (["--ratio", "0"], "compression_ratio=0"),
         (["--device", "abacus"], "'abacus'"),
         (["--base", "/nowhere/at/all"], "/nowhere/at/all"),

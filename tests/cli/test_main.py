@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -315,6 +316,23 @@ def test_an_interrupt_is_told_once(
     told = capsys.readouterr().err
     assert told.count("Interrupted") == 1
     assert len(told.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("module", "extra"), [("serve", "serve"), ("export", "onnx")])
+@pytest.mark.parametrize("lacks_all", [True, False])
+def test_missing_packages_are_installed_by_their_extra(
+    module: str, extra: str, lacks_all: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose versions are bounded."""
+    lacking = ("litserve", "prometheus_client", "onnx", "onnxruntime") if lacks_all else ("litserve", "onnx")
+    find = importlib.util.find_spec
+    for place in ("importlib.util.find_spec", "peft_variator.cli.serve.find_spec"):
+        monkeypatch.setattr(place, lambda name, *args: None if name in lacking else find(name, *args))
+    words = ["serve", "model"] if module == "serve" else ["export", "plugin", "-o", str(tmp_path / "model.onnx")]
+    done = CliRunner().invoke(app, words)
+    told = " ".join(done.stderr.split())
+    assert done.exit_code == 1
+    assert f"which {'are' if lacks_all else 'is'} not installed. Run: pip install 'peft-variator[{extra}]'" in told
 
 
 def test_json_goes_to_standard_output_and_text_leaves_it(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Siglip2ImageProcessor, ViTImageProcessor, set_seed
+from transformers import AutoModel, PreTrainedModel, Siglip2ImageProcessor, ViTImageProcessor, set_seed
 
-from peft_variator import VariatorConfig
+from peft_variator import VariatorConfig, shrink_plugin
 from peft_variator.cli.examples import load_data
+from peft_variator.profiling.benchmark import count_added_parameters
 from peft_variator.tuners.variator.layer import plugin_layers
 from tests.cli.commands import run_command
 from tests.tiny_models import tiny_model
@@ -155,6 +156,25 @@ def test_a_second_stage_of_a_plugin_with_a_ratio_pattern(tmp_path: Path, scoring
     else:
         assert with_ratio == [2, 4]
         assert fewer == flops
+
+
+def test_a_shrunk_plugin_counts_all_of_its_parameters(tmp_path: Path) -> None:
+    """As `info` does, though only biases of it are trained; and so does `bench`."""
+    save_model(tmp_path / "model", "encoder")
+    data = save_data(tmp_path / "data.txt", "encoder")
+    model = get_peft_model(
+        AutoModel.from_pretrained(tmp_path / "model"), VariatorConfig(decompression="neurons", correction_dim=8)
+    )
+    shrink_plugin(model)
+    model.save_pretrained(tmp_path / "shrunk")
+    words = ("--data", data, "-o", tmp_path / "out", "--adapter", tmp_path / "shrunk", *QUICK)
+    status, out, err = invoke(tmp_path / "model", *words)
+    assert status == 0, err
+    assert run_command("info", tmp_path / "out", "--json", tmp_path / "info.json")[0] == 0
+    counted = json.loads((tmp_path / "info.json").read_text())["parameters"]
+    assert f"the plugin ({counted:,} parameters" in out
+    assert f"Parameters added: {counted:,}" in (tmp_path / "out" / "README.md").read_text()
+    assert count_added_parameters(model) == counted
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -474,7 +494,7 @@ def test_outputs_and_models_that_do_not_do(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "encoder")
     (tmp_path / "short.txt").write_text("w1 w2")
     status, _, err = invoke(tmp_path / "model", "--data", tmp_path / "short.txt", "-o", tmp_path / "out", *QUICK)
-    assert (status, "gives 1 examples; at least 2 are needed" in err) == (1, True)
+    assert (status, "gives 1 example; at least 2 are needed" in err) == (1, True)
 
 
 def test_an_adapter_of_another_method_is_refused(tmp_path: Path) -> None:

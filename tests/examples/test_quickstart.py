@@ -95,6 +95,7 @@ def test_smoke_run_prints_the_table_what_it_wrote_and_what_to_do_next(smoke):
         assert words in printed
     assert printed.count("Wrote ") == 4
     assert printed.count("Next, ") == 3
+    assert "a text file is one document; for separate texts give a table" in printed
     assert str(output) in printed
 
 

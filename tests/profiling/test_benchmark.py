@@ -141,6 +141,31 @@ def test_bad_settings(tiny, change, message):
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 1}, "rounds is 1; quartiles need at least 2"),
+        ({"min_seconds": -1.0}, r"min_seconds is -1\.0; it must be a number of seconds"),
+        ({"min_seconds": float("inf")}, "min_seconds is inf; it must be a number of seconds"),
+    ],
+)
+def test_samples_that_can_t_be_taken_are_refused_before_anything_is_built(change, message):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkSettings("qwen2.5-0.5b", [2], **change)
+    counted = []
+    with pytest.raises(ValueError, match=message):
+        compare(
+            torch.nn.Identity(),
+            None,
+            {},
+            [2],
+            on_step=lambda: counted.append(1),
+            device=CPU,
+            **{"rounds": 2, **change},
+        )
+    assert not counted
+
+
 @pytest.mark.parametrize("change", [{"length": 10}, {"lengths": "uneven"}])
 def test_images_have_no_length(change):
     with pytest.raises(ValueError, match="vit-base takes images, whose number of patches follows"):

@@ -65,6 +65,38 @@ def test_peft_on_another_head_names_what_loads_it(base_model, saved, source: str
         PeftModel.from_pretrained(base_model(target), folder)
 
 
+def test_on_a_model_of_another_method_the_errors_name_what_works(base_model, saved, tmp_path: Path) -> None:
+    folder = saved("bert")
+    get_peft_model(base_model("bert"), LoraConfig(target_modules=["query"], init_lora_weights=False)).save_pretrained(
+        tmp_path / "lora"
+    )
+
+    def lora() -> PeftModel:
+        return PeftModel.from_pretrained(base_model("bert"), tmp_path / "lora")
+
+    with pytest.raises(ValueError, match=r"is a PeftModel already.*model\.get_base_model\(\).*base\.load_adapter\("):
+        PeftModel.from_pretrained(lora(), folder, adapter_name="plugin")
+    message = r"VARIATOR, and the model is a PeftModel of LORA.*load_plugin\(model\.get_base_model\(\).*load_adapter"
+    with pytest.raises(ValueError, match=message):
+        load_plugin(lora(), folder, "plugin")
+    base = base_model("bert")
+    base.load_adapter(str(tmp_path / "lora"), adapter_name="task")
+    ids = torch.arange(5, 25).unsqueeze(0)
+    expected = load_plugin(base, folder, "plugin").eval()(ids).last_hidden_state
+    for found in (
+        load_plugin(lora().get_base_model(), folder, "plugin"),
+        PeftModel.from_pretrained(lora().get_base_model(), folder, adapter_name="plugin"),
+    ):
+        torch.testing.assert_close(found.eval()(ids).last_hidden_state, expected)
+    alone = load_plugin(base_model("bert"), folder).eval()(ids).last_hidden_state
+    assert not torch.allclose(alone, expected)  # the LoRA stays on
+
+
+def test_swapped_arguments_are_named(base_model, saved) -> None:
+    with pytest.raises(TypeError, match=r"a model of type .* and a path of type BertModel.*Give the model first"):
+        load_plugin(str(saved("bert")), base_model("bert"))
+
+
 @pytest.mark.parametrize("is_trainable", [True, False])
 def test_a_plugin_joins_another_one(base_model, plugin_model, saved, is_trainable: bool) -> None:
     folder = saved("bert")

@@ -300,10 +300,16 @@ def test_a_data_set_in_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_data_set(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(FileNotFoundError, match="doesn't contain any data files"):
+    told = f"'{tmp_path}' is a folder, and no data set that `datasets` reads: name its files, each with --data"
+    with pytest.raises(ValueError, match=told):
+        read_texts(str(tmp_path))
+    (tmp_path / "a.md").write_text("Words.\n")
+    with pytest.raises(ValueError, match=told):
         read_texts(str(tmp_path))
     (tmp_path / "train.jsonl").write_text("{broken\n")
-    with pytest.raises(ValueError, match=f"`datasets` can't read '{tmp_path}': .*JSON"):
+    with pytest.raises(
+        ValueError, match=f"'{tmp_path}' is a folder, and no data set .*: name its files.* says: .*JSON"
+    ):
         read_texts(str(tmp_path))
 
 

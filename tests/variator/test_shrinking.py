@@ -449,6 +449,48 @@ def test_another_base_than_its_own_warns(tmp_path: Path) -> None:
             PeftModel.from_pretrained(case.build().to(dtype), str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_its_own_base_in_int8_does_not_warn_and_another_does(tmp_path: Path) -> None:
+    """A large weight makes the steps of `quantize_dynamic` coarse for all others, as in all-mpnet-base-v2."""
+    case = BY_NAME["bert"]
+    model = trained(case)
+    shrink_plugin(model)
+    model.save_pretrained(tmp_path)
+    others = [int(layer.modules_of("default")["variator_neurons"].rest(48)[0]) for layer in plugin_layers(model)]
+
+    def in_int8(base: Any) -> nn.Module:
+        """A base with a large weight in a neuron that is not copied."""
+        for block, neuron in zip(base.encoder.layer, others, strict=True):
+            into, out = block.intermediate.dense.weight.detach(), block.output.dense.weight.detach()
+            into[neuron, 0], out[0, neuron] = 200 * into.std(), 200 * out.std()
+        return torch.ao.quantization.quantize_dynamic(base.eval(), {nn.Linear}, dtype=torch.qint8)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was shrunk beside other weights")
+        quantize_plugin(PeftModel.from_pretrained(in_int8(case.build()), str(tmp_path)))
+    torch.manual_seed(7)
+    other = type(case.build())(case.build().config)
+    with pytest.warns(UserWarning, match="was shrunk beside other weights than this base's"):
+        PeftModel.from_pretrained(in_int8(other), str(tmp_path))
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_that_are_unrelated_or_in_another_order_do_not_fit(bits: int, scale: float) -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(48, 40, generator=generator)
+        copies = RoundedRows(40, 48, bits, bias=False)
+        copies.set_weight(rows + 0.02, rows)
+        assert copies.fits
+        copies.set_rows(scale * torch.randn(48, 40, generator=generator))
+        assert not copies.fits
+        copies.set_rows(scale * rows[torch.randperm(48, generator=generator)])
+        assert not copies.fits
+        copies.set_rows(rows)
+        assert copies.fits
+
+
 def test_a_call_without_gradients_leaves_it_trainable() -> None:
     case = BY_NAME["bert"]
     model = trained(case)

@@ -41,8 +41,10 @@ __all__ = [
 # Numbers of a rounded difference that share a scale.
 BLOCK = 64
 # By how much of themselves fingerprints differ at least where the weights are another model's: of unrelated ones by
-# about √2, of weights rounded to four bits by about 0.1.
-OTHER_BASE = 0.3
+# about √2, and hardly by less than 1 however small those are. Weights rounded to four bits in blocks differ by about
+# 0.1, to eight with one scale for a whole weight, as by torch's `quantize_dynamic`, by as much as 0.6 (those of
+# all-mpnet-base-v2): a few large weights make the steps coarse.
+OTHER_BASE = 0.9
 
 
 class FloatLinear(nn.Module):

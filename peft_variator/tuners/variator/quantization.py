@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any, cast
@@ -27,7 +27,14 @@ from .neurons import NeuronIndex, weights_of
 from .ratios import layers_of
 
 
-__all__ = ["float_corrections", "float_state", "quantize_plugin", "quantized_parts", "shrink_plugin"]
+__all__ = [
+    "count_parameters",
+    "float_corrections",
+    "float_state",
+    "quantize_plugin",
+    "quantized_parts",
+    "shrink_plugin",
+]
 
 Quantize = Callable[[nn.Module], object]
 
@@ -283,3 +290,22 @@ def _quantize_like(module: DynamicLinear) -> Quantize:
                 setattr(holder, name, DynamicLinear.from_float(linear))
 
     return quantize
+
+
+def count_parameters(tensors: Iterable[tuple[str, int, bool]], bits: int | None) -> int:
+    """Number of parameters of an adapter; of one that was shrunk with what fills up blocks.
+
+    Args:
+        tensors: of each of its tensors, as they are saved, the name, how many numbers it holds, and whether they are
+            in floating point; integers say which neurons were copied, unless it was shrunk.
+        bits: `correction_bits` of its configuration; 4 and 8 are those of an adapter that was shrunk.
+    """
+    if bits not in CORRECTION_BITS:
+        return sum(count for _, count, is_floating in tensors if is_floating)
+    total = 0
+    for name, count, is_floating in tensors:
+        if name.endswith(".difference"):
+            total += count * 8 // bits
+        elif name.endswith(".numbers") or (is_floating and not name.endswith((".scales", ".fingerprint"))):
+            total += count
+    return total
