@@ -39,12 +39,12 @@ def load_plugin(
 
     Raises:
         OSError: it is no folder and not in the Hub's cache, and the Hub can't be reached.
-        TypeError: `model` is no module or `path` no path, as where the two are swapped.
+        TypeError: `path` is no path, as where the two are swapped.
         ValueError: the adapter's file can't be read; the model is a `PeftModel` of another method, has no modules, or
             modules of more than one part, that the adapter fits; not every tensor of the adapter was loaded; or the
             model is offloaded to disk, where PEFT would overwrite its files. The model is left as it was.
     """
-    if not isinstance(model, nn.Module) or not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike):
         raise TypeError(
             f"load_plugin got a model of type {type(model).__name__} and a path of type {type(path).__name__}. Give "
             "the model first and the adapter's folder or name second: load_plugin(model, 'my-plugin')."
