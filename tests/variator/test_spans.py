@@ -329,6 +329,20 @@ def test_layers_that_there_are_not_and_other_targets() -> None:
         allocate(VIT.build(), [VIT.inputs()], layer_spans=[[1, 2]])
 
 
+@pytest.mark.parametrize(("there", "added"), [([[1, 3]], None), (None, [[1, 3]]), ([[1, 3]], [[0, 1]])])
+def test_plugins_around_other_modules_are_refused_beside_one_another(
+    there: list[list[int]] | None, added: list[list[int]] | None
+) -> None:
+    """One would be inside of another, and merge for it in part."""
+    model, inputs = with_plugin(VIT, layer_spans=there, compression_ratio=4), VIT.inputs()
+    expected, names = first(model, inputs), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="beside one another"):
+        model.add_adapter("second", VariatorConfig(layer_spans=added))
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(first(model, inputs), expected)
+    model.add_adapter("third", VariatorConfig(layer_spans=there, compression_ratio=2))
+
+
 def test_a_mask_beside_the_hidden_states_is_refused() -> None:
     model = with_plugin(VIT, layer_spans=[[1, 3]], compression_ratio=4)
     layer = layers_of(model)[0]

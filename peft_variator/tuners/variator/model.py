@@ -143,6 +143,7 @@ class VariatorModel(TidyTuner):
 
     def _place_all(self, model: nn.Module, config: VariatorConfig) -> dict[str, Placement]:
         """Where the plugins of all networks go, found out before anything is changed."""
+        _check_same_spans(model, config)
         wrapped = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
         placements = {}
         for key, module in model.named_modules():
@@ -351,6 +352,18 @@ def _is_of_another_method(module: nn.Module) -> bool:
 
 def _place(model: nn.Module, config: VariatorConfig, key: str, target: nn.Module) -> Placement:
     return place(model, config, key, target) if config.layer_spans is None else place_span(model, config, key)
+
+
+def _check_same_spans(model: nn.Module, config: VariatorConfig) -> None:
+    """Raise if a model has plugins around other parts of its layers: one would be inside of another."""
+    for layer in plugin_layers(model):
+        for name, other in layer.configs.items():
+            if other.layer_spans != config.layer_spans:
+                raise ValueError(
+                    f"layer_spans={config.layer_spans}: the plugin {name!r} of this model has {other.layer_spans}, "
+                    "and plugins beside one another merge around the same modules. Load this one onto a base of its own, "
+                    "or delete the other first."
+                )
 
 
 def _check_schedule_merges(model: nn.Module, config: VariatorConfig) -> None:

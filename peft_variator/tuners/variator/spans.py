@@ -62,9 +62,8 @@ def span_targets(model: nn.Module, config: VariatorConfig) -> str:
     spans = config.layer_spans or []
     starts: dict[str, FeedForward] = {}
     names: list[str] = []
-    depths: dict[str, int] = {}
     for layers, row, owner_name in _stacks_of_layers(model):
-        depths[layers] = depth = len(model.get_submodule(layers)._modules)
+        depth = len(model.get_submodule(layers)._modules)
         if spans[-1][1] >= depth:
             raise ValueError(
                 f"layer_spans={spans} ends with layer {spans[-1][1]}, and {layers!r} has {depth} layers, 0 to "
