@@ -361,8 +361,8 @@ def _check_same_spans(model: nn.Module, config: VariatorConfig) -> None:
             if other.layer_spans != config.layer_spans:
                 raise ValueError(
                     f"layer_spans={config.layer_spans}: the plugin {name!r} of this model has {other.layer_spans}, "
-                    "and plugins beside one another merge around the same modules. Load this one onto a base of its own, "
-                    "or delete the other first."
+                    "and plugins beside one another merge around the same modules. Load this one onto a base of its "
+                    "own, or delete the other first."
                 )
 
 
