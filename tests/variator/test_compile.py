@@ -256,6 +256,17 @@ def test_a_pooled_output_that_is_read_at_padding(backend: str) -> None:
         torch.testing.assert_close(compiled(**inputs).pooler_output, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", [BERT, LLAMA], ids=by_name)
+def test_tokens_that_are_kept_at_the_ends_have_room_of_their_own(case: Case) -> None:
+    """K counts the first of each end."""
+    model = with_plugin(case, keep_first_tokens=5, keep_last_tokens=11, max_kept_tokens=2)
+    compiled, _ = compiled_whole(model)
+    with torch.no_grad():
+        for length in (18, 19, 20, 21, 40, 7):
+            inputs = case.inputs(2, length)
+            assert_same(compiled(**inputs), outputs_of(model, inputs))
+
+
 def test_enough_room_is_no_error() -> None:
     model = with_plugin(BERT, keep_token_ids=KEPT, max_kept_tokens=20)
     compiled, _ = compiled_whole(model)

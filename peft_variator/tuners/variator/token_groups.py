@@ -480,8 +480,9 @@ def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
     """The groups that flags decide, in a layout whose shapes depend on the shape of the flags alone.
 
     Each of up to K tokens that are not merged has a row and may split a group in two, and each border between texts
-    splits one more: ⌈length / k⌉ + 2K + 1 rows, and 2K + 1 for every further text. An input that needs more stops with
-    an index out of range. Each outlier has a row, takes one token from the groups and may split one in two, which is
+    splits one more: ⌈length / k⌉ + 2K + 1 rows, and 2K + 1 for every further text. Further tokens at the ends of a text
+    that the rule keeps split nothing more, so beside the first of either end each has a row. An input that needs more
+    stops with an index out of range. Each outlier has a row, takes one token from the groups and may split one in two, which is
     2 − 2/k rows more.
 
     Args:
@@ -491,7 +492,8 @@ def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
     """
     may_merge, real, breaks = flags
     length, ratio = may_merge.shape[1], rule.ratio
-    rows = (length + ratio - 1) // ratio + (2 * rule.max_kept + 1) * texts
+    at_ends = max(rule.keep_first - 1, 0) + max(rule.keep_last - 1, 0)
+    rows = (length + ratio - 1) // ratio + (2 * rule.max_kept + 1 + at_ends) * texts
     if rule.outliers is not None:
         outliers = count_outliers(length, rule.outliers) + texts - 1  # of each text by itself they are rounded up
         rows = rows + (outliers * (2 * ratio - 2) + ratio - 1) // ratio
