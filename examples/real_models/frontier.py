@@ -6,6 +6,7 @@ python examples/real_models/frontier.py
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "measured_values",
     "model_of",
     "quality_table",
+    "seeds_table",
     "shipped_table",
     "speed_table",
     "write_page",
@@ -149,6 +151,40 @@ def quality_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
         if _comparable(figure, columns)
     ]
     return make_table(["", *columns], rows) if rows else ""
+
+
+def seeds_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
+    """What was measured of several trainings that differ in their seed alone; empty where there is one.
+
+    Args:
+        name: name of the plugin's folder; see [`model_of`].
+        ratios: the plugin's.
+        results: folder of what was measured; those of further seeds are in its `seeds`.
+    """
+    further = sorted(file.stem.removeprefix("run-") for file in (results / "seeds").glob(f"run-{name}-seed*.json"))
+    first = _measured(name, ratios, results)
+    runs = [first, *(_measured(each, ratios, results / "seeds") for each in further)]
+    columns = [title for title in first if title != "base" and all(title in run for run in runs)]
+    rows = []
+    for figure in figures_of(name):
+        if further and columns and all(_comparable(figure, run) for run in _beside_base(runs, columns)):
+            values = [[run[title][figure.part][figure.key] for run in runs] for title in columns]
+            cells = [_mean_and_range(each, figure.digits) for each in values]
+            rows.append([_title(figure), f"{first['base'][figure.part][figure.key]:.{figure.digits}f}", *cells])
+    if not rows:
+        return ""
+    heading = f"Trained {len(runs)} times with other seeds, the one above among them: mean, lowest and highest:"
+    return f"{heading}\n\n" + make_table(["", "base", *columns], rows)
+
+
+def _beside_base(runs: list[dict[str, dict[str, Any]]], columns: list[str]) -> list[dict[str, dict[str, Any]]]:
+    """The columns of each run beside the base's, which the first one has."""
+    return [{"base": runs[0]["base"], **{title: run[title] for title in columns}} for run in runs]
+
+
+def _mean_and_range(values: list[float], digits: int) -> str:
+    mean, low, high = statistics.fmean(values), min(values), max(values)
+    return f"{mean:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]"
 
 
 def measured_values(name: str, ratios: list[int], results: Path = RESULTS) -> list[tuple[Figure, int, float]]:
@@ -464,7 +500,8 @@ def write_page(page: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> 
             lines = [f"### {name}", _conditions(runs[name], (plugins / name).is_dir())]
             if pictured and name == next(iter(ratios)):
                 lines.append(f"![Quality against speed of {model} with its plugin](images/{picture.name})")
-            lines += [quality_table(name, ratios[name], results), speed_table(name, ratios[name], results)]
+            lines += [quality_table(name, ratios[name], results), seeds_table(name, ratios[name], results)]
+            lines.append(speed_table(name, ratios[name], results))
             parts.append("\n\n".join(line for line in lines if line))
     write_text(page, replace_between(page.read_text(), "real-models", "\n\n".join(parts)))
     return names

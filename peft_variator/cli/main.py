@@ -751,6 +751,10 @@ def train_command(
     compensation_rank: Annotated[
         int | None, typer.Option(help="Rank of updates of the blocks' maps, on only while the plugin merges.")
     ] = None,
+    keep_last_tokens: Annotated[
+        int | None,
+        typer.Option(help="Last tokens of a text or prompt not to merge (1); for language models try 32."),
+    ] = None,
     keep_outliers: Annotated[
         float | None,
         typer.Option(help="Share of a text's tokens not to merge, those that a probe tells, as in 0.1."),
@@ -797,6 +801,7 @@ def train_command(
         correction_dim=correction_dim,
         correction_rank=correction_rank,
         compensation_rank=compensation_rank,
+        keep_last_tokens=keep_last_tokens,
         keep_outliers=keep_outliers,
         layer_spans=parse_spans(layer_spans),
         flops_saved=parse_shares(flops_saved),

@@ -47,6 +47,7 @@ PLUGIN_OPTIONS = (
     "decompression",
     "correction_rank",
     "compensation_rank",
+    "keep_last_tokens",
     "keep_outliers",
     "layer_spans",
 )
@@ -72,6 +73,7 @@ class TrainJob(RunSettings):
     correction_dim: str | None = None
     correction_rank: int | None = None
     compensation_rank: int | None = None
+    keep_last_tokens: int | None = None
     keep_outliers: float | None = None
     layer_spans: list[list[int]] | None = None
     flops_saved: list[float] | None = None

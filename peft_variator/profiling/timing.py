@@ -28,7 +28,6 @@ __all__ = [
     "Candidate",
     "Spread",
     "check_sampling",
-    "check_sampling",
     "describe_environment",
     "make_training_step",
     "num_threads",

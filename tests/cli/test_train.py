@@ -345,6 +345,14 @@ def test_images_of_several_shapes_are_trained_on(tmp_path: Path) -> None:
     assert status == 0, err
 
 
+def test_the_end_of_a_prompt_is_kept(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "causal")
+    data, words = save_data(tmp_path / "data", "causal"), ["--keep-last-tokens", "5", *SMALL, *QUICK]
+    status, _, err = invoke(tmp_path / "model", "--data", data, "-o", tmp_path / "out", *words)
+    assert status == 0, err
+    assert PeftConfig.from_pretrained(str(tmp_path / "out")).keep_last_tokens == 5
+
+
 def test_whole_layers_of_a_vision_model(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "vision")
     data = save_data(tmp_path / "data", "vision")
@@ -448,6 +456,8 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
         (["--adapter", "x", "--flops-saved", "0.3"], "--flops-saved is that of the plugin in --adapter"),
         (["--decompression", "bottleneck", "--correction-rank", "4"], "correction_rank=4"),
         (["--compensation-rank", "0"], "compensation_rank=0"),
+        (["--keep-last-tokens", "-1"], "keep_last_tokens"),
+        (["--adapter", "x", "--keep-last-tokens", "8"], "--keep-last-tokens is that of the plugin in --adapter"),
         (["--data", "missing.txt"], "There is no file 'missing.txt'"),
         (["--output", f"{__file__}/out"], f"'{__file__}' is a file. Name another output."),
         (["--checkpoints", f"{__file__}/kept"], f"'{__file__}' is a file. Name another output."),

@@ -419,6 +419,30 @@ def test_the_page_of_results_is_made_of_json(scripts, tmp_path):
     assert (tmp_path / "images" / f"frontier-{name}.png").stat().st_size > 1000
 
 
+def test_trainings_with_other_seeds_are_told_by_mean_and_range(scripts, tmp_path):
+    """A figure that one of them has not, or has of another amount of data, is left out."""
+    name, table = "all-MiniLM-L6-v2", scripts("frontier").seeds_table
+    (tmp_path / "seeds").mkdir()
+
+    def write(file, spearman, **others):
+        parts = {"stsb": {"spearman": spearman, "limit": None}, **others}
+        (tmp_path / f"{file}.json").write_text(json.dumps({"parts": parts}))
+
+    probe = {"sst2": {"accuracy": 90.0, "limit": None}}
+    write(f"base-{name}", 82.0, **probe)
+    write(f"plugin-{name}-k8", 81.0, **probe)
+    write(f"plugin-{name}-k16", 81.5, **probe)
+    assert table(name, [8, 16], tmp_path) == ""
+    for seed, spearman, limit in ((1, 80.0, None), (2, 81.5, 10)):
+        (tmp_path / "seeds" / f"run-{name}-seed{seed}.json").write_text("{}")
+        write(f"seeds/plugin-{name}-seed{seed}-k8", spearman, sst2={"accuracy": 80.0, "limit": limit})
+    text = table(name, [8, 16], tmp_path)
+    assert "Trained 3 times" in text
+    assert "| STS-B test, Spearman × 100 | 82.00 | 80.83 [80.00–81.50] |" in text
+    assert "k = 16" not in text
+    assert "SST-2" not in text
+
+
 def test_a_plugin_of_an_encoder_alone_is_saved_for_the_whole_model(scripts, tmp_path):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 20}
