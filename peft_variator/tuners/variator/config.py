@@ -239,7 +239,8 @@ class VariatorConfig(SavedConfig):
         metadata={
             "help": "K, how many tokens of a sequence that are not merged there is room for in compiled and exported "
             "code, whose shapes cannot depend on a text: ⌈length / k⌉ + 2K + 1 rows. A sequence that needs more stops "
-            "with an error. Those of `keep_outliers`, and further ones at the ends of a text, have room beside them. Without a compiler it has no effect."
+            "with an error. Those of `keep_outliers`, and further ones at the ends of a text, have room beside them. "
+            "Without a compiler it has no effect."
         },
     )
     trained_ratios: list[int] | None = field(

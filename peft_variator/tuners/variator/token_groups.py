@@ -480,10 +480,10 @@ def bound(flags: MergeFlags, rule: MergeRule, texts: int) -> BoundedGroups:
     """The groups that flags decide, in a layout whose shapes depend on the shape of the flags alone.
 
     Each of up to K tokens that are not merged has a row and may split a group in two, and each border between texts
-    splits one more: ⌈length / k⌉ + 2K + 1 rows, and 2K + 1 for every further text. Further tokens at the ends of a text
-    that the rule keeps split nothing more, so beside the first of either end each has a row. An input that needs more
-    stops with an index out of range. Each outlier has a row, takes one token from the groups and may split one in two, which is
-    2 − 2/k rows more.
+    splits one more: ⌈length / k⌉ + 2K + 1 rows, and 2K + 1 for every further text. Further tokens at the ends of a
+    text that the rule keeps split nothing more, so beside the first of either end each has a row. An input that needs
+    more stops with an index out of range. Each outlier has a row, takes one token from the groups and may split one in
+    two, which is 2 − 2/k rows more.
 
     Args:
         flags: what decides the groups.
