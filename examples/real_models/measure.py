@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(WEIGHTS), required=True)
     parser.add_argument("--plugin", type=Path, help="folder of a plugin; without it the base is measured")
     parser.add_argument("--ratio", type=int, help="the plugin's compression ratio; its own if not given")
+    parser.add_argument("--fields", type=json.loads, default={}, help="fields of its VariatorConfig, changed, as JSON")
     parser.add_argument("--int8", action="store_true", help="base and plugin in int8")
     parser.add_argument("--part", action="append", help="one part; all if not given")
     parser.add_argument("--limit", type=int, help="rows, prompts, images or utterances of a part at most")
@@ -134,12 +135,14 @@ def main() -> None:
         base = load(arguments.model, arguments.cache)
         model: Any = quantize(base.model) if arguments.int8 else base.model
         if arguments.plugin:
-            model = with_plugin(model if arguments.int8 else share_weights(model), arguments.plugin, arguments.ratio)
+            inner = model if arguments.int8 else share_weights(model)
+            model = with_plugin(inner, arguments.plugin, arguments.ratio, fields=arguments.fields)
         weights = WEIGHTS[arguments.model]
         facts = {
             "model": arguments.model,
             "plugin": str(arguments.plugin) if arguments.plugin else None,
             "ratio": arguments.ratio,
+            **({"fields": arguments.fields} if arguments.fields else {}),
             "weights_sha256": weights.sha256,
         }
         how = {

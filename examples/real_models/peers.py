@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_variator import quantize_plugin
+from peft_variator import VariatorConfig, quantize_plugin
 from peft_variator.training import DistillationConfig
 from peft_variator.training.loss_terms import HiddenStateVariance
 from peft_variator.training.losses import hidden_state_loss
@@ -42,7 +42,13 @@ def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
 
 
 def with_plugin(
-    base: nn.Module, folder: Path, ratio: int | None, *, sum_updates: bool = True, in_float32: bool = False
+    base: nn.Module,
+    folder: Path,
+    ratio: int | None,
+    *,
+    sum_updates: bool = True,
+    in_float32: bool = False,
+    fields: Mapping[str, Any] | None = None,
 ) -> PeftModel:
     """A base, as it is or in int8, with a plugin that is quantised alike.
 
@@ -52,8 +58,12 @@ def with_plugin(
         ratio: its compression ratio; `None`: its own.
         sum_updates: whether low-rank updates are summed into W; see `peft_variator.quantize_plugin`.
         in_float32: whether the plugin is left in float32 instead.
+        fields: fields of its configuration that differ from what was saved, none that a weight depends on.
     """
-    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    config = VariatorConfig.from_pretrained(str(folder))
+    for name, value in (fields or {}).items():
+        setattr(config, name, value)
+    model = PeftModel.from_pretrained(base, str(folder), config=config).eval()
     if not in_float32 and any(isinstance(module, torch.ao.nn.quantized.Linear) for module in base.modules()):
         quantize_plugin(model, sum_updates=sum_updates)
     if ratio is not None:
