@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING, AutoImageProcessor, PreTrainedModel
 
-from ..field_types import name_some
+from ..field_types import name_some, shown
 from ..files import check_new_file, replacing_with
 from ..model_files import load_tokenizer
-from ..models import find_task
+from ..models import head_of
 from ..training import load_plugin
 from ..tuners.variator import VariatorConfig, fold_updates
+from ..tuners.variator.layer import plugin_layers
 from ..version import __version__
 from .console import Reporter
 from .saved_plugin import SavedPlugin, open_plugin
@@ -39,6 +40,7 @@ LARGEST_FILE = 2**31
 SHAPES = ((2, 16), (1, 7), (3, 33))
 # Of the largest value of an output: runtimes sum in another order.
 TOLERANCE = 1e-3
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -98,6 +100,7 @@ def export(adapter: str, output: Path, ratio: int | None, base: str | None, repo
     saved = open_plugin(adapter, base)
     model, without_pooler = _load_base(saved)
     plugin = load_plugin(model, adapter, is_trainable=False).eval()
+    _check_takes_one_text_or_image(saved.base, model, plugin)
     if ratio is not None:
         plugin.set_compression_ratio(ratio)
     processor = _load_processor(saved.base, model)
@@ -134,14 +137,33 @@ def _load_base(saved: SavedPlugin) -> tuple[PreTrainedModel, bool]:
         raise ValueError(
             f"The plugin has task_type={str(task_type)!r}; models of {', '.join(TASK_TYPES)} are exported."
         )
-    model, without_pooler = saved.load_base()
-    task = find_task(saved.base, model.config)
-    if task not in ("encoder", "vision"):
+    return saved.load_base()
+
+
+def _check_takes_one_text_or_image(base: str, model: PreTrainedModel, plugin: PeftModel) -> None:
+    """Raise for models that generate, and for inputs that `_examples` cannot make."""
+    parameters = inspect.signature(model.forward).parameters
+    kinds = {layer.stack.kind for layer in plugin_layers(plugin) if layer.stack is not None}
+    if (
+        model.config.is_encoder_decoder
+        or head_of(model) in ("causal", "seq2seq")
+        or ("causal" in kinds and "past_key_values" in parameters)
+    ):
         raise ValueError(
-            f"{saved.base!r} is a {task} model, and only text and vision encoders are exported: generating would need "
-            "the key-value cache as inputs and outputs. For a prefill, use torch.compile."
+            f"{base!r} is a {type(model).__name__}, which generates, and only text and vision encoders are exported: "
+            "generating would need the key-value cache as inputs and outputs. For a prefill, use torch.compile."
         )
-    return model, without_pooler
+    takes = model.main_input_name
+    needed = [name for name, each in parameters.items() if each.default is each.empty and each.kind not in _STARRED]
+    is_image = takes == "pixel_values" and type(model.config) not in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING
+    lacks = [name for name in ("image_size", "num_channels") if is_image and not hasattr(model.config, name)]
+    if (takes != "input_ids" and not is_image) or lacks or set(needed) - {takes}:
+        told = " and ".join(f"its configuration has no {name}" for name in lacks)
+        raise ValueError(
+            f"{base!r} (architecture {model.config.model_type!r}) is not exported by this command, which makes a file "
+            f"for texts or for images of one size: {told or f'it takes {name_some(needed or [takes])}'}. In Python, "
+            "torch.onnx.export takes it with its plugin."
+        )
 
 
 def _load_processor(name: str, model: PreTrainedModel) -> Any | None:
@@ -150,7 +172,7 @@ def _load_processor(name: str, model: PreTrainedModel) -> Any | None:
         if model.main_input_name == "pixel_values":
             return AutoImageProcessor.from_pretrained(name)
         return load_tokenizer(name)
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):  # the second from tokenizers in Python whose vocabulary is missing
         return None
 
 
@@ -298,7 +320,14 @@ def _check_file(path: Path, model: TensorOutputs, examples: list[dict[str, Tenso
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     largest = 0.0
     for example in examples:
-        found = session.run(model.outputs, {name: value.numpy() for name, value in example.items()})
+        shape = tuple(next(iter(example.values())).shape)
+        try:
+            found = session.run(model.outputs, {name: value.numpy() for name, value in example.items()})
+        except Exception as error:  # those of ONNX Runtime have no class in common that is public
+            raise ValueError(
+                f"ONNX Runtime stops at inputs of shape {shape}: {shown(error)}. Nothing was written. Where a text "
+                "keeps more tokens than there is room for, raise max_kept_tokens in the plugin's adapter_config.json."
+            ) from error
         mask = example.get("attention_mask")
         for name, array, value in zip(model.outputs, found, model(*example.values()), strict=True):
             other = torch.from_numpy(array)
@@ -308,7 +337,7 @@ def _check_file(path: Path, model: TensorOutputs, examples: list[dict[str, Tenso
             if not difference <= TOLERANCE * max(float(value.abs().max()), 1.0):
                 raise ValueError(
                     f"The ONNX file gives {name} that differs by {difference:.2g} from the model, for inputs of shape "
-                    f"{tuple(next(iter(example.values())).shape)}. Nothing was written. Report the model and the "
+                    f"{shape}. Nothing was written. Report the model and the "
                     "versions of torch and onnxscript."
                 )
             largest = max(largest, difference)

@@ -98,7 +98,10 @@ class SavedPlugin:
             and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
         ):
             return AutoModelForSpeechSeq2Seq
-        task = find_task(self.base, config)
+        try:
+            task = find_task(self.base, config)
+        except ValueError:  # the architecture does not tell, and there is none to ask
+            return AutoModel
         return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}.get(task, AutoModel)
 
 

@@ -8,11 +8,13 @@ not trained, changes in the model's output, under a budget of FLOPs that is met 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ from .inputs import count_positions
 
 
 __all__ = ["allocate"]
+
+T = TypeVar("T")
 
 TOLERANCE = 0.02  # of the whole model's FLOPs, to either side
 ATTEMPTS = 4  # to find ratios that save together what is asked for, within the tolerance
@@ -78,10 +82,6 @@ def allocate(
     """
     targets = _checked_targets(flops_saved, fields)
     ratios = sorted({1, *_checked_candidates(candidates)})
-    device = next(base.parameters()).device
-    examples = [_without_labels(base, on_device(batch, device)) for batch in batches]
-    if not examples:
-        raise ValueError("allocate: there are no batches to measure on.")
     if any(True for _ in plugin_layers(base)):
         raise ValueError("allocate: the model has a Variator plugin already. Call unload() first.")
     if fields.get("layer_spans") is not None:
@@ -89,11 +89,42 @@ def allocate(
             f"allocate: layer_spans={fields['layer_spans']!r} merges around whole layers, and what is allocated is "
             "how much feed-forward networks merge. Leave it out, or make a VariatorConfig with it yourself."
         )
-    inputs = _of_first_process(_inputs_of_length(base, examples, length))
+    examples, inputs = _in_every_process(partial(_read, base, batches, length))
+    inputs = _of_first_process(inputs)
     with evaluating(base), _trainable_as_before(base):
         total = count_flops(base, inputs)
         modules = _measure(base, examples, inputs, total, ratios, fields)
         return _solve_and_check(base, modules, examples, targets, inputs, total, fields)
+
+
+def _read(
+    base: nn.Module, batches: Iterable[Mapping[str, Any]], length: int | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The batches on the model's device, and the inputs whose FLOPs count."""
+    device = next(base.parameters()).device
+    examples = [_without_labels(base, on_device(batch, device)) for batch in batches]
+    if not examples:
+        raise ValueError("allocate: there are no batches to measure on.")
+    return examples, _inputs_of_length(base, examples, length)
+
+
+def _in_every_process(make: Callable[[], T]) -> T:
+    """What each process makes by itself; an error in one of them is one in all, which would wait for it for ever."""
+    if not in_process_group():
+        return make()
+    own: Exception | None = None
+    try:
+        made = make()
+    except (TypeError, ValueError) as error:
+        own = error
+    told: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, None if own is None else str(own))
+    if own is not None:
+        raise own
+    for rank, other in enumerate(told):
+        if other is not None:
+            raise ValueError(f"{other} That was in process {rank}; each passes batches of its own.")
+    return made
 
 
 @contextmanager
@@ -256,6 +287,13 @@ def _of_first_process(inputs: dict[str, Any]) -> dict[str, Any]:
     return on_device(shared[0], next(iter(devices)))
 
 
+def _trial(base: nn.Module, config: VariatorConfig) -> PeftModel:
+    """A plugin to try. That networks take the bottleneck is told when its user makes one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* take the bottleneck", category=UserWarning)
+        return get_peft_model(base, config)
+
+
 def _measure(
     base: nn.Module,
     batches: list[dict[str, Any]],
@@ -270,7 +308,7 @@ def _measure(
     widest = max(ratios)
     # Made at the widest ratio, so that no module is left out when neurons are chosen.
     plugin: dict[str, Any] = {**fields, "compression_ratio": widest}
-    model: Any = get_peft_model(base, VariatorConfig(**plugin))
+    model: Any = _trial(base, VariatorConfig(**plugin))
     try:
         modules = _modules_of(model)
         names = ["default"]
@@ -538,7 +576,7 @@ def _saved_by(
     total: int,
 ) -> dict[int, float]:
     """The share that each row really saves."""
-    model: Any = get_peft_model(base, config)
+    model: Any = _trial(base, config)
     try:
         if config.keep_outliers is not None:  # which neurons are copied changes no FLOPs
             calibrate(model, batches)

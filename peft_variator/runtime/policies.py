@@ -223,6 +223,11 @@ class _Planner(Policy):
     """What policies that know latencies share: the ratios by quality, and what the front of a queue asks for."""
 
     def __init__(self, table: LatencyTable, max_batch: int) -> None:
+        if not callable(getattr(table, "latency", None)):
+            raise TypeError(
+                f"{type(self).__name__}: the table is {table!r}, where a LatencyTable is meant: what profile_latency "
+                "gives, or LatencyTable.load(path) reads."
+            )
         self.table, self.max_batch = table, whole_number("max_batch", max_batch, 1)
         self.ratios = tuple(table.ratios)
         quality = table.quality or {}

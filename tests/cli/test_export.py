@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForC
 from peft_variator import VariatorConfig
 from tests.cli.commands import run_command
 from tests.cli.saved_plugins import save_plugin
-from tests.tiny_models import tiny_model
+from tests.tiny_models import BY_NAME, tiny_model
 from tests.word_tokenizer import BERT_SPECIAL, numbered_words, word_tokenizer
 
 
@@ -83,13 +84,62 @@ def test_a_classifier_of_pairs_is_told_which_text_a_token_is_of(tmp_path: Path) 
     assert (wanted - one_text).abs().max() > 0.01
 
 
+MORE = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("t5-encoder", "bert-generation", "esm", "dpt", "mpnet", "vit", "roberta")
+]
+
+
+def save_case(folder: Path, name: str, **fields: Any) -> Path:
+    """Save a tiny model, and a plugin for it, whose folder is returned."""
+    case = BY_NAME[name]
+    case.build().save_pretrained(folder / "model")
+    base = type(case.build()).from_pretrained(folder / "model")
+    get_peft_model(base, VariatorConfig(init_weights=False, **fields)).save_pretrained(folder / "plugin")
+    return folder / "plugin"
+
+
+@pytest.mark.parametrize("name", ["clip-text", *MORE])
+def test_encoders_whose_architecture_does_not_tell_how_they_are_used(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    status, _, err = invoke(save_case(tmp_path, name), "-o", tmp_path / "model.onnx")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("siglip2-vision", "it takes pixel_attention_mask, pixel_values, spatial_shapes"),
+        ("videomae", "it takes pixel_values"),
+        ("whisper", "which generates"),
+    ],
+)
+def test_models_of_other_inputs_are_refused_in_words(tmp_path: Path, name: str, said: str) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    status, _, err = invoke(save_case(tmp_path, name), "-o", tmp_path / "model.onnx")
+    assert status == 1
+    assert said in err
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.slow
+def test_a_text_that_keeps_too_much_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    plugin = save_case(tmp_path, "bert", max_kept_tokens=0)
+    status, _, err = invoke(plugin, "-o", tmp_path / "model.onnx")
+    assert status == 1
+    assert "raise max_kept_tokens" in err
+
+
 def test_what_can_t_be_exported(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
     plugin, output = save_plugin(tmp_path, "causal"), tmp_path / "out" / "model.onnx"
     lora = LoraConfig(target_modules=["q_proj"])
     get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "model"), lora).save_pretrained(tmp_path / "lora")
     for words, said in (
-        ((plugin, "-o", output), "causal"),
+        ((plugin, "-o", output), "LlamaForCausalLM, which generates"),
         ((plugin, "-o", tmp_path / "model.bin"), ".onnx"),
         ((plugin, "-o", output, "--ratio", "0"), "--ratio is 0"),
         ((tmp_path / "lora", "-o", output), "LORA"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from peft_variator import VariatorConfig, allocate, calibrate, using_ratio
 from peft_variator.profiling import allocation, count_flops
 from peft_variator.profiling.allocation import _error, _output_of
 from tests.processes import run_processes
-from tests.tiny_models import tiny_model
+from tests.tiny_models import BY_NAME, tiny_model
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
@@ -224,6 +225,29 @@ def test_several_processes_agree(tmp_path: Path) -> None:
     config = allocate(bert(), text(2), {2: 0.1, 4: 0.2}, length=48)
     alone = json.loads(json.dumps([config.ratio_schedule, config.correction_pattern]))
     assert [json.loads(Path(tmp_path, f"{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
+
+
+def _allocate_without_batches(rank: int, folder: str) -> None:
+    try:
+        allocate(bert(), text(2)[: 1 - rank], 0.2, length=48)
+    except ValueError as error:
+        Path(folder, f"{rank}.txt").write_text(str(error))
+
+
+def test_a_process_without_batches_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    run_processes(_allocate_without_batches, str(tmp_path))
+    told = [Path(tmp_path, f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("there are no batches to measure on" in each for each in told)
+    assert "process 1" in told[0]
+
+
+def test_trials_do_not_say_again_what_the_plugin_says_once() -> None:
+    case = BY_NAME["mixtral"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        config = allocate(case.build(), [case.inputs(2, 12)], 0.1, candidates=(1, 4))
+    with pytest.warns(UserWarning, match="take the bottleneck"):
+        get_peft_model(case.build(), config)
 
 
 def test_values_that_are_not_finite_are_told() -> None:

@@ -260,6 +260,13 @@ def test_wrong_options_are_refused(make: Any, named: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("make", [SlackFit, Oracle])
+@pytest.mark.parametrize("table", [None, "latency.json"])
+def test_what_is_no_table_is_told(make: Any, table: Any) -> None:
+    with pytest.raises(TypeError, match="LatencyTable"):
+        make(table)
+
+
 def test_items_of_others_will_do() -> None:
     class Item:
         arrival, length, deadline, min_quality, max_ratio = 0.0, 16, 1.0, None, None

@@ -143,6 +143,19 @@ def test_a_fitted_plugin_is_refused_at_every_ratio() -> None:
             calibrate(model, batches())
 
 
+@pytest.mark.parametrize("part", ["variator_scorer", "variator_compensation_B"])
+@pytest.mark.parametrize("learn", [calibrate, fit_correction])
+def test_a_plugin_of_which_anything_was_trained_is_refused(learn: Any, part: str) -> None:
+    """Also where its copies are still the base's; a trainer then trains it as it is."""
+    model = with_neurons(compensation_rank=2)
+    assert needs_calibration(model)
+    with torch.no_grad():
+        next(value for name, value in model.named_parameters() if part in name).add_(0.1)
+    with pytest.raises(ValueError, match="has been trained or fitted"):
+        learn(model, batches())
+    assert not needs_calibration(model)
+
+
 @pytest.mark.parametrize("learn", [calibrate, fit_correction])
 def test_inside_of_a_block_it_is_refused(learn: Any) -> None:
     model = with_neurons()

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from peft_variator import VariatorConfig, set_compression_ratio, using_ratio
 from peft_variator.tuners.variator import VariatorLayer
-from tests.tiny_models import ALL, BERT, LLAMA, Case, by_name, outputs_of
+from tests.tiny_models import ALL, BERT, BY_NAME, LLAMA, Case, by_name, outputs_of
 
 from .reference import with_plugin
 
@@ -49,6 +49,22 @@ def test_threads_share_a_model(case: Case) -> None:
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda inputs: first(model, inputs), calls))
     assert [index for index, pair in enumerate(zip(found, expected, strict=True)) if not close(*pair)] == []
+
+
+def test_a_plugin_with_a_head_of_its_own_is_chosen_for_all_alone() -> None:
+    """A block would run it under the active plugin's head."""
+    case = BY_NAME["bert-sequence"]
+    inputs = case.inputs(2, 12)
+    model = get_peft_model(case.build(), VariatorConfig(task_type="SEQ_CLS"), adapter_name="a")
+    model.add_adapter("b", VariatorConfig(task_type="SEQ_CLS"))
+    model.add_adapter("bare", VariatorConfig())
+    for active, other in (("a", "b"), ("a", "bare"), ("bare", "b")):
+        model.set_adapter(active)
+        with pytest.raises(ValueError, match="modules_to_save"), using_ratio(model, 2, adapter_name=other):
+            pass
+        expected = first(model, inputs)
+        with using_ratio(model, 4, adapter_name=active):
+            assert close(first(model, inputs), expected)
 
 
 def test_tasks_share_a_model() -> None:

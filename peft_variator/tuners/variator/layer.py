@@ -16,7 +16,7 @@ from ...compat import in_process_group
 from ...offloading import is_offloading
 from .config import VariatorConfig
 from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression, NeuronsDecompression
-from .forward_context import PluginRatios, runs_single_blocks
+from .forward_context import PluginRatios, StackKind, runs_single_blocks
 from .linear_maps import FloatLinear, RoundedRows
 from .merging import Groups, SharedGroups
 from .network import Network, Stamp, are_same, find_network, stamp, stamps_of
@@ -43,6 +43,8 @@ WeakPlace = tuple[nn.Module, str, weakref.ref[nn.Module]]
 
 class PluginStack(Protocol):
     """The stack that a plugin is part of, which knows the call that is under way."""
+
+    kind: StackKind
 
     def current_groups(self) -> StackGroups | None:
         """How plugins merge in the call that is under way in this thread; `None`: there is none."""

@@ -16,7 +16,7 @@ from ...field_types import name_some, whole_number
 from ...models import evaluating, on_device
 from .decompression import NeuronsDecompression
 from .forward_context import selection_of
-from .layer import VariatorLayer, plugin_layers
+from .layer import PluginModule, VariatorLayer, plugin_layers
 from .merging import Groups
 from .network import Network
 from .neurons import copy_neurons, has_left_its_start
@@ -46,6 +46,8 @@ Calibrated = tuple[VariatorLayer, str, Network]
 """A layer that copies neurons, the name of its active plugin, and its network."""
 Observe = Callable[[VariatorLayer, Tensor, Groups, str], None]
 """What sees a layer's hidden states and groups; see `VariatorLayer.observer`."""
+
+_ZEROS = ("variator_scorer", "variator_compensation_B")  # parts of a plugin that start as zeros
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], ratios: Sequence[int] | None = None) -> None:
@@ -259,7 +261,7 @@ def needs_calibration(model: nn.Module, ratios: Sequence[int] | None = None) -> 
         modules, network = layer.modules_of(plugin), layer.network()
         if network is None or not network.is_readable or not _merges_in(layer, plugin, rows):
             continue
-        if has_left_its_start(modules, network):
+        if has_left_its_start(modules, network) or _others_have_left_theirs(model, layer, plugin):
             return False  # fitted or trained already, so that nothing is chosen any more
         found |= not modules["variator_neurons"].is_calibrated
     return found
@@ -339,7 +341,7 @@ def _probes_to_fit(model: nn.Module) -> dict[VariatorLayer, OutlierProbe]:
             continue
         modules, network = layer.modules_of(plugin), layer.network()
         up = modules.get("variator_up")
-        is_trained = up is not None and any(bool(parameter.any()) for parameter in up.parameters())
+        is_trained = _is_nonzero(up) or _others_have_left_theirs(model, layer, plugin)
         if layer.decompressions[plugin] == NeuronsDecompression.name and network is not None and network.is_readable:
             is_trained |= has_left_its_start(modules, network)
         if is_trained:
@@ -357,7 +359,7 @@ def layers_to_calibrate(model: nn.Module, rows: Iterable[int | None], who: str) 
         who: name of the function that asks, for errors.
 
     Raises:
-        ValueError: the base model's neurons can't be read, or the copies have left their start.
+        ValueError: the base model's neurons can't be read, or the plugin's weights have left their start.
     """
     rows, found = list(rows), []
     for layer in plugin_layers(model):
@@ -368,10 +370,24 @@ def layers_to_calibrate(model: nn.Module, rows: Iterable[int | None], who: str) 
             continue
         if network is None or not network.is_readable:
             raise ValueError(f"{who}: the weights of {layer.name} cannot be read. Do this on the base as it was.")
-        if has_left_its_start(layer.modules_of(plugin), network):
+        if has_left_its_start(layer.modules_of(plugin), network) or _others_have_left_theirs(model, layer, plugin):
             raise _has_been_trained(layer, plugin, who)
         found.append((layer, plugin, network))
     return found
+
+
+def _others_have_left_theirs(model: nn.Module, layer: VariatorLayer, plugin: str) -> bool:
+    """Whether the scores of a network, or the updates of its block's maps, are no longer the zeros they start as."""
+    for module in model.modules():
+        if isinstance(module, PluginModule) and (module is layer or getattr(module, "network_name", "") == layer.name):
+            containers = (getattr(module, part) for part in _ZEROS if part in module.adapter_layer_names)
+            if any(plugin in each and _is_nonzero(each[plugin]) for each in containers):
+                return True
+    return False
+
+
+def _is_nonzero(module: nn.Module | None) -> bool:
+    return module is not None and any(bool(parameter.any()) for parameter in module.parameters())
 
 
 def _has_been_trained(layer: VariatorLayer, plugin: str, who: str) -> ValueError:

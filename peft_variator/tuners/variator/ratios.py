@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -65,14 +66,37 @@ def using_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> It
         adapter_name: which plugin; `None`: the one that is active when the block is entered.
 
     Raises:
-        ValueError: as [`set_compression_ratio`].
+        ValueError: as [`set_compression_ratio`]; or the plugin is not the active one, and one of the two has modules
+            of its own beside the networks (`modules_to_save`, such as a classifier's head), which follow
+            `set_adapter` alone.
     """
     k = whole_number("compression_ratio", k, 1)
     chosen = _chosen(model, k, adapter_name)
+    if adapter_name is not None:
+        _check_modules_beside(model, adapter_name, {name for layer, _ in chosen for name in layer.rules})
     with ExitStack() as stack:
         for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
             stack.enter_context(selected(ratios, Selection(name, k)))
         yield
+
+
+def _check_modules_beside(model: nn.Module, adapter_name: str, plugins: set[str]) -> None:
+    """Refuse a plugin under whose networks another one's head would run."""
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            held = set(module.modules_to_save)
+        elif isinstance(module, TrainableTokensWrapper):
+            held = set(module.token_adapter.trainable_tokens_delta)
+        else:
+            continue
+        active = set(module.active_adapters)
+        if module.disable_adapters or adapter_name in active or not held & (active & plugins | {adapter_name}):
+            continue
+        raise ValueError(
+            f"using_ratio: the plugin {adapter_name!r} is not the active one, and {path!r} is a module that each of "
+            f"{sorted(held)} has of its own (modules_to_save), which a block cannot choose. Choose the plugin with "
+            f"set_adapter({adapter_name!r}) instead; a block may then choose its ratio."
+        )
 
 
 def compression_ratio_of(model: nn.Module, adapter_name: str | None = None) -> int:
