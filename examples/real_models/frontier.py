@@ -26,6 +26,7 @@ __all__ = [
     "seeds_table",
     "shipped_table",
     "speed_table",
+    "told_of_changes",
     "write_page",
     "write_readme",
 ]
@@ -233,6 +234,12 @@ def commands_of(before: dict[str, Any]) -> list[str]:
 def told_of_bits(run: dict[str, Any]) -> str:
     """What a run's copied neurons were shrunk to, in words; empty where they are whole."""
     return f"stored in {run['shrunk']['bits']} bits a number" if "shrunk" in run else ""
+
+
+def told_of_changes(run: dict[str, Any]) -> str:
+    """Which fields of a run's configuration were changed after the training, in words; empty where none were."""
+    changed = ", ".join(f"{field}={value!r}" for field, value in run.get("changed", {}).items())
+    return f"After the training its configuration was given {changed}, on which no weight depends." if changed else ""
 
 
 def speed_table(name: str, ratios: list[int], results: Path = RESULTS) -> str:
@@ -518,6 +525,7 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
     commands += [run["shrunk"]["command"]] if "shrunk" in run else []
     stored = f", {told_of_bits(run)} where they are copied neurons" if "shrunk" in run else ""
     steps = "".join(f"{each['steps']} and then " for each in before)
+    told += f"{told_of_changes(run)} " if "changed" in run else ""
     return (
         f"{told}{count:,} parameters ({share:.1f} % of the base's){stored}, "
         f"{steps}{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"

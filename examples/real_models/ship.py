@@ -22,6 +22,7 @@ from frontier import (
     runs_before,
     speed_table,
     told_of_bits,
+    told_of_changes,
 )
 from huggingface_hub import EvalResult
 from safetensors.torch import load_file, save_file
@@ -71,7 +72,8 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
 
     Args:
         name: a key of `WEIGHTS`.
-        run: folder of the run that trained it.
+        run: folder of the run that trained it. `changed` in its `run.json` holds fields of the configuration that are
+            to differ from those that it was trained with, none that a weight depends on.
         output: the folder, whose name starts with the model's and is that of its records in `results`; one that is
             there is replaced when all is written.
         results: folder of what was measured.
@@ -89,13 +91,16 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
         halves = in_half_precision(load_file(run / "plugin" / "adapter_model.safetensors"))
         config = VariatorConfig.from_pretrained(str(run / "plugin"))
         config.base_model_name_or_path = WEIGHTS[name].hub_id
+        record = json.loads((run / "run.json").read_text())
+        for field, value in record.get("changed", {}).items():
+            setattr(config, field, value)
         if ratio is not None:
             if ratio not in (config.trained_ratios or []):
                 raise ValueError(f"ratio={ratio!r} is none of those it was trained for, {config.trained_ratios}.")
             config.compression_ratio = ratio
         save_file(halves, made / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(made))
-        write_text(made / "README.md", card(output.name, json.loads((run / "run.json").read_text()), config, results))
+        write_text(made / "README.md", card(output.name, record, config, results))
         if output.exists():
             shutil.rmtree(output)
         made.rename(output)
@@ -143,6 +148,7 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
             if (told := told_of_bits(run))
             else []
         ),
+        *([f"- {told_of_changes(run)}"] if "changed" in run else []),
         f"- Licence: {weights.licence}, that of the weights.",
     ]
     body = "\n\n".join(line for line in lines if line)

@@ -237,6 +237,11 @@ def test_a_shipped_plugin_loads_onto_its_base(scripts, tmp_path):
     loaded = PeftModel.from_pretrained(base, str(output)).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids)[0], plugin(ids)[0], rtol=0, atol=5e-3)
+    record = json.loads((run / "run.json").read_text()) | {"changed": {"keep_last_tokens": 5}}
+    (run / "run.json").write_text(json.dumps(record))
+    scripts("ship").ship("all-MiniLM-L6-v2", run, output, results)
+    assert VariatorConfig.from_pretrained(str(output)).keep_last_tokens == 5
+    assert "After the training its configuration was given keep_last_tokens=5" in (output / "README.md").read_text()
 
 
 def test_a_shrunk_run_is_shipped_like_any_other(scripts, tmp_path):
