@@ -245,7 +245,7 @@ def test_trials_do_not_say_again_what_the_plugin_says_once() -> None:
     case = BY_NAME["mixtral"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        config = allocate(case.build(), [case.inputs(2, 12)], 0.1, candidates=(1, 4))
+        config = allocate(case.build(), [case.inputs(2, 12)], 0.025, candidates=(1, 4))
     with pytest.warns(UserWarning, match="take the bottleneck"):
         get_peft_model(case.build(), config)
 
