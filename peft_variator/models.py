@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
@@ -62,6 +63,7 @@ __all__ = [
     "share_weights",
     "shifts_labels",
     "takes_sound",
+    "takes_videos",
     "without_loading_report",
 ]
 
@@ -258,6 +260,11 @@ def main_input(config: PreTrainedConfig) -> str | None:
 def takes_sound(config: PreTrainedConfig) -> bool:
     """Whether the main input of a configuration's model is sound, as features or as samples."""
     return main_input(config) == "sound"
+
+
+def takes_videos(config: PreTrainedConfig) -> bool:
+    """Whether a configuration's model is one of videos, whose frames come in `pixel_values` as images do."""
+    return type(config) in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING
 
 
 def head_of(model: nn.Module) -> Head | None:

@@ -518,6 +518,7 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
     recipe, count = run["recipe"], run["parameters"]["plugin"]
     share = 100 * count / run["parameters"]["base"]
     told = "" if shipped else "Not shipped. "
+    told += f"{changes} " if (changes := told_of_changes(run)) else ""
     if in_int8(run):
         told += "Base and plugin are in int8 here; what they are held against is the base in float32. "
     before = runs_before(run)
@@ -525,7 +526,6 @@ def _conditions(run: dict[str, Any], shipped: bool) -> str:
     commands += [run["shrunk"]["command"]] if "shrunk" in run else []
     stored = f", {told_of_bits(run)} where they are copied neurons" if "shrunk" in run else ""
     steps = "".join(f"{each['steps']} and then " for each in before)
-    told += f"{told_of_changes(run)} " if "changed" in run else ""
     return (
         f"{told}{count:,} parameters ({share:.1f} % of the base's){stored}, "
         f"{steps}{recipe['steps']} steps of {recipe['batch_size']} examples, one seed. Trained by\n\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from peft_variator.training.loss_terms import HiddenStateVariance
 from peft_variator.training.losses import hidden_state_loss
 
 
-__all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize", "with_plugin"]
+__all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize", "saved_config", "with_plugin"]
 
 
 def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
@@ -41,6 +42,25 @@ def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), chosen, dtype=torch.qint8)
 
 
+def saved_config(folder: Path, changed: Mapping[str, Any]) -> VariatorConfig:
+    """The configuration of a saved plugin, with other values in some of its fields.
+
+    Args:
+        folder: of the plugin.
+        changed: those fields, none that a weight depends on.
+
+    Raises:
+        ValueError: there is no such field, or a field cannot have that value.
+    """
+    config = VariatorConfig.from_pretrained(str(folder))
+    for name, value in changed.items():
+        if name not in {field.name for field in fields_of(config)}:
+            raise ValueError(f"VariatorConfig has no field {name!r}, which was to be {value!r}.")
+        setattr(config, name, value)
+    config.__post_init__()
+    return config
+
+
 def with_plugin(
     base: nn.Module,
     folder: Path,
@@ -58,12 +78,9 @@ def with_plugin(
         ratio: its compression ratio; `None`: its own.
         sum_updates: whether low-rank updates are summed into W; see `peft_variator.quantize_plugin`.
         in_float32: whether the plugin is left in float32 instead.
-        fields: fields of its configuration that differ from what was saved, none that a weight depends on.
+        fields: as for `saved_config`.
     """
-    config = VariatorConfig.from_pretrained(str(folder))
-    for name, value in (fields or {}).items():
-        setattr(config, name, value)
-    model = PeftModel.from_pretrained(base, str(folder), config=config).eval()
+    model = PeftModel.from_pretrained(base, str(folder), config=saved_config(folder, fields or {})).eval()
     if not in_float32 and any(isinstance(module, torch.ao.nn.quantized.Linear) for module in base.modules()):
         quantize_plugin(model, sum_updates=sum_updates)
     if ratio is not None:

@@ -25,6 +25,7 @@ from frontier import (
     told_of_changes,
 )
 from huggingface_hub import EvalResult
+from peers import saved_config
 from safetensors.torch import load_file, save_file
 from weights import WEIGHTS
 
@@ -80,7 +81,8 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
         ratio: the compression ratio that it has when it is loaded, one that it was trained for; the run's if `None`.
 
     Raises:
-        ValueError: it was not trained for that ratio, or the folder's name is another model's.
+        ValueError: it was not trained for that ratio, `changed` fits no configuration, or the folder's name is another
+            model's.
     """
     if model_of(output.name) != name:
         raise ValueError(f"The folder {output.name!r} has to be named {name!r}, or to start with '{name}-'.")
@@ -89,11 +91,9 @@ def ship(name: str, run: Path, output: Path, results: Path = RESULTS, ratio: int
         made = Path(folder) / output.name
         made.mkdir()
         halves = in_half_precision(load_file(run / "plugin" / "adapter_model.safetensors"))
-        config = VariatorConfig.from_pretrained(str(run / "plugin"))
-        config.base_model_name_or_path = WEIGHTS[name].hub_id
         record = json.loads((run / "run.json").read_text())
-        for field, value in record.get("changed", {}).items():
-            setattr(config, field, value)
+        config = saved_config(run / "plugin", record.get("changed", {}))
+        config.base_model_name_or_path = WEIGHTS[name].hub_id
         if ratio is not None:
             if ratio not in (config.trained_ratios or []):
                 raise ValueError(f"ratio={ratio!r} is none of those it was trained for, {config.trained_ratios}.")
@@ -148,7 +148,7 @@ def card(name: str, run: dict[str, Any], config: VariatorConfig, results: Path) 
             if (told := told_of_bits(run))
             else []
         ),
-        *([f"- {told_of_changes(run)}"] if "changed" in run else []),
+        *([f"- {told}"] if (told := told_of_changes(run)) else []),
         f"- Licence: {weights.licence}, that of the weights.",
     ]
     body = "\n\n".join(line for line in lines if line)

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Subset
 from transformers import (
-    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoImageProcessor,
     DataCollatorForSeq2Seq,
@@ -25,7 +24,7 @@ from transformers import (
 
 from ..field_types import shown
 from ..model_files import load_tokenizer
-from ..models import Task, load_config
+from ..models import Task, load_config, takes_videos
 from ..profiling import count_positions
 from ..training.data import (
     ImageFolder,
@@ -181,7 +180,7 @@ def _open_images(
     Raises:
         ValueError: the model takes videos, or there is no image processor or no image.
     """
-    if type(config) in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING:
+    if takes_videos(config):
         raise ValueError(
             f"{model} (architecture {config.model_type!r}) takes videos, and only texts and images are read here. Use "
             "it in Python: DistillationTrainer and measure_quality take any batch."

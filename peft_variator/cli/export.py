@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING, AutoImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..field_types import name_some, shown
 from ..files import check_new_file, replacing_with
 from ..model_files import load_tokenizer
-from ..models import head_of
+from ..models import head_of, takes_videos
 from ..training import load_plugin
 from ..tuners.variator import VariatorConfig, fold_updates
 from ..tuners.variator.layer import plugin_layers
@@ -155,7 +155,7 @@ def _check_takes_one_text_or_image(base: str, model: PreTrainedModel, plugin: Pe
         )
     takes = model.main_input_name
     needed = [name for name, each in parameters.items() if each.default is each.empty and each.kind not in _STARRED]
-    is_image = takes == "pixel_values" and type(model.config) not in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING
+    is_image = takes == "pixel_values" and not takes_videos(model.config)
     lacks = [name for name in ("image_size", "num_channels") if is_image and not hasattr(model.config, name)]
     if (takes != "input_ids" and not is_image) or lacks or set(needed) - {takes}:
         told = " and ".join(f"its configuration has no {name}" for name in lacks)

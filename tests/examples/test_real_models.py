@@ -242,6 +242,10 @@ def test_a_shipped_plugin_loads_onto_its_base(scripts, tmp_path):
     scripts("ship").ship("all-MiniLM-L6-v2", run, output, results)
     assert VariatorConfig.from_pretrained(str(output)).keep_last_tokens == 5
     assert "After the training its configuration was given keep_last_tokens=5" in (output / "README.md").read_text()
+    for wrong in ({"keep_last_token": 5}, {"keep_last_tokens": -1}):
+        (run / "run.json").write_text(json.dumps(record | {"changed": wrong}))
+        with pytest.raises(ValueError, match="keep_last_token"):
+            scripts("ship").ship("all-MiniLM-L6-v2", run, output, results)
 
 
 def test_a_shrunk_run_is_shipped_like_any_other(scripts, tmp_path):

@@ -16,7 +16,7 @@ from ...field_types import name_some, whole_number
 from ...models import evaluating, on_device
 from .decompression import NeuronsDecompression
 from .forward_context import selection_of
-from .layer import PluginModule, VariatorLayer, plugin_layers
+from .layer import VariatorLayer, plugin_layers
 from .merging import Groups
 from .network import Network
 from .neurons import copy_neurons, has_left_its_start
@@ -47,7 +47,7 @@ Calibrated = tuple[VariatorLayer, str, Network]
 Observe = Callable[[VariatorLayer, Tensor, Groups, str], None]
 """What sees a layer's hidden states and groups; see `VariatorLayer.observer`."""
 
-_ZEROS = ("variator_scorer", "variator_compensation_B")  # parts of a plugin that start as zeros
+_ZEROS = ("variator_scorer", "variator_up", "variator_compensation_B")  # parts of a plugin that start as zeros
 
 
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], ratios: Sequence[int] | None = None) -> None:
@@ -258,12 +258,12 @@ def needs_calibration(model: nn.Module, ratios: Sequence[int] | None = None) -> 
             return True
         if layer.decompressions[plugin] != NeuronsDecompression.name or layer.configs[plugin].was_saved:
             continue
-        modules, network = layer.modules_of(plugin), layer.network()
+        network = layer.network()
         if network is None or not network.is_readable or not _merges_in(layer, plugin, rows):
             continue
-        if has_left_its_start(modules, network) or _others_have_left_theirs(model, layer, plugin):
+        if _is_trained(model, layer, plugin):
             return False  # fitted or trained already, so that nothing is chosen any more
-        found |= not modules["variator_neurons"].is_calibrated
+        found |= not layer.modules_of(plugin)["variator_neurons"].is_calibrated
     return found
 
 
@@ -339,12 +339,7 @@ def _probes_to_fit(model: nn.Module) -> dict[VariatorLayer, OutlierProbe]:
         probe = None if plugin is None else layer.probe_of(plugin)
         if plugin is None or probe is None:
             continue
-        modules, network = layer.modules_of(plugin), layer.network()
-        up = modules.get("variator_up")
-        is_trained = _is_nonzero(up) or _others_have_left_theirs(model, layer, plugin)
-        if layer.decompressions[plugin] == NeuronsDecompression.name and network is not None and network.is_readable:
-            is_trained |= has_left_its_start(modules, network)
-        if is_trained:
+        if _is_trained(model, layer, plugin):
             raise _has_been_trained(layer, plugin, "calibrate")
         found[layer] = probe
     return found
@@ -370,24 +365,21 @@ def layers_to_calibrate(model: nn.Module, rows: Iterable[int | None], who: str) 
             continue
         if network is None or not network.is_readable:
             raise ValueError(f"{who}: the weights of {layer.name} cannot be read. Do this on the base as it was.")
-        if has_left_its_start(layer.modules_of(plugin), network) or _others_have_left_theirs(model, layer, plugin):
+        if _is_trained(model, layer, plugin):
             raise _has_been_trained(layer, plugin, who)
         found.append((layer, plugin, network))
     return found
 
 
-def _others_have_left_theirs(model: nn.Module, layer: VariatorLayer, plugin: str) -> bool:
-    """Whether the scores of a network, or the updates of its block's maps, are no longer the zeros they start as."""
-    for module in model.modules():
-        if isinstance(module, PluginModule) and (module is layer or getattr(module, "network_name", "") == layer.name):
-            containers = (getattr(module, part) for part in _ZEROS if part in module.adapter_layer_names)
-            if any(plugin in each and _is_nonzero(each[plugin]) for each in containers):
-                return True
-    return False
-
-
-def _is_nonzero(module: nn.Module | None) -> bool:
-    return module is not None and any(bool(parameter.any()) for parameter in module.parameters())
+def _is_trained(model: nn.Module, layer: VariatorLayer, plugin: str) -> bool:
+    """Whether anything of a plugin, at a network or at the maps of its block, is no longer what it starts as."""
+    network = layer.network()
+    if layer.decompressions[plugin] == NeuronsDecompression.name and network is not None and network.is_readable:
+        if has_left_its_start(layer.modules_of(plugin), network):
+            return True
+    maps = (module for module in model.modules() if getattr(module, "network_name", None) == layer.name)
+    containers = (getattr(module, part, {}) for module in (layer, *maps) for part in _ZEROS)
+    return any(bool(weight.any()) for each in containers if plugin in each for weight in each[plugin].parameters())
 
 
 def _has_been_trained(layer: VariatorLayer, plugin: str, who: str) -> ValueError:
