@@ -21,7 +21,7 @@ from text import Corpus, ScoredPair, load_corpus
 from torch import Tensor
 
 from peft_variator import VariatorConfig
-from peft_variator.profiling import Measurement, describe_environment, share_weights, speedup
+from peft_variator.profiling import Measurement, describe_environment, share_weights, speedup, was_busy
 
 
 __all__ = ["Experiment", "Settings"]
@@ -32,6 +32,8 @@ RATIOS = [1, *TRAINED_RATIOS]
 CHOSEN_RATIO = 32
 NEURONS = 384  # a quarter of the network's inner width
 COMPENSATION_RANK = 16
+# Seconds after which the threads of the work before have stopped waiting for more of it, which looks like work.
+THREADS_SPIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Experiment:
 
     def _measure(self, contenders: Sequence[Contender]) -> list[Measurement]:
         rounds = self.settings.rounds
+        self._look_for_other_programs()
         self.console.print(f"Timing {len(contenders)} in turn, {rounds} rounds")
         with Progress(console=self.console, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task("Timing", total=count_steps(contenders, rounds))
@@ -145,6 +148,14 @@ class Experiment:
                 rounds=rounds,
                 on_step=lambda: progress.advance(bar),
             )
+
+    def _look_for_other_programs(self) -> None:
+        """Keep the larger share of busy cores: that of the start, or of now, minutes later."""
+        time.sleep(THREADS_SPIN)
+        now = describe_environment(torch.device("cpu"))["cpu_in_use"]
+        self.environment["cpu_in_use"] = max(self.environment["cpu_in_use"], now)
+        if was_busy(self.environment):
+            self.console.print("[yellow]Other programs keep the machine busy:[/] its times will say little.")
 
     def _results(
         self,

@@ -120,5 +120,5 @@ def _machine_notes(environment: dict[str, Any]) -> list[str]:
         f"Python {environment['python']}, {versions}.",
     ]
     if was_busy(environment):
-        notes.append("Other programs ran when it began: its times and speed-ups are not to be trusted.")
+        notes.append("Other programs ran beside it: its times and speed-ups are not to be trusted.")
     return notes

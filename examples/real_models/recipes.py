@@ -17,6 +17,7 @@ from texts import (
     cifar10,
     digit_utterances,
     photographs,
+    read_squad,
     sentences,
     spoken_sentences,
     training_text,
@@ -35,12 +36,24 @@ from peft_variator.training.data import cut_spans, split_spans, surroundings, to
 __all__ = [
     "RECIPES",
     "Recipe",
+    "answered_questions",
     "collate_photographs",
     "make_dataset",
     "name_for_whole_model",
     "plugin_config",
     "trained_part",
 ]
+
+
+# Tokens of an answer that a chat model's examples end with.
+ANSWER_TOKENS = 32
+# How questions about a passage are asked.
+ASKED = (
+    "{context}\n\n{question}",
+    "{question}\n\n{context}",
+    "Context: {context}\nQuestion: {question}\nAnswer:",
+    "Read this passage and answer the question in one short sentence.\n\n{context}\n\nQuestion: {question}",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class Recipe:
         ratios: compression ratios that are drawn from.
         bf16: whether products of matrices are in bfloat16, which pays from about 100M parameters on.
         sentences: share of single sentences among an encoder's texts, the others are spans.
+        questions: share of questions about a passage in the prompt, answered by the base itself, among a chat model's
+            examples; the others are spans.
         losses: fields of `DistillationConfig` that weigh the parts of the loss.
         plugin: fields of `VariatorConfig`.
     """
@@ -66,6 +81,7 @@ class Recipe:
     ratios: tuple[int, ...] = (2, 4, 8)
     bf16: bool = False
     sentences: float = 0.0
+    questions: float = 0.0
     losses: dict[str, Any] = field(default_factory=dict)
     plugin: dict[str, Any] = field(default_factory=dict)
 
@@ -143,11 +159,13 @@ def make_dataset(
     room = recipe.length - len(before) - len(after)
     text = training_text(data, seed=seed)
     whole = _whole_sentences(text, base.tokenizer, room, round(recipe.sentences * count), seed)
+    answered = answered_questions(base, data, round(recipe.questions * count), recipe.length, seed)
     # Spans are five eighths of the longest in the mean.
-    stream = tokenize(cycle(text), base.tokenizer, (count - len(whole)) * room)
-    spans = cut_spans(stream, room, seed)[: count - len(whole)]
+    spanned = count - len(whole) - len(answered)
+    stream = tokenize(cycle(text), base.tokenizer, spanned * room)
+    spans = cut_spans(stream, room, seed)[:spanned]
     if kind == "causal":
-        return split_spans([*whole, *spans], before, after, is_decoder=False, seed=seed)
+        return [*split_spans([*whole, *spans], before, after, is_decoder=False, seed=seed), *answered]
     return [{"input_ids": [*before, *span, *after]} for span in (*whole, *spans)]
 
 
@@ -163,6 +181,58 @@ def _whole_sentences(
     random.Random(f"order of the sentences, seed {seed}").shuffle(order)
     chosen = list(islice(cycle(order), count))
     return [ids[:longest] for ids in tokenizer(chosen, add_special_tokens=False)["input_ids"]] if chosen else []
+
+
+@torch.inference_mode()
+def answered_questions(
+    base: Loaded, data: Path, count: int, longest: int, seed: int, batch_size: int = 8
+) -> list[dict[str, list[int]]]:
+    """Questions about a passage of SQuAD's articles to train on, with what the base answers, word for word.
+
+    The answer is the base's, not people's: it is the base that a plugin follows, and these are the tokens it will
+    stand at. Asked in several ways, none of them the one that is measured with.
+
+    Args:
+        base: a chat model without a plugin, with its tokenizer.
+        data: the data folder.
+        count: number of examples; questions start over when they are used up.
+        longest: tokens of a prompt with its answer at most; longer prompts are left out.
+        seed: of what is asked, and how.
+        batch_size: prompts that are answered at once.
+
+    Returns:
+        Examples with `input_ids` and `labels`, which are −100 in the prompt.
+    """
+    if not count:
+        return []
+    generator = random.Random(f"questions about passages, seed {seed}")
+    asked = [
+        (context, question)
+        for article in read_squad(data)[0]
+        for context, questions in article.paragraphs
+        for question, _ in questions
+    ]
+    generator.shuffle(asked)
+    prompts: list[list[int]] = []
+    for context, question in cycle(asked):
+        content = generator.choice(ASKED).format(context=context, question=question)
+        ids = base.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        prompts += [ids] * (len(ids) <= longest - ANSWER_TOKENS)
+        if len(prompts) == count:
+            break
+    examples = []
+    # Neighbours of one length: little padding. The order is the data loader's.
+    prompts.sort(key=len)
+    for batch in range(0, count, batch_size):
+        part = prompts[batch : batch + batch_size]
+        padded = base.tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
+        answers = base.model.generate(**padded, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        for ids, answer in zip(part, answers[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
+            end = answer.index(base.tokenizer.eos_token_id) + 1 if base.tokenizer.eos_token_id in answer else None
+            examples.append({"input_ids": [*ids, *answer[:end]], "labels": [-100] * len(ids) + answer[:end]})
+    return examples
 
 
 class Photographs(Dataset[dict[str, torch.Tensor]]):

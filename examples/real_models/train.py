@@ -70,6 +70,8 @@ def train(
     torch.manual_seed(seed)
     base_parameters = base.model.num_parameters()
     part: Any = trained_part(name, base)
+    # Before there is a plugin: the base itself answers the questions that it is trained on.
+    dataset = make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed, recipe)
     inner = quantize(part) if int8 else part
     if start is None:
         student: Any = get_peft_model(inner, plugin_config(name, base, **recipe.plugin))
@@ -78,7 +80,7 @@ def train(
     trainer = DistillationTrainer(
         student,
         training_arguments(recipe, output, seed, device),
-        train_dataset=make_dataset(name, base, data, recipe.steps * recipe.batch_size, seed, recipe),
+        train_dataset=dataset,
         data_collator=collator(WEIGHTS[name].kind, base),
         teacher_model=part if int8 else None,
     )
@@ -139,6 +141,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="examples a step; the recipe's if not given")
     parser.add_argument("--length", type=int, help="tokens of the longest text; the recipe's if not given")
     parser.add_argument("--sentences", type=float, help="share of single sentences; the recipe's if not given")
+    parser.add_argument("--questions", type=float, help="share of questions on a passage; the recipe's if not given")
     parser.add_argument("--learning-rate", type=float, help="the peak; the recipe's if not given")
     parser.add_argument("--ratios", type=int, nargs="+", help="compression ratios; the recipe's if not given")
     parser.add_argument("--bf16", action="store_true", help="products of matrices in bfloat16")
@@ -153,8 +156,12 @@ def main() -> None:
     result = arguments.output / "run.json"
     if result.is_file():
         parser.error(f"{result} is there: that run is done. Name another --output.")
-    if arguments.sentences is not None and not 0 <= arguments.sentences <= 1:
-        parser.error(f"--sentences is {arguments.sentences}; a share is from 0 to 1.")
+    for name in ("sentences", "questions"):
+        share = getattr(arguments, name)
+        if share is not None and not 0 <= share <= 1:
+            parser.error(f"--{name} is {share}; a share is from 0 to 1.")
+    if arguments.questions and WEIGHTS[arguments.model].kind != "causal":
+        parser.error(f"--questions are for a chat model, which {arguments.model} is not: leave it out.")
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     recipe = RECIPES[arguments.model]
@@ -164,6 +171,7 @@ def main() -> None:
         batch_size=arguments.batch_size or recipe.batch_size,
         length=arguments.length or recipe.length,
         sentences=recipe.sentences if arguments.sentences is None else arguments.sentences,
+        questions=recipe.questions if arguments.questions is None else arguments.questions,
         learning_rate=arguments.learning_rate or recipe.learning_rate,
         ratios=tuple(arguments.ratios or recipe.ratios),
         bf16=recipe.bf16 or arguments.bf16,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
@@ -302,7 +303,19 @@ def test_figures_of_a_busy_machine_are_marked(smoke, scripts, used, busy):
     results = scripts("results").Results.load(smoke[0] / "results.json")
     environment = results.environment | {"cpu_in_use": used}
     notes = "\n".join(scripts("report").make_notes(replace(results, environment=environment)))
-    assert ("Other programs ran when it began" in notes) == busy
+    assert ("Other programs ran beside it" in notes) == busy
+
+
+@pytest.mark.parametrize(("at_start", "later", "busy"), [(0.0, 0.1, False), (0.0, 0.6, True), (0.6, 0.0, True)])
+def test_programs_that_start_before_the_timing_are_noticed(scripts, monkeypatch, capsys, at_start, later, busy):
+    experiment = scripts("experiment")
+    monkeypatch.setattr(experiment, "describe_environment", lambda device: {"device": "cpu", "cpu_in_use": later})
+    monkeypatch.setattr(experiment, "THREADS_SPIN", 0)
+    run = object.__new__(experiment.Experiment)
+    run.environment, run.console = {"device": "cpu", "cpu_in_use": at_start}, Console(stderr=True)
+    run._look_for_other_programs()
+    assert run.environment["cpu_in_use"] == max(at_start, later)
+    assert ("Other programs keep the machine busy" in capsys.readouterr().err) == busy
 
 
 def test_a_page_without_the_markers_is_refused(smoke, scripts, tmp_path):
