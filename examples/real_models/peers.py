@@ -29,12 +29,12 @@ def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
 
     Args:
         model: the model.
-        without: last parts of the names of layers that stay as they are.
+        without: what the names of layers end with that stay as they are.
     """
     chosen = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in without
+        if isinstance(module, nn.Linear) and not f".{name}".endswith(tuple(f".{end}" for end in without))
     }
     with warnings.catch_warnings():
         # torch points to another library for this, which the figures of int8 do not need.

@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     BertModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -110,6 +111,27 @@ def test_single_sentences_stand_beside_spans(scripts, data, monkeypatch, share):
     whole = [row for row in rows if len(row) in (9, 10) and row[-2] in marks and row[1] >= first]
     assert len(whole) >= share * 40
     assert share or len(whole) < 5
+
+
+def test_questions_about_passages_are_answered_by_the_base(scripts, data):
+    recipes, weights = scripts("recipes"), scripts("weights")
+    words = ["[PAD]", "[UNK]", "[END]", "All", "about", "the", "matter", "of", "number", *"01234567", "here", "?"]
+    template = "{{ '[END] ' }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ ' [END]' }}"
+    tokenizer = word_tokenizer(words, pad_token="[PAD]", eos_token="[END]", chat_template=template)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": len(words)}
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=32, pad_token_id=0, eos_token_id=2, **shape)).eval()
+    rows = recipes.answered_questions(weights.Loaded(model, tokenizer), data, 20, 64, 0, batch_size=8)
+    assert len(rows) == 20
+    tested = {tokenizer.convert_tokens_to_ids(digit) for digit in "04"}
+    for row in rows:
+        prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+        answer = row["input_ids"][len(prompt) :]
+        assert row["labels"][len(prompt) :] == answer
+        assert not tested & set(prompt)
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=recipes.ANSWER_TOKENS, do_sample=False)
+        assert alone[0, len(prompt) :].tolist() == answer
+        assert len(row["input_ids"]) <= 64
+    assert recipes.answered_questions(weights.Loaded(None, None), data, 0, 64, 0) == []
 
 
 def test_a_source_that_is_missing_or_unknown(scripts, data):

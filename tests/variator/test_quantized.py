@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +329,39 @@ def test_corrections_that_stay_in_floating_point_are_named(form: str) -> None:
     assert float_corrections(model) == ["encoder.layer.0.intermediate", "encoder.layer.1.intermediate"]
     quantize_plugin(model)
     assert float_corrections(model) == []
+
+
+@pytest.mark.parametrize("form", ["neurons", "rank"])
+@pytest.mark.parametrize(("case", "last"), [(BERT, r"layer\.\d\.output\.dense"), (LLAMA, "down_proj")])
+def test_copies_of_a_map_that_the_base_has_in_floating_point_stay_there(case: Case, last: str, form: str) -> None:
+    """The last map of a network that is int8 in part has inputs with outliers, and so has the plugin's."""
+    torch.manual_seed(1)
+    base = case.build()
+    maps = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    chosen = {name for name in maps if not re.search(f"{last}$", name)}
+    assert len(chosen) == len(maps) - 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(base, chosen, dtype=torch.qint8, inplace=True)
+    alone = copy.deepcopy(base)
+    model = get_peft_model(base, VariatorConfig(init_weights=False, compression_ratio=4, **FORMS[form])).eval()
+    plain = dequantized(model)
+    quantize_plugin(model)
+    assert float_corrections(model) == []
+    parts: dict[str, list[bool]] = {"variator_neuron_into": [], "variator_neuron_gate": [], "variator_neuron_out": []}
+    for name, module in model.named_modules():
+        for part in parts:
+            if name.endswith(f"{part}.default"):
+                quantised = bool(module.quantized) if form == "rank" else isinstance(module, DynamicLinear)
+                parts[part].append(quantised)
+    assert all(parts["variator_neuron_into"] + parts["variator_neuron_gate"])
+    assert parts["variator_neuron_out"]
+    assert not any(parts["variator_neuron_out"])
+    inputs = inputs_of(case)
+    assert_close(model, plain, alone, inputs)
+    in_place = partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, inplace=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize_plugin(model, quantize=in_place)  # a function that is named quantises what is left, too
+    outs = [module for name, module in model.named_modules() if name.endswith("variator_neuron_out.default")]
+    assert all(module.quantized if form == "rank" else isinstance(module, DynamicLinear) for module in outs)

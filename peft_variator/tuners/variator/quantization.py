@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any, cast
@@ -45,11 +45,13 @@ def quantize_plugin(
     """Quantise a plugin's correction as its base is quantised, in place; call it last, when both are there.
 
     Quantised are the maps of the decompression, with `correction_rank` the sums of rows and update (with
-    `correction_bits` those of rows and difference), and the maps with
-    a low-rank update (`compensation_rank`), for which W + B·A is kept beside W. In floating point stay the scores and
-    the updates themselves. What is quantised already, by a quantiser that ran over the whole model, stays as it is.
-    Updates can be trained on, which drops their sums; other quantised maps can't. A plugin that is saved afterwards
-    has the rounded weights in floating point, and loads onto any base.
+    `correction_bits` those of rows and difference), and the maps with a low-rank update (`compensation_rank`), for
+    which W + B·A is kept beside W. In floating point stay the scores, the updates themselves, and copies of neurons of
+    maps that the base has in floating point: int8 in part, where a network's last map is left out because its inputs
+    have outliers, leaves the plugin's out, too, which has the same inputs; a function that you name quantises it.
+    What is quantised already, by a quantiser that ran over the whole model, stays as it is. Updates can be trained on,
+    which drops their sums; other quantised maps can't. A plugin that is saved afterwards has the rounded weights in
+    floating point, and loads onto any base.
 
     Args:
         model: a quantised model with a plugin.
@@ -66,8 +68,9 @@ def quantize_plugin(
     """
     chosen = layers_of(model, adapter_name)
     ways = {layer: quantize or _way_of(layer) for layer, _ in chosen}
+    left = {layer: () if quantize is not None else _float_parts(layer) for layer, _ in chosen}
     # All maps are made before the first one is put into the model.
-    changes = [change for layer, name in chosen for change in _quantize_layer(layer, name, ways[layer])]
+    changes = [change for layer, name in chosen for change in _quantize_layer(layer, name, ways[layer], left[layer])]
     names = {name for _, name in chosen}
     for module in model.modules():
         # Not where another method's adapter is on the map: that is no part of the sum.
@@ -170,6 +173,8 @@ def quantized_parts(model: nn.Module, adapter_name: str) -> list[str]:
 def float_corrections(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     """Names of a plugin's layers whose correction runs in floating point, though their network is quantised.
 
+    Not those of copies of a map that the base has in floating point itself; see `quantize_plugin`.
+
     Args:
         model: a model with a plugin.
         adapter_name: which plugin; `None`: the active one.
@@ -177,7 +182,10 @@ def float_corrections(model: nn.Module, adapter_name: str | None = None) -> list
     return [
         layer.name
         for layer, name in layers_of(model, adapter_name)
-        if _quantized_maps(layer) and any(map(_is_float, layer.modules_of(name).values()))
+        if _quantized_maps(layer)
+        and any(
+            _is_float(module) for part, module in layer.modules_of(name).items() if part not in _float_parts(layer)
+        )
     ]
 
 
@@ -209,10 +217,14 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module
                     yield f"{name}.{part}.{adapter_name}" if name else f"{part}.{adapter_name}", module
 
 
-def _quantize_layer(layer: VariatorLayer, adapter_name: str, way: Quantize) -> Iterator[Callable[[], None]]:
-    """What puts the quantised maps of a layer's plugin in their places."""
+def _quantize_layer(
+    layer: VariatorLayer, adapter_name: str, way: Quantize, left: Collection[str]
+) -> Iterator[Callable[[], None]]:
+    """What puts the quantised maps of a layer's plugin, all but those `left`, in their places."""
     layer.read_base(adapter_name)
     for part, module in layer.modules_of(adapter_name).items():
+        if part in left:
+            continue
         if isinstance(module, RowsOfBase):
             yield partial(setitem, module.quantized, "rows", _quantized(as_linear(module.weight, module.bias), way))
         elif isinstance(module, nn.Linear) and not is_quantized_map(module):
@@ -247,6 +259,19 @@ def _way_of(layer: VariatorLayer) -> Quantize:
             "quantises the nn.Linear layers of a module, or leave the plugin in floating point, where it works too."
         )
     return way
+
+
+def _float_parts(layer: VariatorLayer) -> list[str]:
+    """The maps of copied neurons whose like in a network that is quantised in part is in floating point."""
+    network = layer.network()
+    if network is None:
+        return []
+    likes = {
+        "variator_neuron_into": network.into,
+        "variator_neuron_gate": network.into if network.gate is None else network.gate,
+        "variator_neuron_out": network.out,
+    }
+    return [part for part, module in likes.items() if not is_quantized_map(unwrapped(module))]
 
 
 def _quantized_maps(layer: VariatorLayer) -> list[Any]:
