@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig
 
-from ..models import Task, takes_sound
+from ..models import Task, takes_sound, takes_videos
 
 
 __all__ = ["Lengths", "count_positions", "make_inputs", "make_lengths", "without_padding"]
@@ -84,9 +84,14 @@ def make_inputs(
         generator: source of randomness.
 
     Raises:
-        ValueError: the longest sequence is longer than the model's positions, or nothing tells what the features of
-            sound look like.
+        ValueError: the longest sequence is longer than the model's positions, nothing tells what the features of
+            sound look like, or the model takes videos.
     """
+    if takes_videos(config):
+        raise ValueError(
+            f"{config.model_type!r} takes videos, and inputs are made of texts, images and sound alone. Measure it on "
+            "inputs of your own with peft_variator.profiling.compare."
+        )
     if task == "vision" and "spatial_shapes" in inspect.signature(MODEL_MAPPING[type(config)].forward).parameters:
         return _make_patches(config, len(lengths), dtype, generator)
     if task == "vision":

@@ -204,7 +204,7 @@ def check_plotting() -> None:
         ImportError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise ImportError("A plot needs matplotlib, which is not installed. Run: pip install matplotlib")
+        raise ImportError("A plot needs matplotlib, which is not installed. Run: pip install 'peft-variator[plots]'")
 
 
 def save_plot(report: BenchmarkReport, path: str | Path) -> None:

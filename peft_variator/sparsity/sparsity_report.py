@@ -186,7 +186,7 @@ class SparsityReport:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("Plots need matplotlib: pip install matplotlib.") from error
+            raise ImportError("Plots need matplotlib: pip install 'peft-variator[plots]'.") from error
         rows = self.grouped(by)
         figure = Figure(figsize=(max(6.0, 0.18 * len(rows) + 2.0), 4.0), layout="constrained")
         axes = figure.add_subplot()

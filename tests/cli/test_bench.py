@@ -216,7 +216,7 @@ def test_a_picture_without_matplotlib(config, tmp_path, monkeypatch):
     monkeypatch.setattr("peft_variator.profiling.report.find_spec", lambda name: None)
     status, _, err = invoke(config("encoder"), *QUICK, "--png", tmp_path / "out.png")
     assert status == 1
-    assert "pip install matplotlib" in err
+    assert "pip install 'peft-variator[plots]'" in err
 
 
 def test_says_which_product_the_packed_layers_run_and_why(tmp_path):

@@ -251,6 +251,8 @@ def test_plot_is_a_picture(tmp_path):
 
 def test_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_variator.profiling.report.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"matplotlib, which is not installed. Run: pip install matplotlib"):
+    with pytest.raises(
+        ImportError, match=r"matplotlib, which is not installed. Run: pip install 'peft-variator\[plots\]'"
+    ):
         save_plot(make_report(), tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())

@@ -212,6 +212,14 @@ def test_inputs_longer_than_the_positions():
         make(BertConfig(**TINY, max_position_embeddings=64), "encoder", 65)
 
 
+@pytest.mark.parametrize("name", ["videomae", "vivit", "timesformer"])
+def test_videos_are_not_made(name):
+    with pytest.raises(
+        ValueError, match=f"'{name}' takes videos, and inputs are made of texts, images and sound alone"
+    ):
+        make(AutoConfig.for_model(name), "vision", 1)
+
+
 def test_environment_names_what_figures_depend_on():
     facts = describe_environment(CPU)
     assert facts["threads"] == torch.get_num_threads()

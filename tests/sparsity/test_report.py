@@ -97,7 +97,7 @@ def test_bars_have_the_numbers_of_their_layers(report, tmp_path, monkeypatch):
 
 def test_a_plot_without_matplotlib_says_what_to_install(report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install 'peft-variator\[plots\]'"):
         report.plot(tmp_path / "plot.png")
 
 
