@@ -185,7 +185,9 @@ def ratios(plugin: Path) -> list[int]:
 def contenders(
     base: Loaded, smaller: Callable[[], Loaded], plugin: Path, trained: Path, scratch: Path
 ) -> dict[str, Contender]:
-    """What a text encoder is compared with, by name; "int8 in part" leaves out its networks' last maps.
+    """What a text encoder is compared with, by name.
+
+    "int8 in part" leaves out the last maps of its networks, "int8 attention" all of theirs.
 
     Args:
         base: the model.
@@ -197,7 +199,12 @@ def contenders(
     model: Any = base.model
     smaller = cache(smaller)  # its model and its tokenizer are asked for apart
     last = [f"layer.{number}.output.dense" for number in range(model.config.num_hidden_layers)]
-    found = _in_formats(model, plugin, **{"int8 in part": cache(lambda: quantize(model, last))})
+    networks = [*last, "intermediate.dense"]
+    in_part = {
+        "int8 in part": cache(lambda: quantize(model, last)),
+        "int8 attention": cache(lambda: quantize(model, networks)),
+    }
+    found = _in_formats(model, plugin, **in_part)
     under_int8 = plugin.with_name(f"{plugin.name}-int8")
     found[f"int8 + plugin, updates apart, k = {RATIO}"] = Contender(
         lambda: with_plugin(quantize(model), plugin, RATIO, sum_updates=False), _weights(plugin)

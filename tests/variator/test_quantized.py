@@ -331,6 +331,30 @@ def test_corrections_that_stay_in_floating_point_are_named(form: str) -> None:
     assert float_corrections(model) == []
 
 
+def test_a_base_whose_attention_alone_is_quantised() -> None:
+    """Its maps with an update are quantised with it, and the networks and what is copied of them stay as they are."""
+    torch.manual_seed(1)
+    base = BERT.build()
+    chosen = {name for name, module in base.named_modules() if "attention" in name and isinstance(module, nn.Linear)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(base, chosen, dtype=torch.qint8, inplace=True)
+    alone, fields = copy.deepcopy(base), {"init_weights": False, "compression_ratio": 4}
+    model = get_peft_model(base, VariatorConfig(**fields, **FORMS["compensated"])).eval()
+    plain = dequantized(model)
+    quantize_plugin(model)
+    assert float_corrections(model) == []
+    updated = {name: module for name, module in model.named_modules() if hasattr(module, "network_name")}
+    assert {name for name, module in updated.items() if module.quantized} == {
+        name for name in updated if "attention" in name
+    }
+    assert not any(isinstance(module, DynamicLinear) for name, module in model.named_modules() if "neuron" in name)
+    assert_close(model, plain, alone, inputs_of(BERT))
+    plugin = get_peft_model(copy.deepcopy(alone), VariatorConfig(**fields, **FORMS["neurons"]))
+    with pytest.raises(ValueError, match="is not quantised"):  # nothing of it has an update: there is nothing to do
+        quantize_plugin(plugin)
+
+
 @pytest.mark.parametrize("form", ["neurons", "rank"])
 @pytest.mark.parametrize(("case", "last"), [(BERT, r"layer\.\d\.output\.dense"), (LLAMA, "down_proj")])
 def test_copies_of_a_map_that_the_base_has_in_floating_point_stay_there(case: Case, last: str, form: str) -> None:

@@ -67,18 +67,25 @@ def quantize_plugin(
             that function leaves a map as it is. Nothing has been changed.
     """
     chosen = layers_of(model, adapter_name)
-    ways = {layer: quantize or _way_of(layer) for layer, _ in chosen}
-    left = {layer: () if quantize is not None else _float_parts(layer) for layer, _ in chosen}
-    # All maps are made before the first one is put into the model.
-    changes = [change for layer, name in chosen for change in _quantize_layer(layer, name, ways[layer], left[layer])]
     names = {name for _, name in chosen}
-    for module in model.modules():
-        # Not where another method's adapter is on the map: that is no part of the sum.
-        if sum_updates and isinstance(module, CompensatedLinear) and is_quantized_map(module.base_layer):
-            way = quantize or _like(module.base_layer)
-            for name in names & module.adapters() if way is not None else ():
-                summed = _quantized(module.summed(name), cast(Quantize, way))
-                changes.append(partial(setitem, module.quantized, name, summed))
+    # Not where another method's adapter is on the map: that is no part of the sum.
+    compensated = [
+        module
+        for module in model.modules()
+        if isinstance(module, CompensatedLinear) and is_quantized_map(module.base_layer) and names & module.adapters()
+    ]
+    # All maps are made before the first one is put into the model.
+    changes: list[Callable[[], None]] = []
+    for layer, name in chosen:
+        if quantize is not None:
+            changes += _quantize_layer(layer, name, quantize, ())
+        elif _quantized_maps(layer) or not compensated:  # int8 in part may be that of the attention alone
+            changes += _quantize_layer(layer, name, _way_of(layer), _float_parts(layer))
+    for module in compensated if sum_updates else ():
+        way = quantize or _like(module.base_layer)
+        for name in names & module.adapters() if way is not None else ():
+            summed = _quantized(module.summed(name), cast(Quantize, way))
+            changes.append(partial(setitem, module.quantized, name, summed))
     for change in changes:
         change()
 
