@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -20,6 +21,8 @@ from ..offloading import refuse_disk_offload
 
 __all__ = ["load_plugin"]
 
+T = TypeVar("T")
+
 
 def load_plugin(
     model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", is_trainable: bool = True
@@ -28,7 +31,8 @@ def load_plugin(
 
     A plugin trained on `BertModel` names its tensors `encoder.layer.0…`, one for `BertForSequenceClassification` names
     them `bert.encoder.layer.0…`. The part of the names that differs is found by looking for the plugin's modules in
-    the model; everything else is `PeftModel.from_pretrained` and `PeftModel.load_adapter`.
+    the model, and replaced in the configuration, too, where that names modules (`ratio_schedule` and the like);
+    everything else is `PeftModel.from_pretrained` and `PeftModel.load_adapter`.
 
     Args:
         model: the base model, or a `PeftModel` that gets one more adapter of its kind. A task LoRA that
@@ -54,7 +58,8 @@ def load_plugin(
     check_reachable(path, CONFIG_NAME)
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, WEIGHTS_NAME)):
         read_keys(Path(path, SAFETENSORS_WEIGHTS_NAME))
-    method, prefix = _method_of(path)
+    config, prefix = _config_of(path)
+    method = config.peft_type
     if isinstance(model, PeftModel) and model.peft_type != method:
         raise ValueError(
             f"The adapter in {path} has the method {PeftType(method).value}, and the model is a PeftModel of "
@@ -65,23 +70,28 @@ def load_plugin(
     weights = load_peft_weights(path, device="cpu")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     mapping = _find_renaming(weights, prefix, {name for name, _ in base.named_modules() if name}, path)
+    if mapping:
+        _rename_modules(config, mapping)
+    config.inference_mode = not is_trainable
     with undone_on_error(model):
         if isinstance(model, PeftModel):
+            if adapter_name not in model.peft_config:
+                model.add_adapter(adapter_name, config)
             model.load_adapter(path, adapter_name, is_trainable=is_trainable, key_mapping=mapping)
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
         else:
             model = PeftModel.from_pretrained(
-                model, path, adapter_name, is_trainable=is_trainable, key_mapping=mapping
+                model, path, adapter_name, is_trainable=is_trainable, config=config, key_mapping=mapping
             )
         _check_loaded(model, adapter_name, {_renamed(name, mapping) for name in weights}, path)
     return model
 
 
-def _method_of(path: str) -> tuple[str, str]:
-    """An adapter's method, and what the names of its tensors start with by that."""
+def _config_of(path: str) -> tuple[PeftConfig, str]:
+    """An adapter's configuration, and what the names of its tensors start with by its method."""
     try:
-        method = PeftConfig.from_pretrained(path).peft_type
-        return method, PEFT_TYPE_TO_PREFIX_MAPPING[method]
+        config = PeftConfig.from_pretrained(path)
+        return config, PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"The adapter in {path}: peft_type in {CONFIG_NAME} is none of PEFT's methods, or one without tensors of "
@@ -141,10 +151,29 @@ def _moved(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name.startswith(old) else ""
 
 
-def _renamed(name: str, mapping: dict[str, str]) -> str:
+def _renamed(key: str, mapping: dict[str, str]) -> str:
+    return KEY_PREFIX + _renamed_module(key.removeprefix(KEY_PREFIX), mapping)
+
+
+def _renamed_module(name: str, mapping: dict[str, str]) -> str:
     for pattern, replacement in mapping.items():
-        name = KEY_PREFIX + re.sub(pattern, replacement, name.removeprefix(KEY_PREFIX))
+        name = re.sub(pattern, replacement, name)
     return name
+
+
+def _rename_modules(config: PeftConfig, mapping: dict[str, str]) -> None:
+    """Give the modules that a configuration names in full the names that they have in the model."""
+
+    def moved(names: Mapping[str, T]) -> dict[str, T]:
+        return {_renamed_module(name, mapping): value for name, value in names.items()}
+
+    for field, value in list(vars(config).items()):
+        if field.endswith("_pattern") and isinstance(value, dict):
+            setattr(config, field, moved(value))
+        elif field == "ratio_schedule" and value is not None:
+            setattr(config, field, {k: moved(row) for k, row in value.items()})
+        elif field in ("target_modules", "exclude_modules") and isinstance(value, list | set):
+            setattr(config, field, type(value)(_renamed_module(name, mapping) for name in value))
 
 
 def _check_loaded(model: PeftModel, adapter_name: str, saved: set[str], path: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from peft_variator import VariatorConfig
 from peft_variator.training import load_plugin
+from peft_variator.tuners.variator.layer import plugin_layers
 from tests.tiny_models import tiny_model
 
 
@@ -51,6 +54,54 @@ def test_a_plugin_moves_between_heads(base_model, saved, source: str, target: st
         assert got[name.partition("encoder.layer")[2]].equal(value)
     assert all(parameter.requires_grad == ("variator_" in name) for name, parameter in model.named_parameters())
     assert model.active_adapters == ["default"]
+
+
+FIELDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "ratio_schedule": lambda layers: {
+        "ratio_schedule": {4: {f"{layers}0.intermediate": 2}, 8: {f"{layers}1.intermediate": 1}}
+    },
+    "ratio_pattern": lambda layers: {"ratio_pattern": {f"{layers}0.intermediate": 1, "layer.1": 2}},
+    "correction_pattern": lambda layers: {
+        "correction_pattern": {f"{layers}0.intermediate": 3},
+        "bottleneck_dim": None,
+    },
+    "target_modules": lambda layers: {"target_modules": [f"{layers}0.intermediate"], "end_module": "output.dense"},
+}
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["alone", "beside another"])
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    ("source", "target", "there", "here"),
+    [
+        ("bert", "bert-classifier", "encoder.layer.", "bert.encoder.layer."),
+        ("bert-classifier", "bert", "bert.encoder.layer.", "encoder.layer."),
+    ],
+    ids=["to a head", "from a head"],
+)
+def test_modules_that_the_configuration_names_are_found(
+    base_model, saved, source: str, target: str, there: str, here: str, field: str, joins: bool
+) -> None:
+    """In full, as `allocate` names them; else widths would not fit, or other ratios hold without a word."""
+    folder, wanted = saved(source, **FIELDS[field](there)), FIELDS[field](here)
+    model = get_peft_model(base_model(target), VariatorConfig()) if joins else base_model(target)
+    model = load_plugin(model, folder, "second")
+    config = model.peft_config["second"]
+    assert type(wanted[field])(getattr(config, field)) == wanted[field]
+    weights = load_file(folder / "adapter_model.safetensors")
+    for name, value in tensors(model, "second").items():
+        (saved_one,) = [each for key, each in weights.items() if key.partition("encoder.layer")[2] == name]
+        assert value.equal(saved_one)
+    alone = get_peft_model(base_model(target), VariatorConfig(**wanted), "second")
+    ratios = [
+        {
+            layer.name: [layer.rule_at("second", k).ratio for k in config.ratio_schedule or (4,)]
+            for layer in plugin_layers(each)
+            if "second" in layer.rules
+        }
+        for each in (model, alone)
+    ]
+    assert ratios[0] == ratios[1] != {}
 
 
 @pytest.mark.parametrize(("source", "target"), [("bert", "bert-classifier"), ("bert-classifier", "bert")])
