@@ -27,6 +27,7 @@ from ..model_files import load_tokenizer
 from ..models import Task, load_config, takes_videos
 from ..profiling import count_positions
 from ..training.data import (
+    FEWEST_TOKENS,
     ImageFolder,
     collate_images,
     cut_documents,
@@ -85,9 +86,17 @@ class TrainingData:
 
     def held_out_batches(self, size: int, device: Any) -> Iterator[dict[str, Any]]:
         """The held-out examples in batches of a size."""
-        for start in range(0, len(self.held_out), size):
-            stop = min(start + size, len(self.held_out))
-            batch = self.collate([self.held_out[index] for index in range(start, stop)])
+        yield from self._batches([self.held_out[index] for index in range(len(self.held_out))], size, device)
+
+    def drawn_batches(self, count: int, size: int, device: Any, seed: int) -> Iterator[dict[str, Any]]:
+        """A few batches of a size, of examples to train on: what is chosen by data is not by what is held out."""
+        there = range(len(self.train))
+        drawn = random.Random(f"batches, seed {seed}").sample(there, min(count * size, len(there)))
+        yield from self._batches([self.train[index] for index in drawn], size, device)
+
+    def _batches(self, examples: Sequence[Any], size: int, device: Any) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(examples), size):
+            batch = self.collate(list(examples[start : start + size]))
             yield {name: value.to(device) for name, value in batch.items()}
 
 
@@ -136,6 +145,11 @@ def load_data(
     tokenizer = _load_tokenizer(model)
     before, after = surroundings(tokenizer)
     room = max_length - len(before) - len(after)
+    if room < FEWEST_TOKENS:
+        raise ValueError(
+            f"--max-length is {max_length}, of which special tokens leave {max(room, 0)}: too few to merge anything "
+            f"in. Give {max_length - room + FEWEST_TOKENS} or more."
+        )
     sources = [read_documents(name, column=column, split=split) for name in data]
     cut = cut_documents
     if task == "encoder":

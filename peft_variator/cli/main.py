@@ -78,7 +78,7 @@ def _ratios(left_out: str) -> Any:
     return typer.Option(metavar="K,K", help=f"Compression ratios k, repeated or with commas; left out: {left_out}.")
 
 
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything that is drawn.")]
 Device = Annotated[str | None, typer.Option(help="E.g. cpu or cuda:1; left out: a GPU if there is one.")]
 Json = Annotated[str | None, typer.Option(metavar="FILE|-", help="Write the figures as JSON; -: to standard output.")]
 Method = Annotated[MethodName, typer.Option(help="How weights are chosen.")]

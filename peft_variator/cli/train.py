@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 from peft import PeftModel, PeftType, get_peft_model
@@ -25,6 +24,7 @@ from .examples import TrainingData, data_words
 from .training_run import (
     RunSettings,
     check_checkpoints,
+    config_of_checkpoint,
     load_run_data,
     load_weights,
     show_only_a_bar,
@@ -132,9 +132,13 @@ class TrainJob(RunSettings):
         if data.tokenizer is not None:
             config = VariatorConfig.from_tokenizer(data.tokenizer, **options)
             options["keep_token_ids"] = config.keep_token_ids
-        if self.flops_saved is not None:
+        begun = None if self.flops_saved is None else config_of_checkpoint(self)
+        if begun is not None:  # what data chose is not chosen again
+            found = {name: getattr(begun, name) for name in ("ratio_schedule", "correction_pattern")}
+            config = VariatorConfig(**options, **found)
+        elif self.flops_saved is not None:
             shares = dict(zip(ratios, self.flops_saved, strict=True))
-            batches = islice(data.held_out_batches(self.batch_size, base.device), ALLOCATION_BATCHES)
+            batches = data.drawn_batches(ALLOCATION_BATCHES, self.batch_size, base.device, self.seed)
             length = None if data.tokenizer is None else self.max_length
             config = allocate(base, batches, shares, length=length, **options)
         return get_peft_model(base, config), ratios

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
+import math
 import os
 import shlex
 import tempfile
@@ -16,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoProcessor,
@@ -44,6 +46,7 @@ from .publishing import Publishing
 __all__ = [
     "RunSettings",
     "check_checkpoints",
+    "config_of_checkpoint",
     "load_run_data",
     "load_weights",
     "show_only_a_bar",
@@ -93,6 +96,8 @@ class RunSettings:
         for name in ("steps", "batch_size", "accumulation", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it has to be at least 1.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr is {self.lr}; it has to be above 0, such as 2e-3.")
         check_model_name(self.model)
         if not has_weights(self.model):
             if Path(self.model).is_dir():
@@ -155,6 +160,7 @@ def launcher_words(environment: Mapping[str, str]) -> list[str]:
 
 
 SETTINGS_NAME = "run.json"
+DIGESTS = "digests"  # of the data and the adapter that a run began with, in that file
 # What training goes on from. The Trainer writes its state, trainer_state.json, last.
 NEEDED_FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
@@ -176,11 +182,18 @@ def check_checkpoints(settings: RunSettings) -> None:
         raise ValueError(f"{settings.checkpoints} holds checkpoints of an unknown run. Name another folder.")
     now = _facts(settings)
     before = {"processes": 1, **json.loads(file.read_text(encoding="utf-8"))}  # as before it was written down
+    kept, found = before.pop(DIGESTS, {}), _digests(settings)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ValueError(
                 f"{settings.checkpoints} holds checkpoints of a run with {name}={before.get(name)!r}, and this one "
                 f"has {now.get(name)!r}. Go on with the old value, or name another folder for checkpoints."
+            )
+    for name in sorted(kept.keys() & found.keys()):
+        if kept[name] != found[name]:
+            raise ValueError(
+                f"{name} is not what it was when the checkpoints in {settings.checkpoints} were written. Put it back, "
+                "or name another folder for checkpoints."
             )
 
 
@@ -200,10 +213,21 @@ def train_or_resume(trainer: Trainer, settings: RunSettings, reporter: Reporter)
     """Train, from the last whole checkpoint of the run if there is one; say in their folder which run they are of."""
     last = _last_whole_checkpoint(trainer, settings, reporter)
     if settings.checkpoints is not None and trainer.is_world_process_zero():
-        write_text(settings.checkpoints / SETTINGS_NAME, json.dumps(_facts(settings), indent=2) + "\n")
+        write_text(
+            settings.checkpoints / SETTINGS_NAME,
+            json.dumps(_facts(settings) | {DIGESTS: _digests(settings)}, indent=2) + "\n",
+        )
     place = str(trainer.args.output_dir)
     with naming_full_disk(place, place):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+
+
+def config_of_checkpoint(settings: RunSettings) -> PeftConfig | None:
+    """The configuration of the adapter in a run's newest checkpoint that has a whole one; `None`: there is none."""
+    for folder in _checkpoints(settings):
+        if _why_broken(folder, NEEDED_FILES) is None:
+            return PeftConfig.from_pretrained(str(folder))
+    return None
 
 
 def _checkpoints(settings: RunSettings) -> list[Path]:
@@ -267,6 +291,23 @@ def _facts(settings: RunSettings) -> dict[str, object]:
         facts["data"] = settings.data[0]  # as runs wrote it when there was but one
     places = ("output", "checkpoints", "device", "license", "push_to_hub")
     return {name: value for name, value in facts.items() if name not in places}
+
+
+def _digests(settings: RunSettings) -> dict[str, str]:
+    """What tells whether the data and the adapter of a run are what they were, so far as they are on this machine."""
+    digests = {name: _digest(Path(name)) for name in (*settings.data, settings.adapter) if name is not None}
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file, or of the names and sizes of the files in a folder; `None`: it is not on this machine."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    sizes = sorted((str(each.relative_to(path)), each.stat().st_size) for each in path.rglob("*") if each.is_file())
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 def load_weights(name: str, task: Task) -> PreTrainedModel:

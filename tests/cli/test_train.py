@@ -405,6 +405,52 @@ def test_checkpoints_of_another_run_are_not_taken_up(tmp_path: Path) -> None:
     assert invoke(*common, "-o", tmp_path / "third", "--checkpoints", tmp_path / "new")[0] == 0
 
 
+def test_ratios_that_data_chose_are_not_chosen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data, kept = save_data(tmp_path / "data.txt", "encoder"), tmp_path / "checkpoints"
+    words = [tmp_path / "model", "--data", data, *QUICK, "--checkpoints", kept, "--ratio", "2,8"]
+    words += ["--flops-saved", "0.1,0.15"]
+    assert invoke(*words, "-o", tmp_path / "whole")[0] == 0
+    for step in (4, 5, 6):
+        shutil.rmtree(kept / f"checkpoint-{step}")
+    monkeypatch.setattr("peft_variator.cli.train.allocate", None)
+    status, _, err = invoke(*words, "-o", tmp_path / "resumed")
+    assert status == 0, err
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed"))
+    torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+    configs = [PeftConfig.from_pretrained(tmp_path / name) for name in ("whole", "resumed")]
+    assert configs[0].ratio_schedule == configs[1].ratio_schedule
+    assert configs[0].correction_pattern == configs[1].correction_pattern
+
+
+@pytest.mark.parametrize("what", ["text", "adapter"])
+def test_data_that_has_changed_since_is_refused(tmp_path: Path, what: str) -> None:
+    save_model(tmp_path / "model", "encoder")
+    data, kept = save_data(tmp_path / "data.txt", "encoder"), tmp_path / "checkpoints"
+    common = [tmp_path / "model", "--data", data, *QUICK]
+    assert invoke(*common, *SMALL, "-o", tmp_path / "before")[0] == 0
+    words = [*common, "--checkpoints", kept, "--adapter", tmp_path / "before"]
+    assert invoke(*words, "-o", tmp_path / "first")[0] == 0
+    if what == "text":
+        data.write_text(data.read_text() + "w1 w2 w3\n")
+    else:
+        (tmp_path / "before" / "adapter_config.json").write_text("{}")
+    status, _, err = invoke(*words, "-o", tmp_path / "second")
+    changed = data if what == "text" else tmp_path / "before"
+    assert (status, f"{changed} is not what it was when the checkpoints" in err) == (1, True), err
+    settings = json.loads((kept / "run.json").read_text())
+    del settings["digests"]  # as it was written before: nothing is known of the data
+    (kept / "run.json").write_text(json.dumps(settings))
+    if what == "text":
+        status, _, err = invoke(*words, "-o", tmp_path / "second")
+        assert status == 0, err
+
+
+def test_a_seed_that_cannot_be_is_named(tmp_path: Path) -> None:
+    status, _, err = invoke("model", "--data", "data.txt", "-o", tmp_path / "out", "--seed", "-1")
+    assert (status, "Invalid value for '--seed'" in err) == (2, True), err
+
+
 def test_a_model_without_all_of_its_weights_is_not_followed(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "encoder")
     data = save_data(tmp_path / "data.txt", "encoder")
@@ -443,7 +489,9 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
         (["--steps", "0"], "--steps is 0; it has to be at least 1"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--max-length", "65"], "--max-length is 65, but"),
-        (["--max-length", "5"], "A span of 3 tokens is too short"),
+        (["--max-length", "5"], "--max-length is 5, of which special tokens leave 3: too few to merge anything in"),
+        (["--lr", "-1"], "--lr is -1.0; it has to be above 0"),
+        (["--lr", "nan"], "--lr is nan; it has to be above 0"),
         (["--adapter", "x", "--bottleneck-dim", "4"], "--bottleneck-dim is that of the plugin in --adapter"),
         (["--flops-saved", "1.5"], "a share lies between 0 and 1"),
         (["--flops-saved", "x"], "--flops-saved is 'x'"),

@@ -100,8 +100,9 @@ def copied_by(layer: VariatorLayer, plugin: str) -> Tensor:
 def nothing_merges(who: str) -> ValueError:
     """The error of a function, by its name, whose batches have no tokens that are merged."""
     return ValueError(
-        f"{who}: the batches have no tokens that are merged. Pass longer texts, and more of them; a causal model "
-        "merges none whose prediction has a label, so leave labels out where all have one."
+        f"{who}: the batches have no tokens that are merged. Pass longer texts, and more of them: at their ends as "
+        "many are left alone as keep_first_tokens and keep_last_tokens say. A causal model merges none whose "
+        "prediction has a label, so leave labels out where all have one."
     )
 
 
