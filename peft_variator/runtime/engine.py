@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..field_types import is_whole, whole_number
 from ..pooling import check_pooling
 from ..tuners.variator import using_ratio
+from ..tuners.variator.forward_context import NO_RATIO_INSIDE
 from ..tuners.variator.layer import plugin_layers
 from ..tuners.variator.ratios import compression_ratio_of
 from .engine_metrics import BatchRecord, Counts, EngineMetrics
@@ -79,7 +80,7 @@ class Engine:
         model: a model with a Variator plugin, from PEFT or transformers' `load_adapter`, or a `SentenceTransformer`;
             without a plugin it runs at k = 1 alone. Put into evaluation mode.
         tokenizer: the model's; a SentenceTransformer brings its own.
-        policy: what chooses; `None`: always the plugin's own ratio.
+        policy: what chooses; `None`: always the plugin's own ratio, as it is now.
         slo_ms: milliseconds from a call to its deadline, unless the call names its own; infinity: none.
         max_queue: most texts that may wait. A call that does not fit is refused whole.
         pooling: how hidden states become an embedding: a name in `peft_variator.pooling.POOLINGS`; `None`: as
@@ -319,18 +320,15 @@ class Engine:
             slo_ms, min_quality, max_ratio = checked_limits(limits)
             deadline = arrival + (self.slo_ms if slo_ms is None else slo_ms) / 1000
             task = self._task(kind)
+            with self._wake:  # before texts are tokenised that have no room in any case
+                self._check_room(len(texts))
             encoded = task.encode(texts, **(options or {})) if texts else []
             request = Request(task, len(texts))
             if not texts:
                 request.finish()
                 return request.future
             with self._wake:
-                if len(self._queue) + len(texts) > self.max_queue:
-                    self._counts.add(refused=1)
-                    raise QueueFull(
-                        f"{len(texts)} texts do not fit into the queue: {len(self._queue)} wait, and max_queue is "
-                        f"{self.max_queue}. Ask again later, or with fewer."
-                    )
+                self._check_room(len(texts))
                 self._counts.add(requests=1)
                 for index, each in enumerate(encoded):
                     length = len(each["input_ids"])
@@ -341,6 +339,14 @@ class Engine:
             self._leave()
         request.future.add_done_callback(partial(self._forget, request))
         return request.future
+
+    def _check_room(self, count: int) -> None:
+        if len(self._queue) + count > self.max_queue:
+            self._counts.add(refused=1)
+            raise QueueFull(
+                f"{count} texts do not fit into the queue: {len(self._queue)} wait, and max_queue is "
+                f"{self.max_queue}. Ask again later, or with fewer."
+            )
 
     def _check_open(self) -> None:
         if self._closing:
@@ -393,7 +399,7 @@ class Engine:
             if not self._merges():
                 ratio = 1
         except BaseException as error:  # whatever it is, the next batch may be all right
-            failure = error
+            failure = _in_words(error)
         ended = self._clock()
         late = [ended > text.deadline for text in texts]
         if failure is None:
@@ -476,3 +482,15 @@ class Engine:
 def _cancel_result(submitting: asyncio.Future[Future[Any]]) -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         submitting.result().cancel()
+
+
+def _in_words(error: BaseException) -> BaseException:
+    """What stopped a batch; of a model that no ratio can be chosen for, what to do."""
+    if NO_RATIO_INSIDE not in str(error):
+        return error
+    told = RuntimeError(
+        "An engine chooses a ratio for each batch, which a model that was compiled with fullgraph=True can't take up. "
+        "Compile it without fullgraph, or give the engine the model as it is."
+    )
+    told.__cause__ = error
+    return told

@@ -6,7 +6,9 @@ What it is hosted by is in `lit_server`, which needs the extra `serve`.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -44,6 +46,7 @@ BATCH_SIZES = (1, 4, 16, 64)
 LENGTHS = (4, 64, 256)
 TIMES_DEPEND_ON = ("model", "device", "gpu", "cpu", "threads")
 TOLD_EVERY = 10.0  # seconds between lines about what is measured
+SAME_WORD = 1.0  # seconds in which a second signal is the first one, passed on
 RESERVE_MS = 2.0  # for what lies around the engine: queues between processes, JSON
 
 
@@ -115,6 +118,9 @@ class ServeSettings:
 def serve(settings: ServeSettings) -> None:
     """Serve until the process is told to end (SIGINT or SIGTERM); what was taken is answered first.
 
+    Told once more, a second later or more, it ends at once: what it has taken is lost. Sooner than that it is the same
+    word, which a terminal gives to a process and what runs it passes on.
+
     For a process that does nothing else: prometheus_client reads when it is imported that several processes count
     together, so it must not have been imported before.
 
@@ -125,13 +131,24 @@ def serve(settings: ServeSettings) -> None:
         RuntimeError: the model can't be served; the reason is on the error stream.
     """
     server_process = os.getpid()
+    told: float | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
         # Children that are forked inherit this; they end when the server says so, after they have answered.
-        if os.getpid() == server_process:
+        if os.getpid() != server_process:
+            return
+        if told is None:
+            told = time.monotonic()
             # LitServe watches its workers, and would report that they end.
             logging.getLogger("litserve.server").setLevel(logging.CRITICAL)
             raise KeyboardInterrupt
+        # Raised again, it would fall into LitServe's wait for the answers, which then never come.
+        if time.monotonic() - told >= SAME_WORD:
+            for child in multiprocessing.active_children():
+                child.kill()
+            shutil.rmtree(os.environ.get(METRICS_FOLDER, ""), ignore_errors=True)
+            os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

@@ -31,6 +31,7 @@ from peft_variator.runtime import (
     QueueThreshold,
     SlackFit,
 )
+from peft_variator.runtime.tasks import Embed
 
 from .models import SENTENCES, classifier, encoder, made_table, tokenizer
 
@@ -341,8 +342,6 @@ class SlowToStart:
     """A tokenizer whose first call waits until it is let go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from peft_variator.runtime.tasks import Embed
-
         self.gate, self.started, encode = threading.Event(), threading.Event(), Embed.encode
 
         def wait(task: Embed, texts: list[str], **options: Any) -> Any:
@@ -470,6 +469,41 @@ def test_a_failing_batch_fails_its_own_requests_only(model: Any) -> None:
         finally:
             poison.handle.remove()
     assert engine.metrics.failed == 2 + 21
+
+
+def test_a_model_that_no_ratio_can_be_chosen_for_says_so(model: Any) -> None:
+    """Compiled in full; without fullgraph it answers as it does eagerly."""
+    expected = Engine(model, TOKENIZER, policy=FixedRatio(2)).embed(["a b c d e"]).embeddings
+    torch._dynamo.reset()
+    with Engine(torch.compile(model, fullgraph=True, backend="eager"), TOKENIZER, policy=FixedRatio(2)) as engine:
+        with pytest.raises(
+            RuntimeError, match=r"An engine chooses a ratio for each batch.* Compile it without fullgraph"
+        ):
+            engine.embed(["a b c d e"])
+    torch._dynamo.reset()
+    with Engine(torch.compile(model, backend="eager"), TOKENIZER, policy=FixedRatio(2)) as engine:
+        np.testing.assert_allclose(engine.embed(["a b c d e"]).embeddings, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_texts_that_have_no_room_are_not_tokenised(model: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    with Engine(model, TOKENIZER, policy=FixedRatio(2), max_queue=3) as engine:
+        seen: list[int] = []
+        encode = Embed.encode
+
+        def counted(task: Any, texts: Any, **options: Any) -> Any:
+            seen.append(len(texts))
+            return encode(task, texts, **options)
+
+        monkeypatch.setattr(Embed, "encode", counted)
+        if count == 3:
+            assert len(engine.embed(["a"] * count).ratios) == 3
+            assert seen == [3]
+            return
+        with pytest.raises(QueueFull, match="4 texts do not fit into the queue"):
+            engine.embed(["a"] * count)
+        assert not seen
+        assert engine.metrics.refused == 1
 
 
 def test_a_broken_policy_fails_what_it_was_shown(model: Any) -> None:

@@ -15,12 +15,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -78,6 +80,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
+    with started(folder) as running:
+        yield running
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Server]:
+    """A server of its own processes, ready; it is ended afterwards."""
     port = free_port()
     words = [str(folder / "base"), "--adapter", str(folder / "adapter"), "--table", str(folder / "table.json")]
     options = [str(part) for pair in LIMITS.items() for part in pair]
@@ -358,12 +367,31 @@ def test_it_ends_in_order(server: Server) -> None:
         while metrics(server).get(counter, 0) < before + 3:
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)  # as by what runs it, which passes on what a terminal tells all
         assert [call.result(90)[0] for call in calls] == [200] * 3
     assert server.process.wait(90) == 0
     output = server.process.stdout.read() if server.process.stdout else ""
     assert "Traceback" not in output
     with pytest.raises(OSError, match=r"refused|reset"):
         server.get("/health")
+
+
+@pytest.mark.slow
+def test_told_twice_it_ends_at_once(folder: Path) -> None:
+    with started(folder) as server:
+        parent = psutil.Process(server.process.pid)
+        children = parent.children(recursive=True)
+        children = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        assert children
+        for child in children:
+            child.suspend()  # so that the server waits for them
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 128 + signal.SIGINT
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
 
 
 @pytest.mark.parametrize(

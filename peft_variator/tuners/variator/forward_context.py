@@ -25,6 +25,7 @@ from .attention_mask import CUMULATIVE_LENGTHS, SEQUENCE_NUMBERS, TokenOrder, la
 
 __all__ = [
     "IGNORED_LABEL",
+    "NO_RATIO_INSIDE",
     "RATIO_NOTE",
     "CallFacts",
     "ForwardCall",
@@ -50,6 +51,11 @@ StackKind = Literal["encoder", "causal", "vision", "audio"]
 Result = TypeVar("Result")
 
 IGNORED_LABEL = -100
+NO_RATIO_INSIDE = (
+    "using_ratio can't select a ratio inside of code that torch.compile made or makes with fullgraph=True. Compile "
+    "without fullgraph, call the model that is not compiled, or choose the ratio with set_compression_ratio "
+    "outside of any using_ratio block."
+)
 RATIO_NOTE = "peft_variator.compression_ratio"  # on the nodes of an exported program
 # What a head knows and its stack does not; the ids too, which a vision-language model turns into embeddings.
 OF_HEADS = ("input_ids", "labels", "logits_to_keep", "shift_labels")
@@ -176,11 +182,7 @@ def selection_of(ratios: PluginRatios) -> Selection | None:
     """
     if torch.compiler.is_compiling():
         if _open_selections.count:
-            raise RuntimeError(
-                "using_ratio can't select a ratio inside of code that torch.compile made or makes with "
-                "fullgraph=True. Compile without fullgraph, call the model that is not compiled, or choose the ratio "
-                "with set_compression_ratio outside of any using_ratio block."
-            )
+            raise RuntimeError(NO_RATIO_INSIDE)
         return None
     for block in reversed(_blocks.get()):
         if block.ratios is ratios and block.is_open:
