@@ -99,7 +99,8 @@ def answers(
 ) -> dict[str, Any]:
     """F1, in percent, of greedy answers to SQuAD questions with the passage in the prompt; agreement with the base.
 
-    Agreement is the share, in percent, of the base's tokens that come before the first other one.
+    Agreement is the share, in percent, of the base's tokens that come before the first other one. `f1_above_base` is
+    the mean over the questions, with its standard error.
     """
     asked = [
         (context, question, given)
@@ -108,7 +109,7 @@ def answers(
         for question, given in questions
     ]
     asked = asked[:: max(1, len(asked) // limit)][:limit] if limit else asked
-    scores, agreements = [], []
+    scores, above, agreements = [], [], []
     for context, question, given in asked:
         content = f"{context}\n\nAnswer with a few words of the text above. Question: {question}"
         message = [{"role": "user", "content": content}]
@@ -116,10 +117,20 @@ def answers(
             message, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         tokens = _generated(model, inputs)
-        scores.append(answer_f1(tokenizer.decode(tokens, skip_special_tokens=True), given))
-        agreements.append(_agreement(tokens, tokens if base is model else _generated(base, inputs)))
-    count = len(asked)
-    return {"f1": 100 * sum(scores) / count, "agreement": 100 * sum(agreements) / count, "questions": count}
+        expected = tokens if base is model else _generated(base, inputs)
+        found, of_base = (
+            100 * answer_f1(tokenizer.decode(answer, skip_special_tokens=True), given) for answer in (tokens, expected)
+        )
+        scores.append(found)
+        above.append(found - of_base)
+        agreements.append(_agreement(tokens, expected))
+    return {
+        "f1": statistics.fmean(scores),
+        "f1_above_base": statistics.fmean(above),
+        "f1_above_base_error": _standard_error(above),
+        "agreement": 100 * statistics.fmean(agreements),
+        "questions": len(asked),
+    }
 
 
 def _generated(model: PreTrainedModel, inputs: Any) -> list[int]:

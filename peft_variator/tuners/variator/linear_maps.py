@@ -26,6 +26,7 @@ __all__ = [
     "RoundedFactor",
     "RoundedRows",
     "RowsOfBase",
+    "SplitDynamicLinear",
     "StraightThroughForward",
     "SummedMap",
     "UpdatedRows",
@@ -45,6 +46,9 @@ BLOCK = 64
 # 0.1, to eight with one scale for a whole weight, as by torch's `quantize_dynamic`, by as much as 0.6 (those of
 # all-mpnet-base-v2): a few large weights make the steps coarse.
 OTHER_BASE = 0.9
+# A feature stands out in a call if its largest number is so many times that of the one behind the most that may.
+OUTLIER = 3.0
+MOST_OUTLIERS = 8
 
 
 class FloatLinear(nn.Module):
@@ -370,6 +374,47 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient,) = gradients
         return gradient @ weight_of(ctx.module).to(gradient.dtype), None
+
+
+class SplitDynamicLinear(DynamicLinear):
+    """torch's int8 map, for inputs some of whose features may be far larger than all others.
+
+    What comes in is rounded in steps of one size, and one such feature makes them so coarse that little is left of the
+    others. Those that stand out in a call run beside it in floating point, as in LLM.int8() (Dettmers et al. 2022,
+    https://arxiv.org/abs/2208.07339, section 3.2), though by what the largest of a feature is beside those of others:
+    all-mpnet-base-v2 has neurons that reach 110 where the fifth largest stays below 7.
+
+    Attributes:
+        columns: the weight in floating point, shape `(out_features, in_features)`.
+    """
+
+    columns: Tensor
+
+    @classmethod
+    def of(cls, quantized: DynamicLinear, weight: Tensor) -> SplitDynamicLinear:
+        """The map that rounds as `quantized` does, whose weight was `weight`; it is kept, not copied."""
+        split = cls(quantized.in_features, quantized.out_features, dtype=torch.qint8)
+        split._packed_params = quantized._packed_params
+        split.columns = weight.detach()
+        return split.train(quantized.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The map of `inputs`, float32 of shape `(…, in_features)`."""
+        index = _outliers(inputs)
+        if index is None:
+            return super().forward(inputs)
+        alone = linear(inputs.index_select(-1, index), self.columns.index_select(1, index).to(inputs.dtype))
+        return super().forward(inputs.index_fill(-1, index, 0)) + alone
+
+
+def _outliers(inputs: Tensor) -> Tensor | None:
+    """Numbers of the features that stand out, shape `(count,)`, at most `MOST_OUTLIERS`; `None`: none does."""
+    if inputs.numel() == 0 or inputs.shape[-1] <= MOST_OUTLIERS or torch.compiler.is_compiling():
+        return None
+    low, high = inputs.detach().flatten(0, -2).aminmax(dim=0)
+    largest, index = torch.maximum(high, -low).topk(MOST_OUTLIERS + 1)
+    count = int((largest > OUTLIER * largest[-1]).sum())
+    return index[:count] if count else None
 
 
 class StraightThroughForward:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch.ao.quantization.qconfig import (
 from .compensation import CompensatedLinear
 from .config import COMPENSATION_BITS, CORRECTION_BITS
 from .layer import VariatorLayer
-from .linear_maps import RoundedRows, RowsOfBase, as_linear, is_quantized_map, is_torch_quantized
+from .linear_maps import RoundedRows, RowsOfBase, SplitDynamicLinear, as_linear, is_quantized_map, is_torch_quantized
 from .network import bias_of, unwrapped, weight_of
 from .neurons import NeuronIndex, weights_of
 from .ratios import layers_of
@@ -40,7 +40,12 @@ Quantize = Callable[[nn.Module], object]
 
 
 def quantize_plugin(
-    model: nn.Module, adapter_name: str | None = None, quantize: Quantize | None = None, *, sum_updates: bool = True
+    model: nn.Module,
+    adapter_name: str | None = None,
+    quantize: Quantize | None = None,
+    *,
+    sum_updates: bool = True,
+    float_rows: bool = True,
 ) -> None:
     """Quantise a plugin's correction as its base is quantised, in place; call it last, when both are there.
 
@@ -49,6 +54,9 @@ def quantize_plugin(
     which W + B·A is kept beside W. In floating point stay the scores, the updates themselves, and copies of neurons of
     maps that the base has in floating point: int8 in part, where a network's last map is left out because its inputs
     have outliers, leaves the plugin's out, too, which has the same inputs; a function that you name quantises it.
+    Where torch's `quantize_dynamic` rounds what comes into a network, so it does merged rows, and what is done to one
+    is done to k tokens: with `float_rows` the network's maps with an update run in floating point on them, few as they
+    are. Of the copied neurons those that stand out in a call run so in any case; see [`SplitDynamicLinear`].
     What is quantised already, by a quantiser that ran over the whole model, stays as it is. Updates can be trained on,
     which drops their sums; other quantised maps can't. A plugin that is saved afterwards has the rounded weights in
     floating point, and loads onto any base.
@@ -61,6 +69,8 @@ def quantize_plugin(
             int8 or float16 of torch's `quantize_dynamic`, or torchao's int8.
         sum_updates: whether W + B·A of a map with a low-rank update is quantised, too. `False`: the base's map and the
             update stay two; slower, and W is rounded once instead of twice.
+        float_rows: whether W + B·A of a network's maps is kept in float32 where the base's is int8 and has an update:
+            four bytes for each weight of the network. `False`: it is quantised as all others.
 
     Raises:
         ValueError: the model has no such plugin, or its base is not quantised, or in a way that needs `quantize`, or
@@ -78,13 +88,16 @@ def quantize_plugin(
     changes: list[Callable[[], None]] = []
     for layer, name in chosen:
         if quantize is not None:
-            changes += _quantize_layer(layer, name, quantize, ())
+            changes += _quantize_layer(layer, name, quantize, (), splits=False)
         elif _quantized_maps(layer) or not compensated:  # int8 in part may be that of the attention alone
-            changes += _quantize_layer(layer, name, _way_of(layer), _float_parts(layer))
+            changes += _quantize_layer(layer, name, _way_of(layer), _float_parts(layer), splits=True)
+    networks = [network for layer, _ in chosen if (network := layer.network()) is not None]
+    on_rows = {id(unwrapped(each)) for network in networks for each in network.maps}
     for module in compensated if sum_updates else ():
         way = quantize or _like(module.base_layer)
+        stays = float_rows and id(unwrapped(module)) in on_rows and _rounds_activations(module.base_layer)
         for name in names & module.adapters() if way is not None else ():
-            summed = _quantized(module.summed(name), cast(Quantize, way))
+            summed = module.summed(name) if stays else _quantized(module.summed(name), cast(Quantize, way))
             changes.append(partial(setitem, module.quantized, name, summed))
     for change in changes:
         change()
@@ -225,17 +238,28 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module
 
 
 def _quantize_layer(
-    layer: VariatorLayer, adapter_name: str, way: Quantize, left: Collection[str]
+    layer: VariatorLayer, adapter_name: str, way: Quantize, left: Collection[str], *, splits: bool
 ) -> Iterator[Callable[[], None]]:
-    """What puts the quantised maps of a layer's plugin, all but those `left`, in their places."""
+    """What puts the quantised maps of a layer's plugin, all but those `left`, in their places.
+
+    With `splits` the last map of copied neurons, whose inputs some stand out of, is split, though it was quantised
+    before; see [`SplitDynamicLinear`].
+    """
     layer.read_base(adapter_name)
     for part, module in layer.modules_of(adapter_name).items():
         if part in left:
             continue
+        if isinstance(module, RowsOfBase) or (isinstance(module, nn.Linear) and not is_quantized_map(module)):
+            weight, quantized = module.weight, _quantized(as_linear(module.weight, module.bias), way)
+        elif _rounds_activations(module) and not isinstance(module, SplitDynamicLinear):
+            weight, quantized = weight_of(module).float(), module
+        else:
+            continue
+        if splits and part == "variator_neuron_out" and _rounds_activations(quantized):
+            quantized = SplitDynamicLinear.of(quantized, weight)
         if isinstance(module, RowsOfBase):
-            yield partial(setitem, module.quantized, "rows", _quantized(as_linear(module.weight, module.bias), way))
-        elif isinstance(module, nn.Linear) and not is_quantized_map(module):
-            quantized = _quantized(as_linear(module.weight, module.bias), way)
+            yield partial(setitem, module.quantized, "rows", quantized)
+        elif quantized is not module:
             yield partial(setitem, getattr(layer, part), adapter_name, quantized)
 
 
@@ -248,6 +272,11 @@ def _quantized(linear: nn.Linear, way: Quantize) -> nn.Module:
             f"quantize={way!r} has left a map of {linear} as it was; it has to quantise nn.Linear layers."
         )
     return holder[0]
+
+
+def _rounds_activations(module: object) -> TypeGuard[DynamicLinear]:
+    """Whether a map is int8 of torch's `quantize_dynamic`, which rounds what comes in, rather than its float16."""
+    return isinstance(module, DynamicLinear) and weight_of(module, dequantize=False).is_quantized
 
 
 def _way_of(layer: VariatorLayer) -> Quantize:
