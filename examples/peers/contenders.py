@@ -187,7 +187,7 @@ def contenders(
 ) -> dict[str, Contender]:
     """What a text encoder is compared with, by name.
 
-    "int8 in part" leaves out the last maps of its networks, "int8 attention" all of theirs.
+    "int8 by channel" has a scale for each row of a weight, "int8 attention" leaves the networks as they are.
 
     Args:
         base: the model.
@@ -198,13 +198,13 @@ def contenders(
     """
     model: Any = base.model
     smaller = cache(smaller)  # its model and its tokenizer are asked for apart
-    last = [f"layer.{number}.output.dense" for number in range(model.config.num_hidden_layers)]
-    networks = [*last, "intermediate.dense"]
-    in_part = {
-        "int8 in part": cache(lambda: quantize(model, last)),
+    networks = [f"layer.{number}.output.dense" for number in range(model.config.num_hidden_layers)]
+    networks.append("intermediate.dense")
+    others = {
+        "int8 by channel": cache(lambda: quantize(model, by_channel=True)),
         "int8 attention": cache(lambda: quantize(model, networks)),
     }
-    found = _in_formats(model, plugin, **in_part)
+    found = _in_formats(model, plugin, **others)
     under_int8 = plugin.with_name(f"{plugin.name}-int8")
     found[f"int8 + plugin, updates apart, k = {RATIO}"] = Contender(
         lambda: with_plugin(quantize(model), plugin, RATIO, sum_updates=False), _weights(plugin)

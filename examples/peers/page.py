@@ -306,7 +306,7 @@ def advice(quality: dict[str, Any], speed: dict[str, Any]) -> list[str]:
         winner = f"{max(close)[1]} ({figures(max(close)[1])})" if close and speed.get("rows") else NOT_YET
         return f"within {within} {figure.unit}: {winner}"
 
-    integers = ["int8", *{"causal": ["int8 in part"], "text": ["int8 in part", "int8 attention"]}.get(kind, [])]
+    integers = ["int8", *{"causal": ["int8 in part"], "text": ["int8 by channel", "int8 attention"]}.get(kind, [])]
     other = {
         "text": f"Another runtime is no problem: {told('ONNX Runtime')}; "
         f"another model is none: {told('next-smaller')}.",

@@ -24,12 +24,13 @@ from peft_variator.training.losses import hidden_state_loss
 __all__ = ["drop_layers", "follow", "kept_layers", "narrow", "quantize", "saved_config", "with_plugin"]
 
 
-def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
+def quantize(model: nn.Module, without: Sequence[str] = (), *, by_channel: bool = False) -> nn.Module:
     """A copy whose Linear layers are int8, with the activations quantised as they come.
 
     Args:
         model: the model.
         without: what the names of layers end with that stay as they are.
+        by_channel: whether each row of a weight has a scale of its own.
     """
     chosen = {
         name
@@ -39,7 +40,8 @@ def quantize(model: nn.Module, without: Sequence[str] = ()) -> nn.Module:
     with warnings.catch_warnings():
         # torch points to another library for this, which the figures of int8 do not need.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), chosen, dtype=torch.qint8)
+        kinds = dict.fromkeys(chosen, torch.ao.quantization.per_channel_dynamic_qconfig) if by_channel else chosen
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), kinds, dtype=torch.qint8)
 
 
 def saved_config(folder: Path, changed: Mapping[str, Any]) -> VariatorConfig:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
 from peft_variator import VariatorConfig, quantize_plugin
 from peft_variator.tuners.variator.compensation import CompensatedLinear
+from peft_variator.tuners.variator.linear_maps import SplitDynamicLinear
 from peft_variator.tuners.variator.quantization import float_corrections
 from tests.tiny_models import BERT, LLAMA, Case, by_name
 
@@ -389,3 +390,110 @@ def test_copies_of_a_map_that_the_base_has_in_floating_point_stay_there(case: Ca
         quantize_plugin(model, quantize=in_place)  # a function that is named quantises what is left, too
     outs = [module for name, module in model.named_modules() if name.endswith("variator_neuron_out.default")]
     assert all(module.quantized if form == "rank" else isinstance(module, DynamicLinear) for module in outs)
+
+
+@pytest.mark.parametrize("outliers", [(), (3,), (0, 5, 30)])
+def test_inputs_that_stand_out_run_beside_the_others(outliers: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(32, 16)
+    (rounded,) = quantized(nn.Sequential(plain)).children()
+    assert isinstance(rounded, DynamicLinear)
+    split = SplitDynamicLinear.of(rounded, plain.weight)
+    inputs = torch.randn(4, 7, 32).abs()
+    inputs[..., list(outliers)] *= 60
+    expected = plain(inputs)
+    errors = [(module(inputs) - expected).norm() / expected.norm() for module in (split, rounded)]
+    assert errors[0] < 0.02
+    if not outliers:
+        assert torch.equal(split(inputs), rounded(inputs))
+    alone = inputs.clone()
+    alone[..., list(outliers)] = 0
+    others = plain(alone) - plain.bias
+    lost = [(module(inputs) - expected).norm() / others.norm() for module in (split, rounded)]
+    assert lost[0] <= lost[1]
+    if outliers:  # what is left of the others
+        assert lost[0] < 0.1 * lost[1]
+    assert split(inputs[:0]).shape == (0, 7, 16)
+    assert copy.deepcopy(split)(inputs).equal(split(inputs))
+    assert torch.equal(split.weight().dequantize(), rounded.weight().dequantize())
+
+
+def test_features_that_stand_out_are_few() -> None:
+    """More than may stand out do not: then it is the others that are small."""
+    torch.manual_seed(0)
+    plain = nn.Linear(32, 16)
+    (rounded,) = quantized(nn.Sequential(plain)).children()
+    split = SplitDynamicLinear.of(cast(DynamicLinear, rounded), plain.weight)
+    inputs = torch.rand(5, 32)
+    inputs[:, :9] += 100
+    assert torch.equal(split(inputs), rounded(inputs))
+    narrow = nn.Linear(8, 4)
+    (rounded,) = quantized(nn.Sequential(narrow)).children()
+    inputs = torch.tensor([[100.0, 1, 1, 1, 1, 1, 1, 1]])
+    assert torch.equal(SplitDynamicLinear.of(cast(DynamicLinear, rounded), narrow.weight)(inputs), rounded(inputs))
+
+
+@pytest.mark.parametrize("form", ["neurons", "rank", "compensated"])
+@pytest.mark.parametrize("order", ["plugin on int8", "int8 over both"])
+def test_copied_neurons_that_stand_out_do_not_drown_the_others(form: str, order: str) -> None:
+    """One neuron of a network is far larger than all others, as in all-mpnet-base-v2, and is copied for that."""
+    torch.manual_seed(1)
+    base = BERT.build()
+    with torch.no_grad():
+        for layer in base.encoder.layer:
+            layer.intermediate.dense.bias[5] = 60
+            layer.intermediate.dense.weight[5] *= 5
+    fields = VariatorConfig(compression_ratio=4, **FORMS[form] | {"correction_dim": 24})
+    if order == "plugin on int8":
+        model = get_peft_model(quantized(base), fields).eval()
+    else:
+        model = quantized(get_peft_model(base, fields).eval())
+    quantize_plugin(model)
+    outs = [
+        module.quantized["rows"] if form == "rank" else module
+        for name, module in model.named_modules()
+        if name.endswith("variator_neuron_out.default")
+    ]
+    assert [type(module) for module in outs] == [SplitDynamicLinear] * 2
+    inputs = inputs_of(BERT)
+    real, found = inputs["attention_mask"].bool(), []
+    forwards: list[Callable[[SplitDynamicLinear, Tensor], Tensor]] = [
+        lambda module, tokens: nn.functional.linear(tokens, module.columns),
+        SplitDynamicLinear.forward,
+        DynamicLinear.forward,
+    ]
+    for forward in forwards:
+        for module in outs:
+            module.forward = partial(forward, module)
+        found.append(first(model, inputs)[real])
+    exact, split, whole = found
+    # Without updates the base's own networks, which round them too, make more of what differs.
+    assert (split - exact).norm() < (0.3 if form == "compensated" else 0.8) * (whole - exact).norm()
+    quantize_plugin(model)  # again: what is split stays so
+    assert all(type(module) is SplitDynamicLinear for module in outs)
+
+
+def test_networks_run_in_floating_point_on_merged_rows() -> None:
+    """Where the base rounds what comes in, and unless they are asked not to."""
+    torch.manual_seed(1)
+    base = quantized(BERT.build())
+    model = get_peft_model(
+        base, VariatorConfig(init_weights=False, compression_ratio=4, **FORMS["compensated"])
+    ).eval()
+    for float_rows in (True, False):
+        quantize_plugin(model, float_rows=float_rows)
+        kinds = {
+            name.partition("layer.0.")[2]: type(module.quantized["default"])
+            for name, module in model.named_modules()
+            if hasattr(module, "network_name") and "layer.0." in name
+        }
+        of_network = {kind for name, kind in kinds.items() if "attention" not in name}
+        assert of_network == {nn.Linear if float_rows else DynamicLinear}
+        assert {kind for name, kind in kinds.items() if "attention" in name} == {DynamicLinear}
+    half = get_peft_model(quantized(BERT.build(), torch.float16), VariatorConfig(**FORMS["compensated"])).eval()
+    quantize_plugin(half)  # float16 weights round nothing that comes in
+    assert all(
+        isinstance(module.quantized["default"], DynamicLinear)
+        for module in half.modules()
+        if hasattr(module, "network_name")
+    )
