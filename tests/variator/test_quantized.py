@@ -351,9 +351,12 @@ def test_a_base_whose_attention_alone_is_quantised() -> None:
     }
     assert not any(isinstance(module, DynamicLinear) for name, module in model.named_modules() if "neuron" in name)
     assert_close(model, plain, alone, inputs_of(BERT))
-    plugin = get_peft_model(copy.deepcopy(alone), VariatorConfig(**fields, **FORMS["neurons"]))
-    with pytest.raises(ValueError, match="is not quantised"):  # nothing of it has an update: there is nothing to do
-        quantize_plugin(plugin)
+    plugin = get_peft_model(copy.deepcopy(alone), VariatorConfig(**fields, **FORMS["neurons"])).eval()
+    before = first(plugin, inputs_of(BERT))
+    quantize_plugin(plugin)  # nothing of it has an update: there is nothing to do
+    assert torch.equal(first(plugin, inputs_of(BERT)), before)
+    with pytest.raises(ValueError, match="is not quantised"):
+        quantize_plugin(with_plugin(BERT))
 
 
 @pytest.mark.parametrize("form", ["neurons", "rank"])

@@ -84,12 +84,17 @@ def quantize_plugin(
         for module in model.modules()
         if isinstance(module, CompensatedLinear) and is_quantized_map(module.base_layer) and names & module.adapters()
     ]
+    # A base may have its attention alone in int8, and networks that are known to be in floating point.
+    in_part = bool(compensated) or (
+        any(is_quantized_map(module) for module in model.modules())
+        and all(layer.network() is not None for layer, _ in chosen)
+    )
     # All maps are made before the first one is put into the model.
     changes: list[Callable[[], None]] = []
     for layer, name in chosen:
         if quantize is not None:
             changes += _quantize_layer(layer, name, quantize, (), splits=False)
-        elif _quantized_maps(layer) or not compensated:  # int8 in part may be that of the attention alone
+        elif _quantized_maps(layer) or not in_part:
             changes += _quantize_layer(layer, name, _way_of(layer), _float_parts(layer), splits=True)
     networks = [network for layer, _ in chosen if (network := layer.network()) is not None]
     on_rows = {id(unwrapped(each)) for network in networks for each in network.maps}
