@@ -65,7 +65,8 @@ def peers_of(model: str) -> tuple[list[dict[str, float]], dict[str, float]]:
         for row in record(results / f"speed-{model}.json")["rows"]
     ]
     found = record(results / f"quality-{model}.json")["contenders"]
-    points = {name: entry["parts"]["stsb"]["spearman"] for name, entry in found.items() if "stsb" in entry["parts"]}
+    measured = {name: entry["parts"] for name, entry in found.items() if "parts" in entry}
+    points = {name: parts["stsb"]["spearman"] for name, parts in measured.items() if "stsb" in parts}
     return speeds, {name: points["base"] - each for name, each in points.items()}
 
 
