@@ -92,6 +92,7 @@ def test_the_plugins_in_bfloat16(readme: str) -> None:
     for model in ("all-MiniLM-L6-v2", "all-mpnet-base-v2"):
         (large, _), lost = peers_of(model)
         told += [large["bf16 + plugin, k = 32"], large["bf16"]]
+        assert large["plugin, k = 32"] < large["bf16"] < large["bf16 + plugin, k = 32"]
         assert lost["bf16 + plugin, k = 32"] == pytest.approx(lost["plugin, k = 32"], abs=0.05)
     first, alone, second, its = (f"{each:.1f}" for each in told)
     assert (

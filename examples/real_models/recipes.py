@@ -45,8 +45,8 @@ __all__ = [
 ]
 
 
-# Tokens of an answer that a chat model's examples end with.
-ANSWER_TOKENS = 32
+# Tokens of an answer that a chat model's examples end with, at most.
+TAUGHT_TOKENS = 32
 # How questions about a passage are asked.
 ASKED = (
     "{context}\n\n{question}",
@@ -202,6 +202,9 @@ def answered_questions(
 
     Returns:
         Examples with `input_ids` and `labels`, which are −100 in the prompt.
+
+    Raises:
+        ValueError: no prompt is short enough.
     """
     if not count:
         return []
@@ -214,12 +217,15 @@ def answered_questions(
     ]
     generator.shuffle(asked)
     prompts: list[list[int]] = []
-    for context, question in cycle(asked):
+    for number, (context, question) in enumerate(cycle(asked)):
+        if number == len(asked) and not prompts:
+            raise ValueError(f"No question on a passage fits into {longest} tokens with its answer. Raise --length.")
         content = generator.choice(ASKED).format(context=context, question=question)
         ids = base.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        prompts += [ids] * (len(ids) <= longest - ANSWER_TOKENS)
+        if len(ids) <= longest - TAUGHT_TOKENS:
+            prompts.append(ids)
         if len(prompts) == count:
             break
     examples = []
@@ -228,7 +234,7 @@ def answered_questions(
     for batch in range(0, count, batch_size):
         part = prompts[batch : batch + batch_size]
         padded = base.tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
-        answers = base.model.generate(**padded, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        answers = base.model.generate(**padded, max_new_tokens=TAUGHT_TOKENS, do_sample=False)
         for ids, answer in zip(part, answers[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
             end = answer.index(base.tokenizer.eos_token_id) + 1 if base.tokenizer.eos_token_id in answer else None
             examples.append({"input_ids": [*ids, *answer[:end]], "labels": [-100] * len(ids) + answer[:end]})

@@ -86,17 +86,17 @@ class TrainingData:
 
     def held_out_batches(self, size: int, device: Any) -> Iterator[dict[str, Any]]:
         """The held-out examples in batches of a size."""
-        yield from self._batches([self.held_out[index] for index in range(len(self.held_out))], size, device)
+        yield from self._batches(self.held_out, range(len(self.held_out)), size, device)
 
     def drawn_batches(self, count: int, size: int, device: Any, seed: int) -> Iterator[dict[str, Any]]:
         """A few batches of a size, of examples to train on: what is chosen by data is not by what is held out."""
         there = range(len(self.train))
         drawn = random.Random(f"batches, seed {seed}").sample(there, min(count * size, len(there)))
-        yield from self._batches([self.train[index] for index in drawn], size, device)
+        yield from self._batches(self.train, drawn, size, device)
 
-    def _batches(self, examples: Sequence[Any], size: int, device: Any) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(examples), size):
-            batch = self.collate(list(examples[start : start + size]))
+    def _batches(self, examples: Examples, chosen: Sequence[int], size: int, device: Any) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(chosen), size):  # images are read batch by batch
+            batch = self.collate([examples[index] for index in chosen[start : start + size]])
             yield {name: value.to(device) for name, value in batch.items()}
 
 

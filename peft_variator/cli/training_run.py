@@ -13,12 +13,14 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoProcessor,
@@ -37,6 +39,7 @@ from ..models import Task, takes_sound
 from ..profiling import build_model, count_positions, find_device, has_weights, load_config
 from ..sentence_folder import copy_files
 from ..training import DistillationConfig, DistillationTrainer
+from ..training.data import IMAGE_SUFFIXES
 from ..training.model_card import PluginFacts, RestoredFacts
 from .console import Reporter, option_words
 from .examples import TrainingData, load_data, warn_about_unreadable
@@ -119,6 +122,12 @@ class RunSettings:
         check_reachable(self.model)  # after what needs no network
         self.push_to_hub = self.publishing.check()
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """What tells whether the data and the adapter are what they were, so far as they are on this machine."""
+        digests = {name: _digest(Path(name)) for name in (*self.data, self.adapter) if name is not None}
+        return {name: digest for name, digest in digests.items() if digest is not None}
+
     @property
     def publishing(self) -> Publishing:
         """Where the adapter is published."""
@@ -182,7 +191,7 @@ def check_checkpoints(settings: RunSettings) -> None:
         raise ValueError(f"{settings.checkpoints} holds checkpoints of an unknown run. Name another folder.")
     now = _facts(settings)
     before = {"processes": 1, **json.loads(file.read_text(encoding="utf-8"))}  # as before it was written down
-    kept, found = before.pop(DIGESTS, {}), _digests(settings)
+    kept, found = before.pop(DIGESTS, {}), settings.digests
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise ValueError(
@@ -213,19 +222,20 @@ def train_or_resume(trainer: Trainer, settings: RunSettings, reporter: Reporter)
     """Train, from the last whole checkpoint of the run if there is one; say in their folder which run they are of."""
     last = _last_whole_checkpoint(trainer, settings, reporter)
     if settings.checkpoints is not None and trainer.is_world_process_zero():
-        write_text(
-            settings.checkpoints / SETTINGS_NAME,
-            json.dumps(_facts(settings) | {DIGESTS: _digests(settings)}, indent=2) + "\n",
-        )
+        facts = _facts(settings) | {DIGESTS: settings.digests}
+        write_text(settings.checkpoints / SETTINGS_NAME, json.dumps(facts, indent=2) + "\n")
     place = str(trainer.args.output_dir)
     with naming_full_disk(place, place):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 def config_of_checkpoint(settings: RunSettings) -> PeftConfig | None:
-    """The configuration of the adapter in a run's newest checkpoint that has a whole one; `None`: there is none."""
+    """The configuration of the adapter in a run's newest checkpoint that has one; `None`: there is none.
+
+    All checkpoints of a run have the same, so it need not be the one that training goes on from.
+    """
     for folder in _checkpoints(settings):
-        if _why_broken(folder, NEEDED_FILES) is None:
+        if (folder / CONFIG_NAME).is_file() and _is_whole(folder / CONFIG_NAME):
             return PeftConfig.from_pretrained(str(folder))
     return None
 
@@ -293,21 +303,22 @@ def _facts(settings: RunSettings) -> dict[str, object]:
     return {name: value for name, value in facts.items() if name not in places}
 
 
-def _digests(settings: RunSettings) -> dict[str, str]:
-    """What tells whether the data and the adapter of a run are what they were, so far as they are on this machine."""
-    digests = {name: _digest(Path(name)) for name in (*settings.data, settings.adapter) if name is not None}
-    return {name: digest for name, digest in digests.items() if digest is not None}
-
-
 def _digest(path: Path) -> str | None:
-    """SHA-256 of a file, or of the names and sizes of the files in a folder; `None`: it is not on this machine."""
+    """SHA-256 of a file, or of what is in a folder; `None`: it is not on this machine.
+
+    Of images the names and sizes count: there may be many. A folder's other files are those of an adapter.
+    """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         return None
-    sizes = sorted((str(each.relative_to(path)), each.stat().st_size) for each in path.rglob("*") if each.is_file())
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    found = [
+        (str(each.relative_to(path)), each.stat().st_size if each.suffix.lower() in IMAGE_SUFFIXES else _digest(each))
+        for each in files
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 def load_weights(name: str, task: Task) -> PreTrainedModel:

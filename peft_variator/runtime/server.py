@@ -147,13 +147,13 @@ def serve(settings: ServeSettings) -> None:
         if time.monotonic() - told >= SAME_WORD:
             for child in multiprocessing.active_children():
                 child.kill()
-            shutil.rmtree(os.environ.get(METRICS_FOLDER, ""), ignore_errors=True)
+            shutil.rmtree(os.environ[METRICS_FOLDER], ignore_errors=True)
             os._exit(128 + number)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
     with tempfile.TemporaryDirectory(prefix="peft-variator-metrics-") as folder:
         os.environ[METRICS_FOLDER] = folder
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         from .lit_server import make_server
 
         server = make_server(settings)

@@ -70,8 +70,7 @@ def load_plugin(
     weights = load_peft_weights(path, device="cpu")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     mapping = _find_renaming(weights, prefix, {name for name, _ in base.named_modules() if name}, path)
-    if mapping:
-        _rename_modules(config, mapping)
+    _rename_modules(config, mapping)
     config.inference_mode = not is_trainable
     with undone_on_error(model):
         if isinstance(model, PeftModel):

@@ -423,7 +423,7 @@ def test_ratios_that_data_chose_are_not_chosen_again(tmp_path: Path, monkeypatch
     assert configs[0].correction_pattern == configs[1].correction_pattern
 
 
-@pytest.mark.parametrize("what", ["text", "adapter"])
+@pytest.mark.parametrize("what", ["text", "adapter", "weights"])
 def test_data_that_has_changed_since_is_refused(tmp_path: Path, what: str) -> None:
     save_model(tmp_path / "model", "encoder")
     data, kept = save_data(tmp_path / "data.txt", "encoder"), tmp_path / "checkpoints"
@@ -433,8 +433,12 @@ def test_data_that_has_changed_since_is_refused(tmp_path: Path, what: str) -> No
     assert invoke(*words, "-o", tmp_path / "first")[0] == 0
     if what == "text":
         data.write_text(data.read_text() + "w1 w2 w3\n")
-    else:
+    elif what == "adapter":
         (tmp_path / "before" / "adapter_config.json").write_text("{}")
+    else:  # trained anew, they are as large as they were
+        weights = tmp_path / "before" / "adapter_model.safetensors"
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     status, _, err = invoke(*words, "-o", tmp_path / "second")
     changed = data if what == "text" else tmp_path / "before"
     assert (status, f"{changed} is not what it was when the checkpoints" in err) == (1, True), err

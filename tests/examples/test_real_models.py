@@ -128,10 +128,12 @@ def test_questions_about_passages_are_answered_by_the_base(scripts, data):
         answer = row["input_ids"][len(prompt) :]
         assert row["labels"][len(prompt) :] == answer
         assert not tested & set(prompt)
-        alone = model.generate(torch.tensor([prompt]), max_new_tokens=recipes.ANSWER_TOKENS, do_sample=False)
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=recipes.TAUGHT_TOKENS, do_sample=False)
         assert alone[0, len(prompt) :].tolist() == answer
         assert len(row["input_ids"]) <= 64
     assert recipes.answered_questions(weights.Loaded(None, None), data, 0, 64, 0) == []
+    with pytest.raises(ValueError, match="fits into 33 tokens with its answer"):
+        recipes.answered_questions(weights.Loaded(model, tokenizer), data, 20, 33, 0)
 
 
 def test_a_source_that_is_missing_or_unknown(scripts, data):

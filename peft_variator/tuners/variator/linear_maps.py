@@ -381,8 +381,7 @@ class SplitDynamicLinear(DynamicLinear):
 
     What comes in is rounded in steps of one size, and one such feature makes them so coarse that little is left of the
     others. Those that stand out in a call run beside it in floating point, as in LLM.int8() (Dettmers et al. 2022,
-    https://arxiv.org/abs/2208.07339, section 3.2), though by what the largest of a feature is beside those of others:
-    all-mpnet-base-v2 has neurons that reach 110 where the fifth largest stays below 7.
+    https://arxiv.org/abs/2208.07339, section 3.2), though by what the largest of a feature is beside those of others.
 
     Attributes:
         columns: the weight in floating point, shape `(out_features, in_features)`.
@@ -394,7 +393,7 @@ class SplitDynamicLinear(DynamicLinear):
     def of(cls, quantized: DynamicLinear, weight: Tensor) -> SplitDynamicLinear:
         """The map that rounds as `quantized` does, whose weight was `weight`; it is kept, not copied."""
         split = cls(quantized.in_features, quantized.out_features, dtype=torch.qint8)
-        split._packed_params = quantized._packed_params
+        split.set_weight_bias(quantized.weight(), quantized.bias())
         split.columns = weight.detach()
         return split.train(quantized.training)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from typing import Any, TypeGuard, cast
@@ -92,18 +92,12 @@ def quantize_plugin(
     # All maps are made before the first one is put into the model.
     changes: list[Callable[[], None]] = []
     for layer, name in chosen:
-        if quantize is not None:
-            changes += _quantize_layer(layer, name, quantize, (), splits=False)
-        elif _quantized_maps(layer) or not in_part:
-            changes += _quantize_layer(layer, name, _way_of(layer), _float_parts(layer), splits=True)
-    networks = [network for layer, _ in chosen if (network := layer.network()) is not None]
-    on_rows = {id(unwrapped(each)) for network in networks for each in network.maps}
-    for module in compensated if sum_updates else ():
-        way = quantize or _like(module.base_layer)
-        stays = float_rows and id(unwrapped(module)) in on_rows and _rounds_activations(module.base_layer)
-        for name in names & module.adapters() if way is not None else ():
-            summed = module.summed(name) if stays else _quantized(module.summed(name), cast(Quantize, way))
-            changes.append(partial(setitem, module.quantized, name, summed))
+        if quantize is not None or _quantized_maps(layer) or not in_part:
+            changes += _quantize_layer(layer, name, quantize)
+    if sum_updates:
+        rows = {id(each) for layer, _ in chosen for each in _maps_on_rows(layer)} if float_rows else set()
+        for module in compensated:
+            changes += _sum_updates(module, names, quantize, stays=id(unwrapped(module)) in rows)
     for change in changes:
         change()
 
@@ -204,14 +198,14 @@ def float_corrections(model: nn.Module, adapter_name: str | None = None) -> list
         model: a model with a plugin.
         adapter_name: which plugin; `None`: the active one.
     """
-    return [
-        layer.name
-        for layer, name in layers_of(model, adapter_name)
-        if _quantized_maps(layer)
-        and any(
-            _is_float(module) for part, module in layer.modules_of(name).items() if part not in _float_parts(layer)
-        )
-    ]
+    return [layer.name for layer, name in layers_of(model, adapter_name) if _is_in_part(layer, name)]
+
+
+def _is_in_part(layer: VariatorLayer, name: str) -> bool:
+    """Whether some of a correction could be quantised as the network is, and is not."""
+    left = _float_parts(layer)
+    modules = layer.modules_of(name).items()
+    return bool(_quantized_maps(layer)) and any(_is_float(module) for part, module in modules if part not in left)
 
 
 def _is_float(module: nn.Module) -> bool:
@@ -243,29 +237,42 @@ def _parts(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, nn.Module
 
 
 def _quantize_layer(
-    layer: VariatorLayer, adapter_name: str, way: Quantize, left: Collection[str], *, splits: bool
+    layer: VariatorLayer, adapter_name: str, quantize: Quantize | None
 ) -> Iterator[Callable[[], None]]:
-    """What puts the quantised maps of a layer's plugin, all but those `left`, in their places.
-
-    With `splits` the last map of copied neurons, whose inputs some stand out of, is split, though it was quantised
-    before; see [`SplitDynamicLinear`].
-    """
+    """What puts the quantised maps of a layer's plugin in their places; `quantize` as of `quantize_plugin`."""
+    way = quantize or _way_of(layer)
+    left = () if quantize is not None else _float_parts(layer)
     layer.read_base(adapter_name)
+    module: Any
     for part, module in layer.modules_of(adapter_name).items():
         if part in left:
             continue
-        if isinstance(module, RowsOfBase) or (isinstance(module, nn.Linear) and not is_quantized_map(module)):
-            weight, quantized = module.weight, _quantized(as_linear(module.weight, module.bias), way)
-        elif _rounds_activations(module) and not isinstance(module, SplitDynamicLinear):
-            weight, quantized = weight_of(module).float(), module
-        else:
-            continue
-        if splits and part == "variator_neuron_out" and _rounds_activations(quantized):
-            quantized = SplitDynamicLinear.of(quantized, weight)
+        is_float = isinstance(module, RowsOfBase) or (isinstance(module, nn.Linear) and not is_quantized_map(module))
+        made = _quantized(as_linear(module.weight, module.bias), way) if is_float else module
+        is_split = isinstance(made, SplitDynamicLinear)
+        # Also one that was quantised before, which a quantiser does that runs over the whole model.
+        if part == "variator_neuron_out" and quantize is None and not is_split and _rounds_activations(made):
+            made = SplitDynamicLinear.of(made, module.weight if is_float else weight_of(made).float())
         if isinstance(module, RowsOfBase):
-            yield partial(setitem, module.quantized, "rows", quantized)
-        elif quantized is not module:
-            yield partial(setitem, getattr(layer, part), adapter_name, quantized)
+            yield partial(setitem, module.quantized, "rows", made)
+        elif made is not module:
+            yield partial(setitem, getattr(layer, part), adapter_name, made)
+
+
+def _sum_updates(
+    module: CompensatedLinear, names: set[str], quantize: Quantize | None, *, stays: bool
+) -> Iterator[Callable[[], None]]:
+    """What puts W + B·A of some plugins beside a map's W, quantised unless it stays in floating point."""
+    way = quantize or _like(module.base_layer)
+    for name in names & module.adapters() if way is not None else ():
+        summed = module.summed(name) if stays else _quantized(module.summed(name), cast(Quantize, way))
+        yield partial(setitem, module.quantized, name, summed)
+
+
+def _maps_on_rows(layer: VariatorLayer) -> list[nn.Module]:
+    """The maps of a layer's network whose activations the base rounds: what runs on merged rows while they merge."""
+    network = layer.network()
+    return [] if network is None else [each for each in map(unwrapped, network.maps) if _rounds_activations(each)]
 
 
 def _quantized(linear: nn.Linear, way: Quantize) -> nn.Module:
