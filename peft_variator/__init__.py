@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         fold_updates,
         quantize_plugin,
         set_compression_ratio,
+        set_min_tokens,
         shrink_plugin,
         using_ratio,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "prune",
     "quantize_plugin",
     "set_compression_ratio",
+    "set_min_tokens",
     "shrink_plugin",
     "using_ratio",
 ]
@@ -75,6 +77,7 @@ _ROOMS = {
         "fold_updates",
         "quantize_plugin",
         "set_compression_ratio",
+        "set_min_tokens",
         "shrink_plugin",
         "using_ratio",
     ),

@@ -91,7 +91,8 @@ def _show(report: BenchmarkReport, reporter: Reporter) -> None:
             work = f"{saved:.1%} of the FLOPs saved" if saved > 0 else f"{-saved:.1%} more FLOPs"
             reporter.warn(
                 f"At {plugin.name} it does not pay here: {report.speedup(plugin).median:.2f} times as fast as the "
-                f"base, with {work}. Try a larger k, longer inputs, or a narrower correction."
+                f"base, with {work}. Try a larger k, longer inputs, or a narrower correction; in Python "
+                "model.set_min_tokens(n) has calls that are too small run the base."
             )
     warn_about_load(report.environment, reporter)
     model, adapter = report.settings["model"], report.settings["adapter"]

@@ -213,6 +213,33 @@ class LatencyTable:
             stacklevel=3,
         )
 
+    def min_tokens(self, ratio: int) -> int:
+        """From how many tokens a call on a ratio was nowhere slower than the base: a number for `set_min_tokens`.
+
+        Tokens are batch times length. It is one of the points that were measured, and no guess between them.
+
+        Args:
+            ratio: one of `ratios`, larger than 1.
+
+        Raises:
+            ValueError: the table has no such ratio, or the ratio is slower at the largest point of the table.
+        """
+        if ratio not in self.seconds or ratio == 1:
+            raise ValueError(f"ratio={ratio}: ask for one of {[k for k in self.ratios if k > 1]}, which are measured.")
+        points = sorted(
+            (batch * length, self.seconds[ratio][row][column] > self.seconds[1][row][column])
+            for row, batch in enumerate(self.batch_sizes)
+            for column, length in enumerate(self.lengths)
+        )
+        losing = max((tokens for tokens, loses in points if loses), default=0)
+        found = next((tokens for tokens, _ in points if tokens > losing), None)
+        if found is None:
+            raise ValueError(
+                f"ratio={ratio} takes longer than the base at {points[-1][0]} tokens, the most of the table. Profile "
+                "larger batches or longer texts, or use the base (k = 1)."
+            )
+        return found
+
     @property
     def error(self) -> dict[str, float] | None:
         """Median and largest relative error of interpolation at `checks`; `None` if none could be made."""

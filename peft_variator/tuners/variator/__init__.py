@@ -8,7 +8,7 @@ from .layer import VariatorLayer
 from .model import VariatorModel
 from .neuron_selection import calibrate
 from .quantization import quantize_plugin, shrink_plugin
-from .ratios import exported_ratio, set_compression_ratio, using_ratio
+from .ratios import exported_ratio, set_compression_ratio, set_min_tokens, using_ratio
 
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "fold_updates",
     "quantize_plugin",
     "set_compression_ratio",
+    "set_min_tokens",
     "shrink_plugin",
     "using_ratio",
 ]

@@ -107,7 +107,7 @@ class CompensatedLinear(SummedMap, PluginModule):
         Args:
             inputs: shape `(…, in_features)`.
         """
-        update = self.current_update()
+        update = self.current_update(inputs)
         if update is None:
             return self.base_layer(inputs, *args, **kwargs)
         (name, down, up), base = update, self.base_layer
@@ -126,10 +126,14 @@ class CompensatedLinear(SummedMap, PluginModule):
             return torch.addmm(flat, inner, up).view(output.shape)
         return output + linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype)).to(output.dtype)
 
-    def current_update(self) -> tuple[str, Tensor, Tensor] | None:
-        """Name, A and B of the plugin that merges in the call under way; `None`: none does, or it has no update."""
+    def current_update(self, inputs: Tensor) -> tuple[str, Tensor, Tensor] | None:
+        """Name, A and B of the plugin that merges in the call under way; `None`: none does, or it has no update.
+
+        Args:
+            inputs: what the map gets, shape `(…, in_features)`.
+        """
         call = None if self.stack is None else self.stack.current_groups()
-        choice = None if call is None else call.choices.get(self.network_name)
+        choice = None if call is None else call.choice_of(self.network_name, inputs)
         if choice is None or choice[0] not in getattr(self, self.adapter_layer_names[0]):
             return None
         return choice[0], *self.factors(choice[0])

@@ -32,7 +32,7 @@ __all__ = [
     "PluginRatios",
     "Selection",
     "StackKind",
-    "chosen_ratios",
+    "call_around",
     "next_token_labels",
     "open_calls",
     "parameter_names",
@@ -97,12 +97,15 @@ def recorded_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Ma
 class PluginRatios:
     """The compression ratios of all plugins of a base model, one object for all layers.
 
-    A call reads `chosen` once. It is replaced and never changed, so that no answer mixes two ratios.
+    A call reads `chosen` and `min_tokens` once. They are replaced and never changed, so that no answer mixes two
+    ratios.
     """
 
     def __init__(self) -> None:
         self.chosen: Mapping[str, int] = {}
         """The ratio that was set at run time, by plugin; a plugin that is not in it has the one it was made with."""
+        self.min_tokens: Mapping[str, int] = {}
+        """How many tokens a call needs to be merged, by plugin; one that is not in it merges calls of any size."""
         self.warned: dict[str, set[int]] = {}
         """Ratios that a plugin was not trained for and that were chosen all the same, by plugin."""
 
@@ -111,6 +114,12 @@ class PluginRatios:
         with _lock:
             others = {name: chosen for name, chosen in self.chosen.items() if name != adapter_name}
             self.chosen = others if ratio is None else {**others, adapter_name: ratio}
+
+    def require(self, adapter_name: str, min_tokens: int) -> None:
+        """Set how many tokens a call needs for a plugin to merge them; 0: any call will do."""
+        with _lock:
+            others = {name: needed for name, needed in self.min_tokens.items() if name != adapter_name}
+            self.min_tokens = {**others, adapter_name: min_tokens} if min_tokens else others
 
 
 class Selection(NamedTuple):
@@ -202,6 +211,7 @@ class ForwardCall:
         arguments: see [`recorded_arguments`].
         ratios: of the model that the module belongs to.
         chosen: what `ratios.chosen` was when the outermost call of that model started.
+        min_tokens: what `ratios.min_tokens` was then.
         groups: how the plugins of a stack merge; `None` for a module around a stack.
     """
 
@@ -209,6 +219,7 @@ class ForwardCall:
     arguments: dict[str, Any]
     ratios: PluginRatios
     chosen: Mapping[str, int]
+    min_tokens: Mapping[str, int]
     groups: Any = None
 
 
@@ -270,12 +281,12 @@ def runs_single_blocks() -> bool:
     return _thread.runs_single_blocks
 
 
-def chosen_ratios(ratios: PluginRatios) -> Mapping[str, int]:
-    """What counts as `ratios.chosen` for a call that starts now: what counted when the call around it started."""
+def call_around(ratios: PluginRatios) -> PluginRatios | ForwardCall:
+    """Whose `chosen` and `min_tokens` count for a call that starts now: the outermost call's of the same model."""
     for call in _thread.calls:
         if call.ratios is ratios:
-            return call.chosen
-    return ratios.chosen
+            return call
+    return ratios
 
 
 # What the arguments tell about the tokens

@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import CodeType
+from types import CodeType, MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .forward_context import (
     ForwardCall,
     PluginRatios,
     StackKind,
-    chosen_ratios,
+    call_around,
     next_token_labels,
     open_calls,
     parameter_names,
@@ -87,7 +87,8 @@ class WrappedForward:
 
     def begin(self, arguments: dict[str, Any]) -> ForwardCall:
         """The record of a call that is about to run."""
-        return ForwardCall(self.module, arguments, self.ratios, chosen_ratios(self.ratios))
+        around = call_around(self.ratios)
+        return ForwardCall(self.module, arguments, self.ratios, around.chosen, around.min_tokens)
 
     def unwrap(self) -> None:
         """Give the module its own `forward` back, wherever others have moved this one since."""
@@ -264,7 +265,7 @@ class StackForward(WrappedForward):
         is_single = self.kind == "causal" and tokens is not None and tokens.shape[1] == 1
         if is_single and _has_cached(own):
             return StackGroups(CallFacts(self.kind), {})  # decoding one token at a time: there is nothing to merge
-        choices = self.choices(call.chosen)
+        choices = self.choices(call.chosen, self._needed(call))
         if not choices:
             return StackGroups(CallFacts(self.kind), {})
         if "write_index" in own:
@@ -286,15 +287,29 @@ class StackForward(WrappedForward):
             self._warn_about_losses(groups)
         return groups
 
+    @property
+    def merges_for_good(self) -> bool:
+        """Whether weights were made for calls that are merged, [`fix_choices`]."""
+        return self.fixed_choices is not None
+
     def fix_choices(self) -> None:
         """Have all calls use the plugins and ratios that are chosen now, or raise."""
         self.fixed_choices = self.choices(self.ratios.chosen)
 
-    def choices(self, chosen: Mapping[str, int]) -> dict[str, tuple[str, MergeRule]]:
+    def _needed(self, call: ForwardCall) -> Mapping[str, int]:
+        """How many tokens a call needs to be merged, by plugin: what pays is asked of calls in evaluation mode."""
+        for_good = self.merges_for_good or torch.compiler.is_exporting()
+        return {} if self.module.training or for_good else call.min_tokens
+
+    def choices(
+        self, chosen: Mapping[str, int], min_tokens: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, tuple[str, MergeRule]]:
         """The plugin and its rule of every layer that merges, by the layer's name.
 
         Args:
             chosen: the ratio that was set at run time, by plugin.
+            min_tokens: how many tokens a call needs to be merged, by plugin; not where a thread or task has chosen the
+                ratio itself.
 
         Raises:
             RuntimeError: the weights were made for other choices.
@@ -307,6 +322,8 @@ class StackForward(WrappedForward):
                 plugin, ratio = selection if selection.adapter in layer.rules else (None, None)
             if plugin is not None:
                 rule = layer.rule_at(plugin, ratio)
+                if plugin in min_tokens and selection is None:
+                    rule = rule._replace(min_tokens=min_tokens[plugin])
                 if layer.observes_all:
                     rule = rule._replace(outliers=None)
                 if rule.ratio > 1 or layer.observes_all:

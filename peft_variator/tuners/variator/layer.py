@@ -49,6 +49,10 @@ class PluginStack(Protocol):
     def current_groups(self) -> StackGroups | None:
         """How plugins merge in the call that is under way in this thread; `None`: there is none."""
 
+    @property
+    def merges_for_good(self) -> bool:
+        """Whether weights were made for calls that are merged (`fold_updates`)."""
+
     def release_if_unused(self) -> None:
         """Undo what was put around the stack, when no plugin is left."""
 
@@ -268,6 +272,7 @@ class VariatorLayer(PluginModule):
         self.rules[adapter_name] = rule if self.reads_text else rule._replace(outliers=None)
         self.configs[adapter_name] = config
         self.ratios.choose(adapter_name, None)
+        self.ratios.require(adapter_name, 0)
         network = self.network()
         decompression = config.decompression
         assert decompression is not None  # the configuration has chosen one
@@ -391,7 +396,7 @@ class VariatorLayer(PluginModule):
         if call is None:
             self._check_reached_without_call()
             return self.base_layer(hidden_states, *args, **kwargs)
-        choice = call.choices.get(self.name)
+        choice = call.choice_of(self.name, hidden_states)
         if choice is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         if hidden_states.is_nested:

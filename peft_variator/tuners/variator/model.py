@@ -32,7 +32,7 @@ from .layer import FeedForwardEnd, PluginModule, SpanLayer, VariatorLayer, plugi
 from .linear_maps import RoundedFactor, RoundedRows
 from .outliers import OutlierProbe
 from .quantization import float_state, quantized_parts
-from .ratios import compression_ratio_of, set_compression_ratio, using_ratio
+from .ratios import compression_ratio_of, min_tokens_of, set_compression_ratio, set_min_tokens, using_ratio
 from .spans import place_span, span_targets
 
 
@@ -340,6 +340,15 @@ class VariatorModel(TidyTuner):
     def set_compression_ratio(self, k: int, adapter_name: str | None = None) -> None:
         """Change the compression ratio k of a plugin; see [`set_compression_ratio`]."""
         set_compression_ratio(self.model, k, adapter_name)
+
+    @property
+    def min_tokens(self) -> int:
+        """The fewest tokens of a call that the active plugin merges; see [`set_min_tokens`]."""
+        return min_tokens_of(self.model)
+
+    def set_min_tokens(self, min_tokens: int, adapter_name: str | None = None) -> None:
+        """Have calls of fewer tokens run the base model; see [`set_min_tokens`]."""
+        set_min_tokens(self.model, min_tokens, adapter_name)
 
     def using_ratio(self, k: int, adapter_name: str | None = None) -> AbstractContextManager[None]:
         """Use a plugin at a compression ratio in this thread or task alone; see [`using_ratio`]."""

@@ -19,7 +19,15 @@ from .forward_context import RATIO_NOTE, Selection, selected
 from .layer import VariatorLayer, plugin_layers
 
 
-__all__ = ["compression_ratio_of", "exported_ratio", "layers_of", "set_compression_ratio", "using_ratio"]
+__all__ = [
+    "compression_ratio_of",
+    "exported_ratio",
+    "layers_of",
+    "min_tokens_of",
+    "set_compression_ratio",
+    "set_min_tokens",
+    "using_ratio",
+]
 
 # Modules whose code stands between a user's and this one's.
 _BETWEEN = re.compile(r"(peft_variator(?!\.cli\b)|peft|contextlib)\b")
@@ -48,6 +56,36 @@ def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = N
         ratios.choose(name, k)
 
 
+def set_min_tokens(model: nn.Module, min_tokens: int, adapter_name: str | None = None) -> None:
+    """Have calls of fewer tokens run the base model, bit for bit: what is too small for a plugin to pay.
+
+    A plugin costs a call some time of its own, which a single short text may not win back. Tokens are counted in a
+    whole call: batch times length with padding, or patches, or frames. So what a text gives depends on what it is
+    batched with. It counts for every call that starts from now on, in evaluation mode (`model.eval()`) and at the
+    ratio that is set for all callers: inside of [`using_ratio`], in training mode, in an exported program and in what
+    `fold_updates` made, calls of any size are merged. It is a fact of the machine, and not saved.
+    `LatencyTable.min_tokens` of `peft_variator.runtime` gives a number that was measured.
+
+    Args:
+        model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
+        min_tokens: the fewest tokens of a call that is merged; 0: any.
+        adapter_name: which plugin; `None`: the active one.
+
+    Raises:
+        ValueError: `min_tokens` is no integer of at least 0, the model has no such plugin, or its weights were made
+            for one ratio (`fold_updates`).
+    """
+    min_tokens = whole_number("min_tokens", min_tokens, 0)
+    chosen = layers_of(model, adapter_name)
+    if any(layer.stack is not None and layer.stack.merges_for_good for layer, _ in chosen):
+        raise ValueError(
+            f"min_tokens={min_tokens}: fold_updates made this model's weights for calls that are merged, of any size. "
+            "Set it on the model that it was made from, and call that one."
+        )
+    for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
+        ratios.require(name, min_tokens)
+
+
 @contextmanager
 def using_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> Iterator[None]:
     """Use a plugin at a compression ratio inside of a `with` block, in this thread or task alone.
@@ -57,8 +95,8 @@ def using_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> It
     and those of generators that run by turns may be left in any order. asyncio tasks and `asyncio.to_thread` that are
     started inside inherit it; threads that are started by other means do not. A block that is left in another thread
     or task than it was entered in ends everywhere, for those that inherited it, too. A plugin that is switched off
-    (`disable_adapter`) stays so. Code compiled with `torch.compile(fullgraph=True)` raises an error while any block is
-    open.
+    (`disable_adapter`) stays so, and [`set_min_tokens`] does not count inside. Code compiled with
+    `torch.compile(fullgraph=True)` raises an error while any block is open.
 
     Args:
         model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
@@ -111,6 +149,20 @@ def compression_ratio_of(model: nn.Module, adapter_name: str | None = None) -> i
     """
     layer, name = layers_of(model, adapter_name)[0]
     return layer.ratios.chosen.get(name, layer.configs[name].compression_ratio)
+
+
+def min_tokens_of(model: nn.Module, adapter_name: str | None = None) -> int:
+    """The fewest tokens of a call that a plugin merges, as [`set_min_tokens`] has set it; 0: any.
+
+    Args:
+        model: a model with a Variator plugin.
+        adapter_name: which plugin; `None`: the active one.
+
+    Raises:
+        ValueError: the model has no such plugin.
+    """
+    layer, name = layers_of(model, adapter_name)[0]
+    return layer.ratios.min_tokens.get(name, 0)
 
 
 def exported_ratio(program: ExportedProgram | GraphModule) -> int | None:

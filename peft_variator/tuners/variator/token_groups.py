@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -53,6 +54,7 @@ class MergeRule(NamedTuple):
         images: whether image tokens among the text are merged.
         max_kept: K, for which number of tokens a sequence that are not merged there is room in compiled code.
         outliers: share of a text's tokens that a probe keeps from being merged.
+        min_tokens: how many tokens a call needs, padding included, to have any merged.
     """
 
     ratio: int
@@ -64,6 +66,7 @@ class MergeRule(NamedTuple):
     images: bool = True
     max_kept: int = 4
     outliers: Share | None = None
+    min_tokens: int = 0
 
 
 def rule_of(config: VariatorConfig, module_name: str) -> MergeRule:
@@ -92,7 +95,10 @@ class StackGroups:
     """
 
     def __init__(self, facts: CallFacts, choices: Mapping[str, tuple[str, MergeRule]], has_mask: bool = False) -> None:
-        self.facts, self.choices, self.has_mask = facts, choices, has_mask
+        self.facts, self.has_mask = facts, has_mask
+        self.tokens = None if facts.shape is None else math.prod(facts.shape)
+        """How many tokens the call has, padding included; `None`: no module has told yet."""
+        self.choices = {name: choice for name, choice in choices.items() if self._has_enough(choice[1])}
         self.pending: dict[str, Any] = {}
         """What the start of a network leaves for its end, by the name of the module where it starts."""
         self.rows_inside: list[tuple[Tensor, Callable[[], Tensor]]] | None = []
@@ -115,6 +121,21 @@ class StackGroups:
             for _, rule in self.choices.values():
                 if rule.outliers is None:  # they are told by hidden states
                     self._on(device, rule, None, shape)
+
+    def _has_enough(self, rule: MergeRule) -> bool:
+        return self.tokens is None or rule.min_tokens == 0 or self.tokens >= rule.min_tokens
+
+    def choice_of(self, name: str, vectors: Tensor) -> tuple[str, MergeRule] | None:
+        """The plugin of a module and its rule; `None`: nothing is merged there in this call.
+
+        Args:
+            name: of the module where a network or a span starts, or around whose maps the updates of its plugin are.
+            vectors: what comes to it or to a map, shape `(…, dim)`: the first that the call reaches are its tokens.
+        """
+        choice = self.choices.get(name)
+        if choice is not None and self.tokens is None:  # of patches and frames no argument tells how many there are
+            self.tokens = vectors.shape[:-1].numel()
+        return choice if choice is not None and self._has_enough(choice[1]) else None
 
     def note_rows(self, rows: Tensor, of_tokens: Callable[[], Tensor]) -> None:
         """Note hidden states of groups, which the model may hand out, and what makes those of tokens of them."""
