@@ -173,7 +173,8 @@ def test_traced_saved_and_loaded_agrees_with_eager(unpacked, tokens, grad):
     file.seek(0)
     x = torch.randn(tokens + 2, 512)
     with torch.no_grad():
-        torch.testing.assert_close(torch.jit.load(file)(x), packed(x))
+        # Sums of 512 products, in another order.
+        torch.testing.assert_close(torch.jit.load(file)(x), packed(x), rtol=1e-5, atol=1e-4)
 
 
 def test_parameters_are_packed_and_frozen():

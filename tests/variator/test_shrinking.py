@@ -66,6 +66,11 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """What the same numbers give at another place in memory: some processors sum in another order there."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def rounded_plainly(difference: Tensor, bits: int) -> Tensor:
     """The reference: block by block and number by number."""
     numbers, half = difference.flatten().tolist(), 2 ** (bits - 1)
@@ -133,12 +138,12 @@ def test_it_is_saved_small_and_loaded_every_way(case: Case, bits: int, tmp_path:
         loaded = PeftModel.from_pretrained(
             case.build(), str(tmp_path / "small"), low_cpu_mem_usage=low_cpu_mem_usage
         ).eval()
-        assert torch.equal(first(loaded, inputs), small)
+        assert_near(first(loaded, inputs), small)
     assert loaded.peft_config["default"].correction_bits == bits
     base = case.build()
     base.load_adapter(str(tmp_path / "small"))
-    assert torch.equal(first(base.eval(), inputs), small)
-    assert torch.equal(first(copy.deepcopy(loaded), inputs), small)
+    assert_near(first(base.eval(), inputs), small)
+    assert_near(first(copy.deepcopy(loaded), inputs), small)
     loaded.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert_alike(again, kept)

@@ -118,7 +118,8 @@ def test_against_a_loop_over_groups(case: Case, ratio: int, spans: list[list[int
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_the_base_bit_for_bit_at_one_disabled_and_unloaded(case: Case) -> None:
-    inputs, expected = case.inputs(), outputs_of(case.build().eval(), case.inputs())
+    # Frozen as PEFT freezes it: the order in which torch's own attention sums may depend on that.
+    inputs, expected = case.inputs(), outputs_of(case.build().eval().requires_grad_(False), case.inputs())
     model = with_plugin(case, layer_spans=[[1, 3]], compression_ratio=4, compensation_rank=2)
     assert not torch.equal(first(model, inputs), next(iter(expected.values())))
     with using_ratio(model, 1):
