@@ -162,7 +162,7 @@ class Network:
 
     def unsliceable_map(self) -> nn.Module | None:
         """A map that `with_neurons_alone` cannot take a part of: it has no plain weight in memory, or does more."""
-        return next((module for module in self.maps if not _is_plain(_parts(module)[0])), None)
+        return next((module for module in self.maps if not _is_plain(_base_of(module))), None)
 
     def strengths(self) -> Tensor:
         """‖w_j‖·‖v_j‖ of all neurons, times ‖u_j‖ where gated: how much each can say; shape `(width,)`."""
@@ -260,14 +260,17 @@ def _rows(module: nn.Module, index: Tensor, merged: bool) -> tuple[Tensor, Tenso
     return rows, bias.index_select(0, index.to(bias.device))
 
 
-def _parts(module: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | None]:
-    """A map, and A and B of the low-rank update that a plugin with `compensation_rank` adds to it in this call."""
+def _base_of(module: nn.Module) -> nn.Module:
+    """A map without the low-rank update that a plugin with `compensation_rank` adds to it."""
+    base: Any = module.base_layer if hasattr(module, "current_update") else module
+    return base
+
+
+def _update_of(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A and B of that update in this call, if there is one."""
     update: Any = getattr(module, "current_update", None)
-    if update is None:
-        return module, None
-    base: Any = module.base_layer
-    found = update()
-    return base, None if found is None else found[1:]
+    found = None if update is None else update(inputs)
+    return None if found is None else found[1:]
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -287,8 +290,8 @@ def _plain_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _sliced(module: nn.Module, inputs: Tensor, index: Tensor, of_inputs: bool = False) -> Tensor:
     """Some of the outputs of a map, or what it gives `of_inputs` of these numbers, all others being 0."""
-    base, update = _parts(module)
-    weight, bias = _plain_weight(base)
+    update = _update_of(module, inputs)
+    weight, bias = _plain_weight(_base_of(module))
     index = index.to(weight.device)
     if bias is not None and not of_inputs:
         bias = bias.index_select(0, index)
