@@ -34,6 +34,8 @@ __all__ = [
 RESULTS = Path(__file__).parent / "results"
 PLUGINS = Path(__file__).parents[1] / "plugins"
 DOCS = Path(__file__).parents[2] / "docs"
+# Folders of results that were timed on other processors, and what these are.
+ELSEWHERE = {"avx2": "On a processor with AVX2 and without AVX-512"}
 QUIET = 0.1  # share of the processors that others may use without a word
 
 
@@ -514,6 +516,9 @@ def write_page(page: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> 
                 lines.append(f"![Quality against speed of {model} with its plugin](images/{picture.name})")
             lines += [quality_table(name, ratios[name], results), seeds_table(name, ratios[name], results)]
             lines.append(speed_table(name, ratios[name], results))
+            for folder, processor in ELSEWHERE.items():
+                table = speed_table(name, ratios[name], results / folder)
+                lines.append(f"{processor}: {table[0].lower()}{table[1:]}" if table else "")
             parts.append("\n\n".join(line for line in lines if line))
     write_text(page, replace_between(page.read_text(), "real-models", "\n\n".join(parts)))
     return names

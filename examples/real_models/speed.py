@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(WEIGHTS), required=True)
     parser.add_argument("--plugin", type=Path, required=True, help="folder of a plugin")
     parser.add_argument("--ratio", type=int, help="the plugin's compression ratio; its own if not given")
+    parser.add_argument("--min-tokens", type=int, default=0, help="tokens of a call below which the base runs")
     parser.add_argument("--int8", action="store_true", help="base and plugin in int8, beside the base in int8 alone")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
@@ -113,6 +114,7 @@ def main() -> None:
         int8 = {"int8": quantize(base)} if arguments.int8 else {}
         inner = quantize(base) if arguments.int8 else share_weights(base)
         plugin: Any = with_plugin(inner, arguments.plugin, arguments.ratio)
+        plugin.set_min_tokens(arguments.min_tokens)
         if kind == "audio":
             base, plugin = base.get_encoder(), plugin.get_base_model().get_encoder()
         models = {"base": base, **int8, "plugin": plugin}
