@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from peft_variator import VariatorConfig, fold_updates, set_min_tokens, using_ratio
+from peft_variator import VariatorConfig, calibrate, fold_updates, set_min_tokens, using_ratio
 from peft_variator.runtime import LatencyTable
 from tests.tiny_models import BERT, BY_NAME, LLAMA, Case, by_name, outputs_of
 
@@ -186,6 +186,30 @@ def test_an_exported_program_merges_calls_of_any_size() -> None:
     program = torch.export.export(model.get_base_model(), (), dict(inputs), strict=False)
     found = next(iter(program.module()(**inputs).values()))
     torch.testing.assert_close(found, merged, rtol=0, atol=1e-5)
+
+
+def test_a_traced_program_merges_like_an_exported_one() -> None:
+    base = with_plugin(BERT).requires_grad_(False).get_base_model()
+    base.config.return_dict = False
+    ids = BERT.inputs(2, 11)["input_ids"]
+    merged = base(ids)[0]
+    set_min_tokens(base, 1000)
+    traced = torch.jit.trace(base, (ids,), check_trace=False)
+    torch.testing.assert_close(traced(ids)[0], merged, rtol=0, atol=1e-5)
+    assert not torch.allclose(base(ids)[0], merged, rtol=0, atol=1e-4)
+
+
+def test_calibration_sees_calls_of_any_size() -> None:
+    batches = [BERT.inputs(2, 11, seed=seed) for seed in range(3)]
+    chosen = []
+    for needed in (0, 1000):
+        torch.manual_seed(0)
+        model = get_peft_model(BERT.build(), VariatorConfig(compression_ratio=4, correction_dim=4))
+        model.set_min_tokens(needed)
+        calibrate(model, batches)
+        chosen.append([value.tolist() for name, value in model.named_buffers() if "variator_neurons" in name])
+    assert chosen[0]
+    assert chosen[0] == chosen[1]
 
 
 @pytest.mark.slow

@@ -298,7 +298,8 @@ class StackForward(WrappedForward):
 
     def _needed(self, call: ForwardCall) -> Mapping[str, int]:
         """How many tokens a call needs to be merged, by plugin: what pays is asked of calls in evaluation mode."""
-        for_good = self.merges_for_good or torch.compiler.is_exporting()
+        # A program that is traced would go by the size of its example for good.
+        for_good = self.merges_for_good or torch.compiler.is_exporting() or torch.jit.is_tracing()
         return {} if self.module.training or for_good else call.min_tokens
 
     def choices(
@@ -322,7 +323,7 @@ class StackForward(WrappedForward):
                 plugin, ratio = selection if selection.adapter in layer.rules else (None, None)
             if plugin is not None:
                 rule = layer.rule_at(plugin, ratio)
-                if plugin in min_tokens and selection is None:
+                if plugin in min_tokens and selection is None and layer.observer is None:
                     rule = rule._replace(min_tokens=min_tokens[plugin])
                 if layer.observes_all:
                     rule = rule._replace(outliers=None)

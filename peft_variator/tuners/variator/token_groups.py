@@ -133,9 +133,11 @@ class StackGroups:
             vectors: what comes to it or to a map, shape `(…, dim)`: the first that the call reaches are its tokens.
         """
         choice = self.choices.get(name)
-        if choice is not None and self.tokens is None:  # of patches and frames no argument tells how many there are
+        if choice is None or choice[1].min_tokens == 0:
+            return choice
+        if self.tokens is None:  # of patches and frames no argument tells how many there are
             self.tokens = vectors.shape[:-1].numel()
-        return choice if choice is not None and self._has_enough(choice[1]) else None
+        return choice if self._has_enough(choice[1]) else None
 
     def note_rows(self, rows: Tensor, of_tokens: Callable[[], Tensor]) -> None:
         """Note hidden states of groups, which the model may hand out, and what makes those of tokens of them."""
