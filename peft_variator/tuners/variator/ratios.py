@@ -62,8 +62,8 @@ def set_min_tokens(model: nn.Module, min_tokens: int, adapter_name: str | None =
     A plugin costs a call some time of its own, which a single short text may not win back. Tokens are counted in a
     whole call: batch times length with padding, or patches, or frames. So what a text gives depends on what it is
     batched with. It counts for every call that starts from now on, in evaluation mode (`model.eval()`) and at the
-    ratio that is set for all callers: inside of [`using_ratio`], in training mode, in an exported program and in what
-    `fold_updates` made, calls of any size are merged. It is a fact of the machine, and not saved.
+    ratio that is set for all callers: inside of [`using_ratio`], in training mode, in an exported or traced program
+    and in what `fold_updates` made, calls of any size are merged. It is a fact of the machine, and not saved.
     `LatencyTable.min_tokens` of `peft_variator.runtime` gives a number that was measured.
 
     Args:
