@@ -18,7 +18,7 @@ from ..field_types import name_some
 from ..files import new_folder
 from ..model_files import check_vocabulary, read_model_config
 from ..models import find_task, load_whole, model_class
-from ..profiling import count_positions
+from ..profiling import count_positions, find_device
 from ..sentence_folder import copy_files, sentence_files
 from ..sparsity import PruningConfig, SparsityReport, inspect_checkpoint, prune
 from ..sparsity.calibration import read_batches, text_batches
@@ -32,6 +32,7 @@ from .publishing import Publishing
 __all__ = ["REPORT_NAME", "PruneSettings", "inspect", "parse_amounts", "prune_model"]
 
 REPORT_NAME = "sparsity_report.json"
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # what Accelerate spreads a model by
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def _calibration(
             own = text_batches(texts, name, processor, **each, **how)
         batches += own
         # A record is a batch, and an image in it can be many rows.
-        samples += len(own) if path.suffix == ".jsonl" else sum(len(next(iter(batch.values()))) for batch in own)
+        samples += (
+            len(own) if path.suffix.lower() == ".jsonl" else sum(len(next(iter(batch.values()))) for batch in own)
+        )
     return batches, samples
 
 
@@ -169,6 +172,8 @@ def _load(model: str, dtype: str, device_map: str, offload_folder: str) -> PreTr
             f"The config of {model!r} names the architectures {config.architectures}, none of which is a class of "
             "transformers. Load the model in Python and call peft_variator.sparsity.prune on it."
         )
+    if device_map not in PLACEMENTS:
+        find_device(device_map)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     how = {"config": config, "dtype": wanted, "device_map": device_map, "offload_folder": offload_folder}
     try:

@@ -192,7 +192,7 @@ def read_batches(
         ValueError: `length` is more than the model can read, the text is shorter than a window, or a record can't be
             used; the message names file and line.
     """
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         windows = {"samples": samples, "length": length, "batch_size": batch_size, "seed": seed}
         return text_batches(_pieces(path), str(path), processor, labels=labels, positions=positions, **windows)
     batches = []

@@ -25,6 +25,7 @@ from ..compat import BestModelLoader
 from ..models import evaluating
 from ..tuners.variator import VariatorConfig, VariatorLayer
 from ..tuners.variator.correction_fit import fit_correction, needs_fit
+from ..tuners.variator.forward_context import calls_of_any_size
 from ..tuners.variator.neuron_selection import calibrate, check_outside_of_blocks, needs_calibration
 from .attention import AttentionInFloat32
 from .config import DistillationConfig
@@ -205,6 +206,10 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         """The parts of the loss of a batch, and the student's outputs without what was asked for their sake."""
         self._measure_variances(self.train_dataset)
+        with calls_of_any_size():
+            return self._losses(model, inputs)
+
+    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         if model.training and not self.args.base_dropout:
             self.adapters.train_alone(self.model)  # the rest of the model, so the teacher too, is in evaluation mode
             teacher = self._teacher_outputs(model, inputs)

@@ -381,6 +381,11 @@ def test_windows_of_text_for_a_processor_are_cut_by_its_tokenizer(clip_base, tex
     assert torch.equal(batch["input_ids"], read_batches(text, tokenizer(), **settings)[0]["input_ids"])
 
 
+def test_a_device_that_is_not_there_is_named(base, tmp_path):
+    settings = ["--sparsity", "0.5", "--method", "magnitude", "--device", "nosuch:7"]
+    assert "'nosuch:7' cannot be used" in refused("prune", base, "-o", tmp_path / "x", *settings)
+
+
 def test_too_little_text_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("w1 w2 w3")
     with pytest.raises(ValueError, match="The text has 3 tokens, less than one window of length=16"):
@@ -392,6 +397,9 @@ def test_records_of_text_are_cut_and_others_refused(tmp_path):
     settings = {"samples": 2, "length": 3, "batch_size": 2, "seed": 0, "labels": False}
     batches = read_batches(tmp_path / "records.jsonl", tokenizer(), **settings)
     assert [batch["input_ids"].tolist() for batch in batches] == [[[4, 5, 6]], [[8]]]
+    (tmp_path / "records.jsonl").rename(tmp_path / "RECORDS.JSONL")
+    again = read_batches(tmp_path / "RECORDS.JSONL", tokenizer(), **settings)
+    assert [batch["input_ids"].tolist() for batch in again] == [[[4, 5, 6]], [[8]]]
     (tmp_path / "records.jsonl").write_text('{"question": "w1"}\n')
     with pytest.raises(ValueError, match=r'needs "text", "image" or both, but has \[\'question\'\]'):
         read_batches(tmp_path / "records.jsonl", tokenizer(), **settings)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from peft_variator import VariatorConfig, calibrate, fold_updates, set_min_tokens, using_ratio
+from peft_variator import (
+    DistillationConfig,
+    DistillationTrainer,
+    VariatorConfig,
+    calibrate,
+    fold_updates,
+    set_min_tokens,
+    using_ratio,
+)
 from peft_variator.runtime import LatencyTable
 from tests.tiny_models import BERT, BY_NAME, LLAMA, Case, by_name, outputs_of
 
@@ -30,6 +41,10 @@ def compensated(case: Case, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
     config = VariatorConfig(compression_ratio=4, compensation_rank=2, init_weights=False, **fields)
     return get_peft_model(case.build(), config).eval()
+
+
+def checkpointed(run: Any, reentrant: bool, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(run, **kwargs), *args, use_reentrant=reentrant)
 
 
 def tokens_of(model: PeftModel, inputs: dict[str, Tensor]) -> int:
@@ -210,6 +225,46 @@ def test_calibration_sees_calls_of_any_size() -> None:
         chosen.append([value.tolist() for name, value in model.named_buffers() if "variator_neurons" in name])
     assert chosen[0]
     assert chosen[0] == chosen[1]
+
+
+def test_the_trainer_trains_and_measures_calls_of_any_size(tmp_path: Any) -> None:
+    found = []
+    for needed in (0, 1000):
+        torch.manual_seed(0)
+        model = get_peft_model(BERT.build(), VariatorConfig(compression_ratio=4))
+        model.set_min_tokens(needed)
+        config = DistillationConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to="none")
+        data = [{"input_ids": ids} for ids in BERT.inputs(6, 11)["input_ids"]]
+        trainer = DistillationTrainer(model, config, train_dataset=data, eval_dataset=data)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        found.append((before, trainer.evaluate()["eval_loss"]))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0][0] > 0
+
+
+@pytest.mark.parametrize("way", ["small", "ratio 1"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_checkpoint_by_themselves_find_a_call_that_was_not_merged(way: str, reentrant: bool) -> None:
+    model, inputs = with_plugin(BERT), BERT.inputs(1, 11)
+    for layer in model.get_base_model().encoder.layer:
+        layer.forward = partial(checkpointed, layer.forward, reentrant)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    model.set_min_tokens(1000 if way == "small" else 0)
+    with using_ratio(model, 1) if way == "ratio 1" else nullcontext():
+        output = model(inputs_embeds=embeddings).last_hidden_state
+    output.sum().backward()
+    assert embeddings.grad is not None
+
+
+def test_a_small_call_may_ask_for_the_loss_of_routers() -> None:
+    case = BY_NAME["mixtral"]
+    model, inputs = with_plugin(case), case.inputs(1, 11)
+    inputs = inputs | {"attention_mask": torch.ones(1, 11, dtype=torch.long), "output_router_logits": True}
+    with pytest.raises(ValueError, match="output_router_logits"):
+        first(model, inputs)
+    model.set_min_tokens(12)
+    first(model, inputs)
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ __all__ = [
     "Selection",
     "StackKind",
     "call_around",
+    "calls_of_any_size",
+    "merges_any_size",
     "next_token_labels",
     "open_calls",
     "parameter_names",
@@ -230,6 +232,7 @@ class _ThreadCalls(threading.local):
         self.calls: tuple[ForwardCall, ...] = ()
         self.recomputed: tuple[int, tuple[ForwardCall, ...]] = (-1, ())
         self.runs_single_blocks = False
+        self.merges_any_size = False
 
 
 # An attribute of a thread-local object, since torch.compile follows it, as it does not follow a ContextVar.
@@ -279,6 +282,22 @@ def single_blocks() -> Iterator[None]:
 def runs_single_blocks() -> bool:
     """Whether this thread is inside of [`single_blocks`]."""
     return _thread.runs_single_blocks
+
+
+@contextmanager
+def calls_of_any_size() -> Iterator[None]:
+    """Have this thread's calls merged whatever their size: of a plugin that is trained, or measured as one is."""
+    before = _thread.merges_any_size
+    _thread.merges_any_size = True
+    try:
+        yield
+    finally:
+        _thread.merges_any_size = before
+
+
+def merges_any_size() -> bool:
+    """Whether this thread is inside of [`calls_of_any_size`]."""
+    return _thread.merges_any_size
 
 
 def call_around(ratios: PluginRatios) -> PluginRatios | ForwardCall:

@@ -30,6 +30,7 @@ from .forward_context import (
     PluginRatios,
     StackKind,
     call_around,
+    merges_any_size,
     next_token_labels,
     open_calls,
     parameter_names,
@@ -208,7 +209,7 @@ class StackForward(WrappedForward):
         if call.groups.choices and not torch.compiler.is_compiling():
             pass_gradients(self._outermost)
         output = self._run_inside(calls, *args, **kwargs)
-        if call.groups.choices:
+        if any(layer.rules for layer in self._layers):  # also where nothing is merged: that, too, is to be found again
             tie(output, calls)
         return output
 
@@ -274,7 +275,6 @@ class StackForward(WrappedForward):
                 "Variator plugin merges nothing: the base model runs. Call `generate` to have prompts merged."
             )
             return StackGroups(CallFacts(self.kind), {})
-        check_routers(self.module, own)
         if self.kind == "audio":
             # What the models around it are called with is about samples, or text.
             facts = CallFacts(self.kind, of_frames(own, self.entries_a_frame))
@@ -282,6 +282,9 @@ class StackForward(WrappedForward):
             facts = gather_facts(self.module, self.kind, own, self.names)
             facts.reads_last_place = self.reads_last_place
         groups = StackGroups(facts, choices, has_mask=_has_mask((*open_calls(), call)))
+        if not groups.choices:
+            return groups
+        check_routers(self.module, own)
         groups.prepare()
         if self.kind == "causal" and not is_single and not torch.compiler.is_compiling():
             self._warn_about_losses(groups)
@@ -300,7 +303,7 @@ class StackForward(WrappedForward):
         """How many tokens a call needs to be merged, by plugin: what pays is asked of calls in evaluation mode."""
         # A program that is traced would go by the size of its example for good.
         for_good = self.merges_for_good or torch.compiler.is_exporting() or torch.jit.is_tracing()
-        return {} if self.module.training or for_good else call.min_tokens
+        return {} if self.module.training or for_good or merges_any_size() else call.min_tokens
 
     def choices(
         self, chosen: Mapping[str, int], min_tokens: Mapping[str, int] = MappingProxyType({})

@@ -60,11 +60,12 @@ def set_min_tokens(model: nn.Module, min_tokens: int, adapter_name: str | None =
     """Have calls of fewer tokens run the base model, bit for bit: what is too small for a plugin to pay.
 
     A plugin costs a call some time of its own, which a single short text may not win back. Tokens are counted in a
-    whole call: batch times length with padding, or patches, or frames. So what a text gives depends on what it is
-    batched with. It counts for every call that starts from now on, in evaluation mode (`model.eval()`) and at the
-    ratio that is set for all callers: inside of [`using_ratio`], in training mode, in an exported or traced program
-    and in what `fold_updates` made, calls of any size are merged. It is a fact of the machine, and not saved.
-    `LatencyTable.min_tokens` of `peft_variator.runtime` gives a number that was measured.
+    whole call: batch times length with padding, or patches, or frames, in each tower of a model by itself. So what a
+    text gives depends on what it is batched with. It counts for every call that starts from now on, in evaluation
+    mode (`model.eval()`) and at the ratio that is set for all callers: inside of [`using_ratio`], in training mode, in
+    `DistillationTrainer`, in an exported or traced program and in what `fold_updates` made, calls of any size are
+    merged. It is a fact of the machine, and not saved. `LatencyTable.min_tokens` of `peft_variator.runtime` gives a
+    number that was measured.
 
     Args:
         model: a model with a Variator plugin, from `get_peft_model` or loaded with transformers' `load_adapter`.
