@@ -136,7 +136,7 @@ class StackGroups:
         if choice is None or choice[1].min_tokens == 0:
             return choice
         if self.tokens is None:  # of patches and frames no argument tells how many there are
-            self.tokens = vectors.shape[:-1].numel()
+            self.tokens = math.prod(vectors.shape[:-1])
         return choice if self._has_enough(choice[1]) else None
 
     def note_rows(self, rows: Tensor, of_tokens: Callable[[], Tensor]) -> None:
