@@ -518,7 +518,7 @@ def write_page(page: Path, plugins: Path = PLUGINS, results: Path = RESULTS) -> 
             lines.append(speed_table(name, ratios[name], results))
             for folder, processor in ELSEWHERE.items():
                 table = speed_table(name, ratios[name], results / folder)
-                lines.append(f"{processor}: {table[0].lower()}{table[1:]}" if table else "")
+                lines += [f"{processor}:", table] if table else []
             parts.append("\n\n".join(line for line in lines if line))
     write_text(page, replace_between(page.read_text(), "real-models", "\n\n".join(parts)))
     return names

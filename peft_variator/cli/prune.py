@@ -118,9 +118,8 @@ def _calibration(
             own = text_batches(texts, name, processor, **each, **how)
         batches += own
         # A record is a batch, and an image in it can be many rows.
-        samples += (
-            len(own) if path.suffix.lower() == ".jsonl" else sum(len(next(iter(batch.values()))) for batch in own)
-        )
+        is_records = path.suffix.lower() == ".jsonl"
+        samples += len(own) if is_records else sum(len(next(iter(batch.values()))) for batch in own)
     return batches, samples
 
 

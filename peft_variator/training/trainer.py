@@ -203,13 +203,10 @@ class DistillationTrainer(BestModelLoader, ExactLossTrainer):
         with AttentionInFloat32() if on_cpu else nullcontext():
             return super().training_step(model, inputs, num_items_in_batch)
 
+    @calls_of_any_size()
     def losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         """The parts of the loss of a batch, and the student's outputs without what was asked for their sake."""
         self._measure_variances(self.train_dataset)
-        with calls_of_any_size():
-            return self._losses(model, inputs)
-
-    def _losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, LossSums], dict[str, Any]]:
         if model.training and not self.args.base_dropout:
             self.adapters.train_alone(self.model)  # the rest of the model, so the teacher too, is in evaluation mode
             teacher = self._teacher_outputs(model, inputs)

@@ -139,6 +139,8 @@ def test_it_is_saved_small_and_loaded_every_way(case: Case, bits: int, tmp_path:
             case.build(), str(tmp_path / "small"), low_cpu_mem_usage=low_cpu_mem_usage
         ).eval()
         assert_near(first(loaded, inputs), small)
+        weights = {name: module.weight for name, module in copies(loaded)}
+        assert_alike(weights, {name: module.weight for name, module in copies(model)})
     assert loaded.peft_config["default"].correction_bits == bits
     base = case.build()
     base.load_adapter(str(tmp_path / "small"))

@@ -114,14 +114,18 @@ class PluginRatios:
     def choose(self, adapter_name: str, ratio: int | None) -> None:
         """Set the ratio of a plugin; `None`: the one of its configuration."""
         with _lock:
-            others = {name: chosen for name, chosen in self.chosen.items() if name != adapter_name}
-            self.chosen = others if ratio is None else {**others, adapter_name: ratio}
+            self.chosen = _with_entry(self.chosen, adapter_name, ratio)
 
     def require(self, adapter_name: str, min_tokens: int) -> None:
         """Set how many tokens a call needs for a plugin to merge them; 0: any call will do."""
         with _lock:
-            others = {name: needed for name, needed in self.min_tokens.items() if name != adapter_name}
-            self.min_tokens = {**others, adapter_name: min_tokens} if min_tokens else others
+            self.min_tokens = _with_entry(self.min_tokens, adapter_name, min_tokens or None)
+
+
+def _with_entry(entries: Mapping[str, int], name: str, value: int | None) -> Mapping[str, int]:
+    """A copy with another value under a name, or, for `None`, none there."""
+    others = {each: kept for each, kept in entries.items() if each != name}
+    return others if value is None else {**others, name: value}
 
 
 class Selection(NamedTuple):

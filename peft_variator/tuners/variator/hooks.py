@@ -209,8 +209,7 @@ class StackForward(WrappedForward):
         if call.groups.choices and not torch.compiler.is_compiling():
             pass_gradients(self._outermost)
         output = self._run_inside(calls, *args, **kwargs)
-        if any(layer.rules for layer in self._layers):  # also where nothing is merged: that, too, is to be found again
-            tie(output, calls)
+        tie(output, calls)  # also where nothing is merged: that, too, is to be found again
         return output
 
     def _run_inside(self, calls: tuple[ForwardCall, ...], *args: Any, **kwargs: Any) -> Any:
@@ -326,7 +325,7 @@ class StackForward(WrappedForward):
                 plugin, ratio = selection if selection.adapter in layer.rules else (None, None)
             if plugin is not None:
                 rule = layer.rule_at(plugin, ratio)
-                if plugin in min_tokens and selection is None and layer.observer is None:
+                if plugin in min_tokens and selection is None:
                     rule = rule._replace(min_tokens=min_tokens[plugin])
                 if layer.observes_all:
                     rule = rule._replace(outliers=None)

@@ -32,7 +32,7 @@ from .layer import FeedForwardEnd, PluginModule, SpanLayer, VariatorLayer, plugi
 from .linear_maps import RoundedFactor, RoundedRows
 from .outliers import OutlierProbe
 from .quantization import float_state, quantized_parts
-from .ratios import compression_ratio_of, min_tokens_of, set_compression_ratio, set_min_tokens, using_ratio
+from .ratios import compression_ratio_of, layers_of, set_compression_ratio, set_min_tokens, using_ratio
 from .spans import place_span, span_targets
 
 
@@ -344,7 +344,8 @@ class VariatorModel(TidyTuner):
     @property
     def min_tokens(self) -> int:
         """The fewest tokens of a call that the active plugin merges; see [`set_min_tokens`]."""
-        return min_tokens_of(self.model)
+        layer, name = layers_of(self.model, None)[0]
+        return layer.ratios.min_tokens.get(name, 0)
 
     def set_min_tokens(self, min_tokens: int, adapter_name: str | None = None) -> None:
         """Have calls of fewer tokens run the base model; see [`set_min_tokens`]."""

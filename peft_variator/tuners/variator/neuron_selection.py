@@ -15,7 +15,7 @@ from ...compat import in_process_group
 from ...field_types import name_some, whole_number
 from ...models import evaluating, on_device
 from .decompression import NeuronsDecompression
-from .forward_context import selection_of
+from .forward_context import calls_of_any_size, selection_of
 from .layer import VariatorLayer, plugin_layers
 from .merging import Groups
 from .network import Network
@@ -207,7 +207,7 @@ def observed(
 ) -> Iterator[None]:
     """Have the base model run with an observer at the layers of its plugin; see `VariatorLayer.observer`."""
     watched = list(layers)
-    with evaluating(model):
+    with evaluating(model), calls_of_any_size():
         try:
             for layer in watched:
                 layer.observer, layer.observes_all = observe, everywhere

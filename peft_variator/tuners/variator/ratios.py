@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from ...compat import export_annotation
 from ...field_types import whole_number
-from .forward_context import RATIO_NOTE, Selection, selected
+from .forward_context import RATIO_NOTE, PluginRatios, Selection, selected
 from .layer import VariatorLayer, plugin_layers
 
 
@@ -23,7 +23,6 @@ __all__ = [
     "compression_ratio_of",
     "exported_ratio",
     "layers_of",
-    "min_tokens_of",
     "set_compression_ratio",
     "set_min_tokens",
     "using_ratio",
@@ -51,8 +50,7 @@ def set_compression_ratio(model: nn.Module, k: int, adapter_name: str | None = N
             another ratio (`scoring="concat"`), or it has a `ratio_schedule` without such a row.
     """
     k = whole_number("compression_ratio", k, 1)
-    chosen = _chosen(model, k, adapter_name)
-    for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
+    for ratios, name in _ratios_of(_chosen(model, k, adapter_name)):
         ratios.choose(name, k)
 
 
@@ -83,7 +81,7 @@ def set_min_tokens(model: nn.Module, min_tokens: int, adapter_name: str | None =
             f"min_tokens={min_tokens}: fold_updates made this model's weights for calls that are merged, of any size. "
             "Set it on the model that it was made from, and call that one."
         )
-    for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
+    for ratios, name in _ratios_of(chosen):
         ratios.require(name, min_tokens)
 
 
@@ -114,7 +112,7 @@ def using_ratio(model: nn.Module, k: int, adapter_name: str | None = None) -> It
     if adapter_name is not None:
         _check_modules_beside(model, adapter_name, {name for layer, _ in chosen for name in layer.rules})
     with ExitStack() as stack:
-        for ratios, name in dict.fromkeys((layer.ratios, name) for layer, name in chosen):
+        for ratios, name in _ratios_of(chosen):
             stack.enter_context(selected(ratios, Selection(name, k)))
         yield
 
@@ -152,20 +150,6 @@ def compression_ratio_of(model: nn.Module, adapter_name: str | None = None) -> i
     return layer.ratios.chosen.get(name, layer.configs[name].compression_ratio)
 
 
-def min_tokens_of(model: nn.Module, adapter_name: str | None = None) -> int:
-    """The fewest tokens of a call that a plugin merges, as [`set_min_tokens`] has set it; 0: any.
-
-    Args:
-        model: a model with a Variator plugin.
-        adapter_name: which plugin; `None`: the active one.
-
-    Raises:
-        ValueError: the model has no such plugin.
-    """
-    layer, name = layers_of(model, adapter_name)[0]
-    return layer.ratios.min_tokens.get(name, 0)
-
-
 def exported_ratio(program: ExportedProgram | GraphModule) -> int | None:
     """The compression ratio k that a program was exported with.
 
@@ -189,6 +173,11 @@ def _chosen(model: nn.Module, k: int, adapter_name: str | None) -> list[tuple[Va
     for layer, name in chosen[:1]:
         _warn_if_untrained(layer, name, k)
     return chosen
+
+
+def _ratios_of(chosen: list[tuple[VariatorLayer, str]]) -> Iterable[tuple[PluginRatios, str]]:
+    """The ratios that the layers of a plugin share, each once, with the plugin's name."""
+    return dict.fromkeys((layer.ratios, name) for layer, name in chosen)
 
 
 def layers_of(model: nn.Module, adapter_name: str | None) -> list[tuple[VariatorLayer, str]]:
