@@ -68,6 +68,7 @@ def main(
                     rows.append({"shape": shape, "dtype": str(dtype)[6:], "tokens": tokens, **figures})
                     typer.echo(f"{shape} {str(dtype)[6:]} {tokens}: {figures['packed, times faster']:.2f} times dense")
     command = f"python examples/packed_base/few_tokens.py --threads {threads} --rounds {rounds}"
+    command += "" if output == RESULTS else f" --output {output.name}"
     report = {"command": command, "instructions": LEVELS[product.level], "environment": environment, "rows": rows}
     write_text(output, json.dumps(report, indent=1) + "\n")
 

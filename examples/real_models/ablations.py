@@ -3,7 +3,8 @@
 python examples/real_models/ablations.py --data DATA --cache CACHE
 python examples/real_models/ablations.py --render
 
-One JSON a run below results/ablations; runs that are done are skipped. Spearman's correlation is that of STS-B's
+One JSON a run below results/ablations; runs that are done are skipped. `--float32` trains what is missing in float32,
+for processors that do not multiply in bfloat16, and the main run beside it. Spearman's correlation is that of STS-B's
 development set, since what is found here goes into recipes whose plugins are tested on the test set.
 """
 
@@ -78,7 +79,12 @@ class Run:
     def file(self) -> str:
         """Name of its JSON."""
         words = "".join(letter if letter.isalnum() else "-" for letter in self.name)
-        return f"{words}-{self.recipe.steps}-steps-seed{self.seed}.json"
+        precision = "" if self.recipe.bf16 else "-float32"
+        return f"{words}-{self.recipe.steps}-steps{precision}-seed{self.seed}.json"
+
+    def in_float32(self) -> Run:
+        """The same without bfloat16."""
+        return replace(self, fields={**self.fields, "bf16": False})
 
 
 RUNS = (
@@ -129,7 +135,8 @@ def run(chosen: Run, data: Path, cache: Path, work: Path) -> dict[str, Any]:
         "spearman": rows,
         "seconds": round(seconds, 1),
         **figures,
-        "command": "python examples/real_models/ablations.py --data DATA --cache CACHE",
+        "command": "python examples/real_models/ablations.py --data DATA --cache CACHE"
+        + ("" if chosen.recipe.bf16 else " --float32"),
         "environment": describe_environment(torch.device("cpu")),
     }
 
@@ -143,40 +150,53 @@ def _lost(record: Mapping[str, Any]) -> dict[int, float]:
 def make_tables(records: list[dict[str, Any]]) -> str:
     """Two tables: points lost by what was changed, and by steps."""
     ratios = START.ratios
-    changed = [record for record in records if record["recipe"]["steps"] == STEPS]
+    changed: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["recipe"]["steps"] == STEPS:
+            changed.setdefault(record["name"] + _precision(record), []).append(record)
     rows = []
-    for name in dict.fromkeys(record["name"] for record in changed):
-        losses = [_lost(record) for record in changed if record["name"] == name]
+    for name, runs in changed.items():
+        losses = [_lost(record) for record in runs]
         cells = []
         for ratio in ratios:
             values = [each[ratio] for each in losses if ratio in each]
             spread = f" ± {statistics.stdev(values):.2f} ({len(values)} seeds)" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "–")
-        plugin = next(record["parameters"]["plugin"] for record in changed if record["name"] == name)
-        rows.append([name, *cells, f"{plugin:,}"])
+        rows.append([name, *cells, f"{runs[0]['parameters']['plugin']:,}"])
     parts = [make_table(["changed", *(f"lost at k = {ratio}" for ratio in ratios), "trained parameters"], rows)]
     by_steps = _by_steps(records)
     if len(by_steps) > 1:
-        lost = [[f"{steps}", *(f"{by_steps[steps][ratio]:.2f}" for ratio in ratios)] for steps in by_steps]
+        lost = [
+            [f"{record['recipe']['steps']}{_precision(record)}", *(f"{_lost(record)[ratio]:.2f}" for ratio in ratios)]
+            for record in by_steps
+        ]
         parts += [
             make_table(["steps", *(f"lost at k = {ratio}" for ratio in ratios)], lost),
             f"![Points lost over the steps of training](images/{PICTURE})",
         ]
-    facts = records[0]["environment"]
+    processors = dict.fromkeys(
+        f"{facts['cpu']}{_precision(record)}, PyTorch {facts['torch']}"
+        for record in records
+        for facts in (record["environment"],)
+    )
     parts.append(
         f"STS-B's development set, Spearman × 100, base {records[0]['spearman']['1']:.2f}; {STEPS} steps of "
-        f"{START.batch_size} texts where no others are named. {facts['cpu']}, PyTorch {facts['torch']}, "
-        f"{facts['date']}."
+        f"{START.batch_size} texts where no others are named, in bfloat16 where float32 is not. "
+        f"{'; '.join(processors)}."
     )
     return "\n\n".join(parts)
 
 
-def _by_steps(records: list[dict[str, Any]]) -> dict[int, dict[int, float]]:
-    """Points lost of the main recipe's first seed."""
+def _precision(record: Mapping[str, Any]) -> str:
+    """What a run's name is followed by."""
+    return "" if record["recipe"]["bf16"] else ", in float32"
+
+
+def _by_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of the main recipe's first seed; one in float32 where there is none in bfloat16."""
     main = [record for record in records if record["name"] == MAIN and record["seed"] == 0]
-    return {
-        record["recipe"]["steps"]: _lost(record) for record in sorted(main, key=lambda each: each["recipe"]["steps"])
-    }
+    found = {record["recipe"]["steps"]: record for record in sorted(main, key=lambda each: each["recipe"]["bf16"])}
+    return [found[steps] for steps in sorted(found)]
 
 
 def draw_steps(records: list[dict[str, Any]], file: Path) -> None:
@@ -184,13 +204,14 @@ def draw_steps(records: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     by_steps = _by_steps(records)
+    steps = [record["recipe"]["steps"] for record in by_steps]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for ratio in START.ratios:
-        axes.plot(list(by_steps), [lost[ratio] for lost in by_steps.values()], marker="o", label=f"k = {ratio}")
+        axes.plot(steps, [_lost(record)[ratio] for record in by_steps], marker="o", label=f"k = {ratio}")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.set_xticks(list(by_steps), [str(steps) for steps in by_steps])
+    axes.set_xticks(steps, [str(each) for each in steps])
     axes.set(
         xlabel=f"steps of {START.batch_size} texts", ylabel="points of Spearman's correlation lost (less is better)"
     )
@@ -211,11 +232,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/ablations"), help="where checkpoints are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files go")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--float32", action="store_true", help="train what is missing, and the main run, in float32")
     parser.add_argument("--render", action="store_true", help="write tables and plot into the page, and do no more")
     arguments = parser.parse_args()
     if arguments.render:
         records = [
-            json.loads(file.read_text()) for file in (arguments.results / each.file for each in RUNS) if file.is_file()
+            json.loads(file.read_text())
+            for each in RUNS
+            for file in (arguments.results / each.file, arguments.results / each.in_float32().file)
+            if file.is_file()
         ]
         if not records:
             parser.error(f"{arguments.results} holds no runs: nothing to render.")
@@ -227,7 +252,11 @@ def main() -> None:
         parser.error("--data and --cache are needed, or --render.")
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
-    for number, chosen in enumerate(RUNS, 1):
+    runs = list(RUNS)
+    if arguments.float32:
+        missing = [each for each in RUNS if each == Run() or not (arguments.results / each.file).is_file()]
+        runs = [each.in_float32() for each in missing]
+    for number, chosen in enumerate(runs, 1):
         file = arguments.results / chosen.file
         if not file.is_file():
             record = run(chosen, arguments.data, arguments.cache, arguments.work)
@@ -235,7 +264,7 @@ def main() -> None:
             lost = ", ".join(
                 f"k = {ratio}: {value:.2f}" for ratio, value in _lost(json.loads(file.read_text())).items()
             )
-            print(f"{number}/{len(RUNS)} {file.name}: points lost: {lost} ({record['seconds']:.0f} s)", flush=True)
+            print(f"{number}/{len(runs)} {file.name}: points lost: {lost} ({record['seconds']:.0f} s)", flush=True)
     print("Next: python examples/real_models/ablations.py --render")
 
 

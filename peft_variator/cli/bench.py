@@ -108,7 +108,11 @@ def _show(report: BenchmarkReport, reporter: Reporter) -> None:
         evaluating = shlex.join(["peft-variator", "evaluate", adapter, *named, "--ratio", ratios])
         reporter.say(f"Its quality beside its speed on texts of yours: {evaluating} --data FILE")
     elif has_weights(model):
-        training = shlex.join(["peft-variator", "train", model, "--ratio", ratios, "--output", "plugin"])
+        merging = [
+            str(ratio) for ratio in report.settings["ratios"] if ratio > 1
+        ]  # k = 1 is the base: nothing to train
+        named = ["--ratio", ",".join(merging)] if merging else []
+        training = shlex.join(["peft-variator", "train", model, *named, "--output", "plugin"])
         reporter.say(f"To train a plugin that keeps the quality, give data of yours: {training} --data FILE")
 
 

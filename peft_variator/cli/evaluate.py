@@ -388,7 +388,8 @@ def _spread_of(lengths: Sequence[int]) -> dict[str, float] | None:
 
 def _show(found: Evaluation, reporter: Reporter) -> None:
     measures = list(found.ratios[0].quality)
-    texts = "images" if found.tokens is None else "texts"
+    kind = "image" if found.tokens is None else "text"
+    texts = kind if found.examples == 1 else f"{kind}s"
     head = ["FLOPs saved", "speed-up", "quartiles", "ms a batch"] + (["as asked"] if found.bounds else [])
     rows = [["", *(name.replace("_", " ") for name in measures), *head]]
     batches = math.ceil(found.timed_examples / found.batch_size)
@@ -427,7 +428,7 @@ def _show(found: Evaluation, reporter: Reporter) -> None:
     reporter.show_figures(f"{found.adapter} on {', '.join(found.data)}", rows, lines)
     warn_about_load(found.environment, reporter)
     if found.examples < ENOUGH_TEXTS:
-        few = f"{found.examples} {texts} are few" if found.examples > 1 else f"One {texts[:-1]} is little"
+        few = f"{found.examples} {texts} are few" if found.examples > 1 else f"One {texts} is little"
         reporter.warn(f"{few}: others would give other figures. Give more --data.")
     busy = " The machine was busy: run it again before you believe it." if was_busy(found.environment) else ""
     reporter.say(f"{found.verdict}{busy}")

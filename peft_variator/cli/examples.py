@@ -32,6 +32,7 @@ from ..training.data import (
     collate_images,
     cut_documents,
     cut_sentences_and_spans,
+    is_plain_text,
     read_documents,
     read_texts,
     split_sentences,
@@ -48,6 +49,7 @@ __all__ = [
     "EvaluationData",
     "Examples",
     "TrainingData",
+    "check_data_options",
     "data_words",
     "load_data",
     "load_evaluation_data",
@@ -130,6 +132,7 @@ def load_data(
         FileNotFoundError: there is no such file.
         ValueError: there is too little data to hold anything out.
     """
+    check_data_options(data, column, split, images=task == "vision")
     names = ", ".join(data)
     # However few are trained on, as many are held out as were asked for: so many are read that those are a tenth.
     wanted = max(wanted + held_out, held_out * SHARE_HELD_OUT)
@@ -289,6 +292,7 @@ def load_evaluation_data(
         parts = (list(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size))
         return [_to_model(collate(part), base) for part in parts]
 
+    check_data_options(data, column, split, images=base.main_input_name == "pixel_values")
     names = ", ".join(data)
     if base.main_input_name == "pixel_values":
         images = _open_images(name, base.config, type(base), data)
@@ -355,9 +359,36 @@ def warn_about_unreadable(unreadable: Sequence[str], read: int, reporter: Report
         )
 
 
+def _chosen(column: str, split: str) -> dict[str, str]:
+    """Those of the options that say what of some data is read which are not the defaults."""
+    options = {"--text-column": (column, "text"), "--split": (split, "train")}
+    return {option: value for option, (value, default) in options.items() if value != default}
+
+
 def data_words(data: Sequence[str], column: str, split: str) -> list[str]:
     """The options of a command line that name some data; a column or a split only where it is not the default."""
     words = [word for name in data for word in ("--data", name)]
-    for option, value, default in (("--text-column", column, "text"), ("--split", split, "train")):
-        words += [option, value] if value != default else []
-    return words
+    return words + [word for option in _chosen(column, split).items() for word in option]
+
+
+def check_data_options(data: Sequence[str], column: str, split: str, *, images: bool = False) -> None:
+    """Refuse a column where there are no columns, and a split where there are no splits.
+
+    Args:
+        data: files, data sets, or folders of images.
+        column: column of the text in tables and data sets.
+        split: split of the data set.
+        images: images are read, in folders.
+
+    Raises:
+        ValueError: one of them is not the default, and none of the data has such a thing.
+    """
+    has = {
+        "--text-column": not images and not all(is_plain_text(name) for name in data),
+        "--split": not images and not all(Path(name).is_file() for name in data),
+    }
+    of = {"--text-column": "a table or a data set", "--split": "a data set"}
+    for option, value in _chosen(column, split).items():
+        if data and not has[option]:
+            names = ", ".join(data)
+            raise ValueError(f"{option} {value} chooses a part of {of[option]}, and {names} is none. Leave it out.")

@@ -25,7 +25,7 @@ from ..sparsity.calibration import read_batches, text_batches
 from ..sparsity.chains import Batch
 from ..training.data import TABLES, ImageFolder, collate_images, read_texts
 from .console import Reporter, next_commands
-from .examples import data_words, warn_about_unreadable
+from .examples import check_data_options, data_words, warn_about_unreadable
 from .publishing import Publishing
 
 
@@ -64,6 +64,8 @@ def prune_model(settings: PruneSettings, reporter: Reporter) -> None:
         )
     with tempfile.TemporaryDirectory(prefix="peft-variator-offload-") as offload_folder:
         loaded = _load(settings.model, settings.dtype, settings.device, offload_folder)
+        images = loaded.main_input_name == "pixel_values"
+        check_data_options(settings.data, settings.text_column, settings.split, images=images)
         pipeline = sentence_files(settings.model)
         processor = _load_processor(settings.model, needed=bool(data))
         windows = {

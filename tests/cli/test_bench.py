@@ -246,6 +246,14 @@ def test_a_shape_that_is_misspelt_and_an_adapter_are_told(tmp_path):
     assert (status, "--adapter" in err) == (1, True)
 
 
+def test_what_is_trained_next_is_a_ratio_that_merges(tmp_path):
+    save_plugin(tmp_path)
+    for ratios, told in (("1,4", "--ratio 4 --output plugin"), ("1", "--output plugin")):
+        status, out, err = invoke(tmp_path / "model", "--ratio", ratios, *QUICK[2:], "--length", 13)
+        assert status == 0, err
+        assert f"peft-variator train {tmp_path / 'model'} {told} --data FILE" in " ".join(out.split())
+
+
 def test_a_saved_plugin_is_measured_as_it_is(tmp_path):
     plugin = save_plugin(tmp_path, "classifier", decompression="bottleneck", bottleneck_dim=3, trained_ratios=[2, 8])
     status, out, err = invoke("--adapter", plugin, *QUICK[2:], "--length", 13, "--json", tmp_path / "out.json")

@@ -186,6 +186,10 @@ def test_what_is_told(tmp_path: Path, data: Path) -> None:
     (verdict,) = (line for line in out.splitlines() if "pay" in line)
     assert "k = 4" in verdict
     assert "20 texts are few" in err
+    status, out, err = invoke(plugin, "--data", data, *QUICK, "--examples", 1)
+    assert status == 0, err
+    assert "Quality on 1 text, time on 1" in re.sub(r"\s+", " ", out)
+    assert "One text is little" in err
 
 
 def test_padding_and_a_busy_machine_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,10 +136,13 @@ def test_prune_calibrates_on_columns_of_tables(base, text, tmp_path):
     (tmp_path / "table.csv").write_text("id,body\n" + "".join(f"{index},{row}\n" for index, row in enumerate(rows)))
     settings = ["--pattern", "2:4", *DATA]
     assert "--text-column" in refused("prune", base, "-o", tmp_path / "x", "--data", tmp_path / "table.csv", *settings)
-    settings += ["--text-column", "body"]
-    for name, files in {"plain": ["lines.txt"], "table": ["table.csv"], "both": ["lines.txt", "table.csv"]}.items():
+    column = ["--text-column", "body"]
+    told = refused("prune", base, "-o", tmp_path / "x", "--data", tmp_path / "lines.txt", *settings, *column)
+    assert f"--text-column body chooses a part of a table or a data set, and {tmp_path / 'lines.txt'} is none" in told
+    run("prune", base, "-o", tmp_path / "plain", "--data", tmp_path / "lines.txt", *settings)
+    for name, files in {"table": ["table.csv"], "both": ["lines.txt", "table.csv"]}.items():
         data = [word for file in files for word in ("--data", tmp_path / file)]
-        told = run("prune", base, "-o", tmp_path / name, *data, *settings)
+        told = run("prune", base, "-o", tmp_path / name, *data, *settings, *column)
         assert f"{data[-1]} --text-column body --teacher {base}" in told
     plain, table = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "table"))
     assert all(torch.equal(plain[name], table[name]) for name in plain)

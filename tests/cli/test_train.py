@@ -277,6 +277,19 @@ def test_tables_are_read_by_column(tmp_path: Path) -> None:
     assert "--text-column body" in out.partition("Next:")[2]
 
 
+@pytest.mark.parametrize(
+    ("task", "option"), [("encoder", "--split"), ("encoder", "--text-column"), ("vision", "--split")]
+)
+def test_a_part_of_data_that_has_no_such_parts_is_refused(tmp_path: Path, task: str, option: str) -> None:
+    save_model(tmp_path / "model", task)
+    data = save_data(tmp_path / ("images" if task == "vision" else "data.txt"), task)
+    status, _, err = invoke(tmp_path / "model", "--data", data, option, "other", *QUICK, "-o", tmp_path / "out")
+    assert status == 1
+    assert f"{option} other chooses a part of" in err
+    assert f"{data} is none. Leave it out." in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("task", ["encoder", "causal", "seq2seq"])
 @pytest.mark.parametrize("kind", ["rows", "files"])
 def test_examples_hold_one_document_and_every_file_is_held_out_from(tmp_path: Path, task: Any, kind: str) -> None:

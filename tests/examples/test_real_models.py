@@ -527,7 +527,7 @@ def test_ablations_become_tables_and_a_picture(scripts, tmp_path):
         {
             "name": run.name,
             "seed": run.seed,
-            "recipe": {"steps": run.recipe.steps},
+            "recipe": {"steps": run.recipe.steps, "bf16": run.recipe.bf16},
             "spearman": {"1": 80.0} | {str(k): 79.0 - run.seed - 100 / run.recipe.steps for k in run.recipe.ratios},
             "parameters": {"plugin": 1234},
             "environment": {"cpu": "a processor", "torch": "2", "date": "2026-01-01"},
@@ -538,6 +538,12 @@ def test_ablations_become_tables_and_a_picture(scripts, tmp_path):
     assert "| main | 3.00 ± 1.00 (3 seeds) | 3.00 ± 1.00 (3 seeds) | 1,234 |" in text
     assert "| k = 16 alone | – | 2.00 | 1,234 |" in text
     assert "| 50 | 3.00 | 3.00 |" in text
+    float32 = [record | {"recipe": record["recipe"] | {"bf16": False}} for record in records if not record["seed"]]
+    kept = [record for record in records if record["recipe"]["steps"] != 50]
+    text = ablations.make_tables([*kept, *float32])
+    assert "| main, in float32 | 2.00 | 2.00 | 1,234 |" in text
+    assert "| 50, in float32 | 3.00 | 3.00 |" in text
+    assert "| 25 | 5.00 | 5.00 |" in text
     ablations.draw_steps(records, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 1000
 
