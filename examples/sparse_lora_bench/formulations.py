@@ -17,7 +17,9 @@ from peft_variator import SparseLoraConfig
 from peft_variator.profiling import share_weights
 
 
-__all__ = ["FORMULATIONS", "prune_at_random_", "target_names"]
+__all__ = ["FORMULATIONS", "LORA", "PLAIN", "prune_at_random_", "target_names"]
+
+LORA, PLAIN = "LoRA (PEFT)", "masked sum, plain autograd"
 
 
 class PlainMaskedLinear(nn.Module):
@@ -52,10 +54,10 @@ def _plain_autograd(base: PreTrainedModel, rank: int) -> nn.Module:
 
 
 FORMULATIONS: dict[str, Callable[[PreTrainedModel, int], nn.Module]] = {
-    "LoRA (PEFT)": _lora,
+    LORA: _lora,
     "SparseLoRA, recompute": partial(_sparse_lora, recompute=True),
     "SparseLoRA, kept": partial(_sparse_lora, recompute=False),
-    "masked sum, plain autograd": _plain_autograd,
+    PLAIN: _plain_autograd,
 }
 
 

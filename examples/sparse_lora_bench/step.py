@@ -7,12 +7,14 @@ from itertools import chain
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from peft_variator.profiling import find_task, make_inputs, make_lengths
 
 
-__all__ = ["kept_bytes", "make_batch", "make_loss"]
+__all__ = ["kept_bytes", "make_batch", "make_loss", "step_flops"]
 
 
 def make_batch(model: str, base: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -46,3 +48,14 @@ def kept_bytes(trained: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) ->
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss(trained)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def step_flops(trained: nn.Module, loss: Callable[[nn.Module], torch.Tensor]) -> int:
+    """Floating-point operations of forward and backward in products of matrices, those of attention among them.
+
+    Only of a model in torch's own operators: others count as nothing.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss(trained).backward()  # type: ignore[no-untyped-call]
+    trained.zero_grad()
+    return int(counter.get_total_flops())

@@ -46,6 +46,9 @@ def test_every_formulation_is_timed_and_only_recompute_keeps_no_weight(app, tmp_
         assert kept["kept_bytes"] - recompute["kept_bytes"] == 4 * (entry["adapted_weights"] - 3 * 16 * 16)
         assert plain["kept_bytes"] >= kept["kept_bytes"]
         assert lora["times_lora"]["median"] == 1
+        # A third product for every weight that is adapted, beside two of LoRA's, and attention in both.
+        assert 1.1 < entry["floor_times_lora"] < 1.5
+        assert list(entry["flops"]) == [list(rows)[0], list(rows)[-1]]
 
 
 def test_formulations_start_at_the_same_function(app, tmp_path) -> None:
