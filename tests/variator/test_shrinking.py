@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peft_variator import VariatorConfig, calibrate, fold_updates, quantize_plugin, shrink_plugin
 from peft_variator.cli.shrink import in_half_precision
 from peft_variator.offloading import is_offloading
-from peft_variator.tuners.variator import layer as layer_module
+from peft_variator.tuners.variator import base_reading
 from peft_variator.tuners.variator.compensation import CompensatedLinear
 from peft_variator.tuners.variator.layer import plugin_layers
 from peft_variator.tuners.variator.linear_maps import BLOCK, RoundedFactor, RoundedRows
@@ -520,7 +520,7 @@ def test_nothing_is_read_again_while_it_trains(fields: dict[str, Any], monkeypat
         shrink_plugin(model)
     first(model, case.inputs(2, 12))
     reads: list[Any] = []
-    monkeypatch.setattr(layer_module, "read_rows", lambda *arguments: reads.append(arguments))
+    monkeypatch.setattr(base_reading, "read_rows", lambda *arguments: reads.append(arguments))
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
     for _ in range(2):
         next(iter(model.train()(**case.inputs(2, 12)).values())).square().mean().backward()

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...compat import is_plain_linear
 from ...models import share_weights
+from .base_reading import note_read, read_base
 from .compensation import CompensatedLinear
 from .forward_context import selection_of
 from .hooks import StackForward, forward_of
@@ -101,7 +102,7 @@ def _fold_correction(layer: VariatorLayer) -> None:
     name = _plugin_of(layer.stack, layer.name)
     if name is None:
         return
-    layer.read_base(name)
+    read_base(layer, name)
     for part, module in layer.modules_of(name).items():
         if isinstance(module, RowsOfBase):
             getattr(layer, part)[name] = module.quantized_map() or as_linear(module.weight, module.bias)
@@ -115,4 +116,4 @@ def _look_again(layer: VariatorLayer) -> None:
     layer.find_plain_network(name)
     network = layer.network()
     if network is not None:
-        layer.note_read(name, network)
+        note_read(layer, name, network)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -12,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter_state import ExactlyLoadedLayer
-from ...compat import in_process_group
-from ...offloading import is_offloading
+from .base_reading import Place, Reading, are_there, note_read, places_of, read_base, read_when_loaded
 from .config import VariatorConfig
 from .decompression import DECOMPRESSIONS, BottleneckDecompression, Decompression, NeuronsDecompression
 from .forward_context import PluginRatios, StackKind, runs_single_blocks
-from .linear_maps import FloatLinear, RoundedRows
+from .linear_maps import FloatLinear
 from .merging import Groups, SharedGroups
-from .network import Network, Stamp, are_same, find_network, stamp, stamps_of
-from .neurons import NeuronIndex, read_rows
+from .network import Network, find_network
+from .neurons import NeuronIndex
 from .outliers import OutlierProbe
 from .scoring import SCORINGS, Scoring
 from .token_groups import MergeRule, StackGroups, rule_of
@@ -33,12 +30,7 @@ __all__ = [
     "SpanLayer",
     "VariatorLayer",
     "plugin_layers",
-    "read_base_behind",
 ]
-
-Place = tuple[nn.Module, str, nn.Module]
-"""A module that holds another one, under which name, and that other one."""
-WeakPlace = tuple[nn.Module, str, weakref.ref[nn.Module]]
 
 
 class PluginStack(Protocol):
@@ -259,12 +251,13 @@ class VariatorLayer(PluginModule):
         self.observer: Callable[[VariatorLayer, Tensor, Groups, str], None] | None = None
         """Sees hidden states and groups in place of the plugin, which then runs the base model's network."""
         self._plain: tuple[Network, list[Place]] | None = None
-        self._read: dict[str, tuple[list[WeakPlace], list[Stamp]]] = {}  # where plugins have read, and what was there
+        self.readings: dict[str, Reading] = {}
+        """What plugins have read of the base model's weights, if they take anything of them."""
         self.observes_all = False
         """Whether the observer sees calls where nothing is merged here, too; outliers are then merged like others."""
         for part in self.adapter_layer_names:
             setattr(self, part, nn.ModuleDict())
-        self.register_load_state_dict_post_hook(_read_base_again)
+        read_when_loaded(self)
 
     def update_layer(self, adapter_name: str, config: VariatorConfig) -> None:
         """Add a plugin, or build it anew."""
@@ -293,19 +286,19 @@ class VariatorLayer(PluginModule):
             getattr(self, part)[adapter_name] = module
         with self.as_new():
             self._move_adapter_to_device_of_base_layer(adapter_name)
-        self._read.pop(adapter_name, None)
+        self.readings.pop(adapter_name, None)
         if config.reads_base and network is not None and network.is_readable and not config.was_saved:
-            self.note_read(adapter_name, network)
+            note_read(self, adapter_name, network)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def __getstate__(self) -> dict[str, Any]:
         # What was read is known by weak references, which no pickle takes; it is looked at anew where it is missing.
-        return {**vars(self), "_read": {}}
+        return {**vars(self), "readings": {}}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a plugin; see `BaseTunerLayer.delete_adapter`."""
         super().delete_adapter(adapter_name)
-        self._read.pop(adapter_name, None)
+        self.readings.pop(adapter_name, None)
         if self.stack is not None:
             self.stack.release_if_unused()
 
@@ -430,7 +423,7 @@ class VariatorLayer(PluginModule):
         if self.observer is not None:
             self.observer(self, hidden_states, groups, plugin)
             return self.base_layer(hidden_states, *args, **kwargs)
-        self.read_base(plugin)
+        read_base(self, plugin)
         merged = self.compress(hidden_states, groups, plugin)
         pending, run_on = _Pending(self, groups, merged, hidden_states, plugin), merged
         if self.is_span:
@@ -468,7 +461,7 @@ class VariatorLayer(PluginModule):
     def _run_without_copied(self, rows: Tensor, plugin: str) -> Tensor:
         """F₋S(m), what the network gives for rows without the neurons that are copied; the shape of `rows`."""
         network = self._plain_network(plugin)
-        return network.with_neurons_alone(rows, self._neurons(plugin).rest(network.width))
+        return network.with_neurons_alone(rows, self.neurons_of(plugin).rest(network.width))
 
     def silence(self, activated: Tensor, groups: Groups, plugin: str) -> Tensor:
         """The outputs of all neurons for rows, with 0 for the copied ones where tokens share the row.
@@ -478,11 +471,12 @@ class VariatorLayer(PluginModule):
             groups: the groups.
             plugin: name of the plugin.
         """
-        copied = self._neurons(plugin).flags(activated.shape[-1])
+        copied = self.neurons_of(plugin).flags(activated.shape[-1])
         rows = activated.flatten(0, -2)
         return rows.masked_fill(groups.rows_that_merge() & copied, 0).view(activated.shape)
 
-    def _neurons(self, plugin: str) -> NeuronIndex:
+    def neurons_of(self, plugin: str) -> NeuronIndex:
+        """The neurons that a plugin has copies of."""
         neurons = self.modules_of(plugin)["variator_neurons"]
         assert isinstance(neurons, NeuronIndex)  # what the decompression creates
         return neurons
@@ -498,117 +492,29 @@ class VariatorLayer(PluginModule):
         network = self.network()
         wrong = None if network is None else network.unsliceable_map()
         if network is None or wrong is not None:
-            found = [name for root in self._roots() for name, module in root.named_modules() if module is wrong]
+            found = [name for root in self.roots for name, module in root.named_modules() if module is wrong]
             kind = "" if wrong is None else f" ({found[0]}, a {type(wrong).__name__})"
             raise ValueError(
                 f"correction_form='sliced' runs a network without some of its neurons, and the weights of "
                 f"{self.name}{kind} cannot be sliced: they are quantised, packed, on disk, or under another adapter. "
                 "Use a plugin with correction_form='added', which only calls the network, or load plain weights."
             )
-        self._plain = network, self._places_of(network)
+        self._plain = network, places_of(self, network)
 
-    def _roots(self) -> list[nn.Module]:
+    @property
+    def roots(self) -> list[nn.Module]:
         """The modules that the network is inside of."""
         end = None if self.around is None else self.around[1]
         return [self] if end is None else [self, end]
-
-    def _places_of(self, network: Network) -> list[Place]:
-        """Where the maps of the network are."""
-        return [
-            (holder, name, module)
-            for root in self._roots()
-            for holder in root.modules()
-            for name, module in holder.named_children()
-            if any(module is each for each in network.maps)
-        ]
 
     def _plain_network(self, plugin: str) -> Network:
         """The network whose maps are sliced, looked for anew where any of them was replaced."""
         known = self._plain
         is_compiling = torch.compiler.is_compiling()  # what is compiled is what was there
-        if known is None or not (is_compiling or _are_there(known[1])):
+        if known is None or not (is_compiling or are_there(known[1])):
             self.find_plain_network(plugin)
         assert self._plain is not None  # it has been found
         return self._plain[0]
-
-    def read_base(self, plugin: str, again: bool = False) -> None:
-        """Read what a plugin takes of the base model's weights (`reads_base`), where it or these have changed.
-
-        Args:
-            plugin: name of the plugin.
-            again: whether to read it whatever has changed.
-
-        Raises:
-            RuntimeError: it has changed and can't be read, or code is being compiled.
-        """
-        config = self.configs[plugin]
-        if not config.reads_base or self.decompressions[plugin] != NeuronsDecompression.name:
-            return
-        if not again and self._neurons(plugin).has_read() and not self._was_written(plugin):
-            return
-        network = None if torch.compiler.is_compiling() else self.network()
-        if network is None or not network.is_readable:
-            raise RuntimeError(
-                f"{self.name}: the plugin {plugin!r} adds to rows of the base model's weights (correction_rank="
-                f"{config.correction_rank}, correction_bits={config.correction_bits}), which have not been read yet "
-                "and can't be read here. "
-                "Load it onto a base that is in memory, and call the model once before it is compiled."
-            )
-        with torch.inference_mode(False), torch.no_grad():  # kept for calls that train, too
-            read_rows(self.modules_of(plugin), network)
-        self.note_read(plugin, network)
-        maps = self.modules_of(plugin).values()
-        if not all(module.fits for module in maps if isinstance(module, RoundedRows)):
-            warnings.warn(
-                f"The plugin {plugin!r} was shrunk beside other weights than this base's: its copied neurons are "
-                "differences from those, and what it gives here is off. Load it onto the base that it was made for; "
-                "where a LoRA was merged into that since, and unloaded, shrink the whole plugin anew.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def forget_base(self, plugin: str) -> None:
-        """Have the next call read the base."""
-        neurons = self.modules_of(plugin).get("variator_neurons")
-        if isinstance(neurons, NeuronIndex):
-            neurons.read_for = None
-
-    def note_read(self, plugin: str, network: Network) -> None:
-        """Note where a plugin has read, and what was there."""
-        places = self._places_of(network)
-        weak = [(holder, name, weakref.ref(module)) for holder, name, module in places]
-        self._read[plugin] = weak, self._stamps(plugin, [module for _, _, module in places])
-
-    def _stamps(self, plugin: str, maps: list[nn.Module]) -> list[Stamp]:
-        """Of what a plugin reads of the base model, and of what it adds to that and sums once."""
-        rounded = [module for module in self.modules_of(plugin).values() if isinstance(module, RoundedRows)]
-        own = [stamp(tensor) for module in rounded for tensor in (module.difference, module.scales)]
-        return [each for module in maps for each in stamps_of(module)] + own
-
-    def _was_written(self, plugin: str) -> bool:
-        """Whether what was read has been written to or replaced since, other than by a loaded state, and can be read.
-
-        Not looked at in code that is compiled, which is for the weights that there were, nor in processes of a group,
-        where FSDP puts weights together for every call, as Accelerate brings those in that are offloaded.
-        """
-        if torch.compiler.is_compiling() or in_process_group():
-            return False
-        known = self._read.get(plugin)
-        if known is not None:
-            maps = [module for at, name, module in known[0] if getattr(at, name) is module()]
-            found = [each for each in (module() for _, _, module in known[0]) if each is not None]
-            if len(maps) == len(known[0]) and are_same(self._stamps(plugin, found), known[1]):
-                return False
-        around = [] if self.around is None else [self.around[0]]
-        if any(map(is_offloading, (self, self.base_layer, *around))):
-            return False
-        network = self.network()
-        if network is None or not network.is_readable:
-            return False  # offloaded, say: what was read stays
-        if known is None:  # it was read when it was made
-            self.note_read(plugin, network)
-            return False
-        return True
 
     def probe_of(self, plugin: str) -> OutlierProbe | None:
         """What tells the outliers of a plugin with `keep_outliers`; `None`: it has none here."""
@@ -724,33 +630,6 @@ def _without_full_mask(
         return None if is_mask and not call.has_mask else value
 
     return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
-
-
-def _are_there(places: list[Place]) -> bool:
-    return all(getattr(at, name) is module for at, name, module in places)
-
-
-def read_base_behind(layer: VariatorLayer, end: FeedForwardEnd) -> None:
-    """Have what a plugin takes of the base read anew after a state was loaded into the end of its network, too."""
-    end.register_load_state_dict_post_hook(partial(_read_base_of, layer))
-
-
-def _read_base_of(layer: VariatorLayer, end: nn.Module, incompatible_keys: Any) -> None:
-    for plugin in layer.rules:
-        layer.read_base(plugin, again=True)
-
-
-def _read_base_again(layer: nn.Module, incompatible_keys: Any) -> None:
-    """After a state was loaded, which may have brought other neurons or another base."""
-    assert isinstance(layer, VariatorLayer)  # whose hook this is
-    for plugin in layer.rules:
-        if layer.has_end:  # into which no state was loaded yet: it is read with that one, or in the next call
-            layer.forget_base(plugin)
-        else:
-            layer.read_base(plugin, again=True)
-        probe = layer.probe_of(plugin)
-        if probe is not None:
-            probe.look_again()
 
 
 def plugin_layers(model: nn.Module) -> Iterator[VariatorLayer]:

@@ -24,11 +24,12 @@ from ...models import KEY_PREFIX
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from ...saved_config import NamedConfigs
 from .architectures import Placement, check_not_refused, default_targets, layer_of_torch, place
+from .base_reading import read_when_loaded
 from .compensation import compensate
 from .config import VariatorConfig, matches_pattern
 from .forward_context import PluginRatios
 from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
-from .layer import FeedForwardEnd, PluginModule, SpanLayer, VariatorLayer, plugin_layers, read_base_behind
+from .layer import FeedForwardEnd, PluginModule, SpanLayer, VariatorLayer, plugin_layers
 from .linear_maps import RoundedFactor, RoundedRows
 from .outliers import OutlierProbe
 from .quantization import float_state, quantized_parts
@@ -447,7 +448,7 @@ def _wrap_network(
     )
     layer.around = (parent, end_module)
     if end_module is not None:
-        read_base_behind(layer, end_module)
+        read_when_loaded(layer, end_module)
     setattr(parent, target_name, layer)
     return layer
 

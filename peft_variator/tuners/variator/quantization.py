@@ -18,6 +18,7 @@ from torch.ao.quantization.qconfig import (
     per_channel_dynamic_qconfig,
 )
 
+from .base_reading import read_base
 from .compensation import CompensatedLinear
 from .config import COMPENSATION_BITS, CORRECTION_BITS
 from .layer import VariatorLayer
@@ -142,7 +143,7 @@ def shrink_plugin(model: nn.Module, bits: int = 4, adapter_name: str | None = No
     for name in names:
         _set_config(model, [layer for layer, each in chosen if each == name], name, bits)
     for layer, name in chosen:
-        layer.read_base(name, again=True)  # which notes what was read
+        read_base(layer, name, again=True)  # which notes what was read
 
 
 def _set_config(model: nn.Module, layers: Sequence[VariatorLayer], name: str, bits: int) -> None:
@@ -242,7 +243,7 @@ def _quantize_layer(
     """What puts the quantised maps of a layer's plugin in their places; `quantize` as of `quantize_plugin`."""
     way = quantize or _way_of(layer)
     left = () if quantize is not None else _float_parts(layer)
-    layer.read_base(adapter_name)
+    read_base(layer, adapter_name)
     module: Any
     for part, module in layer.modules_of(adapter_name).items():
         if part in left:
