@@ -16,11 +16,11 @@ from torch.nn.functional import linear
 
 from ...compat import is_plain_linear
 from ...field_types import check_memory
-from .architectures import Placement, block_of
 from .config import VariatorConfig
 from .layer import PluginModule, VariatorLayer
 from .linear_maps import FloatLinear, RoundedFactor, SummedMap, apply_linear, as_linear
 from .network import bias_of, features_of, is_map, weight_of
+from .placement import Placement, block_of
 
 
 __all__ = ["CompensatedLinear", "compensate"]

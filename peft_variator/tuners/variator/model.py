@@ -23,7 +23,7 @@ from ...field_types import shown
 from ...models import KEY_PREFIX
 from ...offloading import refuse_disk_offload, refuse_rewriting
 from ...saved_config import NamedConfigs
-from .architectures import Placement, check_not_refused, default_targets, layer_of_torch, place
+from .architectures import check_not_refused
 from .base_reading import read_when_loaded
 from .compensation import compensate
 from .config import VariatorConfig, matches_pattern
@@ -32,6 +32,7 @@ from .hooks import StackForward, SurroundingForward, forward_of, unwrap_forwards
 from .layer import FeedForwardEnd, PluginModule, SpanLayer, VariatorLayer, plugin_layers
 from .linear_maps import RoundedFactor, RoundedRows
 from .outliers import OutlierProbe
+from .placement import Placement, default_targets, layer_of_torch, place
 from .quantization import float_state, quantized_parts
 from .ratios import compression_ratio_of, layers_of, set_compression_ratio, set_min_tokens, using_ratio
 from .spans import place_span, span_targets

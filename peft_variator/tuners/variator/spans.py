@@ -18,17 +18,9 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import (
-    FEED_FORWARDS,
-    FeedForward,
-    Placement,
-    block_of,
-    find_feed_forwards,
-    owner_of,
-    regex_for,
-    stack_kind,
-)
+from .architectures import FEED_FORWARDS, FeedForward, find_feed_forwards, owner_of
 from .config import VariatorConfig
+from .placement import Placement, block_of, regex_for, stack_kind
 
 
 __all__ = ["SPANNED", "place_span", "span_targets"]
