@@ -26,6 +26,7 @@ from ..field_types import shown
 from ..model_files import load_tokenizer
 from ..models import Task, load_config, takes_videos
 from ..profiling import count_positions
+from ..sentence_folder import read_recipe
 from ..training.data import (
     FEWEST_TOKENS,
     ImageFolder,
@@ -305,7 +306,7 @@ def load_evaluation_data(
     texts = _draw_texts(data, column, split, wanted, seed)
     tokenizer = _load_tokenizer(name)
     before, after = surroundings(tokenizer)
-    most = [tokenizer.model_max_length, count_positions(base.config)]
+    most = [tokenizer.model_max_length, count_positions(base.config), read_recipe(name).max_length]
     room = min([limit for limit in most if limit and limit < NO_LIMIT], default=NO_LIMIT) - len(before) - len(after)
     tokens = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     bodies = [ids[:room] for ids in tokens if ids]  # a tokenizer may leave nothing of a text

@@ -13,6 +13,7 @@ import torch
 from ..files import check_new_file
 from ..model_files import read_model_config
 from ..models import main_input
+from ..profiling import find_device
 from .console import Reporter
 from .saved_plugin import open_plugin
 
@@ -49,8 +50,17 @@ def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
         raise ValueError(f"{settings['model']} takes {other}, and the server takes texts: name a text encoder.")
     if settings["adapter"] is not None:
         open_plugin(settings["adapter"], settings["model"])
+    if settings["max_texts"] > settings["max_queue"]:
+        raise ValueError(
+            f"--max-texts is {settings['max_texts']} and --max-queue {settings['max_queue']}: a request of more texts "
+            "than may wait could never be taken. Give a larger --max-queue, or a smaller --max-texts."
+        )
+    if settings["table"] is not None and Path(settings["table"]).is_dir():
+        raise ValueError(f"--table {settings['table']} is a folder. Name a file, there or new.")
     if settings["table"] is not None and not Path(settings["table"]).exists():
         check_new_file(settings["table"])
+    if device is not None:
+        find_device(device)
     _check_port(settings["host"], settings["port"])
     from ..runtime import server
 
@@ -62,7 +72,7 @@ def serve(reporter: Reporter, *, device: str | None, **settings: Any) -> None:
     reporter.say(
         f"Loading {chosen.model}" + (f" with {chosen.adapter}" if chosen.adapter else "") + ".",
         *measuring,
-        f"Serving on http://{chosen.host}:{chosen.port}/v1 once a line says Ready; Ctrl-C ends.",
+        f"Serving on http://{chosen.host}:{chosen.port}/v1 when it is there, which a line will say; Ctrl-C ends.",
     )
     try:
         server.serve(chosen)

@@ -57,9 +57,31 @@ from .tasks import (
 )
 
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "check_max_length"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_max_length(max_length: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise if texts can't be cut to so many tokens.
+
+    Raises:
+        TypeError: it is no integer, nor `None`.
+        ValueError: it leaves no room for a text.
+    """
+    if max_length is None:
+        return
+    if not is_whole(max_length):
+        raise TypeError(f"max_length={max_length!r} has to be an integer or None.")
+    if max_length < 1:
+        raise ValueError(f"max_length={max_length} has to be at least 1.")
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        marks = tokenizer.num_special_tokens_to_add()
+        if max_length <= marks:
+            raise ValueError(
+                f"max_length={max_length} leaves no room for a text beside the {marks} tokens that the tokenizer "
+                f"puts around it, and would cut nothing. It has to be at least {marks + 1}."
+            )
 
 
 class Engine:
@@ -67,7 +89,8 @@ class Engine:
 
     Calls may come from any threads and event loops. Their texts wait in one queue, a policy chooses how many of them
     run next and at which ratio, and one thread runs them. An answer that misses its deadline is counted, and given
-    all the same. What a call gets does not depend on the batches that its texts ran in, except for the ratio.
+    all the same. What a call gets does not depend on the batches that its texts ran in, except for the ratio, and for
+    models whose activations are rounded with one scale a batch (torch's `quantize_dynamic` in int8).
 
     ```python
     with Engine(model, tokenizer, policy=SlackFit(table), slo_ms=50) as engine:
@@ -116,6 +139,8 @@ class Engine:
         self.max_queue = whole_number("max_queue", max_queue, 1)
         if on_batch is not None and not callable(on_batch):
             raise TypeError(f"on_batch={on_batch!r} has to be a function of a BatchRecord, or None.")
+        if not callable(clock):
+            raise TypeError(f"clock={clock!r} has to be a function that gives seconds, as time.monotonic is.")
         if normalize not in (None, True, False):
             raise TypeError(f"normalize={normalize!r} has to be True, False or None.")
         self.model = model
@@ -155,17 +180,7 @@ class Engine:
                 pass  # entering checks it, now and not in the middle of the first rush
 
     def _serve(self, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> Served | None:
-        if max_length is not None and not is_whole(max_length):
-            raise TypeError(f"max_length={max_length!r} has to be an integer or None.")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} has to be at least 1.")
-        if max_length is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
-            marks = tokenizer.num_special_tokens_to_add()
-            if max_length <= marks:
-                raise ValueError(
-                    f"max_length={max_length} leaves no room for a text beside the {marks} tokens that the tokenizer "
-                    f"puts around it, and would cut nothing. It has to be at least {marks + 1}."
-                )
+        check_max_length(max_length, tokenizer)
         if is_sentence_transformer(self.model):
             if tokenizer is not None or max_length is not None:
                 raise ValueError(

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -326,11 +327,17 @@ def checked_quality(quality: Mapping[int, float], ratios: Sequence[int]) -> dict
     """Quality of some ratios.
 
     Raises:
-        ValueError: a ratio is not among these, or its quality is no finite number.
+        TypeError: the quality of a ratio is no number.
+        ValueError: a ratio is not among these, or its quality is not finite.
     """
     unknown = sorted(set(quality) - set(ratios))
     if unknown:
-        raise ValueError(f"quality has the ratios {unknown}; the table has {list(ratios)}.")
+        raise ValueError(
+            f"quality has the ratios {unknown}, and the table only {list(ratios)}. Leave them out, or measure them."
+        )
+    for k, value in quality.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"quality[{k}] is {value!r}; it has to be a number, larger for better answers.")
     wrong = {k: value for k, value in quality.items() if not math.isfinite(value)}
     if wrong:
         raise ValueError(f"quality is {wrong}; it has to be finite numbers, larger for better answers.")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import logging
 import signal
+import socket
 import struct
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -136,8 +138,9 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "metrics"}
 
-    async def embeddings_endpoint(self, request: ServedRequest) -> ServedResponse:
+    async def embeddings_endpoint(self, request: ServedRequest, context: Request) -> ServedResponse:
         """Answer `POST /v1/embeddings`."""
+        context.state.is_counted = True
         texts = request.ensure_list()
         method = "batch" if isinstance(request.input, list) else "single"
         self.metrics.requests.labels(method).inc()
@@ -150,6 +153,10 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
         self.metrics.succeeded.labels(method).inc()
         self.metrics.duration.observe(time.monotonic() - started)
         return ServedResponse(data=data, model=self.settings.served_name, usage=response.usage)
+
+    async def options_embeddings(self, request: Request) -> Response:
+        """Refuse `GET /v1/embeddings`, which LitServe answers with nothing."""
+        raise HTTPException(405, f"{request.method} is not taken here; POST a text.", headers={"Allow": "POST"})
 
     def _check(self, request: ServedRequest, texts: Sequence[Any]) -> None:
         if not texts:
@@ -195,11 +202,12 @@ class EmbeddingSpec(litserve.OpenAIEmbeddingSpec):
         else:
             status, message = 422, _summary(error) if isinstance(error, RequestValidationError) else ""
         if request.url.path == self.api_path:
-            if isinstance(error, RequestValidationError):  # the endpoint, which counts requests, was not reached
+            if not getattr(request.state, "is_counted", False):  # the endpoint, which counts, was not reached
                 self.metrics.requests.labels("invalid").inc()
             self.metrics.failed.labels(_FAILURES.get(status, "backend" if status >= 500 else "validation")).inc()
         kind = "server_error" if status == 429 or status >= 500 else "invalid_request_error"
-        return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+        told = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+        return JSONResponse(told, status, headers=getattr(error, "headers", None))
 
 
 # The names are those of Text Embeddings Inference.
@@ -257,10 +265,22 @@ class EngineAPI(litserve.LitAPI):
             raise
         # Answers are sent from a thread of their own: the engine's has the next batch to run.
         self.sender = ThreadPoolExecutor(1)
-        logger.warning("Ready: http://%s:%d/v1", self.settings.host, self.settings.port)
+        threading.Thread(target=self._tell_when_ready, daemon=True).start()
         # Ctrl-C reaches every process. The server ends this one when all requests are answered.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end)
+
+    def _tell_when_ready(self) -> None:
+        """Say so when the process that has the sockets takes connections, which it does after this one is set up."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
+        while not self.ending:
+            try:
+                socket.create_connection((host, self.settings.port), timeout=1).close()
+            except OSError:
+                time.sleep(POLL_SECONDS)
+            else:
+                logger.warning("Ready: http://%s:%d/v1", self.settings.host, self.settings.port)
+                return
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.ending = True

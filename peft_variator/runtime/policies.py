@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise, takewhile
+from numbers import Real
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -204,10 +205,17 @@ class QueueThreshold(Policy):
         return _take(queue, k, self.ratios, self.max_batch)
 
 
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} has to be a number.")
+    return float(value)
+
+
 def _checked_hysteresis(value: float, below: float) -> float:
+    value = _number("hysteresis", value)
     if not 0 <= value < below:
         raise ValueError(f"hysteresis={value!r} has to be at least 0 and below {below}.")
-    return float(value)
+    return value
 
 
 class _Front(NamedTuple):
@@ -325,9 +333,9 @@ class SlackFit(_Planner):
     ) -> None:
         super().__init__(table, max_batch)
         self.hysteresis = _checked_hysteresis(hysteresis, math.inf)
-        if not 0 <= reserve_ms < math.inf:
+        self.reserve_ms = _number("reserve_ms", reserve_ms)
+        if not 0 <= self.reserve_ms < math.inf:
             raise ValueError(f"reserve_ms={reserve_ms!r} has to be a number of milliseconds of at least 0.")
-        self.reserve_ms = float(reserve_ms)
         self._rank = {k: index for index, k in enumerate(self._preferred)}
 
     def _plan(self, now: float, queue: Sequence[Waiting], last: int, front: _Front) -> tuple[int, int]:

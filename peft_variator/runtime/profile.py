@@ -55,7 +55,8 @@ def profile_latency(
         ratios: compression ratios k.
         batch_sizes: texts in a batch.
         lengths: tokens of each text.
-        quality: k -> quality of the answers, from an evaluation or [`quality_from_card`].
+        quality: k -> quality of the answers, from an evaluation or [`quality_from_card`]; that of ratios that are not
+            measured is left out.
         rounds: timed samples of each point, at least 2; the table keeps their median.
         min_seconds: seconds that a sample takes at least; short calls are repeated.
         seed: of the inputs.
@@ -69,7 +70,8 @@ def profile_latency(
     batch_sizes = checked_axis("batch_sizes", sorted(set(batch_sizes)))
     lengths = checked_axis("lengths", sorted(set(lengths)))
     if quality is not None:
-        quality = checked_quality(quality, ratios)
+        quality = checked_quality(quality, sorted({*ratios, *quality}))
+        quality = {k: value for k, value in quality.items() if k in ratios}  # a card knows others, too
     inner = find_transformer(model)
     model.eval()
     measure = partial(_measure, model, inner, ratios, rounds=rounds, min_seconds=min_seconds, seed=seed, step=on_step)

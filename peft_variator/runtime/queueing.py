@@ -147,6 +147,8 @@ def checked_texts(texts: Any, name: str) -> list[str]:
 
 def checked_query(query: Any) -> str:
     """One text. What is raised is as in `checked_texts`."""
+    if not isinstance(query, str):
+        raise TypeError(f"query is a {type(query).__name__}; give one text.")
     return checked_texts([query], "query")[0]
 
 

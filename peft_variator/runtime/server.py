@@ -28,7 +28,7 @@ from ..pooling import check_pooling
 from ..profiling import count_positions, describe_environment
 from ..sentence_folder import read_recipe
 from ..training import load_plugin
-from .engine import Engine
+from .engine import Engine, check_max_length
 from .engine_metrics import BatchRecord
 from .latency import LatencyTable
 from .policies import MAX_BATCH, FixedRatio, Policy, QueueThreshold, SlackFit
@@ -179,6 +179,7 @@ def make_engine(settings: ServeSettings, on_batch: Callable[[BatchRecord], objec
         ValueError: the parts do not fit together.
     """
     model, tokenizer = _load(settings)
+    check_max_length(settings.max_length, tokenizer)  # before minutes go into measuring
     return Engine(
         model,
         tokenizer,
@@ -232,6 +233,15 @@ def _read_table(settings: ServeSettings, model: nn.Module, trained: Sequence[int
     if path is None or not Path(path).exists():
         return None
     table = LatencyTable.load(path)
+    longest = _lengths(settings, model)[-1]
+    if table.lengths[-1] < longest:
+        logger.warning(
+            "%s was measured up to %d tokens, and longer texts are served: what they take is extrapolated. Remove it "
+            "to measure up to %d.",
+            path,
+            table.lengths[-1],
+            longest,
+        )
     if differences := _differences(table, model):
         logger.warning(
             "%s was measured with %s. Its times are used all the same; remove it to measure anew.",
@@ -265,9 +275,7 @@ def _differences(table: LatencyTable, model: nn.Module) -> list[str]:
 
 def _measure_table(settings: ServeSettings, model: nn.Module, ratios: Sequence[int]) -> LatencyTable:
     """The latency table, measured now and written to its file, if one is named."""
-    path = settings.table
-    bounds = [bound for bound in (count_positions(find_transformer(model).config), settings.max_length) if bound]
-    lengths = sorted({min((length, *bounds)) for length in LENGTHS})
+    path, lengths = settings.table, _lengths(settings, model)
     known = (quality_from_card(settings.adapter) if settings.adapter else None) or {}
     quality = {k: value for k, value in known.items() if k in (1, *ratios)} or None
     sizes = [*(size for size in BATCH_SIZES if size < settings.batch_size), settings.batch_size]
@@ -277,6 +285,12 @@ def _measure_table(settings: ServeSettings, model: nn.Module, ratios: Sequence[i
     if path is not None:
         table.save(path)
     return table
+
+
+def _lengths(settings: ServeSettings, model: nn.Module) -> list[int]:
+    """The lengths of texts that are measured, as far as texts of that length are served."""
+    bounds = [bound for bound in (count_positions(find_transformer(model).config), settings.max_length) if bound]
+    return sorted({min((length, *bounds)) for length in LENGTHS})
 
 
 class _ProgressLines:

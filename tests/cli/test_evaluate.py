@@ -85,6 +85,15 @@ def test_each_line_of_a_text_file_is_told_to_be_one_text(tmp_path: Path, data: P
     assert "Each line of a plain text file is one text" in " ".join(invoke("--help")[1].split())
 
 
+def test_texts_are_as_long_as_the_folder_of_a_sentence_transformer_says(tmp_path: Path, data: Path) -> None:
+    plugin, folder = save_plugin(tmp_path), tmp_path / "model"
+    (folder / "modules.json").write_text(
+        json.dumps([{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}])
+    )
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12}))
+    assert report_of(plugin, "--data", data, "--ratio", "2")["tokens"]["max"] == 12
+
+
 @torch.no_grad()
 def test_a_causal_model_is_judged_by_what_it_predicts(tmp_path: Path, data: Path) -> None:
     plugin = save_plugin(tmp_path, "causal")

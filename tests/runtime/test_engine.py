@@ -173,6 +173,7 @@ def test_wrong_options_are_refused(engine: Engine, options: dict[str, Any]) -> N
         ({"max_length": 0}, "max_length"),
         ({"policy": object()}, "policy"),
         ({"on_batch": 3}, "on_batch"),
+        ({"clock": 5}, "clock"),
         ({"normalize": "yes"}, "normalize"),
         ({"policy": FixedRatio}, "policy"),
         ({"tokenizer": None}, "tokenizer"),

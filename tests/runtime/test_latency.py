@@ -118,12 +118,13 @@ def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
         ({"environment": None}, "environment=None"),
         ({"quality": {2: 0.5}}, "quality"),
         ({"quality": {1: float("nan")}}, "quality"),
+        ({"quality": {1: "a"}}, "quality"),
     ],
 )
 def test_what_is_no_table_is_refused(fields: dict[str, Any], named: str) -> None:
     good: dict[str, Any] = {"ratios": (1,), "batch_sizes": (1,), "lengths": (8, 16), "seconds": {1: ((0.1, 0.2),)}}
     LatencyTable(**good)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises((TypeError, ValueError), match=named):
         LatencyTable(**(good | fields))
 
 
@@ -132,8 +133,16 @@ def test_profiling(make: Any) -> None:
     model = make()
     steps: list[None] = []
     table = profile_latency(
-        model, [4, 2], [4, 1], [8, 24], rounds=2, min_seconds=0.001, on_step=lambda: steps.append(None)
+        model,
+        [4, 2],
+        [4, 1],
+        [8, 24],
+        quality={1: 1.0, 4: 0.9, 8: 0.8},  # a card knows ratios that are not measured here
+        rounds=2,
+        min_seconds=0.001,
+        on_step=lambda: steps.append(None),
     )
+    assert table.quality == {1: 1.0, 4: 0.9}
     assert (table.ratios, table.batch_sizes, table.lengths) == ((1, 2, 4), (1, 4), (8, 24))
     assert {(check.batch, check.length) for check in table.checks} == {(2, 16)}
     assert table.error is not None

@@ -253,10 +253,13 @@ def test_policies_are_chosen_by_name() -> None:
         (lambda: SlackFit(TABLE, hysteresis=-0.1), "hysteresis"),
         (lambda: SlackFit(TABLE, max_batch=0), "max_batch"),
         (lambda: SlackFit(TABLE, reserve_ms=float("nan")), "reserve_ms"),
+        (lambda: SlackFit(TABLE, reserve_ms=None), "reserve_ms=None has to be a number"),
+        (lambda: SlackFit(TABLE, hysteresis="x"), "hysteresis='x' has to be a number"),
+        (lambda: QueueThreshold(hysteresis=None), "hysteresis=None has to be a number"),
     ],
 )
 def test_wrong_options_are_refused(make: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises((TypeError, ValueError), match=named):
         make()
 
 

@@ -315,6 +315,11 @@ def test_limits_and_wrong_input(server: Server) -> None:
         assert server.post(**body)[0] == status, body
     with pytest.raises(openai.UnprocessableEntityError, match="empty"):
         server.client.embeddings.create(input=[], model="any")
+    for method in ("GET", "PUT"):
+        request = urllib.request.Request(f"http://127.0.0.1:{server.port}/v1/embeddings", method=method)
+        with pytest.raises(urllib.error.HTTPError) as told:
+            urllib.request.urlopen(request, timeout=60)
+        assert (told.value.code, told.value.headers["Allow"]) == (405, "POST")
     # None of it did harm.
     assert len(server.client.embeddings.create(input=["a", "b"], model="any").data) == 2
 
@@ -345,6 +350,9 @@ def test_metrics(server: Server) -> None:
     server.client.embeddings.create(input=["a", "b"], model="any")
     server.post(input=[])
     server.post(input="a", slo_ms=-1)
+    server.post(input="a" * LIMITS["--max-bytes"])
+    with pytest.raises(urllib.error.HTTPError):
+        server.get("/v1/embeddings")
     found = metrics(server)
     of = {name: sum(n for each, n in found.items() if each.startswith(f"te_request_{name}_total")) for name in KINDS}
     assert of["count"] == of["success"] + of["failure"]
@@ -402,6 +410,10 @@ def test_told_twice_it_ends_at_once(folder: Path) -> None:
         (["BASE", "--slo-ms", "0"], "--slo-ms"),
         (["BASE", "--policy", "fixed"], "--adapter"),
         (["BASE", "--port", "TAKEN"], "--port"),
+        (["BASE", "--device", "cuda:99"], "'cuda:99' cannot be used"),
+        (["BASE", "--device", "meta"], "meta"),
+        (["BASE", "--max-queue", "16", "--max-texts", "20"], "--max-queue 16"),
+        (["BASE", "--table", "."], "is a folder"),
     ],
 )
 def test_what_cannot_be_served_is_told_at_once(words: list[str], named: str, folder: Path) -> None:
@@ -468,6 +480,31 @@ def test_a_table_of_another_model_or_machine_is_told(folder: Path, tmp_path: Pat
         make_engine(settings).close()
         lines = [record.getMessage() for record in caplog.records if "was measured with" in record.getMessage()]
         assert [told in line for line in lines] == ([True] if told else [])
+
+
+def test_a_table_that_ends_below_the_texts_that_are_served_is_told(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    from peft_variator.runtime.server import ServeSettings, make_engine
+
+    table = tmp_path / "table.json"
+    made_table(ratios=(1, 2, 8), lengths=(8, 16)).save(table)
+    longest = 16
+    settings = ServeSettings(str(folder / "base"), str(folder / "adapter"), table=str(table))
+    for most in (longest, longest + 1):
+        caplog.clear()
+        make_engine(replace(settings, max_length=most)).close()
+        told = [record.getMessage() for record in caplog.records if "extrapolated" in record.getMessage()]
+        assert len(told) == (most > longest)
+        assert all(f"up to {longest} tokens" in line for line in told)
+
+
+def test_nothing_is_measured_where_no_text_fits(folder: Path, tmp_path: Path) -> None:
+    from peft_variator.runtime.server import ServeSettings, make_engine
+
+    table = tmp_path / "table.json"
+    settings = ServeSettings(str(folder / "base"), str(folder / "adapter"), table=str(table), max_length=2)
+    with pytest.raises(ValueError, match="max_length=2 leaves no room"):
+        make_engine(settings)
+    assert not table.exists()
 
 
 @pytest.mark.slow

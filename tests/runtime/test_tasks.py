@@ -83,7 +83,7 @@ def test_classifiers_that_look_for_the_last_token(pad_id: int | None) -> None:
 def test_wrong_questions_are_refused() -> None:
     with Engine(classifier(), TOKENIZER) as engine:
         for query in (None, ["a"], 3):
-            with pytest.raises(TypeError, match="query"):
+            with pytest.raises(TypeError, match=f"query is a {type(query).__name__}; give one text"):
                 engine.rerank(query, ["a"])  # type: ignore[arg-type]
         for documents in ("a", None, [1]):
             with pytest.raises(TypeError, match="documents"):

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
-from peft_variator import VariatorConfig, quantize_plugin
+from peft_variator import VariatorConfig, quantize_plugin, shrink_plugin
 from peft_variator.tuners.variator.compensation import CompensatedLinear
 from peft_variator.tuners.variator.linear_maps import SplitDynamicLinear
 from peft_variator.tuners.variator.quantization import float_corrections
@@ -130,10 +130,18 @@ def test_a_quantised_plugin_is_saved_with_its_rounded_weights(form: str, tmp_pat
     assert_close(again, model, BERT.build(), inputs)
 
 
-def test_half_precision_of_torch_too(tmp_path: Path) -> None:
-    plugin, inputs = with_plugin(BERT), inputs_of(BERT)
+@pytest.mark.parametrize("form", ["neurons", "rank", "shrunk"])
+def test_half_precision_of_torch_too(form: str, tmp_path: Path) -> None:
+    """Its weights are read, where a plugin adds to them, or copies some."""
+    plugin, inputs = with_plugin(BERT, "neurons" if form == "shrunk" else form), inputs_of(BERT)
+    if form == "shrunk":
+        shrink_plugin(plugin)
     plugin.save_pretrained(str(tmp_path))
+    fresh = get_peft_model(quantized(BERT.build(), torch.float16), VariatorConfig(correction_dim=16))
+    assert any("variator_neuron_into" in name for name, _ in fresh.named_modules())
     model = PeftModel.from_pretrained(quantized(BERT.build(), torch.float16), str(tmp_path)).eval()
+    with pytest.raises(TypeError, match="quantize='int8' has to be a function"):
+        quantize_plugin(model, quantize="int8")  # type: ignore[arg-type]
     quantize_plugin(model)
     torch.testing.assert_close(first(model, inputs), first(plugin, inputs), rtol=0, atol=1e-2)
 

@@ -314,6 +314,7 @@ def _has_readable_weight(module: nn.Module) -> bool:
     """Whether the weight of a linear map is in memory, in a form that can be turned into plain numbers."""
     inner = unwrapped(module)
     weight = getattr(inner, "weight", None)
+    is_packed = callable(weight)  # by torch's own quantisation, in float16 too
     if callable(weight):
         weight = weight()
     if not isinstance(weight, Tensor) or weight.is_meta:
@@ -322,7 +323,7 @@ def _has_readable_weight(module: nn.Module) -> bool:
         return True
     if is_quantized_tensor(weight):
         return hasattr(weight, "dequantize")
-    return isinstance(inner, nn.Linear | Conv1D) and weight.is_floating_point()
+    return (is_packed or isinstance(inner, nn.Linear | Conv1D)) and weight.is_floating_point()
 
 
 def find_network(start: nn.Module, parent: nn.Module, end: nn.Module | None) -> Network | None:

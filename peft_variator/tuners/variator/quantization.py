@@ -76,7 +76,10 @@ def quantize_plugin(
     Raises:
         ValueError: the model has no such plugin, or its base is not quantised, or in a way that needs `quantize`, or
             that function leaves a map as it is. Nothing has been changed.
+        TypeError: `quantize` is no function.
     """
+    if quantize is not None and not callable(quantize):
+        raise TypeError(f"quantize={quantize!r} has to be a function that quantises a module in place, or None.")
     chosen = layers_of(model, adapter_name)
     names = {name for _, name in chosen}
     # Not where another method's adapter is on the map: that is no part of the sum.
