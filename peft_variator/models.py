@@ -96,6 +96,7 @@ _UNSHIFTED = frozenset(
         "BigBirdPegasusForCausalLM",
         "BlenderbotForCausalLM",
         "BlenderbotSmallForCausalLM",
+        "FlaubertWithLMHeadModel",
         "MBartForCausalLM",
         "MarianForCausalLM",
         "MvpForCausalLM",

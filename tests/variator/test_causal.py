@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from peft_variator import VariatorConfig
-from tests.tiny_models import CAUSAL, LLAMA, LLAVA, TASK_HEADS, TEXT, Case, by_name, tiny_model
+from tests.tiny_models import CAUSAL, LLAMA, LLAVA, TASK_HEADS, TEXT, XLM, Case, by_name, tiny_model
 
 from .reference import watch, with_plugin
 
@@ -34,6 +34,13 @@ LABELLED = {
 
 
 BERT_DECODER = Case("bert-decoder", "bert", AutoModelForCausalLM, TEXT | {"is_decoder": True}, "causal")
+
+
+# Their labels are not shifted: the prediction at a label's own position is the one that is trained.
+UNSHIFTED = [
+    Case(f"{name}-causal", name, AutoModelForMaskedLM, XLM | {"causal": True}, "causal")
+    for name in ("flaubert", "xlm")
+]
 
 
 def labels_at(ids: Tensor, positions: Any) -> Tensor:
@@ -69,6 +76,14 @@ def test_predictions_that_have_a_label(case: Case, where: str) -> None:
     used = torch.zeros(2, LENGTH, dtype=torch.bool)
     used[:, :-1] = labels[:, 1:] != -100
     assert_no_leak(model, inputs | {"labels": labels}, used, step=2)
+
+
+@pytest.mark.parametrize("where", LABELLED)
+@pytest.mark.parametrize("case", UNSHIFTED, ids=by_name)
+def test_predictions_of_encoders_that_are_configured_to_be_causal(case: Case, where: str) -> None:
+    model, inputs = with_plugin(case, keep_last_tokens=0), case.inputs(2, LENGTH)
+    labels = labels_at(inputs["input_ids"], LABELLED[where])
+    assert_no_leak(model, inputs | {"labels": labels}, labels != -100, step=2)
 
 
 def test_the_check_finds_a_leak() -> None:

@@ -380,7 +380,8 @@ def refusal_of(module: nn.Module) -> str | None:
     model_type = module.config.model_type
     reason = REFUSED.get(model_type)
     if getattr(module.config, "attention_type", None) == "block_sparse":
-        reason = f"{_PADS}. Set attention_type='original_full' in its config"
+        others = "" if model_type in FEED_FORWARDS else ", described by target_modules and end_module"
+        reason = f"{_PADS}; with attention_type='original_full' in its config it takes one{others}"
     if model_type == "doge" and module.config.is_moe:
         reason = "its router mixes the logits of all tokens of a batch, so an answer depends on what else is in it"
     return None if reason is None else f"{type(module).__name__} (model type {model_type!r}) takes no plugin: {reason}"

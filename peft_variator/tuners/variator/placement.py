@@ -172,6 +172,8 @@ def stack_kind(stack: nn.Module, feed_forward: FeedForward, model: nn.Module | N
     if causal is None:
         marks = [bool(module.is_causal) for module in stack.modules() if hasattr(module, "is_causal")]
         causal = any(marks) if marks else _has_causal_heads_alone(stack)
+        # Of XLM and Flaubert, whose modules have no mark, the configuration tells.
+        causal = causal or (isinstance(stack, PreTrainedModel) and bool(getattr(stack.config, "causal", False)))
         causal = causal or (model is not None and _writes_for_another(stack, model))
     return "causal" if causal else "encoder"
 
